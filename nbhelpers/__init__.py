@@ -1,0 +1,36 @@
+"""GRPO on one small GPU: the helpers behind the notebooks.
+
+Names are looked up on first use, so `import nbhelpers` costs milliseconds and torch is only imported when needed.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_MODULES = (
+    "evaluate",
+    "grpo",
+    "host",
+    "kernels",
+    "loader",
+    "panel",
+    "patch",
+    "presets",
+    "quantize",
+    "rewards",
+    "tasks",
+)
+_NAMES = {"LeanGRPOTrainer": "trainer", "GRPOConfig": "trainer"}
+__all__ = [*_MODULES, *_NAMES]
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    if name in _NAMES:
+        return getattr(import_module(f"{__name__}.{_NAMES[name]}"), name)
+    raise AttributeError(f"nbhelpers has no {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])
