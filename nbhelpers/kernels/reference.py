@@ -91,6 +91,8 @@ def dequantize_nf4(weight: Tensor, quant_state, dtype: torch.dtype, out: Tensor 
 
 def lora_linear(x: Tensor, projection: Projection) -> Tensor:
     weight, quant_state, bias, a, b, scale = projection
+    if weight.requires_grad:
+        raise ValueError("lora_linear gives W no gradient: freeze it (requires_grad_(False)) or use nn.Linear")
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     w = weight.detach().to(x.dtype) if quant_state is None else dequantize_nf4(weight, quant_state, x.dtype)
