@@ -37,7 +37,8 @@ def _dequantize_kernel(
     offset_ptr,  # fp32 []
     out_ptr,  # [n - first_block * BLOCK_SIZE]
     first_block,  # where to begin
-    n,  # weights in all, up to where to go
+    n,  # weights up to where to go
+    n_bytes,  # the same in packed bytes; an argument, for the compiler to see that it allows loads of 16 bytes
     NESTED: tl.constexpr,
     NESTED_BLOCK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -55,7 +56,7 @@ def _dequantize_kernel(
         scale = tl.load(absmax_ptr + block, mask=real, other=0.0)
 
     byte = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    q = tl.load(packed_ptr + byte, mask=byte * 2 < n, other=0).to(tl.int32)
+    q = tl.load(packed_ptr + byte, mask=byte < n_bytes, other=0).to(tl.int32)
     first = tl.load(code_ptr + (q >> 4)) * scale[:, None]
     second = tl.load(code_ptr + (q & 15)) * scale[:, None]
 
@@ -103,6 +104,7 @@ def dequantize_nf4(weight, quant_state, dtype, out=None, rows=None):
         out,
         first * width // state.blocksize,
         last * width,
+        (last * width + 1) // 2,
         NESTED=nested is not None,
         NESTED_BLOCK_SIZE=nested.blocksize if nested else 1,
         BLOCK_SIZE=state.blocksize,
