@@ -34,6 +34,7 @@ SILU = ("silu", "swish")
 # ------------------------------------------------------------------------------------------- linear layers
 
 
+HOOKED = "has hooks or a forward of its own"
 DROPOUT = "LoRA dropout while training"
 
 
@@ -42,7 +43,7 @@ def projection(module: nn.Module) -> Projection | str:
     from peft.tuners import lora
 
     if _watched(module):
-        return "has hooks or a forward of its own"
+        return HOOKED
     if not isinstance(module, lora.LoraLayer):
         return _base(module)
     if type(module) is not lora.Linear and not _is_lora_4bit(module):
@@ -64,14 +65,14 @@ def projection(module: nn.Module) -> Projection | str:
         return DROPOUT
     a, b = module.lora_A[name], module.lora_B[name]
     if _watched(a) or _watched(b):
-        return "has hooks or a forward of its own"
+        return HOOKED
     return base._replace(lora_a=a.weight, lora_b=b.weight, scale=module.scaling[name])
 
 
 def _base(module: nn.Module) -> Projection | str:
     """The same for a layer without LoRA."""
     if _watched(module):
-        return "has hooks or a forward of its own"
+        return HOOKED
     if module.__class__ is nn.Linear:
         state = None
     elif _is_4bit(module):
