@@ -49,12 +49,14 @@ def quantise(model: nn.Module) -> None:
     model.is_loaded_in_4bit = True
 
 
-def make(name: str, *, four_bit=False, lora=True, dropout=0.0, dtype=torch.float32, device="cpu", **options):
+def make(
+    name: str, *, config=None, four_bit=False, lora=True, dropout=0.0, dtype=torch.float32, device="cpu", **options
+):
     """A small random model, frozen, perhaps in 4 bits, with a LoRA whose B is not zero."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name]).requires_grad_(False).to(device, dtype)
+    model = AutoModelForCausalLM.from_config(config or CONFIGS[name]).requires_grad_(False).to(device, dtype)
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith(("norm.weight", "bias")):
             nn.init.normal_(parameter, 1.0 if "norm" in parameter_name else 0.0, 0.2)
@@ -138,9 +140,40 @@ class TestInterpreted:
     def test_gradient_checkpointing(self, name, four_bit, reentrant):
         check_gradient_checkpointing(name, four_bit, reentrant, "triton")
 
+    @pytest.mark.parametrize("name", ["llama", "phi3"])
+    def test_a_layer_keeps_at_most_six_tenths_of_what_stock_keeps(self, name):
+        """Bytes that autograd holds for one layer's backward, at a trained model's proportions, under autocast."""
+        wide = dict(CONFIGS[name].to_dict(), intermediate_size=224)  # 3.5 times the hidden size
+        model = make(name, four_bit=True, dtype=torch.bfloat16, config=type(CONFIGS[name]).from_dict(wide))
+        inner, h = model.get_base_model().model, randn_bf16(1, 32, 64).requires_grad_()
+        stock = saved_bytes(inner, h)
+        patch.with_kernels(model)
+        with kernels.use("triton"):
+            assert saved_bytes(inner, h) < 0.45 * stock
+
     def test_fp16_stays_finite_where_stock_overflows(self):
         with kernels.use("triton"):
             check_fp16("qwen2", "cpu")
+
+
+def randn_bf16(*shape):
+    return torch.randn(*shape).to(torch.bfloat16)
+
+
+def saved_bytes(inner: nn.Module, h: torch.Tensor) -> int:
+    """What autograd keeps of the first layer's forward, besides its input and its weights."""
+    tables = inner.rotary_emb(h, torch.arange(h.shape[1])[None])
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t  # by address, and held so that no address comes twice
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        inner.layers[0](h, position_embeddings=tables, attention_mask=None)
+    for t in (h, *tables, *inner.layers[0].parameters()):
+        kept.pop(t.untyped_storage().data_ptr(), None)
+    return sum(t.untyped_storage().nbytes() for t in kept.values() if t.is_floating_point())
 
 
 def test_in_the_interpreter():
@@ -262,6 +295,25 @@ def test_hooked_modules_are_called():
     assert seen == ["k", "down"]
 
 
+@ARCHITECTURES
+@pytest.mark.parametrize("part", ["input_layernorm", "self_attn", "post_attention_layernorm", "mlp"])
+def test_hooks_on_a_part_of_a_layer_see_what_they_see_in_stock(name, part):
+    """The norms are folded into what follows them, but not behind the back of someone who watches."""
+    model, inputs, seen = make(name), batch(), []
+    first = lambda values: next(t for t in values if isinstance(t, torch.Tensor))  # noqa: E731
+    for layer in model.base_model.model.model.layers:
+        layer.get_submodule(part).register_forward_hook(
+            lambda m, args, kwargs, out: seen.append((first([*args, *kwargs.values()]), first([*out]))),
+            with_kwargs=True,
+        )
+    before = step(model, inputs)
+    patch.with_kernels(model)
+    assert worst(step(model, inputs), before, inputs["attention_mask"]) < 1e-4
+    assert len(seen) == 4  # twice two layers
+    for stock, ours in zip(seen[:2], seen[2:], strict=True):
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(stock, ours, strict=True))
+
+
 def test_weights_that_are_trained_get_their_gradients():
     model, inputs = make("mistral", lora=False).requires_grad_(True), batch()
     before = step(model, inputs)
@@ -279,11 +331,8 @@ def test_another_activation_is_left_alone():
 
 
 def test_residual_dropout_of_phi3():
-    CONFIGS["phi3"].resid_pdrop = 0.5
-    try:
-        model, inputs = make("phi3"), batch()
-    finally:
-        CONFIGS["phi3"].resid_pdrop = 0.0
+    config = Phi3Config.from_dict({**CONFIGS["phi3"].to_dict(), "resid_pdrop": 0.5})
+    model, inputs = make("phi3", config=config), batch()
     torch.manual_seed(3)
     before = step(model, inputs)
     patch.with_kernels(model)
