@@ -3,7 +3,8 @@
     python benchmarks/kernels.py --check   first every kernel against fp64 in bf16 and fp16, then the timings
     python benchmarks/kernels.py --quick   tiny shapes on a CPU, Triton interpreted: does the script run at all?
 
-Writes benchmarks/results/kernels.json (and $OUT/kernels.json), after each section, so that a crash loses little.
+Writes benchmarks/results/kernels.json (and $OUT/kernels.json), after each section, so that a crash loses little. With
+--only SECTION ... the other rows of a file from the same host stay.
 
 How it measures. Training (8 x 1,024 tokens): CUDA events around one call, the L2 cache overwritten before each, the
 median. `forward` is without autograd; `forward+backward` takes both, since backward alone cannot be repeated where it
@@ -128,7 +129,7 @@ def elementwise(speed):
         for name, case in cases.elementwise(shape, FEW, 1, DTYPE, DEVICE, compiled).items():
             decode_rows(f"{shape.name}/{name}", case, speed)
         nf4_rows(shape, speed)
-        write()
+        write(keep=bool(ARGS.only))
 
 
 def nf4_rows(shape, speed):
@@ -173,7 +174,7 @@ def lora(speed):
         made, _ = cases.lora(shape, FEW, DTYPE, DEVICE, DTYPE, tool)
         for name, case in made.items():
             decode_rows(f"{shape.name}/{name}", case, speed, cold=True)
-        write()
+        write(keep=bool(ARGS.only))
 
 
 def few_rows(_):
@@ -196,7 +197,7 @@ def few_rows(_):
                 for who, product in (("ours", dense), ("bitsandbytes", fused)):
                     time_it = partial(graph_milliseconds, partial(product, x, w, out), cold=True)
                     attempt(name, lambda name=name, who=who, time_it=time_it: row(name, who, time_it(), "ms"))
-        write()
+        write(keep=bool(ARGS.only))
 
 
 def logprob(_):
@@ -241,7 +242,7 @@ def logprob(_):
         train_rows(f"{shape.name}/linear_logprob", cases.Case(data, everybody), 1)
         what = f"{shape.name}/linear_logprob/forward+backward"
         row(what, "cublas", milliseconds(lambda data=data: cublas(*data)), "ms")
-        write()
+        write(keep=bool(ARGS.only))
     nf4_head()
 
     tokens, hidden, words = (64, 32, 320) if ARGS.quick else (32_768, 4096, 128_256)
@@ -269,7 +270,7 @@ def layer(_):
     """One decoder layer, QLoRA r=16, 8 x 1,024 tokens: stock transformers + peft + bitsandbytes, and patched."""
     for shape in MODELS:
         attempt(f"{shape.name}/decoder_layer", one_layer, shape)
-        write()
+        write(keep=bool(ARGS.only))
 
 
 def one_layer(shape):
@@ -313,14 +314,14 @@ def main():
             from benchmarks import kernels_check
 
             attempt("check", kernels_check.run, DEVICE, ARGS.quick, row, FAILED)
-            write()
+            write(keep=bool(ARGS.only))
         speed = bandwidth()
         for name in [name for name in SECTIONS if name in wanted]:
             print(f"---- {name}, {time.perf_counter() - begin:.0f} s so far", flush=True)
             attempt(name, SECTIONS[name], speed)
             if DEVICE.type == "cuda":
                 torch.cuda.empty_cache()
-            write()
+            write(keep=bool(ARGS.only))
     print(f"{len(ROWS)} rows, {time.perf_counter() - begin:.0f} s, {len(FAILED)} failures")
     if FAILED:
         sys.exit("\n".join(["FAILED", *FAILED]))

@@ -40,15 +40,19 @@ def versions():
     return found
 
 
-def write():
-    """The rows so far, in the one form of all results files."""
+def write(keep=False):
+    """The rows so far, in the one form of all results files; keep: beside other rows of an older file of this host."""
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     command = "python benchmarks/kernels.py " + " ".join(sys.argv[1:])
-    text = json.dumps({"host": versions(), "date": date, "command": command.strip(), "rows": ROWS}, indent=1)
+    host, known = versions(), {(r["what"], r["who"]) for r in ROWS}
     folders = [RESULTS] if DEVICE.type == "cuda" else []
     for folder in [*folders, *([Path(os.environ["OUT"])] if "OUT" in os.environ else [])]:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "kernels.json").write_text(text + "\n")
+        file, rows = folder / "kernels.json", list(ROWS)
+        if keep and file.exists() and (old := json.loads(file.read_text()))["host"] == host:
+            rows = [r for r in old["rows"] if (r["what"], r["who"]) not in known] + rows
+        result = {"host": host, "date": date, "command": command.strip(), "rows": rows}
+        file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def synchronize():
