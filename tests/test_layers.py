@@ -13,7 +13,7 @@ LAYER = {
     "panel": 4, "evaluate": 4, "export": 4, "trainer": 4,
     "step": 3, "engines": 3, "checkpoint": 3,
     "loader": 2, "quantize": 2, "patch": 2, "offload": 2,
-    "kernels": 1, "grpo": 1, "rewards": 1, "tasks": 1, "memory": 1,
+    "kernels": 1, "grpo": 1, "rewards": 1, "guard": 1, "tasks": 1, "memory": 1,
     "presets": 0, "host": 0,
 }  # fmt: skip
 
