@@ -114,7 +114,9 @@ def main() -> None:
     try:
         run(args.notebook, args.out, values)
     except CellExecutionError as error:
-        raise SystemExit(f"\n{error.ename}: {error.evalue}\n(the whole story: {args.out / args.notebook.name})") from None
+        raise SystemExit(
+            f"\n{error.ename}: {error.evalue}\n(the whole story: {args.out / args.notebook.name})"
+        ) from None
     print(summary(args.out))
     print(f"{time.time() - started:.0f} s in all. Open {args.out / args.notebook.stem}.html in a browser; then open "
           f"{args.notebook} in Jupyter and try its exercises.")  # fmt: skip
