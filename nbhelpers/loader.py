@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from nbhelpers import chat, host, hub, presets, quantize, stream
-from nbhelpers.adapter import Base, attach, load_adapter, read_base, read_choice, save_adapter
+from nbhelpers.adapter import Base, attach, load_adapter, read_base, read_choice, refuse_other, save_adapter
 from nbhelpers.presets import GB, QUANTIZATIONS, Architecture, Preset
 from nbhelpers.quantize import Choice
 
@@ -99,6 +99,8 @@ def load(
         choice = calibration if isinstance(calibration, Choice) else Choice.load(calibration)
 
     source = hub.find(preset_or_id, token)
+    if adapter:
+        refuse_other(adapter, source.id, source.config_hash())
     if source.prequantized():
         if quantization == "none" or choice:
             raise ValueError(f"{source.id} is in 4 bits already and loads as it is: leave quantization and choice out")

@@ -85,8 +85,8 @@ def fill(
         known = [name for name in unused if not name.endswith("rotary_emb.inv_freq")]
         instead = f" It has {known[0]} instead." if known else ""
         raise ValueError(
-            f"the checkpoint lacks {len(missing)} tensors, the first is {missing[0]}.{instead} Only architectures whose "
-            "tensors are stored under their own names can be read tensor by tensor (Qwen2, Llama, Mistral, Phi3, ...)"
+            f"the checkpoint lacks {len(missing)} tensors, the first is {missing[0]}.{instead} Only architectures "
+            "whose tensors are stored under their own names can be read one by one (Qwen2, Llama, Mistral, Phi3, ...)"
         )
     for module in model.modules():
         for key, buffer in module.named_buffers(recurse=False):
