@@ -82,6 +82,8 @@ def make_checkpoint(architecture: presets.Architecture, folder: Path, shard_byte
                 data = torch.randn(shape, device=device, dtype=torch.bfloat16) * 0.02
                 if name.endswith("norm.weight"):
                     data += 1
+                if ".layers.0." in name:  # something for dynamic 4-bit to find
+                    plant(name, data)
                 view = memoryview(data.cpu().view(torch.uint8).numpy()).cast("B")
                 while view:  # one write takes 2 GB at most
                     view = view[f.write(view) :]
@@ -91,6 +93,16 @@ def make_checkpoint(architecture: presets.Architecture, folder: Path, shard_byte
     if device == "cuda":
         torch.cuda.empty_cache()
     return largest
+
+
+def plant(name: str, data: torch.Tensor, scale: float = 30.0) -> None:
+    """Outlier channels in a layer's attention inputs, undone in the norm before: the function stays the same, but in
+    NF4 the blocks of 64 weights around each outlier lose their precision."""
+    channels = torch.arange(5, data.shape[-1], 32, device=data.device)
+    if name.endswith("input_layernorm.weight"):
+        data[channels] /= scale
+    elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "qkv_proj.weight")):
+        data[:, channels] *= scale
 
 
 def resident() -> tuple[int, int]:
@@ -135,7 +147,8 @@ def child(job: dict) -> dict:
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
     dtype = torch.bfloat16
-    quantize_4bit(torch.randn(64, 64, device=device, dtype=dtype), quant_type="nf4", compress_statistics=True)
+    small = torch.randn(64, 64, device=device, dtype=dtype)
+    quantize_4bit(small @ small, quant_type="nf4", compress_statistics=True)
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -214,18 +227,6 @@ def measure(name: str, folder: Path, quick: bool) -> list[dict]:
     return rows
 
 
-def plant(model, layers: int, scale: float = 30.0) -> None:
-    """Outlier channels in the attention inputs of the first `layers` layers, undone in the norm before: the function
-    is the same, but the blocks of 64 weights around each outlier lose their precision in NF4."""
-    for layer in model.model.layers[:layers]:
-        norm = layer.input_layernorm.weight
-        channels = torch.arange(5, norm.numel(), 32)
-        with torch.no_grad():
-            norm[channels] /= scale
-            for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
-                linear.weight[:, channels] *= scale
-
-
 def quality(name: str, source: str, test: list[torch.Tensor], calibration: list | None) -> list[dict]:
     """KL to 16 bits of nf4 and dynamic, and how many bytes dynamic took."""
     from nbhelpers import loader, quantize
@@ -261,7 +262,9 @@ def random_model(folder: Path, quick: bool, planted: int) -> list[torch.Tensor]:
     torch.manual_seed(0)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields, initializer_range=0.05)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plant(model, planted)
+    for name, parameter in model.named_parameters():
+        if any(f".layers.{layer}." in name for layer in range(planted)):
+            plant(name, parameter.data)
     model.to(torch.bfloat16).save_pretrained(folder)
     smoke.make_tokenizer().save_pretrained(folder)
     return [torch.randint(3, 259, (4, 128))]
