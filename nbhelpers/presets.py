@@ -314,12 +314,17 @@ def _workshop() -> Preset:
     return Preset(
         "workshop", "the workshop model", str(WORKSHOP), architecture,
         quantization="none", lora_rank=0, lora_alpha=0, num_generations=8, max_prompt_length=96,
-        max_completion_length=64, learning_rate=5e-4,
+        max_completion_length=64, learning_rate=5e-4, max_steps=80,
     )  # fmt: skip
 
 
 def _smoke(preset: Preset) -> Preset:
-    """The same architecture with small numbers. Its tokenizer is one byte a token, so prompts are long."""
+    """The same architecture with small numbers. Its tokenizer is one byte a token, so prompts are long.
+
+    The workshop model is small already: it stays itself and takes fewer steps, so that its smoke run still learns.
+    """
+    if preset.name == "workshop":
+        return replace(preset, smoke=True, max_steps=30)
     small = replace(
         preset.architecture, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=32, vocab_size=320, max_position_embeddings=2048,

@@ -1,0 +1,85 @@
+"""The whole MLP of a decoder layer as one function, so that its widest tensors need not be kept twice.
+
+    g, u = gate(x), up(x)        h = silu(g) * u        y = residual + down(h)
+
+gate, up [H -> I] (or one gate_up [H -> 2 I]) and down [I -> H] are frozen linear layers with LoRA (lora_linear.py).
+Kept for the backward: x, g and u. h is computed again, and every I-wide tensor of the backward is written over another:
+
+    dh = dy W_down + ...         a new buffer, the only one
+    h over dh, dg over g, du over u, in one launch (swiglu.py)
+    dA, dB of down from h;  dA, dB of gate and up, and dx, from dg and du
+
+fp16 ends at 65504, and h of a trained model may pass it: there h is kept divided by 16, and y is multiplied by 16 in
+the fp32 arithmetic of the residual addition, where it saturates instead of becoming infinite.
+"""
+
+import torch
+
+from .lora_linear import input_grad, lora_grads, lora_signal, prepare, project, with_lora, without_lora
+from .storage import overwritten
+from .swiglu import backward as swiglu_backward
+from .swiglu import forward as swiglu_forward
+
+SHRINK_FP16 = 16.0
+FP16_MAX = 65504.0
+
+
+def _halves(outputs):
+    """(g, u) [N, I] of two projections, or of one with both (Phi-3)."""
+    return outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
+
+
+class LoraMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gate_up, down, residual, *a_and_b):
+        ctx.shrink = SHRINK_FP16 if x.dtype == torch.float16 else 1.0
+        outputs = project(x.reshape(-1, x.shape[-1]), gate_up)
+        h = swiglu_forward(*_halves(outputs), ctx.shrink)
+        if down.bias is not None:
+            down = down._replace(bias=down.bias / ctx.shrink)
+        (y,) = project(h, (down,))
+        ctx.save_for_backward(x, *outputs, *a_and_b)
+        ctx.parts, ctx.outputs = without_lora((*gate_up, down)), len(outputs)
+        y = y.view(*x.shape[:-1], y.shape[-1])
+        if residual is not None:
+            y = torch.add(residual, y, alpha=ctx.shrink)
+        elif ctx.shrink != 1.0:
+            y.mul_(ctx.shrink)
+        return y.clamp_(-FP16_MAX, FP16_MAX) if y.dtype == torch.float16 else y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, *saved = ctx.saved_tensors
+        outputs, a_and_b = saved[: ctx.outputs], saved[ctx.outputs :]
+        *gate_up, down = with_lora(ctx.parts, a_and_b)
+        need_lora = any(ctx.needs_input_grad[4:])
+        rows = dy.reshape(-1, dy.shape[-1]).to(x.dtype)
+
+        signal = lora_signal([down], [rows])
+        dh = input_grad([down], [rows], signal)
+        g, u = _halves(outputs)
+        again = need_lora and down.lora_a is not None
+        swiglu_backward(dh, g, u, dg=g, du=u, h=dh if again else None, shrink=ctx.shrink)
+        overwritten(*outputs)
+        if again:
+            of_down = lora_grads(dh, [down], [rows], signal)  # dh holds h / shrink by now
+            of_down = [grad.mul_(ctx.shrink) for grad in of_down]
+        del dh
+
+        signal = lora_signal(gate_up, outputs)
+        of_both = []
+        if need_lora and signal is not None:
+            of_both = lora_grads(x.reshape(-1, x.shape[-1]), gate_up, outputs, signal)
+        grads = iter([*of_both, *(of_down if again else [])])
+        flat = [next(grads, None) if tensor is not None and need_lora else None for tensor in a_and_b]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = input_grad(gate_up, outputs, signal).view(x.shape)
+        return dx, None, None, dy if ctx.needs_input_grad[3] else None, *flat
+
+
+def lora_mlp(x, gate_up, down, residual=None):
+    """See nbhelpers.kernels.lora_mlp."""
+    x = prepare(x, (*gate_up, down))
+    a_and_b = [t for part in (*gate_up, down) for t in (part.lora_a, part.lora_b)]
+    return LoraMLP.apply(x, tuple(gate_up), down, residual, *a_and_b)

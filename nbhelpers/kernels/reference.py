@@ -1,0 +1,142 @@
+"""The kernels' functions in plain torch, differentiated by autograd: the oracle of their tests, and what a CPU runs."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+class Projection(NamedTuple):
+    """A frozen linear layer with an optional LoRA term, as the kernels see it: x W^T + bias + scale (x A^T) B^T.
+
+    The products run in x's dtype; gradients of A and B come in their own dtype (fp32 master weights stay fp32).
+    """
+
+    weight: Tensor  # [out, in] of any float dtype, or bitsandbytes' packed NF4 (uint8)
+    quant_state: Any = None  # bitsandbytes.functional.QuantState of a packed weight
+    bias: Tensor | None = None  # [out]
+    lora_a: Tensor | None = None  # [r, in]
+    lora_b: Tensor | None = None  # [out, r]
+    scale: float = 0.0
+
+
+# ---------------------------------------------------------------------------------------------- element-wise
+
+
+def _saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`; fp16, alone among the dtypes used here, has a range that activations reach: clamp to it."""
+    return x.clamp(-65504.0, 65504.0).to(dtype) if dtype == torch.float16 else x.to(dtype)
+
+
+def _compute(x: Tensor) -> Tensor:
+    """16-bit tensors compute in fp32, wider ones in their own dtype (gradcheck needs fp64)."""
+    return x.float() if x.element_size() < 4 else x
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
+    s = x
+    if residual is not None:
+        s = _saturate(_compute(x) + _compute(residual), torch.promote_types(x.dtype, residual.dtype))
+    wide = _compute(s)
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * _compute(weight)
+    y = y.to(torch.promote_types(s.dtype, weight.dtype))
+    return y if residual is None else (s, y)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor):
+    half = cos.shape[-1] // 2
+    c, s = (_compute(t)[..., :half].unsqueeze(1) for t in (cos, sin))  # [1 or B, 1, S, R/2]
+
+    def rotate(x: Tensor) -> Tensor:
+        x1, x2, rest = _compute(x).split([half, half, x.shape[-1] - 2 * half], dim=-1)
+        return torch.cat((x1 * c - x2 * s, x2 * c + x1 * s, rest), dim=-1).to(x.dtype)
+
+    return rotate(q), rotate(k)
+
+
+def rope_packed(qkv: Tensor, cos: Tensor, sin: Tensor, q_heads: int, kv_heads: int):
+    heads = qkv.unflatten(-1, (q_heads + 2 * kv_heads, -1)).transpose(1, 2)  # [B, heads, S, D]
+    q, k, v = heads.split([q_heads, kv_heads, kv_heads], dim=1)
+    return *rope(q, k, cos, sin), v
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    if gate.dtype == torch.float16:  # an infinite gate or up would make 0 * inf
+        gate, up = (_saturate(t.float(), torch.float16) for t in (gate, up))
+    return _saturate(F.silu(_compute(gate)) * _compute(up), gate.dtype)
+
+
+def swiglu_packed(gate_up: Tensor) -> Tensor:
+    return swiglu(*gate_up.chunk(2, dim=-1))
+
+
+# ------------------------------------------------------------------------------------- quantised and LoRA products
+
+
+def dequantize_nf4(weight: Tensor, quant_state, dtype: torch.dtype, out: Tensor | None = None, rows=None) -> Tensor:
+    state, nested = quant_state, quant_state.state2
+    absmax = state.absmax
+    if nested is not None:
+        absmax = nested.code[absmax.long()] * nested.absmax.repeat_interleave(nested.blocksize)[: absmax.numel()]
+        absmax = absmax + state.offset
+    packed = weight.detach().reshape(-1).view(torch.uint8).long()
+    n = state.shape.numel()
+    codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten()[:n]
+    dense = state.code[codes] * absmax.repeat_interleave(state.blocksize)[:n]
+    dense = dense.view(state.shape)[slice(*rows) if rows else slice(None)].to(dtype)
+    return dense if out is None else out.copy_(dense)
+
+
+def lora_linear(x: Tensor, projection: Projection) -> Tensor:
+    weight, quant_state, bias, a, b, scale = projection
+    if weight.requires_grad:
+        raise ValueError("lora_linear gives W no gradient: freeze it (requires_grad_(False)) or use nn.Linear")
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    w = weight.detach().to(x.dtype) if quant_state is None else dequantize_nf4(weight, quant_state, x.dtype)
+    y = F.linear(x, w, None if bias is None else bias.detach().to(x.dtype))
+    return y if a is None else y + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale
+
+
+def lora_linear_group(x: Tensor, projections: tuple[Projection, ...]) -> tuple[Tensor, ...]:
+    return tuple(lora_linear(x, projection) for projection in projections)
+
+
+def lora_mlp(x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor | None = None) -> Tensor:
+    outputs = lora_linear_group(x, gate_up)
+    gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
+    if gate.dtype != torch.float16:
+        y = lora_linear(swiglu(gate, up), down)
+        return y if residual is None else residual + y
+    # fp16 ends at 65504: the product is kept divided by 16, and the sum saturates
+    gate, up = (_saturate(t.float(), torch.float16).float() for t in (gate, up))
+    if down.bias is not None:
+        down = down._replace(bias=down.bias / 16)
+    y = lora_linear(_saturate(F.silu(gate) * up / 16, torch.float16), down).float() * 16
+    return _saturate(y if residual is None else residual.float() + y, torch.float16)
+
+
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, quant_state=None, bias: Tensor | None = None,
+    temperature: float = 1.0, vocab_size: int | None = None, entropy: bool = False, scratch_bytes: int = 263_000_000,
+):  # fmt: skip
+    if quant_state is not None:
+        weight = dequantize_nf4(weight, quant_state, _compute(hidden[:0]).dtype)
+    bias = None if bias is None else bias.detach()[:vocab_size]
+
+    def of_chunk(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        z = _compute(h) @ _compute(weight[:vocab_size]).t()
+        z = (z if bias is None else z + bias) / temperature
+        logps = z.log_softmax(-1)
+        chosen = logps.gather(-1, t.clamp(min=0)[:, None]).squeeze(-1).masked_fill(t == -100, 0.0)
+        return chosen, -(logps.exp() * logps).sum(-1).detach()
+
+    # a chunk's logits are computed again in the backward, so that a CPU too never holds all of them
+    flat, targets = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    tokens = max(1, scratch_bytes // (4 * weight.shape[0]))
+    pairs = zip(flat.split(tokens), targets.split(tokens), strict=True)
+    chunks = [checkpoint(of_chunk, h, t, use_reentrant=False) for h, t in pairs]
+    logp, spread = (torch.cat(parts).view(target.shape) for parts in zip(*chunks, strict=True))
+    return (logp, spread) if entropy else logp

@@ -1,0 +1,27 @@
+"""When may a kernel write its result over its input, and how does autograd learn of it.
+
+A kernel writes through a raw pointer, so autograd does not see it. `overwritten` tells it: another operation that
+saved the old values then raises "modified by an inplace operation" in its backward, and so does a second backward
+through the same graph, instead of computing with the wrong numbers.
+"""
+
+import torch
+from torch import Tensor
+
+
+def may_overwrite(t: Tensor) -> bool:
+    """Whether t is an intermediate result: neither a leaf that wants a gradient (a parameter, a test's input) nor a
+    view of one, and no element of it stands for several (an expanded dimension)."""
+    base = t._base if t._is_view() else t
+    expanded = any(step == 0 and n > 1 for n, step in zip(t.shape, t.stride(), strict=True))
+    return not (base.is_leaf and base.requires_grad) and not expanded
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are views of one storage (they may still be disjoint parts of it)."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def overwritten(*tensors: Tensor) -> None:
+    """Tell autograd that the tensors' values have changed."""
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
