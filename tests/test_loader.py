@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nbhelpers import host, hub, loader, presets, quantize, smoke
+from nbhelpers import chat, host, hub, loader, presets, quantize, smoke
 from nbhelpers.host import CannotRun, Card
 
 ARCHITECTURES = ("qwen2.5-1.5b", "llama-3.1-8b", "mistral-7b", "phi-4")
@@ -235,13 +235,35 @@ def test_where_the_card_computes_in_fp16():
 
 
 def test_every_weight_can_be_trained(tmp_path):
-    model = load(presets.get("workshop"), None)
+    model, tokenizer = loader.load(presets.get("workshop"), progress=False)
+    assert model.nbhelpers_base.id == "workshop" and len(tokenizer) == model.config.vocab_size == 372  # no stand-in
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
     train_step(model)
     model.save_pretrained(tmp_path)
-    smoke.make_tokenizer().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
     assert torch.equal(logits(load(tmp_path, "none", lora_rank=0)), logits(model))
     assert {p.dtype for p in load(tmp_path, "none", lora_rank=0, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+def test_dynamic_on_the_workshop_model_is_never_worse():
+    """Tokens of its own kind: questions that it was not measured on, with its own answers."""
+    preset = presets.get("workshop")
+
+    def questions(first: int):
+        return [
+            [{"role": "user", "content": f"Which is bigger? {a}.9 or {a}.{b}?"}]
+            for a in range(first, 9, 2)
+            for b in (11, 35)
+        ]
+
+    dense, tokenizer = loader.load(preset, progress=False)
+    prompts = torch.tensor([chat.prompt_ids(tokenizer, messages) for messages in questions(2)])
+    held_out = [dense.generate(prompts, max_new_tokens=16, min_new_tokens=16, do_sample=False)]
+    kl = {}
+    for quantization in ("nf4", "dynamic"):
+        model = load(preset, quantization, lora_rank=1, calibration=questions(1)).get_base_model()
+        kl[quantization] = quantize.divergence(dense, model, held_out)
+    assert 0 < kl["dynamic"] <= kl["nf4"]
 
 
 def test_lora_arguments():

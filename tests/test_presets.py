@@ -116,7 +116,7 @@ def test_an_unknown_preset_names_the_nearest():
         presets.get("xxxxxxx")
 
 
-@pytest.mark.parametrize("name", presets.names())
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_smoke_keeps_the_architecture(name, monkeypatch):
     real = presets.get(name)
     monkeypatch.setenv("NBHELPERS_SMOKE", "1")
@@ -128,6 +128,14 @@ def test_smoke_keeps_the_architecture(name, monkeypatch):
     assert bool(smoke.lora_rank) == bool(real.lora_rank) and smoke.quantization == real.quantization
     monkeypatch.setenv("NBHELPERS_SMOKE", "0")
     assert presets.get(name) == real
+
+
+def test_the_workshop_model_stays_itself_in_smoke(monkeypatch):
+    real = presets.get("workshop")
+    monkeypatch.setenv("NBHELPERS_SMOKE", "1")
+    smoke = presets.get("workshop")
+    assert smoke.smoke and smoke.max_steps < real.max_steps
+    assert replace(smoke, smoke=False, max_steps=real.max_steps) == real
 
 
 def test_the_switch_is_read_in_presets_alone():
