@@ -1,1 +1,190 @@
-"""."""
+"""What machine is this, and can it run that? Says so before anything is downloaded.
+
+host.report(preset)      # stops with the remedy if the preset cannot run here
+host.require("vllm")     # stops with the exact install line if it is missing
+"""
+
+import os
+import platform
+import sys
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from nbhelpers import presets
+from nbhelpers.presets import GB
+
+PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "vllm")
+INSTALL = {
+    "bitsandbytes": 'pip install "bitsandbytes>=0.50,<0.51"',
+    "peft": 'pip install "peft>=0.20,<0.22"',
+    "trl": 'pip install "trl>=1.16,<1.17"',
+    "vllm": "pip install -r requirements-vllm.txt",
+    "math-verify": "pip install math-verify",
+}
+
+
+class CannotRun(RuntimeError):
+    """This machine cannot do what was asked; the message says what it lacks and what to change."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """One GPU. `total` in bytes; `capability` is CUDA's, (7, 5) for a T4."""
+
+    name: str
+    total: int
+    capability: tuple[int, int]
+
+
+def cards() -> list[Card]:
+    """The CUDA GPUs that this process sees; empty without any."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [Card(p.name, p.total_memory, (p.major, p.minor)) for p in properties]
+
+
+def free_bytes(index: int) -> int:
+    """Bytes free on GPU `index`, whoever uses the rest. Ask for your own card only: it wakes the card up, which takes
+    some hundred MB of it."""
+    import torch
+
+    return torch.cuda.mem_get_info(index)[0]
+
+
+def device():
+    """The torch.device that this process works on: its own GPU of several (LOCAL_RANK), or the CPU."""
+    import torch
+
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cards() else torch.device("cpu")
+
+
+def card(index: int | None = None) -> Card | None:
+    """The GPU `index`, by default the one that `device()` names; None without a GPU."""
+    found = cards()
+    index = int(os.environ.get("LOCAL_RANK", 0)) if index is None else index
+    return found[index] if index < len(found) else None
+
+
+def compute_dtype():
+    """The torch.dtype to compute in: bfloat16 from compute capability 8.0, float16 below (a T4), float32 on a CPU.
+
+    torch.cuda.is_bf16_supported() is not asked: it says yes on a T4, where bf16 is emulated.
+    """
+    import torch
+
+    here = card()
+    if here is None:
+        return torch.float32
+    return torch.bfloat16 if here.capability >= (8, 0) else torch.float16
+
+
+def versions() -> dict[str, str]:
+    """{package: version} of those installed, plus python; nothing is imported."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def where() -> str:
+    """ "Colab", "Kaggle" or "local"."""
+    if "COLAB_RELEASE_TAG" in os.environ or "google.colab" in sys.modules:
+        return "Colab"
+    return "Kaggle" if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else "local"
+
+
+def require(package: str) -> None:
+    """CannotRun, with the line that installs it, if `package` is missing or this GPU is too old for it."""
+    if package == "vllm":
+        here = card()
+        if here is None or here.capability < (8, 0):
+            has = "no CUDA GPU" if here is None else f"a {here.name} (compute capability {_dots(here)})"
+            raise CannotRun(
+                f"vLLM needs an Ampere GPU or newer (compute capability 8.0) and here is {has}. "
+                'Use the project\'s own decoder: LeanGRPOTrainer(..., engine="graph")'
+            )
+    try:
+        version(package)
+    except PackageNotFoundError:
+        line = INSTALL.get(package, f"pip install {package}")
+        raise CannotRun(f"{package} is not installed. In a notebook cell: %{line}") from None
+
+
+def check_fits(preset: "presets.Preset", total: float) -> None:
+    """CannotRun if a card of `total` bytes is below the preset's floor: by how much, and which presets fit."""
+    gb, needed = total / GB, preset.on_card(total / GB).floor_gb()
+    if gb >= needed:
+        return
+    fit = presets.that_fit(gb)
+    advice = f"These fit: {', '.join(fit)}: presets.get({fit[-1]!r})" if fit else "No preset fits; take a larger card"
+    raise CannotRun(
+        f"{preset.name} needs at least {needed:.1f} GB to train and this card has {gb:.1f} GB: "
+        f"{needed - gb:.1f} GB too little. {advice}"
+    )
+
+
+def report(preset: "presets.Preset | None" = None) -> None:
+    """Print GPU, memory, dtype, versions and place; with a preset, whether and how it runs here.
+
+    Raises CannotRun when it cannot, with the remedy. Without a GPU a 4-bit preset is only warned about: it is
+    hopelessly slow there, and it works.
+    """
+    found, own = cards(), int(os.environ.get("LOCAL_RANK", 0))
+    here = card(own)
+    free = f", {free_bytes(own) / GB:.1f} free" if here else ""
+    ram = _ram_bytes()
+    memory = f" · {ram / GB:.1f} GB of host memory" if ram else ""
+    print(f"{where()} · {platform.system()} · {os.cpu_count()} CPU cores{memory}")
+    for index, gpu in enumerate(found):
+        print(
+            f"GPU {index}: {gpu.name} · {gpu.total / GB:.1f} GB{free if index == own else ''} · "
+            f"compute capability {_dots(gpu)} · computes in {str(compute_dtype()).removeprefix('torch.')}"
+        )
+    if not found:
+        print("no CUDA GPU: computes in float32 on the CPU")
+    print(" · ".join(f"{package} {number}" for package, number in versions().items()))
+    if preset is None:
+        return
+    if preset.quantization != "none":
+        require("bitsandbytes")
+    if preset.lora_rank:
+        require("peft")
+    if here is not None:
+        check_fits(preset, here.total)
+    elif not preset.smoke and preset.architecture.parameters() > 100e6:
+        warn_slow(preset.title)
+    chosen = preset.on_card(here.total / GB if here else None)
+    kind = "LoRA rank " + str(chosen.lora_rank) if chosen.lora_rank else "every weight trained"
+    print(
+        f"{chosen.title}{' (smoke: small and random)' if chosen.smoke else ''}: "
+        f"{chosen.architecture.parameters() / 1e9:.2f} billion parameters · {chosen.quantization} · {kind} · "
+        f"{chosen.num_generations} generations of {chosen.max_prompt_length} + {chosen.max_completion_length} tokens · "
+        f"at least {chosen.floor_gb():.1f} GB"
+    )
+
+
+def warn_slow(what: str) -> None:
+    warnings.warn(
+        f"{what} on a CPU works but is hopelessly slow (minutes for one answer). On Colab: Runtime > Change runtime "
+        'type > T4 GPU; on Kaggle: Settings > Accelerator; or take presets.get("workshop"), made for a CPU.',
+        stacklevel=3,
+    )
+
+
+def _dots(gpu: Card) -> str:
+    return ".".join(map(str, gpu.capability))
+
+
+def _ram_bytes() -> int | None:
+    """Host memory in bytes; None where the system does not say (Windows)."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None

@@ -1,1 +1,349 @@
-"""."""
+"""One frozen dataclass a model and card: hardware differences are data, and a planner needs no download.
+
+    preset = presets.get("qwen2.5-1.5b").on_card(15)
+
+GB is 10^9 bytes everywhere in this package. `NBHELPERS_SMOKE=1` is read in this file alone: every preset then becomes
+a small random model of the SAME architecture with two steps of training (the workshop model, small already, stays
+itself). Smoke proves wiring, not learning.
+"""
+
+import difflib
+import json
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from math import ceil
+from pathlib import Path
+from typing import NamedTuple
+
+GB = 1e9
+QUANTIZATIONS = ("dynamic", "nf4", "none")
+SPLIT = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")  # Phi3 fuses what others split
+WORKSHOP = Path(__file__).parent / "workshop"
+
+
+class Linear(NamedTuple):
+    name: str
+    out_features: int
+    in_features: int
+    bias: bool
+
+
+def nf4_bytes(out_features: int, in_features: int) -> int:
+    """Bytes of one NF4 matrix with double quantisation (Dettmers et al. 2023, QLoRA, section 3).
+
+    Half a byte a weight; one 8-bit absmax for 64 weights; one fp32 for 256 absmax; the two code books and the mean.
+    """
+    weights = out_features * in_features
+    blocks = ceil(weights / 64)
+    return ceil(weights / 2) + blocks + 4 * ceil(blocks / 256) + 4 * (16 + 256 + 1)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The numbers that decide how large a decoder is. Field names are those of its config.json."""
+
+    model_type: str  # "qwen2" | "llama" | "mistral" | "phi3"
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool
+    attention_bias: bool = False  # on q, k and v (Qwen2)
+    max_position_embeddings: int = 32768
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+
+    KNOWN = ("qwen2", "llama", "mistral", "phi3")  # no annotation: a constant, not a field
+
+    @classmethod
+    def from_config(cls, config: dict) -> "Architecture":
+        """From the dictionary in a config.json. Raises ValueError for a model type it cannot count."""
+        if config.get("model_type") not in cls.KNOWN:
+            raise ValueError(f"cannot count a {config.get('model_type')!r}; only {', '.join(cls.KNOWN)}")
+        heads = config["num_attention_heads"]
+        given = {field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None}
+        rope = config.get("rope_parameters") or {}  # where transformers 5 writes what was `rope_theta`
+        return cls(
+            **{
+                "num_key_value_heads": heads,
+                "head_dim": config["hidden_size"] // heads,
+                "tie_word_embeddings": False,
+                "rope_theta": rope.get("rope_theta", 10000.0),
+                **given,
+                "attention_bias": config["model_type"] == "qwen2" or config.get("attention_bias", False),
+            }
+        )
+
+    def config(self) -> dict:
+        """The dictionary of a config.json that transformers turns into this architecture."""
+        own = asdict(self)
+        if self.model_type == "qwen2":  # both are fixed in its code
+            own.pop("attention_bias")
+        names = {"qwen2": "Qwen2", "llama": "Llama", "mistral": "Mistral", "phi3": "Phi3"}
+        return {**own, "architectures": [f"{names[self.model_type]}ForCausalLM"], "hidden_act": "silu"}
+
+    def linears(self) -> tuple[Linear, ...]:
+        """The matrices of one layer, those that are quantised and get a LoRA."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        bias = self.attention_bias
+        if self.model_type == "phi3":
+            return (
+                Linear("qkv_proj", q + 2 * kv, hidden, bias),
+                Linear("o_proj", hidden, q, False),
+                Linear("gate_up_proj", 2 * inner, hidden, False),
+                Linear("down_proj", hidden, inner, False),
+            )
+        return (
+            Linear("q_proj", q, hidden, bias),
+            Linear("k_proj", kv, hidden, bias),
+            Linear("v_proj", kv, hidden, bias),
+            Linear("o_proj", hidden, q, False),
+            Linear("gate_proj", inner, hidden, False),
+            Linear("up_proj", inner, hidden, False),
+            Linear("down_proj", hidden, inner, False),
+        )
+
+    def parameters(self) -> int:
+        return self._linear_parameters() + self._other_parameters()
+
+    def _linear_parameters(self) -> int:
+        return self.num_hidden_layers * sum(m.out_features * m.in_features for m in self.linears())
+
+    def _other_parameters(self) -> int:
+        """Embedding, head, norms and biases: what stays in 16 bits."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        biases = sum(m.out_features for m in self.linears() if m.bias)
+        return embeddings + self.hidden_size + self.num_hidden_layers * (2 * self.hidden_size + biases)
+
+    def weight_bytes(self, quantization: str = "nf4", width: int = 2, budget: float = 0.10) -> int:
+        """Bytes of the frozen weights; `width` is the size of an unquantised number.
+
+        "dynamic" is its upper bound: NF4 and the whole of its budget.
+        """
+        if quantization == "none":
+            return self.parameters() * width
+        matrices = sum(nf4_bytes(m.out_features, m.in_features) for m in self.linears())
+        nf4 = self.num_hidden_layers * matrices + self._other_parameters() * width
+        return round(nf4 * (1 + budget)) if quantization == "dynamic" else nf4
+
+    def lora_parameters(self, rank: int, targets: tuple[str, ...] | None = None) -> int:
+        """Numbers in a LoRA (Hu et al. 2021, section 4.1) of `rank` on `targets`, all linear layers if None."""
+        matrices = [m for m in self.linears() if targets is None or m.name in targets]
+        return self.num_hidden_layers * rank * sum(m.out_features + m.in_features for m in matrices)
+
+    def largest_tensor_bytes(self, width: int = 2) -> int:
+        return width * max(
+            self.vocab_size * self.hidden_size, *(m.out_features * m.in_features for m in self.linears())
+        )
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model and how to train it. `on_card` gives the same preset with one card's numbers."""
+
+    name: str
+    title: str
+    hub_id: str  # a hub id, or a local folder
+    architecture: Architecture
+    gated: bool = False  # the hub asks for an accepted licence and a token
+    quantization: str = "dynamic"
+    lora_rank: int = 32  # 0: no adapter, every weight is trained
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    lora_targets: tuple[str, ...] = SPLIT
+    num_generations: int = 8
+    max_prompt_length: int = 256
+    max_completion_length: int = 768
+    learning_rate: float = 1e-5
+    max_steps: int = 250
+    smoke: bool = False
+    cards: tuple[tuple[int, tuple[tuple[str, object], ...]], ...] = ()  # (GB from which it holds, what changes)
+
+    def on_card(self, gb: float | None) -> "Preset":
+        """This preset for a card of `gb` GB: the changes of the largest size that does not exceed it.
+
+        A card smaller than every entry gets the smallest entry's; None (no GPU) changes nothing.
+        """
+        if gb is None or not self.cards or self.smoke:
+            return self
+        sizes = sorted(self.cards)
+        changes = next((changes for size, changes in reversed(sizes) if size <= gb), sizes[0][1])
+        return replace(self, **dict(changes))
+
+    def weight_bytes(self, width: int = 2) -> int:
+        return self.architecture.weight_bytes(self.quantization, width)
+
+    def lora_bytes(self, width: int = 4) -> int:
+        """Bytes of the adapter alone; it is kept in fp32 (`width` 4), for in bf16 a step of 1e-5 is rounded away."""
+        return width * self.architecture.lora_parameters(self.lora_rank, self.lora_targets)
+
+    def floor_gb(self) -> float:
+        """GB below which training cannot start on a card: a floor from the bytes, not a plan.
+
+        NF4 weights, adapter with its gradient and 8-bit Adam, and 0.6 GB for the CUDA context and one layer's work.
+        With every weight trained: fp32 weights, gradients and 8-bit Adam instead.
+        """
+        if self.lora_rank == 0:
+            return (self.architecture.parameters() * (4 + 4 + 2)) / GB + 0.6
+        tightest = "none" if self.quantization == "none" else "nf4"
+        trained = self.architecture.lora_parameters(self.lora_rank, self.lora_targets) * (4 + 4 + 2)
+        return (self.architecture.weight_bytes(tightest) + trained) / GB + 0.6
+
+
+def _cards(**by_size: dict) -> tuple:
+    """_cards(gb8={...}) -> ((8, (...)),): frozen, so that a preset stays hashable."""
+    return tuple((int(size[2:]), tuple(changes.items())) for size, changes in by_size.items())
+
+
+_LLAMA3 = {"model_type": "llama", "vocab_size": 128256, "rope_theta": 500000.0, "rms_norm_eps": 1e-5}
+_LLAMA3 |= {"max_position_embeddings": 131072}
+_QWEN25 = {"model_type": "qwen2", "attention_bias": True, "rope_theta": 1000000.0}
+_QWEN25_7B = Architecture(
+    **_QWEN25, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+    num_key_value_heads=4, head_dim=128, vocab_size=152064, tie_word_embeddings=False,
+)  # fmt: skip
+# a 7B or 8B in NF4 with an adapter of rank 16 leaves a T4 enough for 768 tokens; the 16-bit layers of "dynamic" wait
+# for 24 GB
+_CARDS_SMALL = _cards(
+    gb8={"quantization": "nf4", "max_completion_length": 512},
+    gb12={},
+    gb15={},
+    gb24={"max_completion_length": 1536},
+    gb40={"max_completion_length": 2048, "num_generations": 16},
+)
+_CARDS_7B = _cards(
+    gb8={"quantization": "nf4", "num_generations": 4, "max_completion_length": 256, "lora_rank": 8, "lora_alpha": 8},
+    gb12={"quantization": "nf4", "max_completion_length": 512},
+    gb15={"quantization": "nf4"},
+    gb24={"max_completion_length": 1024, "lora_rank": 32, "lora_alpha": 32},
+    gb40={"max_completion_length": 2048, "lora_rank": 32, "lora_alpha": 32},
+)
+_TABLE = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            "qwen2.5-1.5b", "Qwen2.5 1.5B Instruct", "Qwen/Qwen2.5-1.5B-Instruct",
+            Architecture(
+                **_QWEN25, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+                num_key_value_heads=2, head_dim=128, vocab_size=151936, tie_word_embeddings=True,
+            ),
+            cards=_CARDS_SMALL,
+        ),
+        Preset(
+            "qwen2.5-3b", "Qwen2.5 3B Instruct", "Qwen/Qwen2.5-3B-Instruct",
+            Architecture(
+                **_QWEN25, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
+                num_key_value_heads=2, head_dim=128, vocab_size=151936, tie_word_embeddings=True,
+            ),
+            cards=_CARDS_SMALL,
+        ),
+        Preset(
+            "qwen2.5-7b", "Qwen2.5 7B Instruct", "Qwen/Qwen2.5-7B-Instruct", _QWEN25_7B,
+            lora_rank=16, lora_alpha=16, learning_rate=5e-6, cards=_CARDS_7B,
+        ),
+        Preset(
+            "llama-3.2-3b", "Llama 3.2 3B Instruct", "meta-llama/Llama-3.2-3B-Instruct",
+            Architecture(
+                **_LLAMA3, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+                num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+            ),
+            gated=True, cards=_CARDS_SMALL,
+        ),
+        Preset(
+            "llama-3.1-8b", "Llama 3.1 8B Instruct", "meta-llama/Llama-3.1-8B-Instruct",
+            Architecture(
+                **_LLAMA3, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
+            ),
+            gated=True, lora_rank=16, lora_alpha=16, learning_rate=5e-6, cards=_CARDS_7B,
+        ),
+        Preset(
+            "mistral-7b", "Mistral 7B Instruct v0.3", "mistralai/Mistral-7B-Instruct-v0.3",
+            Architecture(
+                "mistral", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                num_key_value_heads=8, head_dim=128, vocab_size=32768, tie_word_embeddings=False,
+                rope_theta=1000000.0, rms_norm_eps=1e-5,
+            ),
+            lora_rank=16, lora_alpha=16, learning_rate=5e-6, cards=_CARDS_7B,
+        ),
+        Preset(
+            "phi-4", "Phi-4 14B", "microsoft/phi-4",
+            Architecture(
+                "phi3", hidden_size=5120, intermediate_size=17920, num_hidden_layers=40, num_attention_heads=40,
+                num_key_value_heads=10, head_dim=128, vocab_size=100352, tie_word_embeddings=False,
+                max_position_embeddings=16384, rope_theta=250000.0, rms_norm_eps=1e-5,
+            ),
+            lora_rank=16, lora_alpha=16, lora_targets=FUSED, learning_rate=5e-6,
+            cards=_cards(
+                gb12={"quantization": "nf4", "num_generations": 4, "max_completion_length": 256},
+                gb15={"quantization": "nf4", "max_completion_length": 512},
+                gb24={},
+                gb40={"max_completion_length": 2048, "lora_rank": 32, "lora_alpha": 32},
+            ),
+        ),
+        Preset(
+            "r1-distill-qwen-7b", "DeepSeek R1 Distill Qwen 7B", "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
+            replace(_QWEN25_7B, rope_theta=10000.0, max_position_embeddings=131072),
+            lora_rank=16, lora_alpha=16, learning_rate=5e-6, max_completion_length=1024,  # it thinks at length
+            cards=_cards(
+                gb8={"quantization": "nf4", "num_generations": 4, "max_completion_length": 512, "lora_rank": 8},
+                gb12={"quantization": "nf4"},
+                gb15={"quantization": "nf4"},
+                gb24={"max_completion_length": 2048},
+                gb40={"max_completion_length": 4096, "lora_rank": 32, "lora_alpha": 32},
+            ),
+        ),
+    )
+}  # fmt: skip
+
+
+def _workshop() -> Preset:
+    architecture = Architecture.from_config(json.loads((WORKSHOP / "config.json").read_text()))
+    return Preset(
+        "workshop", "the workshop model", str(WORKSHOP), architecture,
+        quantization="none", lora_rank=0, lora_alpha=0, num_generations=8, max_prompt_length=96,
+        max_completion_length=64, learning_rate=5e-4, max_steps=80,
+    )  # fmt: skip
+
+
+def _smoke(preset: Preset) -> Preset:
+    """The same architecture with small numbers. Its tokenizer is one byte a token, so prompts are long.
+
+    The workshop model is small already: it stays itself and takes fewer steps, so that its smoke run still learns.
+    """
+    if preset.name == "workshop":
+        return replace(preset, smoke=True, max_steps=30)
+    small = replace(
+        preset.architecture, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, vocab_size=320, max_position_embeddings=2048,
+    )  # fmt: skip
+    return replace(
+        preset, architecture=small, smoke=True, gated=False, hub_id=f"smoke/{preset.name}",
+        lora_rank=min(preset.lora_rank, 4), lora_alpha=min(preset.lora_alpha, 4), num_generations=4,
+        max_prompt_length=1536, max_completion_length=16, max_steps=2,
+    )  # fmt: skip
+
+
+def names() -> tuple[str, ...]:
+    return ("workshop", *_TABLE)
+
+
+def get(name: str) -> Preset:
+    """The preset of that name; with NBHELPERS_SMOKE=1 its small random stand-in. ValueError names what there is."""
+    if name not in names():
+        close = difflib.get_close_matches(str(name).lower(), names(), n=1, cutoff=0.5)
+        hint = f' Did you mean presets.get("{close[0]}")?' if close else ""
+        raise ValueError(f"there is no preset {name!r}.{hint} There are: {', '.join(names())}")
+    preset = _workshop() if name == "workshop" else _TABLE[name]
+    return _smoke(preset) if os.environ.get("NBHELPERS_SMOKE") == "1" else preset
+
+
+def that_fit(gb: float) -> tuple[str, ...]:
+    """The presets that a card of `gb` GB can train, by `floor_gb`."""
+    every = (_workshop(), *_TABLE.values())
+    return tuple(preset.name for preset in every if preset.on_card(gb).floor_gb() <= gb)

@@ -1,0 +1,59 @@
+"""A tokenizer made ready for GRPO: a chat template, a pad token that is not the end token, padding on the left.
+
+Training and inference both go through `prompt_ids`, or through TRL, which makes the same call: one list of messages
+gives one list of token ids.
+"""
+
+from pathlib import Path
+
+# For a base model that has no template: plain text, no token that the model has not met. The first token is the
+# tokenizer's own begin token, if it has one; an answer ends with the end token.
+DEFAULT_TEMPLATE = (
+    "{{ bos_token or '' }}{% for message in messages %}{{ message['role'].capitalize() }}: {{ message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '' }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+# tokens that their makers set aside for padding or never use in text, best first
+_PAD = (
+    "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<|dummy_85|>", "<|endoftext|>", "<|fim_pad|>",
+    "<|vision_pad|>", "[control_8]", "<unk>",
+)  # fmt: skip
+
+
+def load_tokenizer(folder: str | Path):
+    """The tokenizer of a model folder, ready. ValueError if it has none, or no token that could serve as padding."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"{folder} has no tokenizer that transformers can read ({error})") from None
+    return prepare(tokenizer)
+
+
+def prepare(tokenizer):
+    """The same tokenizer, changed where it must be.
+
+    The pad token: if it is the end token, a loss that ignores padding never learns to stop, so another is taken.
+    """
+    if tokenizer.eos_token is None:
+        raise ValueError("the tokenizer has no end token, so a completion could not end: set tokenizer.eos_token first")
+    if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        vocabulary = tokenizer.get_vocab()
+        candidates = [*_PAD, *(token for token in (tokenizer.unk_token, tokenizer.bos_token) if token)]
+        for token in candidates:
+            if token in vocabulary and token != tokenizer.eos_token:
+                tokenizer.pad_token = token
+                break
+        else:
+            raise ValueError("the tokenizer has no pad token other than its end token: set tokenizer.pad_token first")
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = DEFAULT_TEMPLATE
+    tokenizer.padding_side = "left"  # generation continues at the right edge
+    return tokenizer
+
+
+def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
+    """Token ids of a conversation up to where the answer begins. Never tokenize its text again: BOS would double."""
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return list(encoded["input_ids"])

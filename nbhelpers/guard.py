@@ -1,0 +1,200 @@
+"""What the trainer puts around every reward function, so that neither one bad batch nor a silent mistake costs a run.
+
+TRL takes what a reward function gives. A function that raises ends the run; one that gives NaN or None everywhere
+lets it go on to the end, with exit code 0, having learned nothing.
+"""
+
+import functools
+import inspect
+import math
+import warnings
+from collections.abc import Callable
+
+FAILURES = 3  # batches in a row without a single score before the run is stopped
+
+
+class RewardError(ValueError):
+    """A reward function that must be changed before training can go on; the message says which, and how."""
+
+
+def guard(func: Callable) -> Callable:
+    """The same reward function, for a run that is not lost to one bad batch. Async functions stay async.
+
+    A batch in which it raises, or gives no usable number at all, scores None (for TRL: "does not apply") with a
+    warning; the third in a row stops the run. NaN, infinity or something that is no number scores None in its row,
+    with a warning for the first one.
+
+    Args:
+        func (`Callable`): A reward function with TRL's signature.
+
+    Returns:
+        `Callable`: It has the `__name__` under which TRL logs `func`.
+
+    Raises:
+        RewardError: From the guarded function: at once when the function wants a column that the data does not have,
+            or does not return one score for each completion; after three failed batches in a row, from the last
+            exception.
+    """
+    return _Guard(func).guarded()
+
+
+def guard_all(funcs: list) -> list:
+    """`guard` around every function of a list; reward models (modules and names of models) pass through untouched.
+
+    A completion to which no function applies is left to TRL, which keeps it out of its group's baseline and gives it
+    advantage 0. But where that is so for every completion, nothing is learned and nothing is said: three batches in a
+    row without a single score stop the run.
+
+    Args:
+        funcs (`list`): What TRL's `reward_funcs` takes.
+
+    Returns:
+        `list`: As long as `funcs`, in the same order.
+
+    Raises:
+        RewardError: At once for two functions of one name, whose curves TRL would mix into one.
+    """
+    from torch import nn
+
+    guards = {i: _Guard(func) for i, func in enumerate(funcs) if not isinstance(func, (str, nn.Module))}
+    names = [one.name for one in guards.values()]
+    for name in names:
+        if names.count(name) > 1:
+            raise RewardError(f"two reward functions are called {name!r}, so their curves would be mixed: rename one")
+    if len(guards) == len(funcs):  # a reward model always has a score
+        for one in guards.values():
+            one.team = list(guards.values())
+    return [guards[i].guarded() if i in guards else func for i, func in enumerate(funcs)]
+
+
+class _Guard:
+    """What one guarded function did so far."""
+
+    def __init__(self, func: Callable):
+        self.func = func
+        inner = func
+        while isinstance(inner, functools.partial):
+            inner = inner.func
+        is_function = inspect.isroutine(inner)
+        self.name = inner.__name__ if is_function else type(inner).__name__  # as TRL names it
+        self.is_async = inspect.iscoroutinefunction(inner if is_function else inner.__call__)
+        self.inner = inner
+        self.failures = 0  # failed batches in a row
+        self.warned = False  # about a value that is no number
+        self.scored = False  # whether the newest batch had any score
+        self.silent = 0  # batches in a row in which nobody in the team had any score
+        self.team: list[_Guard] = []  # all functions of the run, this one too
+
+    def guarded(self) -> Callable:
+        if self.is_async:
+
+            async def guarded(completions, **columns):
+                self.check_columns(completions, columns)
+                try:
+                    scores = await self.func(completions=completions, **columns)
+                except Exception as error:
+                    return self.failed(len(completions), error)
+                return self.checked(scores, len(completions))
+
+        else:
+
+            def guarded(completions, **columns):
+                self.check_columns(completions, columns)
+                try:
+                    scores = self.func(completions=completions, **columns)
+                except Exception as error:
+                    return self.failed(len(completions), error)
+                return self.checked(scores, len(completions))
+
+        guarded.__name__ = guarded.__qualname__ = self.name
+        guarded.__doc__ = self.inner.__doc__
+        return guarded
+
+    def check_columns(self, completions: list, columns: dict) -> None:
+        """A misspelt column or a missing `**_` would fail in every batch: say so in the first."""
+        try:
+            inspect.signature(self.func).bind(completions=completions, **columns)
+        except TypeError as error:
+            raise RewardError(
+                f"reward function {self.name!r} cannot be called: {error}. It is given completions, "
+                f"{', '.join(columns)}. Name those that it needs and take the rest with **_, for example "
+                f"`def {self.name}(completions, answer, **_):`"
+            ) from None
+
+    def checked(self, scores, n: int) -> list[float | None]:
+        """The scores as floats and None, one for each of n completions."""
+        from numpy import ndarray
+        from torch import Tensor
+
+        kind = type(scores).__name__
+        if isinstance(scores, (ndarray, Tensor)):
+            kind += f" of shape {tuple(scores.shape)}"
+            scores = scores.tolist() if scores.ndim == 1 else None
+        if not isinstance(scores, (list, tuple)):
+            raise RewardError(
+                f"reward function {self.name!r} returned a {kind}, not a list of {n} numbers. {self.line_to_change()}"
+            )
+        if len(scores) != n:
+            raise RewardError(
+                f"reward function {self.name!r} returned {len(scores)} rewards for {n} completions: one is wanted for "
+                f"each, in their order. {self.line_to_change()}"
+            )
+        numbers = [_number(score) for score in scores]
+        bad = [row for row in range(n) if numbers[row] is None and scores[row] is not None]
+        if len(bad) == n > 0:
+            return self.failed(n, ValueError(f"{scores[0]!r} in row 0, and no finite number in any other"))
+        if bad and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"reward function {self.name!r} gave {scores[bad[0]]!r} to row {bad[0]} of {n}, which is no finite "
+                "number; such rows count as None (not scored). This is said once.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        self.failures = 0
+        self.count_silence(numbers)
+        return numbers
+
+    def failed(self, n: int, error: Exception) -> list[None]:
+        self.failures += 1
+        what = f"{type(error).__name__}: {error}"
+        if self.failures >= FAILURES:
+            raise RewardError(
+                f"reward function {self.name!r} failed in {FAILURES} batches in a row, last with {what}"
+            ) from error
+        warnings.warn(
+            f"reward function {self.name!r} failed with {what}; its {n} rewards of this batch count as None (not "
+            f"scored). Failure {self.failures} in a row; the run stops at {FAILURES}.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        self.count_silence([])
+        return [None] * n
+
+    def count_silence(self, numbers: list[float | None]) -> None:
+        self.scored = any(number is not None for number in numbers)
+        self.silent = 0 if any(one.scored for one in self.team) else self.silent + 1
+        if self.team and self.silent >= FAILURES:
+            names = ", ".join(one.name for one in self.team)
+            raise RewardError(
+                f"in {FAILURES} batches in a row no reward function ({names}) scored any completion, so there is "
+                "nothing to learn from: return a number, not None, for the rows that count"
+            )
+
+    def line_to_change(self) -> str:
+        """The function's last `return` (or its first line, if it has none) and what belongs there."""
+        try:
+            lines = [line.strip() for line in inspect.getsource(self.inner).splitlines()]
+        except (OSError, TypeError):  # no source at hand: typed into a plain interpreter, or a callable object
+            lines = [f"def {self.name}"]
+        line = next((line for line in reversed(lines) if line.startswith("return")), lines[0])
+        return f"The line to change: `{line}`; it should end in something like `return [score(c) for c in completions]`"
+
+
+def _number(score) -> float | None:
+    """A finite float, or None for everything that is none."""
+    try:
+        number = math.nan if isinstance(score, (str, bytes)) else float(score)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several values
+        return None
+    return number if math.isfinite(number) else None

@@ -1,0 +1,127 @@
+"""The tensors of a safetensors checkpoint, read one at a time into one host buffer.
+
+The host then holds the largest tensor and no more, whatever the size of a shard: nothing is mapped, so no page of the
+file counts as this process's memory. The format: https://huggingface.co/docs/safetensors (8 bytes little-endian length
+of the header, the header in JSON, the bytes of the tensors).
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: `start` and `nbytes` are bytes in `file`."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+class Shards:
+    """The checkpoint in a folder. `entries` is {tensor name: Entry} in the order of the files.
+
+    Raises FileNotFoundError for a folder without weights or with a shard missing, ValueError for a pickle-only
+    checkpoint or a damaged file.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.entries: dict[str, Entry] = {}
+        for file in _files(Path(folder)):
+            self.entries.update(_header(file))
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest tensor."""
+        return max(entry.nbytes for entry in self.entries.values())
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor on the CPU in the checkpoint's dtype. It lives in the one buffer: copy it before the next read."""
+        entry = self.entries[name]
+        if self._buffer.numel() < entry.nbytes:
+            self._buffer = torch.empty(self.largest, dtype=torch.uint8)
+        target = memoryview(self._buffer.numpy())[: entry.nbytes]
+        with open(entry.file, "rb", buffering=0) as f:
+            f.seek(entry.start)
+            done = 0
+            while done < entry.nbytes:  # one read brings 2 GB at most
+                count = f.readinto(target[done:])
+                if not count:
+                    raise ValueError(f"{entry.file} ends inside {name}: download it again")
+                done += count
+        return self._buffer[: entry.nbytes].view(entry.dtype).view(entry.shape)
+
+    def release(self) -> None:
+        """Give the host buffer back; a later read makes a new one."""
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def fingerprint(self) -> str:
+        """A hash that tells two checkpoints apart: every tensor's name, shape and first 4 KB, however it is sharded."""
+        digest = hashlib.sha256()
+        for name, entry in sorted(self.entries.items()):
+            digest.update(f"{name} {entry.shape}".encode())
+            with open(entry.file, "rb", buffering=0) as f:
+                f.seek(entry.start)
+                digest.update(f.read(min(4096, entry.nbytes)))
+        return digest.hexdigest()[:16]
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        missing = [file.name for file in files if not file.exists()]
+        if missing:
+            raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which its index names: download it again")
+        return files
+    single = folder / "model.safetensors"
+    if single.exists():
+        return [single]
+    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+    if pickles:
+        raise ValueError(
+            f"{folder} has only pickled weights ({', '.join(pickles[:3])}), which can run code when loaded: refused. "
+            "Take a safetensors version of the model, or convert it where you trust it: "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)"
+        )
+    raise FileNotFoundError(f"{folder} has a config but no weights: model.safetensors is missing")
+
+
+def _header(file: Path) -> dict[str, Entry]:
+    size = file.stat().st_size
+    try:
+        with open(file, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise ValueError(f"header of {length} bytes")
+            header = json.loads(f.read(length))
+        header.pop("__metadata__", None)
+        entries = {}
+        for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, end = info["data_offsets"]
+            entry = Entry(file, _DTYPES[info["dtype"]], tuple(info["shape"]), 8 + length + start, end - start)
+            count = torch.Size(entry.shape).numel()
+            if entry.nbytes != count * entry.dtype.itemsize or 8 + length + end > size:
+                raise ValueError(f"{name} does not fit")
+            entries[name] = entry
+        return entries
+    except (ValueError, KeyError, TypeError) as error:  # JSONDecodeError is a ValueError
+        raise ValueError(f"{file} is damaged or cut short ({error}): download it again") from None
