@@ -119,9 +119,9 @@ def _compute_dtype(x: Tensor, modules) -> torch.dtype:
     return x.dtype if plain else base.compute_dtype or x.dtype
 
 
-def linears(x: Tensor, *modules: nn.Module, norm: nn.Module | None = None) -> list[Tensor]:
+def linears(x: Tensor, *modules: nn.Module, norm: nn.Module | None = None, packed: bool = False) -> list[Tensor]:
     """The outputs of linear modules that read the same x [..., in], or norm(x): by the kernels, or each by its own
-    forward."""
+    forward. packed: the kernels' come as one tensor [..., sum of out]."""
     parts = tuple(projection(module) for module in modules)
     fused = not any(isinstance(part, str) for part in parts)
     if norm is not None and not (fused and _foldable(norm, x, modules)):
@@ -129,8 +129,10 @@ def linears(x: Tensor, *modules: nn.Module, norm: nn.Module | None = None) -> li
     if not fused:
         return [module(x) for module in modules]
     if norm is not None:
-        return list(kernels.lora_linear_group(x, parts, (norm.weight, norm.variance_epsilon)))
-    outputs = kernels.lora_linear_group(x.to(_compute_dtype(x, modules)), parts)
+        outputs = kernels.lora_linear_group(x, parts, (norm.weight, norm.variance_epsilon), packed)
+        return [outputs] if packed else list(outputs)
+    outputs = kernels.lora_linear_group(x.to(_compute_dtype(x, modules)), parts, None, packed)
+    outputs = [outputs] if packed else outputs
     return [y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype) for y in outputs]
 
 
@@ -198,7 +200,10 @@ class _Attention:
         return (self.q_proj, self.k_proj, self.v_proj), (self.o_proj,)
 
     def _rotated(self, outputs, cos, sin):
-        """Q, K and V [B, heads, S, D], Q and K rotated, from the first group's outputs."""
+        """Q, K and V [B, heads, S, D], Q and K rotated, from the first group's outputs: three, or one packed."""
+        if len(outputs) == 1:
+            heads = self.config.num_attention_heads, self.config.num_key_value_heads
+            return kernels.rope_packed(*outputs, cos, sin, *heads)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in outputs)
         return *kernels.rope(q, k, cos, sin), v
 
@@ -210,7 +215,7 @@ class _Attention:
         self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, norm=None, **kwargs
     ):
         first, last = self.groups()
-        q, k, v = self._rotated(linears(hidden_states, *first, norm=norm), *position_embeddings)
+        q, k, v = self._rotated(linears(hidden_states, *first, norm=norm, packed=True), *position_embeddings)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         stock = sys.modules[self.stock.__module__]
@@ -236,10 +241,6 @@ class _MistralAttention(_Attention):
 class _Phi3Attention(_MistralAttention):
     def groups(self):
         return (self.qkv_proj,), (self.o_proj,)
-
-    def _rotated(self, outputs, cos, sin):
-        heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        return kernels.rope_packed(*outputs, cos, sin, *heads)
 
 
 class _Layer:

@@ -139,10 +139,11 @@ def test_reference_linear_logprob_is_log_softmax():
 
 
 def plain_torch_dequantize(monkeypatch):
-    """lora_linear's own code is torch: with the one Triton call in it replaced it runs anywhere, in any dtype."""
+    """lora_linear's own code is torch: with the Triton calls in it replaced it runs anywhere, in any dtype."""
     pytest.importorskip("triton")
     module = sys.modules["nbhelpers.kernels.lora_linear"]
     monkeypatch.setattr(module, "dequantize_nf4", reference.dequantize_nf4)
+    monkeypatch.setattr(module, "stack_adapters", reference.stack_adapters)
     return module
 
 
