@@ -46,8 +46,10 @@ def projection(module: nn.Module) -> Projection | str:
         return HOOKED
     if module.merged:
         return "its adapter is merged" if module.disable_adapters else _base(module.base_layer)
-    active = [] if module.disable_adapters else [name for name in module.active_adapters if name in module.lora_A]
-    base = _base(module.base_layer)
+    inside = module._modules  # nn.Module's attribute look-up is slow, and this runs for every layer in every forward
+    lora_a = inside["lora_A"]._modules
+    active = [] if module.disable_adapters else [name for name in module.active_adapters if name in lora_a]
+    base = _base(inside["base_layer"])
     if isinstance(base, str) or not active:
         return base
     (name, *others) = active
@@ -57,12 +59,12 @@ def projection(module: nn.Module) -> Projection | str:
         return "DoRA or another variant of LoRA"
     if module.lora_bias.get(name):
         return "LoRA with a bias"
-    if module.training and not isinstance(module.lora_dropout[name], nn.Identity):
+    if module.training and not isinstance(inside["lora_dropout"]._modules[name], nn.Identity):
         return DROPOUT
-    a, b = module.lora_A[name], module.lora_B[name]
+    a, b = lora_a[name], inside["lora_B"]._modules[name]
     if _watched(a) or _watched(b):
         return HOOKED
-    return base._replace(lora_a=a.weight, lora_b=b.weight, scale=module.scaling[name])
+    return base._replace(lora_a=a._parameters["weight"], lora_b=b._parameters["weight"], scale=module.scaling[name])
 
 
 def _base(module: nn.Module) -> Projection | str:
@@ -71,7 +73,7 @@ def _base(module: nn.Module) -> Projection | str:
         return f"{type(module).__name__} is not a linear layer the kernels know"
     if _watched(module):
         return HOOKED
-    weight, bias, state = module.weight, module.bias, None
+    weight, bias, state = module._parameters["weight"], module._parameters["bias"], None
     if type(module) is not nn.Linear:
         state = weight.quant_state
         if state is None or state.quant_type != "nf4":

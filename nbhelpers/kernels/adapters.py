@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from . import reference
+from .sizes import ceil_div, power_of_2
 
 A_BLOCK = 2048  # elements of A, and of B, that one program writes
 MOST_PARTS = 3  # Q, K and V
@@ -67,9 +68,9 @@ def stack_adapters(parts, dtype):
     inputs = first.shape[1]
     a = torch.empty(rank, inputs, dtype=dtype, device=first.device)
     b = torch.empty(out, rank, dtype=dtype, device=first.device)
-    columns = triton.next_power_of_2(rank)
+    columns = power_of_2(rank)
     rows = max(1, A_BLOCK // columns)
-    _stack[(max(triton.cdiv(rank * inputs, A_BLOCK), triton.cdiv(out, rows)),)](
+    _stack[(max(ceil_div(rank * inputs, A_BLOCK), ceil_div(out, rows)),)](
         *a_list, *b_list, a, b, *scales, inputs, *outs, *ranks, RANKS=columns, ROWS=rows, A_BLOCK=A_BLOCK
     )
     return a, b

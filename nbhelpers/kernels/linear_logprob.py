@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from .nf4 import dequantize_nf4
+from .sizes import ceil_div, power_of_2
 
 SCRATCH_BYTES = 263_000_000  # 1,024 tokens x 128,256 words in 16 bits
 SLICE_TOKENS, SLICE_WORDS = 4096, 8192  # of a head that has to be made dense piece by piece
@@ -143,7 +144,7 @@ class _Head:
 
     def fold(self, z, first, target, grow, sums, entropy):
         bias = z if self.bias is None else self.bias[first:]
-        block = min(4096, triton.next_power_of_2(z.shape[1]))
+        block = min(4096, power_of_2(z.shape[1]))
         _logsumexp_kernel[(z.shape[0],)](
             z, z.stride(0), bias, target, grow, *sums, 1 / self.temperature, first, z.shape[1],
             BIAS=self.bias is not None, ENTROPY=entropy, BLOCK=block, num_warps=8,
@@ -151,8 +152,8 @@ class _Head:
 
     def to_gradient(self, z, first, target, grow, lse):
         bias = z if self.bias is None else self.bias[first:]
-        block = min(4096, triton.next_power_of_2(z.shape[1]))
-        _gradient_kernel[(z.shape[0], triton.cdiv(z.shape[1], block))](
+        block = min(4096, power_of_2(z.shape[1]))
+        _gradient_kernel[(z.shape[0], ceil_div(z.shape[1], block))](
             z, z.stride(0), bias, target, grow, lse, 1 / self.temperature, first, z.shape[1], self.unit, IGNORE,
             BIAS=self.bias is not None, BLOCK=block, num_warps=8,
         )  # fmt: skip
