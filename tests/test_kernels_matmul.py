@@ -412,6 +412,18 @@ class TestLinearLogprob:
         same(mine, theirs, 1e-5 if dtype == torch.float32 else 5e-3)
 
     @DTYPES
+    @pytest.mark.parametrize("tile", [None, (4, 13), (2, 300)])
+    def test_without_gradient_in_tiles(self, monkeypatch, tile, dtype):
+        module = sys.modules["nbhelpers.kernels.linear_logprob"]
+        monkeypatch.setattr(module, "FORWARD_TOKENS", 3)
+        h, w, target = torch.randn(10, 16).to(dtype), torch.randn(300, 16).to(dtype), torch.randint(0, 290, (10,))
+        options = {"vocab_size": 290, "bias": torch.randn(300).to(dtype), "entropy": True}
+        with torch.no_grad():
+            mine = module.linear_logprob(h, w, target, scratch_bytes=3 * 128 * dtype.itemsize, tile=tile, **options)
+            theirs = reference.linear_logprob(h, w, target, **options)
+        same(mine, theirs, 1e-5 if dtype == torch.float32 else 5e-3)
+
+    @DTYPES
     def test_nf4_head_in_slices(self, monkeypatch, dtype):
         monkeypatch.setattr(sys.modules["nbhelpers.kernels.linear_logprob"], "SLICE_WORDS", 64)
         h, target = torch.randn(9, 32, dtype=dtype), torch.randint(0, 200, (9,))
