@@ -1,6 +1,7 @@
 """The fused kernels against eager torch, torch.compile, Liger and the bytes that have to move.
 
     python benchmarks/kernels.py --check   first every kernel against fp64 in bf16 and fp16, then the timings
+    python benchmarks/kernels.py --profile also where the time of a decoder layer goes, kernel by kernel
     python benchmarks/kernels.py --quick   tiny shapes on a CPU, Triton interpreted: does the script run at all?
 
 Writes benchmarks/results/kernels.json (and $OUT/kernels.json), after each section, so that a crash loses little. With
@@ -8,12 +9,17 @@ Writes benchmarks/results/kernels.json (and $OUT/kernels.json), after each secti
 
 How it measures. Training (8 x 1,024 tokens): CUDA events around one call, the L2 cache overwritten before each, the
 median. `forward` is without autograd; `forward+backward` takes both, since backward alone cannot be repeated where it
-writes over what was kept. `peak` is the most memory above what was there before, results included. Decoding (8 rows):
-launches dominate, so 20 calls are captured in a CUDA graph and replayed, as the decoder does: time per call.
-Element-wise kernels then find their data in the cache; products with weights do not: between two calls the graph reads
-a buffer larger than the L2, and the time of these reads alone is subtracted. `floor` is the bytes that must be read
-and written once, at the bandwidth of a large copy on this card (so a cached kernel may beat it); `cublas` is the bare
-16-bit matrix products of an operation. torch.compile of LoRA layers is timed for one model: compiling takes long.
+writes over what was kept. `peak` is the most memory above what was there before, results included.
+
+Element-wise forward+backward and decoding (8 rows) are shorter than autograd's and Python's work around them. There 20
+calls are captured in a CUDA graph and replayed, for every contestant alike, and the time per call is the kernels' own
+(rows with "method": "cuda graph"); `forward+backward/eager_launch` is ours launched from Python, as in training.
+Between two calls the graph reads a buffer larger than the L2 and the time of these reads alone is subtracted, except
+for element-wise kernels in decoding, which find their data in the cache there as they do in a model.
+
+`floor` is the bytes that must be read and written once, at the bandwidth of a large copy on this card (so a cached
+kernel may beat it); `cublas` is the bare 16-bit matrix products of an operation. torch.compile of LoRA layers is timed
+for one model: compiling takes long.
 """
 
 import argparse
@@ -25,13 +31,15 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # not this folder: transformers would take kernels.py for the package `kernels`
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import common  # noqa: F401  (first: it takes this folder off the import path)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--check", action="store_true")
 parser.add_argument("--quick", action="store_true")
-parser.add_argument("--only", nargs="*", help="sections: check elementwise lora few_rows logprob layer")
+parser.add_argument("--profile", action="store_true")
+parser.add_argument("--only", nargs="*", help="sections: check elementwise lora few_rows logprob layer profile")
 ARGS = parser.parse_args()
 if ARGS.quick:
     os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -44,9 +52,11 @@ from benchmarks.kernels_measure import (  # noqa: E402
     ROWS,
     bandwidth,
     graph_milliseconds,
+    kernel_times,
     milliseconds,
     peak_gb,
     row,
+    wall_milliseconds,
     write,
 )
 from nbhelpers import kernels, patch  # noqa: E402
@@ -83,8 +93,11 @@ def both(contestant, case, grads, with_autocast=False):
     return torch.autograd.grad(outs, learn, grads)
 
 
-def train_rows(name, case, speed, with_autocast=False):
-    """forward, forward+backward and peak of every contestant of a case."""
+GRAPH = {"method": "cuda graph"}
+
+
+def train_rows(name, case, speed, with_autocast=False, graph=False):
+    """forward, forward+backward and peak of every contestant of a case; graph: forward+backward as a graph's replay."""
     for who, contestant in case.contestants.items():
 
         def measure(who=who, contestant=contestant):
@@ -96,8 +109,13 @@ def train_rows(name, case, speed, with_autocast=False):
             grads = [torch.randn_like(y) for y in outs]  # of its own: Liger writes over them
             del outs
             step = partial(both, contestant, case, grads, with_autocast)
-            row(f"{name}/forward+backward", who, milliseconds(step), "ms")
             row(f"{name}/forward+backward/peak", who, peak_gb(step)[0], "GB")
+            if not graph:
+                row(f"{name}/forward+backward", who, milliseconds(step), "ms")
+                return
+            if who == "ours":
+                row(f"{name}/forward+backward/eager_launch", who, milliseconds(step), "ms")
+            row(f"{name}/forward+backward", who, graph_milliseconds(step, cold=True), "ms", **GRAPH)
 
         attempt(f"{name} {who}", measure)
     if case.bytes_forward:
@@ -112,7 +130,7 @@ def decode_rows(name, case, speed, cold=False):
 
         def measure(who=who, contestant=contestant):
             with torch.no_grad():
-                row(f"{name}/decode", who, graph_milliseconds(lambda: contestant(*inputs), cold), "ms")
+                row(f"{name}/decode", who, graph_milliseconds(lambda: contestant(*inputs), cold), "ms", **GRAPH)
 
         attempt(f"{name} decode {who}", measure)
     row(f"{name}/decode", "floor", case.bytes_forward / speed * 1e3, "ms")
@@ -125,7 +143,7 @@ def elementwise(speed):
     for shape in MODELS:
         torch._dynamo.reset()
         for name, case in cases.elementwise(shape, BATCH, LENGTH, DTYPE, DEVICE, compiled).items():
-            train_rows(f"{shape.name}/{name}", case, speed)
+            train_rows(f"{shape.name}/{name}", case, speed, graph=True)
         for name, case in cases.elementwise(shape, FEW, 1, DTYPE, DEVICE, compiled).items():
             decode_rows(f"{shape.name}/{name}", case, speed)
         nf4_rows(shape, speed)
@@ -148,7 +166,7 @@ def nf4_rows(shape, speed):
     def measure(who, call):
         row(f"{name}/forward", who, milliseconds(call), "ms")
         row(f"{name}/forward/peak", who, peak_gb(call)[0], "GB")
-        row(f"{name}/decode", who, graph_milliseconds(call, cold=True), "ms")
+        row(f"{name}/decode", who, graph_milliseconds(call, cold=True), "ms", **GRAPH)
 
     for who, call in contestants.items():
         attempt(f"{name} {who}", measure, who, call)
@@ -178,7 +196,7 @@ def lora(speed):
 
 
 def few_rows(_):
-    """What nf4.FEW_ROWS is read from: bitsandbytes' fused product against dequantising and cuBLAS."""
+    """What nf4.few_rows goes by: bitsandbytes' fused product against dequantising and cuBLAS."""
     from nbhelpers.kernels.nf4 import matmul_few_rows
 
     def dense(x, w, out):
@@ -191,12 +209,12 @@ def few_rows(_):
         for height, width in ((shape.hidden, shape.hidden), (shape.wide, shape.hidden), (shape.hidden, shape.wide)):
             w = cases.linear4bit(width, height, DTYPE, DEVICE).weight
             out = torch.empty(height, width, dtype=DTYPE, device=DEVICE)
-            for rows in (1, 4, 8, 16, 32, 64):
+            for rows in (1, 2, 4, 8, 16, 32, 64):
                 x = torch.randn(rows, width, dtype=DTYPE, device=DEVICE)
                 name = f"{shape.name}/few_rows {height}x{width}/{rows}"
                 for who, product in (("ours", dense), ("bitsandbytes", fused)):
                     time_it = partial(graph_milliseconds, partial(product, x, w, out), cold=True)
-                    attempt(name, lambda name=name, who=who, time_it=time_it: row(name, who, time_it(), "ms"))
+                    attempt(name, lambda name=name, who=who, time_it=time_it: row(name, who, time_it(), "ms", **GRAPH))
         write(keep=bool(ARGS.only))
 
 
@@ -238,6 +256,8 @@ def logprob(_):
     for shape in MODELS:
         torch._dynamo.reset()
         everybody = {"ours": ours, "eager": eager, "compile": compiled(eager), "liger": liger, "trl": trl}
+        if DEVICE.type == "cpu":  # Liger has none
+            del everybody["liger"]
         data = inputs(BATCH * LENGTH, shape.hidden, shape.words)
         train_rows(f"{shape.name}/linear_logprob", cases.Case(data, everybody), 1)
         what = f"{shape.name}/linear_logprob/forward+backward"
@@ -250,8 +270,24 @@ def logprob(_):
     name = f"llama-3.1-8b/linear_logprob {tokens}x{words}"
     train_rows(name, cases.Case(data, {"ours": ours, "trl": trl}), 1)
     row(f"{name}/forward+backward", "cublas", milliseconds(lambda: cublas(*data)), "ms")
+    for tile in () if ARGS.quick else TILES:
+        attempt(f"{name} {tile}", logprob_tile, name, data, tile)
     # of the peak the hidden states' gradient is a result, not scratch
     row(f"{name}/forward+backward/gradient", "ours", tokens * hidden * DTYPE.itemsize / 1e9, "GB")
+
+
+# (tokens, words) of one product where no gradient is wanted: linear_logprob.FORWARD_TOKENS is chosen from these. The
+# first four fill the scratch; the results of the others, 16 to 64 MB, stay more or less in an L2 cache of 50 MB.
+TILES = ((1024, 128_256), (2048, 64_128), (4096, 32_064), (8192, 16_032), (4096, 8192), (2048, 8192), (2048, 4096),
+         (4096, 4096), (8192, 4096), (1024, 12_288))  # fmt: skip
+
+
+def logprob_tile(name, data, tile):
+    from nbhelpers.kernels.linear_logprob import linear_logprob
+
+    with torch.no_grad():
+        time_it = partial(linear_logprob, *data, temperature=0.9, tile=tile)
+        row(f"{name}/forward/tile {tile[0]}x{tile[1]}", "ours", milliseconds(time_it, budget=0.5), "ms")
 
 
 def nf4_head():
@@ -273,7 +309,8 @@ def layer(_):
         write(keep=bool(ARGS.only))
 
 
-def one_layer(shape):
+def layer_calls(shape):
+    """(model, its one layer's forward, forward and backward) as stock."""
     model = cases.one_layer_model(shape, DTYPE, DEVICE).train()
     inner = model.get_base_model().model
     h = torch.randn(BATCH, LENGTH, shape.hidden, dtype=DTYPE, device=DEVICE, requires_grad=True)
@@ -281,7 +318,6 @@ def one_layer(shape):
     tables = inner.rotary_emb(h, position)
     grad = torch.randn_like(h)
     learn = [h, *(p for p in inner.layers[0].parameters() if p.requires_grad)]
-    name = f"{shape.name}/decoder_layer"
 
     def forward():
         with autocast(True):
@@ -289,6 +325,13 @@ def one_layer(shape):
 
     def step():
         return torch.autograd.grad(forward(), learn, grad)
+
+    return model, forward, step
+
+
+def one_layer(shape):
+    model, forward, step = layer_calls(shape)
+    name = f"{shape.name}/decoder_layer"
 
     def measure(who):
         row(f"{name}/forward", who, milliseconds(forward), "ms")
@@ -302,12 +345,37 @@ def one_layer(shape):
     attempt(f"{name} ours", measure, "ours")
 
 
-SECTIONS = {"elementwise": elementwise, "lora": lora, "few_rows": few_rows, "logprob": logprob, "layer": layer}
+def profile(_):
+    """The same layer's forward and backward: what the GPU does, kernel by kernel, and how long Python takes for it."""
+    for shape in MODELS:
+        attempt(f"{shape.name}/decoder_layer profile", profile_layer, shape)
+        write(keep=bool(ARGS.only))
+
+
+def profile_layer(shape):
+    model, _, step = layer_calls(shape)
+    name = f"{shape.name}/decoder_layer/forward+backward"
+    for who in ("stock", "ours"):
+        if who == "ours":
+            patch.with_kernels(model)
+        wall, queued = wall_milliseconds(step)
+        times = kernel_times(step)
+        row(f"{name}/wall", who, wall, "ms")
+        row(f"{name}/python", who, queued, "ms")
+        row(f"{name}/kernels", who, sum(ms for _, _, ms in times), "ms")
+        row(f"{name}/launches", who, sum(count for _, count, _ in times), "launches")
+        for kernel, count, ms in times[:12]:
+            print(f"    {ms:8.4f} ms {count:6.1f} x  {kernel[:100]}", flush=True)
+
+
+SECTIONS = {"elementwise": elementwise, "lora": lora, "few_rows": few_rows, "logprob": logprob, "layer": layer,
+            "profile": profile}  # fmt: skip
 
 
 def main():
     torch.manual_seed(0)
-    wanted = ARGS.only or [*(["check"] if ARGS.check or ARGS.quick else []), *SECTIONS]
+    wanted = set(ARGS.only or SECTIONS.keys() - {"profile"})
+    wanted |= {name for name in ("check", "profile") if vars(ARGS)[name] or ARGS.quick}
     begin = time.perf_counter()
     with kernels.use("triton"):
         if "check" in wanted:

@@ -67,7 +67,8 @@ def liger():
         "rms_norm_add": lambda x, r, w: LigerFusedAddRMSNormFunction.apply(x, r, w, 1e-6, 0.0, "llama", True),
         "rope": lambda q, k, cos, sin: LigerRopeFunction.apply(q, k, cos, sin),
         "swiglu": lambda g, u: LigerSiLUMulFunction.apply(g, u, 1.0, 1.0),
-        "swiglu_packed": lambda gu: LigerFusedGateUpSiLUMulFunction.apply(gu, False),
+        # its backward wants two dimensions
+        "swiglu_packed": lambda gu: LigerFusedGateUpSiLUMulFunction.apply(gu.flatten(0, -2), False),
     }
 
 

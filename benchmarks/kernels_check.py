@@ -1,8 +1,10 @@
 """`benchmarks/kernels.py --check`: on this GPU, in bf16 and fp16, is any kernel less exact than stock?
 
 Every output and every gradient of a kernel and of stock code is compared with the same computation in fp64; the error
-is |x - x64| / |x64|. A kernel passes if its error is at most 1.05 times stock's (two roundings of the same number in
-another order differ by that much), NF4 if it is bit for bit bitsandbytes'.
+is |x - x64| / |x64|. An operation passes if the largest of its errors is no larger than the largest of stock's; NF4 if
+it is bit for bit bitsandbytes'. 1 % is allowed for ties: where both round once, in another order, either may be luckier
+by some 0.1 %. `linear_logprob` is allowed 5 %: the gradient of the hidden states is formed in the forward, before the
+upstream gradient is known, and is rounded once more when that is multiplied in.
 """
 
 from functools import partial
@@ -14,7 +16,7 @@ from benchmarks import kernels_cases as cases
 from nbhelpers import kernels, patch
 from nbhelpers.kernels import reference
 
-ALLOWED = 1.05
+ALLOWED, ALLOWED_LOGPROB = 1.01, 1.05
 
 
 def relative(x, exact):
@@ -40,14 +42,14 @@ class Checker:
         if not ok:
             self.failed.append(f"check {name}")
 
-    def no_worse(self, name, ours, stock, exact):
-        """Lists of tensors; the worst quotient of errors decides, the largest errors are recorded."""
+    def no_worse(self, name, ours, stock, exact, allowed=None):
+        """Lists of tensors; the largest errors decide."""
+        allowed = max(self.allowed, allowed or 0.0)
         mine, theirs = ([relative(x, e) for x, e in zip(xs, exact, strict=True)] for xs in (ours, stock))
-        quotient = max(a / max(b, 1e-12) if a > 1e-12 else 0.0 for a, b in zip(mine, theirs, strict=True))
         self.row(f"check/{name}/error", "ours", max(mine), "relative")
         self.row(f"check/{name}/error", "stock", max(theirs), "relative")
         text = f": errors {[f'{e:.2e}' for e in mine]}, stock {[f'{e:.2e}' for e in theirs]}"
-        self.same(name, quotient <= self.allowed, text)
+        self.same(name, max(mine) <= max(1e-12, allowed * max(theirs)), text)
 
 
 def elementwise(check, shape, dtype, device):
@@ -119,16 +121,23 @@ def lora(check, shape, tokens, dtype, device):
                 return reference.lora_mlp(x, exact_parts[:2], exact_parts[2])
             return reference.lora_linear_group(x, exact_parts)
 
-        for rows in (tokens, 8):
-            x = case.inputs[0].detach()[:rows].requires_grad_()
+        x = case.inputs[0]
+        # few rows are decoding, by other products: outputs alone (a gradient of few rows is at the mercy of one)
+        for rows in {4, 32} & set(range(tokens)):
+            few = x.detach()[:rows]
             results = []
-            for who in ("ours", "eager"):
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    results.append(outputs_and_grads(case.contestants[who], [x], [x, *loras]))
-            x64 = x.detach().double().requires_grad_()
-            check.no_worse(
-                f"{shape.name}/{name}/{rows} rows", *results, outputs_and_grads(exact, [x64], [x64, *wide], dtype)
-            )
+            for who in ("ours", "eager", None):
+                with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and bool(who)):
+                    outs = case.contestants[who](few) if who else exact(few.double())
+                results.append(outs if isinstance(outs, (tuple, list)) else [outs])
+            check.no_worse(f"{shape.name}/{name}/{rows} rows", *results)
+        results = []
+        for who in ("ours", "eager"):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                results.append(outputs_and_grads(case.contestants[who], [x], [x, *loras]))
+        x64 = x.detach().double().requires_grad_()
+        results.append(outputs_and_grads(exact, [x64], [x64, *wide], dtype))
+        check.no_worse(f"{shape.name}/{name}/{tokens} rows", *results)
 
 
 def logprob(check, tokens, hidden, words, dtype, device):
@@ -160,10 +169,10 @@ def logprob(check, tokens, hidden, words, dtype, device):
         lists = [
             results(f, h.to(d), w.to(d), learns) for f, d in ((ours, dtype), (stock, dtype), (exact, torch.float64))
         ]
-        check.no_worse(name, *lists)
+        check.no_worse(name, *lists, allowed=ALLOWED_LOGPROB)
     if device.type == "cuda":
         small = results(partial(ours, scratch_bytes=32_000_000), h, w, False)
-        check.no_worse("linear_logprob in small chunks", small, lists[1][:3], lists[2][:3])
+        check.no_worse("linear_logprob in small chunks", small, lists[1][:3], lists[2][:3], ALLOWED_LOGPROB)
     nf4_logprob(check, h, target, hidden, words, dtype)
 
 
@@ -180,7 +189,9 @@ def nf4_logprob(check, h, target, hidden, words, dtype):
         with kernels.use(backend):
             logp = kernels.linear_logprob(leaf, w if options else w.to(width), target, **options)
         lists.append([logp.detach(), *torch.autograd.grad(logp.sum(), [leaf])])
-    check.no_worse("linear_logprob of an NF4 head (stock: of the same head in 16 bits)", *lists)
+    check.no_worse(
+        "linear_logprob of an NF4 head (stock: of the same head in 16 bits)", *lists, allowed=ALLOWED_LOGPROB
+    )
 
 
 def planted(check, device):

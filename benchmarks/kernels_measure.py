@@ -1,58 +1,37 @@
-"""Time, memory and bandwidth on a GPU, and the one form in which benchmarks/kernels.py writes its results.
+"""Time, memory and bandwidth on a GPU, and the rows of benchmarks/kernels.py.
 
 On a machine without a GPU everything runs once and the numbers mean nothing: that is for trying the script.
 """
 
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
 
+from benchmarks import common
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-RESULTS = Path(__file__).resolve().parent / "results"
 ROWS: list[dict] = []
 
 
-def row(what, who, value, unit):
-    ROWS.append({"what": what, "who": who, "value": float(f"{value:.5g}"), "unit": unit})
+def row(what, who, value, unit, **more):
+    ROWS.append(common.row(what, who, float(f"{value:.5g}"), unit, **more))
     print(f"{what:58s} {who:14s} {value:12.4f} {unit}", flush=True)
 
 
-def versions():
-    found = {"gpu": "none", "driver": "none", "python": platform.python_version()}
-    if DEVICE.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name()
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0].strip()
-    for name in ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "liger-kernel"):
-        try:
-            found[name] = torch.__version__ if name == "torch" else importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "none"
-    return found
-
-
 def write(keep=False):
-    """The rows so far, in the one form of all results files; keep: beside other rows of an older file of this host."""
-    date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    command = "python benchmarks/kernels.py " + " ".join(sys.argv[1:])
-    host, known = versions(), {(r["what"], r["who"]) for r in ROWS}
-    folders = [RESULTS] if DEVICE.type == "cuda" else []
+    """The rows so far into results/kernels.json (from a GPU only) and $OUT/kernels.json; keep: beside the other rows of
+    an older file from this host."""
+    known = {(r["what"], r["who"]) for r in ROWS}
+    folders = [common.RESULTS] if DEVICE.type == "cuda" else []
     for folder in [*folders, *([Path(os.environ["OUT"])] if "OUT" in os.environ else [])]:
-        folder.mkdir(parents=True, exist_ok=True)
         file, rows = folder / "kernels.json", list(ROWS)
-        if keep and file.exists() and (old := json.loads(file.read_text()))["host"] == host:
+        if keep and file.exists() and (old := json.loads(file.read_text()))["host"] == common.host():
             rows = [r for r in old["rows"] if (r["what"], r["who"]) not in known] + rows
-        result = {"host": host, "date": date, "command": command.strip(), "rows": rows}
-        file.write_text(json.dumps(result, indent=1) + "\n")
+        common.write("kernels", rows, folder)
 
 
 def synchronize():
@@ -116,6 +95,38 @@ def replay_milliseconds(calls):
         synchronize()
         times.append(start.elapsed_time(end))
     return statistics.median(times)
+
+
+def kernel_times(call, steps=5):
+    """[(kernel, launches a call, ms a call)], the longest first, of everything that a call runs on the GPU."""
+    with torch.profiler.profile() as profiler:
+        for _ in range(steps):
+            call()
+        synchronize()
+    found = {}
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            count, total = found.get(event.name, (0, 0.0))
+            found[event.name] = count + 1, total + event.time_range.elapsed_us()
+    times = [(name, count / steps, total / steps / 1e3) for name, (count, total) in found.items()]
+    return sorted(times, key=lambda item: -item[2])
+
+
+def wall_milliseconds(call, steps=10):
+    """(time of a call, time until Python has queued it): nearly equal where Python is the limit.
+
+    Between two calls the GPU is waited for, so that a full queue does not hold Python up.
+    """
+    call()
+    whole, queued = [], []
+    for _ in range(steps):
+        synchronize()
+        begin = time.perf_counter()
+        call()
+        queued.append(time.perf_counter() - begin)
+        synchronize()
+        whole.append(time.perf_counter() - begin)
+    return statistics.median(whole) * 1e3, statistics.median(queued) * 1e3
 
 
 def peak_gb(call):

@@ -67,21 +67,23 @@ def nf4(rows: int, width: int, nested: bool):
     return functional.quantize_4bit(torch.randn(rows, width), quant_type="nf4", compress_statistics=nested)
 
 
-def elementwise(hidden: int, wide: int, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
-    """The element-wise kernels, forward and backward, on 3 tokens of a model's widths."""
-    x, residual = (torch.empty(1, 3, hidden, dtype=dtype, requires_grad=True) for _ in range(2))
+def elementwise(hidden: int, wide: int, heads: int, kv_heads: int, dtype: torch.dtype, tokens: int = 3) -> None:
+    """The element-wise kernels, forward and backward, on a few tokens of a model's widths."""
+    x, residual = (torch.empty(1, tokens, hidden, dtype=dtype, requires_grad=True) for _ in range(2))
     for frozen in (True, False):
         weight = torch.empty(hidden, dtype=dtype, requires_grad=not frozen)
         s, y = kernels.rms_norm(x, weight, 1e-6, residual)
         (s + y).sum().backward()
         kernels.rms_norm(x, weight, 1e-6).sum().backward()
-    gate_up = torch.empty(3, 2 * wide, dtype=dtype, requires_grad=True)
+    gate_up = torch.empty(tokens, 2 * wide, dtype=dtype, requires_grad=True)
     kernels.swiglu_packed(gate_up).sum().backward()
-    gate, up = (torch.empty(3, wide, dtype=dtype, requires_grad=True) for _ in range(2))
+    gate, up = (torch.empty(tokens, wide, dtype=dtype, requires_grad=True) for _ in range(2))
     kernels.swiglu(gate, up).sum().backward()
     for rotary in (128, 96):
-        cos, sin = torch.empty(2, 1, 3, rotary, dtype=dtype)
-        q, k = (torch.empty(1, 3, n, 128, dtype=dtype, requires_grad=True).transpose(1, 2) for n in (heads, kv_heads))
+        cos, sin = torch.empty(2, 1, tokens, rotary, dtype=dtype)
+        q, k = (
+            torch.empty(1, tokens, n, 128, dtype=dtype, requires_grad=True).transpose(1, 2) for n in (heads, kv_heads)
+        )
         q, k = kernels.rope(q, k, cos, sin)
         (q.sum() + k.sum()).backward()
 
@@ -117,6 +119,7 @@ def test_every_kernel_compiles(target, launches):
         elementwise(1536, 8960, 12, 2, dtype)  # Qwen2.5-1.5B
         elementwise(4096, 14336, 32, 8, dtype)  # Llama-3.1-8B
         elementwise(5120, 17920, 40, 10, dtype)  # Phi-4
+        elementwise(5120, 17920, 40, 10, dtype, tokens=300)  # training's tiles, not decoding's
         products(dtype)
     launched = {(name, module) for name, module, _ in launches}
     left_out = {(name, module) for name, module in kernels_of_the_package() - launched if name not in INLINED}

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import ceil_div
 from .storage import may_overwrite, overwritten, share_memory
 
 BLOCK = 1024  # 4 warps, one load of 16 bytes a thread and tensor
@@ -37,20 +38,20 @@ def _store(pointer, value, mask):
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def _forward(g, u, h, width, blocks, g_step, u_step, shrink, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) // blocks
+def _forward(g, u, h, width, blocks, g_step, u_step, keep, BLOCK: tl.constexpr):
+    row = (tl.program_id(0) // blocks).to(tl.int64)  # not the other way round: a division in 64 bits is slow
     col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = col < width
     gate = _load(g + row * g_step + col, mask)
     up = _load(u + row * u_step + col, mask)
-    _store(h + row * width + col, gate * tl.sigmoid(gate) * up / shrink, mask)
+    _store(h + row * width + col, gate * tl.sigmoid(gate) * up * keep, mask)
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def _backward(dh, g, u, dg, du, h, width, blocks, dh_step, g_step, u_step, dg_step, du_step, h_step, shrink,
+def _backward(dh, g, u, dg, du, h, width, blocks, dh_step, g_step, u_step, dg_step, du_step, h_step, keep,
               AGAIN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """dg and du may be g and u; with AGAIN h is written too, and may be dh."""
-    row = tl.program_id(0).to(tl.int64) // blocks
+    row = (tl.program_id(0) // blocks).to(tl.int64)  # not the other way round: a division in 64 bits is slow
     col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = col < width
     gate = _load(g + row * g_step + col, mask)
@@ -62,7 +63,7 @@ def _backward(dh, g, u, dg, du, h, width, blocks, dh_step, g_step, u_step, dg_st
     tl.store(dg + row * dg_step + col, (grad * up * (a + silu * (1.0 - a))).to(dg.dtype.element_ty), mask)
     tl.store(du + row * du_step + col, (grad * silu).to(du.dtype.element_ty), mask)
     if AGAIN:
-        _store(h + row * h_step + col, silu * up / shrink, mask)
+        _store(h + row * h_step + col, silu * up * keep, mask)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -76,20 +77,20 @@ def forward(gate: Tensor, up: Tensor, shrink: float = 1.0) -> Tensor:
     g, u = _rows(gate), _rows(up)
     rows, width = g.shape
     h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    blocks = triton.cdiv(width, BLOCK)
+    blocks = ceil_div(width, BLOCK)
     if h.numel():
-        _forward[(rows * blocks,)](g, u, h, width, blocks, g.stride(0), u.stride(0), shrink, BLOCK, num_warps=4)
+        _forward[(rows * blocks,)](g, u, h, width, blocks, g.stride(0), u.stride(0), 1 / shrink, BLOCK, num_warps=4)
     return h
 
 
 def backward(dh: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor, h: Tensor | None = None, shrink: float = 1.0):
     """Gradients of g and u into dg and du, and h / shrink into h if given; all [rows, I]. No autograd."""
     rows, width = g.shape
-    blocks = triton.cdiv(width, BLOCK)
+    blocks = ceil_div(width, BLOCK)
     again, h = h is not None, dh if h is None else h
     if rows * width:
         _backward[(rows * blocks,)](
-            dh, g, u, dg, du, h, width, blocks, *(t.stride(0) for t in (dh, g, u, dg, du, h)), shrink, again, BLOCK,
+            dh, g, u, dg, du, h, width, blocks, *(t.stride(0) for t in (dh, g, u, dg, du, h)), 1 / shrink, again, BLOCK,
             num_warps=4,
         )  # fmt: skip
 
