@@ -123,18 +123,24 @@ def lora_linear(x: Tensor, projection: Projection) -> Tensor:
     return _for(x).lora_linear(x, projection)
 
 
-def lora_linear_group(x: Tensor, projections: tuple[Projection, ...]) -> tuple[Tensor, ...]:
-    """`lora_linear` of one x through several projections (QKV, gate and up): x read once, one product with all A's."""
-    return _for(x).lora_linear_group(x, projections)
+def lora_linear_group(x: Tensor, projections: tuple[Projection, ...], norm=None) -> tuple[Tensor, ...]:
+    """`lora_linear` of one x through several projections (QKV, gate and up): x read once, one product with all A's.
+
+    norm: (weight, eps) of an RMSNorm that x goes through first; its output is not kept. ValueError if it is not frozen.
+    """
+    return _for(x).lora_linear_group(x, projections, norm)
 
 
-def lora_mlp(x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor | None = None) -> Tensor:
+def lora_mlp(
+    x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor | None = None, norm=None
+) -> Tensor:
     """residual + down(swiglu(gate(x), up(x))): x, residual [..., H] -> [..., H].
 
-    gate_up: two projections H -> I, or one H -> 2 I in Phi-3's layout. Triton keeps x, gate and up; its backward may
-    run once (a second one raises). In fp16 the product may reach 1e6 and the sum saturates at 65504.
+    gate_up: two projections H -> I, or one H -> 2 I in Phi-3's layout. norm (weight, eps) makes it the second half of a
+    decoder layer: s + down(swiglu(gate(n), up(n))) with s = x + residual, n = rms_norm(s). Triton keeps x (or s), gate
+    and up; its backward may run once (a second one raises). In fp16 the product may reach 1e6, and sums saturate.
     """
-    return _for(x).lora_mlp(x, gate_up, down, residual)
+    return _for(x).lora_mlp(x, gate_up, down, residual, norm)
 
 
 def linear_logprob(
