@@ -26,7 +26,7 @@ WAYS = ("flash", "efficient", "rows")
 
 def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float, way: str) -> Tensor:
     """q [1, heads, T, D]; k, v [1, kv heads, T, D] -> [1, T, heads * D]."""
-    q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))  # [T, heads, D], any strides
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (q, k, v))  # [T, heads, D], any strides
     if packed.keys is not None:
         k, v = take(k, packed.keys), take(v, packed.keys)
     return _WAYS[way](q, k, v, packed, scale).reshape(1, q.shape[0], -1)
@@ -55,11 +55,13 @@ def _efficient(q, k, v, packed, scale):
 
 def _rows(q, k, v, packed, scale):
     k, v = _expand(k, q.shape[1]), _expand(v, q.shape[1])
+    queries, keys = [b - a for a, b, _, _ in packed.sequences], [d - c for _, _, c, d in packed.sequences]
     outputs = []
-    for a, b, c, d in packed.sequences:
-        rows = [t.transpose(0, 1)[None] for t in (q[a:b], k[c:d], v[c:d])]
-        outputs.append(F.scaled_dot_product_attention(*rows, attn_mask=causal_lower_right(b - a, d - c), scale=scale))
-    return torch.cat([out[0].transpose(0, 1) for out in outputs])
+    for row in zip(q.split(queries), k.split(keys), v.split(keys), strict=True):
+        one = [t.transpose(0, 1).unsqueeze(0) for t in row]
+        mask = causal_lower_right(len(row[0]), len(row[1]))
+        outputs.append(F.scaled_dot_product_attention(*one, attn_mask=mask, scale=scale))
+    return torch.cat([out.squeeze(0).transpose(0, 1) for out in outputs])
 
 
 _WAYS = {"flash": _flash, "efficient": _efficient, "rows": _rows}
