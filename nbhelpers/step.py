@@ -132,14 +132,14 @@ class LeanStep:
             else:
                 waiting[:0] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
 
-    def rehearse(self, rows: int, prompt_length: int, completion_length: int) -> list[Part]:
+    def rehearse(self, rows: int, num_generations: int, prompt_length: int, completion_length: int) -> list[Part]:
         """Run the longest possible batch's largest micro-batch on made-up tokens, and forget its gradients.
 
         CannotFit, or torch's out-of-memory error, now instead of at step 200. Call it before any gradient is there.
         """
         completions = {i: torch.zeros(completion_length, dtype=torch.long) for i in range(rows)}
-        every = [Row(i, 0, prompt_length, completion_length) for i in range(rows)]
-        batch = Rows(every, [torch.zeros(prompt_length, dtype=torch.long)], completions)
+        every = [Row(i, i // num_generations, prompt_length, completion_length) for i in range(rows)]
+        batch = Rows(every, [torch.zeros(prompt_length, dtype=torch.long)] * (every[-1].prompt + 1), completions)
         parts = self.plan(every)
         largest = max(parts, key=lambda part: part.peak)
         batch.rows = [every[i] for i in largest.rows]
