@@ -111,9 +111,7 @@ class TestInterpreted:
         assert y.shape == (0, 8)
 
     @FLOATS
-    @pytest.mark.parametrize(
-        "heads, kv_heads, size, rotary", [(12, 2, 8, 8), (5, 1, 16, 12), (1, 1, 2, 2)]
-    )
+    @pytest.mark.parametrize("heads, kv_heads, size, rotary", [(12, 2, 8, 8), (5, 1, 16, 12), (1, 1, 2, 2)])
     @pytest.mark.parametrize("tokens", [1, 5])
     def test_rope(self, tokens, heads, kv_heads, size, rotary, dtype):
         """Strided views as the projections give them; one position table for the batch, and one a row."""
