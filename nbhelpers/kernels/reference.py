@@ -137,7 +137,7 @@ def linear_logprob(
     bias = None if bias is None else bias.detach()[:vocab_size]
 
     def of_chunk(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        z = _compute(h) @ _compute(weight[:vocab_size]).t()
+        z = _compute(_compute(h) @ _compute(weight[:vocab_size]).t())  # autocast gives a 16-bit product
         z = (z if bias is None else z + bias) / temperature
         logps = z.log_softmax(-1)
         chosen = logps.gather(-1, t.clamp(min=0)[:, None]).squeeze(-1).masked_fill(t == -100, 0.0)
