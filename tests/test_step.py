@@ -3,16 +3,22 @@
 from contextlib import nullcontext
 
 import pytest
+import tiny_model
 import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
-    LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Phi3Config, Phi3ForCausalLM, Qwen2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
     Qwen2ForCausalLM,
 )  # fmt: skip
 
-import tiny_model
 from nbhelpers import budget, decoder, grpo, packing, patch, step, trainer
 
 FAMILIES = {
@@ -78,7 +84,9 @@ def pairs(tmp_path_factory):
     return get
 
 
-def configure(one, loss_type="dapo", beta=0.0, accumulation=1, level="token", epsilon=0.2, high=0.28, delta=None, bias=True):
+def configure(
+    one, loss_type="dapo", beta=0.0, accumulation=1, level="token", epsilon=0.2, high=0.28, delta=None, bias=True
+):
     """Set what TRL reads when it computes a loss, on a trainer that is there already."""
     one.loss_type = one.args.loss_type = loss_type
     one.beta = one.args.beta = beta
