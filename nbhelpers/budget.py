@@ -2,7 +2,7 @@
 
 Plain arithmetic, no torch: the step asks it with the tokens at hand, the planner with those of a preset.
 
-A micro-batch of T packed tokens runs layer by layer, forward and then backward, and each layer is in one of three states:
+A micro-batch of T packed tokens runs layer by layer, forward and then backward. A layer is in one of three states:
 
     kept        everything its backward needs stays: nothing is computed twice      (the last layers)
     on card     its input stays, the rest is computed again in the backward
@@ -190,8 +190,8 @@ class Work:
             longest = max(rows, key=lambda row: row[1] + row[2])
             least = self.least([longest])
             raise CannotFit(
-                f"a completion of {longest[2]} tokens after a prompt of {longest[1]} needs {least / 1e9:.2f} GB of work "
-                f"on top of the weights, and {max(room, 0) / 1e9:.2f} GB are left: shorten max_completion_length, or "
+                f"a completion of {longest[2]} tokens after a prompt of {longest[1]} needs {least / 1e9:.2f} GB of "
+                f"work on top of the weights, and {max(room, 0) / 1e9:.2f} GB are left: shorten max_completion_length, or "
                 "raise budget_gb if the card has more"
             )
         return best

@@ -121,8 +121,8 @@ class Plan:
             total = sum(half.values())
             scale = 100 / max(self.card_gb, total)
             pieces = "".join(
-                f'<div title="{name} {half[name]:.2f} GB" style="width:{half[name] * scale:.2f}%;background:{hues[name]}">'
-                "</div>"
+                f'<div title="{name} {half[name]:.2f} GB" '
+                f'style="width:{half[name] * scale:.2f}%;background:{hues[name]}"></div>'
                 for name in ORDER
                 if name in half
             )
@@ -158,7 +158,7 @@ def plan(
     rows: completions generated and trained on at once, a multiple of num_generations; None is one group.
     optimizer: "adamw_8bit" or "adamw" (fp32 moments).
     budget_gb: the step's own limit (torch's allocations), if it gets one.
-    attention: "flash", or "efficient" as on a T4; None is what the card here has, and "efficient" for 15 GB without one.
+    attention: "flash", or "efficient" as on a T4; None is what the card here has; a T4's if there is none.
 
     Raises ValueError for another optimizer, and for an unknown preset's name.
     """
