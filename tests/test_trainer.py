@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from nbhelpers import grpo, host, tasks, trainer
+from nbhelpers import grpo, host, loader, tasks, trainer
 from nbhelpers.guard import RewardError
 from nbhelpers.presets import WORKSHOP
 from nbhelpers.rewards import correctness, tag_count
@@ -154,6 +154,15 @@ def test_an_untested_trl_is_named(model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "version", lambda _: "1.20.0")
     with pytest.warns(UserWarning, match=r"trl 1\.20\.0 is outside the tested range"):
         make(model, tokenizer, tmp_path, correctness)
+
+
+def test_the_adapter_of_a_4_bit_model_stays_in_fp32(tokenizer, tmp_path):
+    model, _ = loader.load("workshop", quantization="nf4", lora_rank=4, progress=False)
+    before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
+    run = make(model, tokenizer, tmp_path, correctness)
+    for name, p in run.model.named_parameters():
+        if p.requires_grad:
+            assert p.dtype == torch.float32 and torch.equal(p, before[name]), name
 
 
 def test_plain_text_prompts_work_too(model, tokenizer, tmp_path):
