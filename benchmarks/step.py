@@ -236,7 +236,9 @@ class Job:
     def describe(self, step):
         parts = [(len(p.rows), p.tokens.packed, p.kept, p.on_card, p.tile) for p in step.parts]
         host = step.decoder.store.host_bytes() / GB
-        print(f"  {step.work.attention}; (rows, tokens, kept, on card, tile): {parts}; {host:.2f} GB pinned", flush=True)
+        print(
+            f"  {step.work.attention}; (rows, tokens, kept, on card, tile): {parts}; {host:.2f} GB pinned", flush=True
+        )
 
     def plan_row(self, setting, length, budget, attention, rows=GROUP):
         plan = memory.plan(
@@ -504,7 +506,11 @@ class Job:
                             torch.cuda.reset_peak_memory_stats()
                             before = torch.cuda.memory_allocated()
                         step.decoder.differentiate(
-                            packed, 1.0, Layers(kept, on_card, tile), lambda logps, _: -logps.mean(), torch.Tensor.backward
+                            packed,
+                            1.0,
+                            Layers(kept, on_card, tile),
+                            lambda logps, _: -logps.mean(),
+                            torch.Tensor.backward,
                         )
                         if self.cuda:
                             torch.cuda.synchronize()
@@ -550,7 +556,11 @@ def main():
                 continue
             file = Path(folder) / f"{number}.jsonl"
             command = [sys.executable, str(Path(__file__)), *flags, "--job", name, kind, str(file)]
-            env = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TOKENIZERS_PARALLELISM": "false"}
+            env = {
+                **os.environ,
+                "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+                "TOKENIZERS_PARALLELISM": "false",
+            }
             try:
                 code = subprocess.run(command, env=env, timeout=left).returncode
                 print(f"  exit code {code}" if code else "  done", flush=True)

@@ -191,8 +191,8 @@ class Work:
             least = self.least([longest])
             raise CannotFit(
                 f"a completion of {longest[2]} tokens after a prompt of {longest[1]} needs {least / 1e9:.2f} GB of "
-                f"work on top of the weights, and {max(room, 0) / 1e9:.2f} GB are left: shorten max_completion_length, or "
-                "raise budget_gb if the card has more"
+                f"work on top of the weights, and {max(room, 0) / 1e9:.2f} GB are left: shorten max_completion_length, "
+                "or raise budget_gb if the card has more"
             )
         return best
 

@@ -49,15 +49,7 @@ class LeanStepTrainer(trl.GRPOTrainer):
     """
 
     def __init__(self, *args, budget_gb: float | None = None, max_skipped_steps: int = 10, lean: bool = True, **kwargs):
-        model = kwargs.get("model", args[0] if args else None)
-        masters = [] if isinstance(model, str) else [(p, p.data) for p in model.parameters() if p.requires_grad]
         super().__init__(*args, **kwargs)
-        for (
-            parameter,
-            master,
-        ) in masters:  # TRL casts the adapter of a 4-bit model to bf16: a step of 1e-5 is lost there
-            if parameter.dtype != master.dtype:
-                parameter.data = master.to(parameter.device)
         self.budget_gb, self.max_skipped_steps = budget_gb, max_skipped_steps
         self.skipped_steps = self._skipped_in_a_row = 0
         self._steps: dict[int, LeanStep] = {}

@@ -251,11 +251,12 @@ def _nearest(setting: Setting, fits) -> Setting | None:
     choices = []
     for q, price_q in ((setting.quantization, 0.0), ("nf4", 0.2)):
         for share in (1, 0.75, 0.5, 0.25, 0.125):
+            length = max(1, int(setting.max_completion_length * share))
             for fewer in (1, 2, 4):
                 for rank in {setting.lora_rank, min(setting.lora_rank, 16), min(setting.lora_rank, 8)}:
                     group = max(2, setting.num_generations // fewer)
                     changed = replace(
-                        setting, quantization=q, max_completion_length=max(1, int(setting.max_completion_length * share)),
+                        setting, quantization=q, max_completion_length=length,
                         num_generations=group, rows=max(group, setting.rows // fewer // group * group), lora_rank=rank,
                     )  # fmt: skip
                     price = price_q + 1.5 * (1 - share) + 1.2 * (1 - 1 / fewer) + 0.3 * (rank != setting.lora_rank)

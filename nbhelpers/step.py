@@ -16,6 +16,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from . import kernels
 from .attention import choose
 from .budget import TILES, CannotFit, Part, Work, count
 from .decoder import Decoder, Layers, unsupported
@@ -63,7 +64,8 @@ class LeanStep:
         self.work = Work(Architecture.from_config(config), width=stream, attention=way)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.budget_gb, self.temperature, self.share_prompts = budget_gb, temperature, share_prompts
-        self.pending = 0
+        self.pending = 0  # bytes that others will still take for good, such as an optimizer before its first update
+        _make_scratch(model, dtype)
         self.parts: list[Part] = []  # of the newest batch, to look at
 
     # ------------------------------------------------------------------------------------------------ the budget
@@ -148,6 +150,15 @@ class LeanStep:
         for parameter, grad in zip(self.trained, grads, strict=True):
             parameter.grad = grad
         return parts
+
+
+def _make_scratch(model: nn.Module, dtype: torch.dtype) -> None:
+    """The kernels' one buffer for a 4-bit matrix made dense, now, so that the budget sees it."""
+    packed = [p for p in model.parameters() if p.dtype == torch.uint8 and p.is_cuda]
+    if packed and kernels.fused is not None:
+        from .kernels.lora_linear import scratch
+
+        scratch((max(p.numel() for p in packed), 2), dtype, packed[0].device)
 
 
 def gradients_are_finite(named: list[tuple[str, nn.Parameter]]) -> str | None:
