@@ -68,7 +68,7 @@ def test_the_defaults_fit_this_machine(tmp_path):
 
 @pytest.mark.parametrize("capability, bf16", [((7, 5), False), ((8, 0), True)])
 def test_a_t4_gets_fp16_and_an_a100_bf16(monkeypatch, capability, bf16):
-    monkeypatch.setattr(host, "cards", lambda: [host.Card("a card", 16 * 10**9, 15 * 10**9, capability)])
+    monkeypatch.setattr(host, "cards", lambda: [host.Card("a card", 16 * 10**9, capability)])
     assert trainer.precision() == {"bf16": bf16, "fp16": not bf16, "use_cpu": False}
 
 
