@@ -266,7 +266,7 @@ class Job:
                     torch.cuda.set_per_process_memory_fraction(cap * GB / total)
                 step, batch = self.lean(model, budget), self.batch(length)
                 long = length > 8192
-                seconds, peak = self.measured(
+                _, peak = self.measured(
                     setting, "ours", lambda: self.run_ours(step, batch), repeats=1 if long else 5, warm=0 if long else 1
                 )
                 if cap:
@@ -408,7 +408,7 @@ class Job:
                 )
             self.run_trl(one, batch, 2)
             found["trl"] = logps, self.gradient(model)
-            for name, parameter in model.named_parameters():  # TRL casts them to bf16; the values are bf16's anyway
+            for parameter in model.parameters():  # TRL casts them to bf16; the values are bf16's anyway
                 if parameter.requires_grad:
                     parameter.data, parameter.grad = parameter.data.float(), None
             model.gradient_checkpointing_disable()
@@ -444,7 +444,7 @@ class Job:
         with init_empty_weights(include_buffers=False):
             stock = AutoModelForCausalLM.from_config(inner.config, dtype=torch.float32, attn_implementation="sdpa")
         source = {n.replace(".base_layer", ""): m for n, m in inner.named_modules()}
-        for name, parameter in list(stock.named_parameters()):
+        for name in [name for name, _ in stock.named_parameters()]:
             owner, _, leaf = name.rpartition(".")
             value = getattr(source[owner], leaf)
             if leaf == "weight" and value.dtype == torch.uint8:

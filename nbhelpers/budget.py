@@ -94,11 +94,11 @@ class Work:
         return 2 * self.q(keys) if a.num_attention_heads != a.num_key_value_heads else 0
 
     def _attention_kept(self, t: Tokens) -> int:
-        """Normed input, Q, K, V (again in the order of the sequences if a prompt is shared), output, log-sum-exp."""
+        """Q, K, V (K and V again in the order of the sequences if a prompt is shared), output, log-sum-exp."""
         gathered = self.kv(t.keys) if t.keys != t.packed else 0
         expanded = 0 if self.attention == "flash" else self._expanded(t.keys)
         lse = 4 * t.packed * self.architecture.num_attention_heads
-        return self.hidden(t.packed) + 2 * self.q(t.packed) + self.kv(t.packed) + gathered + expanded + lse
+        return 2 * self.q(t.packed) + self.kv(t.packed) + gathered + expanded + lse
 
     def _attention_scratch(self, t: Tokens) -> int:
         """What attention's backward has of its own: gradients of its output, Q, K, V, and their fp32 sums."""
@@ -113,9 +113,9 @@ class Work:
         return 2 * self.hidden(t.packed) + self._attention_kept(t) + self._attention_scratch(t)
 
     def recompute_mlp(self, t: Tokens, tile: int) -> int:
-        """Backward through a layer's MLP, before that: input, incoming gradient, sum, normed sum, and a tile's work."""
+        """Backward through a layer's MLP, before that: input, incoming gradient, attention's output, a tile's work."""
         tile = min(tile, t.packed)
-        return 4 * self.hidden(t.packed) + self._attention_kept(t) + 3 * self.inner(tile) + 2 * self.hidden(tile)
+        return 3 * self.hidden(t.packed) + self._attention_kept(t) + 3 * self.inner(tile) + 4 * self.hidden(tile)
 
     def head(self, t: Tokens) -> int:
         """Last layer's output, the scored tokens, normed, their gradients, and the buffer for logits."""
@@ -124,7 +124,7 @@ class Work:
         return self.hidden(t.packed) + max(3 * self.hidden(t.scored) + logits, 2 * self.hidden(t.scored) + wide)
 
     def kept(self, t: Tokens) -> int:
-        """A layer whose backward needs nothing computed again: its attention, sum, normed sum, gate and up."""
+        """A layer whose backward needs nothing computed again: input, its attention, sum, gate and up."""
         return self._attention_kept(t) + 2 * self.hidden(t.packed) + 2 * self.inner(t.packed)
 
     def kept_backward(self, t: Tokens) -> int:
@@ -135,7 +135,7 @@ class Work:
     def forward(self, t: Tokens, tile: int = TILES[0]) -> int:
         """A layer without gradients: input, normed input, Q, K, V, output, projected; or the MLP's tile."""
         tile = min(tile, t.packed)
-        attention = 2 * self.hidden(t.packed) + self._attention_kept(t)
+        attention = 3 * self.hidden(t.packed) + self._attention_kept(t)
         return max(attention, 4 * self.hidden(t.packed) + 3 * self.inner(tile), self.head(t))
 
     def peak(self, t: Tokens, kept: int, on_card: int, tile: int) -> int:

@@ -188,7 +188,7 @@ class Decoder:
 
 
 class _Arithmetic:
-    """The trainer's autocast without its cache, where a weight cast without a gradient would serve those who need one."""
+    """The trainer's autocast without its cache: a weight cast without a gradient would serve those who need one."""
 
     def __init__(self, autocast, device):
         self.outer, self.kind = autocast(), device.type

@@ -1,7 +1,7 @@
 """`LeanGRPOTrainer`: TRL's GRPOTrainer with defaults that fit the machine, clear errors, and nothing lost on a stop.
 
-The only file that touches TRL's private parts, and these are: `_logs`, the newest rollout, read for what the panel
-shows. The lean step and the engines plug in here later.
+With lean.py, which has the lean step's hooks, the only file that touches TRL's private parts. Here these are: `_logs`,
+the newest rollout, read for what the panel shows. The engines plug in here later.
 """
 
 import warnings
