@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from nbhelpers import presets
-from nbhelpers.budget import CannotFit, Part, Work, count, resident
+from nbhelpers.budget import CannotFit, Part, Resident, Work, count, resident
 from nbhelpers.presets import GB, Preset
 
 # what is on the card besides torch's own allocations, to be measured again on a new kind of card
@@ -59,8 +59,8 @@ class Plan:
     parts: tuple[Part, ...]
     at_once: int  # completions that generation has room for at a time
     fits: bool
-    longest_context: int  # prompt and completion, 0 if none fits
-    largest_group: int
+    longest_context: int  # prompt and completion, 0 if none fits; completions one after another if need be
+    largest_group: int  # completions of this length that are generated at once; 0 if none
     nearest: Setting | None  # what to change to, if this does not fit
 
     @property
@@ -73,16 +73,16 @@ class Plan:
 
     @property
     def dominates(self) -> str:
-        """The largest part of the larger half."""
-        half = max(self.generation, self.training, key=lambda parts: sum(parts.values()))
-        return max(half, key=half.get)
+        """The largest part; what is kept for the backward is left out, for it takes what room there is."""
+        parts = [(gb, name) for half in (self.generation, self.training) for name, gb in half.items()]
+        return max(part for part in parts if part[1] != "kept for backward")[1]
 
     def verdict(self) -> list[str]:
         """The conclusions, a sentence each."""
         context = f"{self.longest_context:,} tokens" if self.longest_context else "none"
         found = [
             f"Most of it is {self.dominates}.",
-            f"Longest context that fits: {context}. Largest group at this length: {self.largest_group or 'none'}.",
+            f"Longest context that fits: {context}. Largest group generated at once: {self.largest_group or 'none'}.",
         ]
         if self.fits:
             kept = sum(part.kept for part in self.parts) / (
@@ -180,60 +180,91 @@ def plan(
         optimizer,
     )
 
-    def halves(s: Setting):
-        return _halves(preset, s, card_gb, budget_gb, way)
+    card = _Card(preset, card_gb, budget_gb, way)
+    training, parts = card.training(setting)
+    at_once = _longest(lambda n: card.generates(setting, n), 1, setting.rows)
+    generation = card.generating(setting, at_once or 1)
+    fits = bool(parts) and at_once > 0
 
-    generation, training, parts, at_once, fits = halves(setting)
-    most = preset.architecture.max_position_embeddings
+    def with_context(tokens: int) -> Setting:
+        return replace(setting, max_completion_length=tokens - setting.max_prompt_length)
+
+    shortest, most = setting.max_prompt_length + 1, preset.architecture.max_position_embeddings
     return Plan(
-        preset, card_gb, setting, generation, training, parts, at_once, fits,
-        _longest(lambda n: halves(replace(setting, max_completion_length=n - setting.max_prompt_length))[-1],
-                 setting.max_prompt_length + 1, most),
-        _longest(lambda n: halves(replace(setting, num_generations=n, rows=n))[-1], 2, 512),
-        None if fits else _nearest(setting, lambda s: halves(s)[-1]),
+        preset, card_gb, setting, _in_gb(generation), _in_gb(training), parts, at_once, fits,
+        longest_context=_longest(lambda n: card.fits(with_context(n)), shortest, most),
+        largest_group=_longest(lambda n: card.fits(setting) and card.generates(setting, n), 2, 1024),
+        nearest=None if fits else _nearest(setting, card.fits),
     )  # fmt: skip
 
 
-def _halves(preset: Preset, s: Setting, card_gb: float, budget_gb: float | None, way: str):
-    """(GB by part generating, the same training, how the batch is cut, rows generated at once, whether all fits)."""
-    a = preset.architecture
-    targets = preset.lora_targets
-    fixed = resident(a, s.quantization, s.lora_rank, targets, s.optimizer)
-    work = Work(a, 4 if s.lora_rank == 0 else 2, way)
-    usable = (card_gb - CONTEXT_GB) * (1 - FRAGMENTED) * GB
-    room = (usable if budget_gb is None else min(usable, budget_gb * GB)) - fixed.total
-    rows = [(i // s.num_generations, s.max_prompt_length, s.max_completion_length) for i in range(s.rows)]
-    try:
-        parts = tuple(work.split(rows, room))
-        largest = max(parts, key=lambda part: part.peak)
-        saved = largest.kept * work.kept(largest.tokens) + largest.on_card * work.hidden(largest.tokens.packed)
-        peak = largest.peak
-        head = work.head(largest.tokens)
-    except CannotFit:
-        parts, saved = (), 0
-        longest = max(rows, key=lambda row: row[1] + row[2])
-        peak, head = work.least([longest]), work.head(count([longest]))
-    common = {"weights": fixed.weights, "adapters": fixed.adapters, "optimizer": fixed.optimizer,
-              "dense scratch": fixed.dequantized, "CUDA context": CONTEXT_GB * GB}  # fmt: skip
-    training = dict(common)
-    training["adapters"] += fixed.gradients
-    training["kept for backward"] = saved
-    training["logits" if saved + head >= peak / 1.03 else "layer work"] = peak - saved
+@dataclass(frozen=True)
+class _Card:
+    """What one model has room for on one card."""
 
-    def generating(rows: int) -> dict[str, float]:
+    preset: Preset
+    card_gb: float
+    budget_gb: float | None
+    way: str  # of attention
+
+    def usable(self) -> float:
+        return (self.card_gb - CONTEXT_GB) * (1 - FRAGMENTED) * GB
+
+    def resident(self, s: Setting) -> Resident:
+        targets = self.preset.lora_targets
+        return resident(self.preset.architecture, s.quantization, s.lora_rank, targets, s.optimizer)
+
+    def work(self, s: Setting) -> Work:
+        return Work(self.preset.architecture, 4 if s.lora_rank == 0 else 2, self.way)
+
+    def room(self, s: Setting) -> float:
+        """Bytes for the training half's work."""
+        limit = self.usable() if self.budget_gb is None else min(self.usable(), self.budget_gb * GB)
+        return limit - self.resident(s).total
+
+    def fits(self, s: Setting) -> bool:
+        """Whether a completion can be generated and trained on: then any number of them can, one after another."""
+        row = (0, s.max_prompt_length, s.max_completion_length)
+        return self.generates(s, 1) and self.work(s).least([row]) <= self.room(s)
+
+    def generates(self, s: Setting, rows: int) -> bool:
+        """Whether `rows` completions can be generated at once."""
+        return sum(self.generating(s, rows).values()) <= self.usable() + CONTEXT_GB * GB
+
+    def generating(self, s: Setting, rows: int) -> dict[str, float]:
+        """Bytes by part while `rows` completions are generated."""
+        a, work = self.preset.architecture, self.work(s)
         cache = rows * (s.max_prompt_length + s.max_completion_length) * work.kv(1) * a.num_hidden_layers
         prompts = count([(i, s.max_prompt_length, 1) for i in range(ceil(rows / s.num_generations))])
         step = rows * (2 * a.vocab_size * 4 + 4 * work.hidden(1) + 2 * work.inner(1))
-        return common | {"KV cache": cache, "layer work": max(work.forward(prompts), step)}
+        return self._common(s) | {"KV cache": cache, "layer work": max(work.forward(prompts), step)}
 
-    def has_room(rows: int) -> bool:
-        return sum(generating(rows).values()) <= usable + CONTEXT_GB * GB
+    def training(self, s: Setting) -> tuple[dict[str, float], tuple[Part, ...]]:
+        """Bytes by part of the training half, and how it is cut: not at all if it does not fit."""
+        work, fixed = self.work(s), self.resident(s)
+        rows = [(i // s.num_generations, s.max_prompt_length, s.max_completion_length) for i in range(s.rows)]
+        try:
+            parts = tuple(work.split(rows, self.room(s)))
+            largest = max(parts, key=lambda part: part.peak)
+            saved = largest.kept * work.kept(largest.tokens) + largest.on_card * work.hidden(largest.tokens.packed)
+            peak, head = largest.peak, work.head(largest.tokens)
+        except CannotFit:
+            parts, saved = (), 0
+            peak, head = work.least(rows[:1]), work.head(count(rows[:1]))
+        found = self._common(s)
+        found["adapters"] += fixed.gradients
+        found["kept for backward"] = saved
+        found["logits" if saved + head >= peak / 1.03 else "layer work"] = peak - saved
+        return found, parts
 
-    at_once = _longest(has_room, 1, s.rows)
-    generation = generating(at_once or 1)
-    fits = bool(parts) and at_once > 0
-    as_gb = [{n: b / GB for n, b in half.items() if b} for half in (generation, training)]
-    return *as_gb, parts, at_once, fits
+    def _common(self, s: Setting) -> dict[str, float]:
+        fixed = self.resident(s)
+        return {"weights": fixed.weights, "adapters": fixed.adapters, "optimizer": fixed.optimizer,
+                "dense scratch": fixed.dequantized, "CUDA context": CONTEXT_GB * GB}  # fmt: skip
+
+
+def _in_gb(parts: dict[str, float]) -> dict[str, float]:
+    return {name: size / GB for name, size in parts.items() if size}
 
 
 def _longest(fits, low: int, high: int) -> int:

@@ -99,15 +99,15 @@ def test_unknown_names_are_refused():
 
 def test_every_preset_in_under_a_second_without_torch():
     code = (
-        "import sys, time\nfrom nbhelpers import memory, presets\nstart = time.perf_counter()\n"
+        "import sys, time\nfrom nbhelpers import memory, presets\nstart = time.process_time()\n"
         "for name in presets.names(): str(memory.plan(name))\n"
-        "print((time.perf_counter() - start) / len(presets.names()), 'torch' in sys.modules)"
+        "print((time.process_time() - start) / len(presets.names()), 'torch' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert float(out[0]) < 1.0 and out[1] == "False"
-    start = time.perf_counter()
+    start = time.process_time()
     memory.plan("phi-4", card_gb=12.2, max_completion_length=30_000)  # the search for the nearest included
-    assert time.perf_counter() - start < 1.5
+    assert time.process_time() - start < 1.0
 
 
 def test_the_step_cuts_as_the_planner_said():
