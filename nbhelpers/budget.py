@@ -244,6 +244,17 @@ class Resident:
         return self.weights + self.adapters + self.gradients + self.optimizer + self.dequantized
 
 
+JOINED_BYTES = 128_000_000  # kernels.lora_linear's: 4-bit matrices that are made dense together
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def dense_bytes(a: Architecture, width: int = 2) -> int:
+    """The buffer in which the kernels make 4-bit matrices dense: the largest one, or several if they are small."""
+    sizes = {m.name: m.out_features * m.in_features * width for m in a.linears()}
+    joined = [sum(sizes.get(name, 0) for name in names) for names in TOGETHER]
+    return max(*sizes.values(), *(size for size in joined if size <= JOINED_BYTES))
+
+
 OPTIMIZER_BYTES = {"adamw_8bit": 2.04, "adamw": 8.0}  # a trained number: two moments, and 8-bit's scale of each 256
 
 
@@ -256,6 +267,5 @@ def resident(
         numbers = a.parameters()
         return Resident(4 * numbers, 0, 4 * numbers, round(state * numbers), 0)
     numbers = a.lora_parameters(rank, targets)
-    largest = max(m.out_features * m.in_features for m in a.linears()) * width
-    dense = 0 if quantization == "none" else largest
+    dense = 0 if quantization == "none" else dense_bytes(a, width)
     return Resident(a.weight_bytes(quantization, width), 4 * numbers, 4 * numbers, round(state * numbers), dense)

@@ -55,7 +55,8 @@ class Decoder:
 
     def _attention(self, layer, x: Tensor, packed: Packed, cos_sin) -> Tensor:
         first, last = layer.self_attn.groups()
-        q, k, v = layer.self_attn._rotated(patch.linears(x, *first, norm=layer.input_layernorm), *cos_sin)
+        qkv = patch.linears(x, *first, norm=layer.input_layernorm, packed=True)
+        q, k, v = layer.self_attn._rotated(qkv, *cos_sin)
         out = attend(q, k, v, packed, layer.self_attn.scaling, self.way)
         return patch.linears(out, *last)[0]
 

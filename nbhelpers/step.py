@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .attention import choose
-from .budget import TILES, CannotFit, Part, Work, count
+from .budget import TILES, CannotFit, Part, Work, count, dense_bytes
 from .decoder import Decoder, Layers, unsupported
 from .packing import Packed, Row, Rows, pack
 from .presets import GB, Architecture
@@ -65,7 +65,10 @@ class LeanStep:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.budget_gb, self.temperature, self.share_prompts = budget_gb, temperature, share_prompts
         self.pending = 0  # bytes that others will still take for good, such as an optimizer before its first update
-        _make_scratch(model, dtype)
+        if any(p.dtype == torch.uint8 and p.is_cuda for p in model.parameters()) and kernels.fused is not None:
+            from .kernels.lora_linear import scratch  # the kernels' buffer is made now, so that the budget sees it
+
+            scratch((dense_bytes(self.work.architecture, dtype.itemsize) // dtype.itemsize, 1), dtype, self.device)
         self.parts: list[Part] = []  # of the newest batch, to look at
 
     # ------------------------------------------------------------------------------------------------ the budget
@@ -150,15 +153,6 @@ class LeanStep:
         for parameter, grad in zip(self.trained, grads, strict=True):
             parameter.grad = grad
         return parts
-
-
-def _make_scratch(model: nn.Module, dtype: torch.dtype) -> None:
-    """The kernels' one buffer for a 4-bit matrix made dense, now, so that the budget sees it."""
-    packed = [p for p in model.parameters() if p.dtype == torch.uint8 and p.is_cuda]
-    if packed and kernels.fused is not None:
-        from .kernels.lora_linear import scratch
-
-        scratch((max(p.numel() for p in packed), 2), dtype, packed[0].device)
 
 
 def gradients_are_finite(named: list[tuple[str, nn.Parameter]]) -> str | None:

@@ -139,10 +139,11 @@ def test_reference_linear_logprob_is_log_softmax():
 
 
 def plain_torch_dequantize(monkeypatch):
-    """lora_linear's own code is torch: with the one Triton call in it replaced it runs anywhere, in any dtype."""
+    """lora_linear's own code is torch: with the Triton calls in it replaced it runs anywhere, in any dtype."""
     pytest.importorskip("triton")
     module = sys.modules["nbhelpers.kernels.lora_linear"]
     monkeypatch.setattr(module, "dequantize_nf4", reference.dequantize_nf4)
+    monkeypatch.setattr(module, "stack_adapters", reference.stack_adapters)
     return module
 
 
@@ -423,6 +424,18 @@ class TestLinearLogprob:
         assert mine[0][0, 0] == 0 and (mine[2][0, 0] == 0).all()
         if of_weight:
             assert (mine[3][37:] == 0).all()
+        same(mine, theirs, 1e-5 if dtype == torch.float32 else 5e-3)
+
+    @DTYPES
+    @pytest.mark.parametrize("tile", [None, (4, 13), (2, 300)])
+    def test_without_gradient_in_tiles(self, monkeypatch, tile, dtype):
+        module = sys.modules["nbhelpers.kernels.linear_logprob"]
+        monkeypatch.setattr(module, "FORWARD_TOKENS", 3)
+        h, w, target = torch.randn(10, 16).to(dtype), torch.randn(300, 16).to(dtype), torch.randint(0, 290, (10,))
+        options = {"vocab_size": 290, "bias": torch.randn(300).to(dtype), "entropy": True}
+        with torch.no_grad():
+            mine = module.linear_logprob(h, w, target, scratch_bytes=3 * 128 * dtype.itemsize, tile=tile, **options)
+            theirs = reference.linear_logprob(h, w, target, **options)
         same(mine, theirs, 1e-5 if dtype == torch.float32 else 5e-3)
 
     @DTYPES

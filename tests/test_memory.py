@@ -110,6 +110,16 @@ def test_every_preset_in_under_a_second_without_torch():
     assert time.process_time() - start < 1.0
 
 
+def test_the_sizes_of_the_kernels_buffers_are_the_kernels_own():
+    pytest.importorskip("triton")
+    from nbhelpers.kernels import linear_logprob, lora_linear
+
+    assert (budget.JOINED_BYTES, budget.LOGITS_SCRATCH) == (lora_linear.JOINED_BYTES, linear_logprob.SCRATCH_BYTES)
+    by_hand = {"qwen2.5-1.5b": 2 * 8960 * 1536, "llama-3.1-8b": 14336 * 4096, "phi-4": 2 * 17920 * 5120}
+    for name, numbers in by_hand.items():
+        assert budget.dense_bytes(presets.get(name).architecture) == 2 * numbers
+
+
 def test_the_step_cuts_as_the_planner_said():
     """One source: the parts that a step plans for a batch are those of the plan of the same numbers."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
