@@ -328,6 +328,21 @@ class TestLoraMLP:
             rest = (gate_up, down, residual, norm)
             same(*[run(b, kernels.lora_mlp, x, [*gate_up, down], *rest) for b in ("triton", "torch")], TOLERANCE[dtype])
 
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_a_backward_without_the_value(self, packed):
+        """value=False: other numbers, the same gradients."""
+        gate_up, down = self.parts(64, 96, packed, quantised=True)
+        norm, (x, residual) = (torch.rand(64) + 0.5, 1e-6), torch.randn(2, 5, 64)
+        leaves, found = [p for part in (*gate_up, down) for p in (part.lora_a, part.lora_b)], []
+        for options in ({"norm": None}, {"norm": norm}):
+            for value in (True, False):
+                given = x.clone().requires_grad_()
+                with kernels.use("triton"):
+                    y = kernels.lora_mlp(given, gate_up, down, residual, value=value, **options)
+                assert y.shape == x.shape
+                found.append(torch.autograd.grad(y, [given, *leaves], torch.ones_like(y)))
+            same(found[-1], found[-2], 0)
+
     def test_gradient_of_the_residual(self):
         gate_up, down = self.parts(64, 96, False)
         x, grads = torch.randn(2, 3, 64, requires_grad=True), []

@@ -129,7 +129,12 @@ def lora_linear_group(x: Tensor, projections: tuple[Projection, ...], norm=None,
 
 
 def lora_mlp(
-    x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor | None = None, norm=None
+    x: Tensor,
+    gate_up: tuple[Projection, ...],
+    down: Projection,
+    residual: Tensor | None = None,
+    norm=None,
+    value: bool = True,  # autograd has to compute the last product to differentiate it
 ) -> Tensor:
     if norm is not None:
         residual, x = rms_norm(x, *norm, residual) if residual is not None else (x, rms_norm(x, *norm))
@@ -155,7 +160,7 @@ def linear_logprob(
     bias = None if bias is None else bias.detach()[:vocab_size]
 
     def of_chunk(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        z = _compute(h) @ _compute(weight[:vocab_size]).t()
+        z = _compute(_compute(h) @ _compute(weight[:vocab_size]).t())  # autocast gives a 16-bit product
         z = (z if bias is None else z + bias) / temperature
         logps = z.log_softmax(-1)
         chosen = logps.gather(-1, t.clamp(min=0)[:, None]).squeeze(-1).masked_fill(t == -100, 0.0)
