@@ -24,7 +24,9 @@ else:  # macOS, Windows
 
 __all__ = [
     "Projection",
+    "decode_attention",
     "dequantize_nf4",
+    "draw",
     "linear_logprob",
     "lora_linear",
     "lora_linear_group",
@@ -169,3 +171,27 @@ def linear_logprob(
         entropy=entropy,
         scratch_bytes=scratch_bytes,
     )
+
+
+def draw(logits: Tensor, seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tensor]:
+    """One token for each row, drawn from softmax(logits), by the exponential race (arXiv 1611.01144): the largest
+    logit_i - log E_i wins, E_i = -log(1 - u_i), where u_i is a hash of (seed, counter, i) and of nothing else.
+
+    logits fp32 [B, V], -inf where a token is ruled out; seeds, counters int64 [B]. Returns the tokens, int64 [B], and
+    their log-probabilities, fp32 [B].
+    """
+    return _for(logits).draw(logits, seeds, counters)
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, table: Tensor, layer: int, positions: Tensor,
+                     longest: int, scale: float, window: int | None = None) -> Tensor:  # fmt: skip
+    """Attention of one new token a row over what the cache holds of that row, after its K and V were put there.
+
+    q [B, heads, 1, D], k, v [B, kv heads, 1, D], positions int64 [B]: where the token stands in its row. cache
+    [layers, 2, rows, kv heads, length, D] with B <= rows, K and V written in place; table int64 [4]: its address and
+    its strides in elements of layer, row and head: the Triton kernel looks there, not at `cache`, so that a captured
+    CUDA graph stays valid when the cache is made anew. longest: no position reaches it (torch reads so far; Triton
+    reads each row to its own position). window: positions that a token looks back to, itself included.
+    Returns [B, 1, heads * D].
+    """
+    return _for(q).decode_attention(q, k, v, cache, table, layer, positions, longest, scale, window)

@@ -140,3 +140,41 @@ def linear_logprob(
     chunks = [checkpoint(of_chunk, h, t, use_reentrant=False) for h, t in pairs]
     logp, spread = (torch.cat(parts).view(target.shape) for parts in zip(*chunks, strict=True))
     return (logp, spread) if entropy else logp
+
+
+# ------------------------------------------------------------------------------------------------------ decoding
+
+
+def draw(logits: Tensor, seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tensor]:
+    # 64 bits for each row (splitmix64's finalizer; constants above 2^63 as negative numbers), 32 for each token of it
+    key = seeds + counters * -0x61C8864680B583EB
+    key = (key ^ (key >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    key = (key ^ (key >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    key = key ^ (key >> 31 & 0x1FFFFFFFF)
+    add, times = key.to(torch.int32)[:, None], (key >> 32 | 1).to(torch.int32)[:, None]
+    h = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)
+    h = (h + add) * times  # in int32 products wrap around: the murmur3 finalizer
+    h = (h ^ (h >> 16 & 0xFFFF)) * -0x7A143595
+    h = (h ^ (h >> 13 & 0x7FFFF)) * -0x3D4D51CB
+    h = (h ^ (h >> 16)) & 0x7FFFFFFF
+    exponential = -torch.log1p(-(h.float() + 0.5) / 2**31)
+    token = (logits - exponential.log()).argmax(-1)
+    return token, logits.gather(-1, token[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, table: Tensor | None, layer: int,
+                     positions: Tensor, longest: int, scale: float, window: int | None = None) -> Tensor:  # fmt: skip
+    rows, q_heads, _, dim = q.shape
+    keys, values = cache[layer, 0, :rows], cache[layer, 1, :rows]  # [B, kv heads, length, D]
+    row = torch.arange(rows, device=q.device)
+    keys[row, :, positions], values[row, :, positions] = k[:, :, 0], v[:, :, 0]
+    where = torch.arange(longest, device=q.device)
+    mask = where <= positions[:, None]
+    if window is not None:
+        mask &= where > positions[:, None] - window
+    # the query heads that share a key head are the "sequence" of its attention
+    q = q.view(rows, keys.shape[1], -1, dim)
+    out = F.scaled_dot_product_attention(
+        q, keys[:, :, :longest], values[:, :, :longest], attn_mask=mask[:, None, None], scale=scale
+    )
+    return out.reshape(rows, 1, q_heads * dim)
