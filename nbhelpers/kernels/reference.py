@@ -39,6 +39,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     s = x
     if residual is not None:
         s = _saturate(_compute(x) + _compute(residual), torch.promote_types(x.dtype, residual.dtype))
+    if s.dtype == weight.dtype == torch.float32:
+        y = F.rms_norm(s, weight.shape, weight, eps)  # the same in one call
+        return y if residual is None else (s, y)
     wide = _compute(s)
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * _compute(weight)
     y = y.to(torch.promote_types(s.dtype, weight.dtype))
@@ -51,7 +54,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor):
 
     def rotate(x: Tensor) -> Tensor:
         x1, x2, rest = _compute(x).split([half, half, x.shape[-1] - 2 * half], dim=-1)
-        return torch.cat((x1 * c - x2 * s, x2 * c + x1 * s, rest), dim=-1).to(x.dtype)
+        turned = (torch.addcmul(x1 * c, x2, s, value=-1), torch.addcmul(x2 * c, x1, s))
+        return torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1).to(x.dtype)
 
     return rotate(q), rotate(k)
 
@@ -157,9 +161,10 @@ def draw(logits: Tensor, seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tenso
     h = (h ^ (h >> 16 & 0xFFFF)) * -0x7A143595
     h = (h ^ (h >> 13 & 0x7FFFF)) * -0x3D4D51CB
     h = (h ^ (h >> 16)) & 0x7FFFFFFF
-    exponential = -torch.log1p(-(h.float() + 0.5) / 2**31)
-    token = (logits - exponential.log()).argmax(-1)
-    return token, logits.gather(-1, token[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    exponential = torch.log1p((h.float() + 0.5) * -(2.0**-31))  # below 0: its sign changes sides
+    probabilities = logits.softmax(-1)
+    token = exponential.div_(probabilities).argmax(-1)  # the logarithm of the race: a smaller E_i / p_i is a larger sum
+    return token, probabilities.gather(-1, token[:, None]).squeeze(-1).log()
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, table: Tensor | None, layer: int,
