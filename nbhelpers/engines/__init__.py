@@ -1,7 +1,7 @@
 """Generation from the model that is being trained: one contract, several engines, and who chooses among them.
 
-    engine = engines.choose("auto", model, tokenizer)          # prints which one, and why
-    completions = engine.generate(prompts, engines.Sampling(max_tokens=512, num_generations=8))
+engine = engines.choose("auto", model, tokenizer)          # prints which one, and why
+completions = engine.generate(prompts, engines.Sampling(max_tokens=512, num_generations=8))
 """
 
 from importlib.util import find_spec

@@ -18,7 +18,7 @@ STOP_ID, STOP_STRING, LENGTH = "stop_id", "stop_string", "length"  # why a compl
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw. The order of the filters is transformers': penalty, minimum length, temperature, top-k, top-p, min-p.
+    """How to draw. The filters come in transformers' order: penalty, minimum length, temperature, top-k, top-p, min-p.
 
     Args:
         max_tokens (`int`): A completion is cut off there.

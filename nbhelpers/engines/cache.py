@@ -1,7 +1,7 @@
 """Keys and values of the rows that are being written, in slots: row i of the batch is slot i of the cache.
 
-A token takes 2 * layers * kv heads * D numbers: 28 kB in Qwen2.5-1.5B, 131 kB in Llama-3.1-8B, in 16 bits. The memory is
-taken at the start of a generation and handed back at its end. A captured CUDA graph keeps addresses, so the kernels
+A token takes 2 * layers * kv heads * D numbers, in 16 bits 28 kB in Qwen2.5-1.5B and 131 kB in Llama-3.1-8B. The memory
+is taken at the start of a generation and handed back at its end. A captured CUDA graph keeps addresses, so the kernels
 look the cache's address up in `table`, which stays where it is.
 """
 

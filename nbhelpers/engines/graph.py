@@ -2,7 +2,7 @@
 
     waiting requests -> a free row: the prompt is computed once for its group and copied to the group's rows
     rows             -> CHUNK steps at a time; the host reads what the chunk before wrote while the next one runs
-    finished rows    -> leave; a waiting request takes the row, or the last rows move into the holes and the batch shrinks
+    finished rows    -> leave; a waiting request takes the row, or the last rows move into the holes: a smaller batch
 
 On a CPU the same code runs eagerly, a step at a time.
 
@@ -18,8 +18,8 @@ import torch
 from .base import Completion, Engine, Sampling, Writer, check, inference
 from .cache import KVCache
 from .decoder import Decoder, why_not
-from .steps import BATCHES, CHUNK, LEFT, Steps, batch_for, to_host
 from .sampler import sample
+from .steps import BATCHES, CHUNK, LEFT, Steps, batch_for, to_host
 
 PREFILL_TOKENS = 2048  # of prompts at once: more would be little faster, and its activations are memory
 KV_SHARE = 0.6  # of the memory that is free on the card when a generation begins

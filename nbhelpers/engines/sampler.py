@@ -15,7 +15,9 @@ from ..kernels import draw
 from .base import Sampling
 
 
-def sample(logits: Tensor, seeds: Tensor, written: Tensor, sampling: Sampling, stops: Tensor, seen: Tensor | None = None):
+def sample(
+    logits: Tensor, seeds: Tensor, written: Tensor, sampling: Sampling, stops: Tensor, seen: Tensor | None = None
+):
     """The next token of each row and its log-probability in the distribution that it was drawn from.
 
     logits fp32 [B, V]; seeds int64 [B]; written int64 [B]: tokens that the request has so far; stops int64 [stop ids];

@@ -2,8 +2,8 @@
 
 All that a step reads and writes lies at fixed addresses: the rows' state, the ring of the last tokens and the model's
 own tensors (the cache is looked up in a table). A graph is captured the first time that a batch size is needed, in
-tenths of a second; an optimizer step writes new numbers to the same addresses and costs nothing. What a graph has taken
-for granted (tensors, adapter, filters of the sampling) is compared before each generation; if it changed, the graphs go.
+tenths of a second; an optimizer step writes new numbers to the same addresses and costs nothing. What a graph takes for
+granted (tensors, adapter, filters of the sampling) is compared before each generation; if it changed, the graphs go.
 """
 
 from dataclasses import replace
@@ -81,7 +81,7 @@ class Steps:
         return to_host(self.tokens[:steps, :batch]), to_host(self.logprobs[:steps, :batch])
 
     def _step(self, batch: int, longest: int) -> None:
-        token, position, seed, written, left = self.state[:, :batch]
+        token, position, seed, written, _ = self.state[:, :batch]
         attend = self.cache.step(position, longest)
         hidden = self.decoder.hidden(token[:, None], position[:, None], attend)[:, 0]
         seen = None if self.seen is None else self.seen[:batch]
