@@ -3,24 +3,18 @@
 Names are looked up on first use, so `import nbhelpers` costs milliseconds and torch is only imported when needed.
 """
 
+import os
 from importlib import import_module
+
+# Read when torch is first imported. Without it torch's CPU threads spin while they wait, and a second busy program
+# (a browser, another notebook) makes every step ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 
-_MODULES = (
-    "evaluate",
-    "grpo",
-    "host",
-    "kernels",
-    "loader",
-    "panel",
-    "patch",
-    "presets",
-    "quantize",
-    "rewards",
-    "tasks",
-)
-_NAMES = {"LeanGRPOTrainer": "trainer", "GRPOConfig": "trainer"}
+_MODULES = ("compare", "evaluate", "grpo", "guard", "host", "kernels", "loader", "panel", "patch", "presets")
+_MODULES += ("quantize", "rewards", "tasks")
+_NAMES = {"LeanGRPOConfig": "trainer", "LeanGRPOTrainer": "trainer"}
 __all__ = [*_MODULES, *_NAMES]
 
 

@@ -69,14 +69,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    saved = read_base(folder)
-    own: Base = model.nbhelpers_base
-    if saved.config_hash != own.config_hash or saved.weights_hash != own.weights_hash:
-        what = "shapes" if saved.config_hash != own.config_hash else "weights"
-        raise ValueError(
-            f"the adapter in {folder} was trained on {saved.id} and this model is {own.id}, with other {what}: it would "
-            f"be noise here. Load its own base: loader.load({str(folder)!r})"
-        )
+    refuse_other(folder, model.nbhelpers_base.id, model.nbhelpers_base.config_hash, model.nbhelpers_base.weights_hash)
     if not isinstance(model, PeftModel):
         return _in_fp32(PeftModel.from_pretrained(model, folder, is_trainable=True))
     config, wanted = PeftConfig.from_pretrained(folder), model.peft_config["default"]
@@ -86,6 +79,21 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             raise ValueError(f"the adapter in {folder} has {field}={there}, this model {here}: load({str(folder)!r})")
     set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
     return model
+
+
+def refuse_other(folder: Path, base_id: str, config_hash: str, weights_hash: str | None = None) -> None:
+    """ValueError if the adapter in `folder` was not trained on this base; weights_hash None: not known yet."""
+    saved = read_base(folder)
+    if saved.config_hash != config_hash:
+        what = "shapes"
+    elif weights_hash is not None and saved.weights_hash != weights_hash:
+        what = "weights"
+    else:
+        return
+    raise ValueError(
+        f"the adapter in {folder} was trained on {saved.id} and this model is {base_id}, with other {what}: it would "
+        f"be noise here. Load it with its own base: loader.load({str(folder)!r})"
+    )
 
 
 def read_base(folder: Path) -> Base:
@@ -112,7 +120,7 @@ def peft_model(model: nn.Module) -> nn.Module:
 
 
 def _in_fp32(model: nn.Module) -> nn.Module:
-    """Master weights: in bf16 a step of 1e-5 on a weight of 0.02 is rounded away, in fp16 gradients cannot be scaled."""
+    """Master weights: in bf16 a step of 1e-5 on 0.02 is rounded away, in fp16 gradients cannot be scaled."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

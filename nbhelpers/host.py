@@ -30,11 +30,10 @@ class CannotRun(RuntimeError):
 
 @dataclass(frozen=True)
 class Card:
-    """One GPU. Bytes, not GB; `capability` is CUDA's, (7, 5) for a T4."""
+    """One GPU. `total` in bytes; `capability` is CUDA's, (7, 5) for a T4."""
 
     name: str
     total: int
-    free: int
     capability: tuple[int, int]
 
 
@@ -44,11 +43,16 @@ def cards() -> list[Card]:
 
     if not torch.cuda.is_available():
         return []
-    found = []
-    for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        found.append(Card(torch.cuda.get_device_name(index), total, free, torch.cuda.get_device_capability(index)))
-    return found
+    properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [Card(p.name, p.total_memory, (p.major, p.minor)) for p in properties]
+
+
+def free_bytes(index: int) -> int:
+    """Bytes free on GPU `index`, whoever uses the rest. Ask for your own card only: it wakes the card up, which takes
+    some hundred MB of it."""
+    import torch
+
+    return torch.cuda.mem_get_info(index)[0]
 
 
 def device():
@@ -132,13 +136,15 @@ def report(preset: "presets.Preset | None" = None) -> None:
     Raises CannotRun when it cannot, with the remedy. Without a GPU a 4-bit preset is only warned about: it is
     hopelessly slow there, and it works.
     """
-    found = cards()
+    found, own = cards(), int(os.environ.get("LOCAL_RANK", 0))
+    here = card(own)
+    free = f", {free_bytes(own) / GB:.1f} free" if here else ""
     ram = _ram_bytes()
     memory = f" · {ram / GB:.1f} GB of host memory" if ram else ""
     print(f"{where()} · {platform.system()} · {os.cpu_count()} CPU cores{memory}")
     for index, gpu in enumerate(found):
         print(
-            f"GPU {index}: {gpu.name} · {gpu.total / GB:.1f} GB, {gpu.free / GB:.1f} free · "
+            f"GPU {index}: {gpu.name} · {gpu.total / GB:.1f} GB{free if index == own else ''} · "
             f"compute capability {_dots(gpu)} · computes in {str(compute_dtype()).removeprefix('torch.')}"
         )
     if not found:
@@ -150,7 +156,6 @@ def report(preset: "presets.Preset | None" = None) -> None:
         require("bitsandbytes")
     if preset.lora_rank:
         require("peft")
-    here = card()
     if here is not None:
         check_fits(preset, here.total)
     elif not preset.smoke and preset.architecture.parameters() > 100e6:

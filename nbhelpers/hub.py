@@ -68,10 +68,10 @@ def find(what: "Preset | str | Path", token: str | None = None) -> Source:
         preset = presets.get(str(what))
     if preset is None:
         source = _find(str(what), token)
+    elif Path(preset.hub_id).is_dir():  # the workshop model, in smoke too
+        source = _local(Path(preset.hub_id), preset.name)
     elif preset.smoke:
         source = _local(smoke.make(preset), preset.name)
-    elif Path(preset.hub_id).is_dir():
-        source = _local(Path(preset.hub_id), preset.name)
     else:
         source = _find(preset.hub_id, token)
     _check_code(source)

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from nbhelpers import chat, host, hub, presets, quantize, stream
-from nbhelpers.adapter import Base, attach, load_adapter, read_base, read_choice, save_adapter
+from nbhelpers.adapter import Base, attach, load_adapter, read_base, read_choice, refuse_other, save_adapter
 from nbhelpers.presets import GB, QUANTIZATIONS, Architecture, Preset
 from nbhelpers.quantize import Choice
 
@@ -95,10 +95,12 @@ def load(
     lora_targets = tuple(_first(lora_targets, preset and preset.lora_targets, ()))
     _check_arguments(quantization, lora_rank, lora_dropout)
     choice = None
-    if isinstance(calibration, (Choice, Path)):
+    if quantization == "dynamic" and isinstance(calibration, (Choice, Path)):
         choice = calibration if isinstance(calibration, Choice) else Choice.load(calibration)
 
     source = hub.find(preset_or_id, token)
+    if adapter:
+        refuse_other(adapter, source.id, source.config_hash())
     if source.prequantized():
         if quantization == "none" or choice:
             raise ValueError(f"{source.id} is in 4 bits already and loads as it is: leave quantization and choice out")
@@ -122,6 +124,8 @@ def load(
         choice = quantize.choose(model, [tokens], budget, weights=lambda name: shards.read(f"{name}.weight").to(device))
         stream.keep_in_16_bits(model, choice, shards, device, dtype)
     shards.release()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the matrices that passed through in 16 bits
     _describe(model, source, tokenizer, quantization != "none")
     model.nbhelpers_base = Base(source.id, source.config_hash(), shards.fingerprint(), quantization)
     model.nbhelpers_choice = choice
@@ -183,13 +187,13 @@ def _check_room(source: hub.Source, quantization: str, device: torch.device, wei
         if quantization != "none" and architecture.parameters() > 100e6:
             host.warn_slow(f"{source.id} in 4 bits")
         return
-    card = host.card(device.index or 0)
+    card, free = host.card(device.index or 0), host.free_bytes(device.index or 0)
     needed = architecture.weight_bytes(quantization, width) + architecture.largest_tensor_bytes()
-    if needed > card.free:
+    if needed > free:
         raise host.CannotRun(
             f"{source.id} needs {needed / GB:.1f} GB to load as {quantization} and the {card.name} has "
-            f"{card.free / GB:.1f} GB free of {card.total / GB:.1f}: {(needed - card.free) / GB:.1f} GB too little. "
-            f"Restart the kernel if it holds another model; these fit: {', '.join(presets.that_fit(card.free / GB))}"
+            f"{free / GB:.1f} GB free of {card.total / GB:.1f}: {(needed - free) / GB:.1f} GB too little. "
+            f"Restart the kernel if it holds another model; these fit: {', '.join(presets.that_fit(free / GB))}"
         )
 
 

@@ -34,19 +34,16 @@ SILU = ("silu", "swish")
 # ------------------------------------------------------------------------------------------- linear layers
 
 
+HOOKED = "has hooks or a forward of its own"
 DROPOUT = "LoRA dropout while training"
 
 
 def projection(module: nn.Module) -> Projection | str:
     """The tensors of a linear module as the kernels want them, or the reason why its own forward has to run."""
-    from peft.tuners import lora
-
-    if _watched(module):
-        return "has hooks or a forward of its own"
-    if not isinstance(module, lora.LoraLayer):
+    if not _known().get(type(module)):
         return _base(module)
-    if type(module) is not lora.Linear and not _is_lora_4bit(module):
-        return f"{type(module).__name__} is not plain LoRA"
+    if _watched(module):
+        return HOOKED
     if module.merged:
         return "its adapter is merged" if module.disable_adapters else _base(module.base_layer)
     active = [] if module.disable_adapters else [name for name in module.active_adapters if name in module.lora_A]
@@ -64,27 +61,26 @@ def projection(module: nn.Module) -> Projection | str:
         return DROPOUT
     a, b = module.lora_A[name], module.lora_B[name]
     if _watched(a) or _watched(b):
-        return "has hooks or a forward of its own"
+        return HOOKED
     return base._replace(lora_a=a.weight, lora_b=b.weight, scale=module.scaling[name])
 
 
 def _base(module: nn.Module) -> Projection | str:
     """The same for a layer without LoRA."""
+    if type(module) not in _known():
+        return f"{type(module).__name__} is not a linear layer the kernels know"
     if _watched(module):
-        return "has hooks or a forward of its own"
-    if module.__class__ is nn.Linear:
-        state = None
-    elif _is_4bit(module):
-        state = module.weight.quant_state
+        return HOOKED
+    weight, bias, state = module.weight, module.bias, None
+    if type(module) is not nn.Linear:
+        state = weight.quant_state
         if state is None or state.quant_type != "nf4":
             return "4-bit, but not NF4"
         if vars(state).get("packing_format_for_cpu"):  # set by bitsandbytes the first time it packs
             return "packed for inference on a CPU"
-    else:
-        return f"{type(module).__name__} is not a linear layer the kernels know"
-    if module.weight.requires_grad or (module.bias is not None and module.bias.requires_grad):
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
         return "its own weight is being trained"
-    return Projection(module.weight, state, module.bias)
+    return Projection(weight, state, bias)
 
 
 def _watched(module: nn.Module) -> bool:
@@ -98,35 +94,52 @@ def _watched(module: nn.Module) -> bool:
     )
 
 
-def _is_4bit(module: nn.Module) -> bool:
-    if "bitsandbytes" not in sys.modules:  # then nothing of it can be in the model
-        return False
-    import bitsandbytes as bnb
-
-    return isinstance(module, bnb.nn.Linear4bit)
+def _known() -> dict[type, bool]:
+    """The linear classes the kernels know -> whether a LoRA. bitsandbytes' are known once something has imported it."""
+    return _classes("bitsandbytes" in sys.modules)
 
 
-def _is_lora_4bit(module: nn.Module) -> bool:
-    if "bitsandbytes" not in sys.modules:
-        return False
-    from peft.tuners.lora.bnb import Linear4bit
+@cache
+def _classes(four_bit: bool) -> dict[type, bool]:
+    from peft.tuners import lora
 
-    return type(module) is Linear4bit
+    known = {nn.Linear: False, lora.Linear: True}
+    if four_bit:
+        import bitsandbytes as bnb
+        from peft.tuners.lora.bnb import Linear4bit
+
+        known |= {bnb.nn.Linear4bit: False, bnb.nn.LinearNF4: False, Linear4bit: True}
+    return known
 
 
 def _compute_dtype(x: Tensor, modules) -> torch.dtype:
     """The dtype that the modules' own forward would compute in (under autocast the kernels see to it)."""
     base = modules[0].base_layer if "base_layer" in modules[0]._modules else modules[0]
-    return (base.compute_dtype or x.dtype) if _is_4bit(base) and base.compute_type_is_set else x.dtype
+    plain = type(base) is nn.Linear or not base.compute_type_is_set
+    return x.dtype if plain else base.compute_dtype or x.dtype
 
 
-def linears(x: Tensor, *modules: nn.Module) -> list[Tensor]:
-    """The outputs of linear modules that read the same x [..., in]: by the kernels, or each by its own forward."""
+def linears(x: Tensor, *modules: nn.Module, norm: nn.Module | None = None) -> list[Tensor]:
+    """The outputs of linear modules that read the same x [..., in], or norm(x): by the kernels, or each by its own
+    forward."""
     parts = tuple(projection(module) for module in modules)
-    if any(isinstance(part, str) for part in parts):
+    fused = not any(isinstance(part, str) for part in parts)
+    if norm is not None and not (fused and _foldable(norm, x, modules)):
+        x, norm = norm(x), None
+    if not fused:
         return [module(x) for module in modules]
+    if norm is not None:
+        return list(kernels.lora_linear_group(x, parts, (norm.weight, norm.variance_epsilon)))
     outputs = kernels.lora_linear_group(x.to(_compute_dtype(x, modules)), parts)
     return [y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype) for y in outputs]
+
+
+def _foldable(norm: nn.Module, x: Tensor, modules) -> bool:
+    """Whether a norm in front of linear modules can be computed with them, so that its output need not be kept."""
+    if _watched(norm) or norm.weight.requires_grad:
+        return False
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return autocast or norm.weight.dtype == x.dtype == _compute_dtype(x, modules)
 
 
 # --------------------------------------------------------------------------- the four modules of a decoder layer
@@ -138,23 +151,39 @@ class _RMSNorm:
         return kernels.rms_norm(hidden_states, self.weight, self.variance_epsilon, residual)
 
 
+def _add_and_norm(x, residual, norm):
+    """x + residual, and the norm of it; in one launch unless somebody watches the norm."""
+    if _watched(norm):
+        x = x + residual
+        return x, norm(x)
+    return norm(x, residual)
+
+
 class _MLP:
     def groups(self):
         """The linear layers, those that read the same input together."""
         return (self.gate_proj, self.up_proj), (self.down_proj,)
 
-    def forward(self, x, residual=None):
-        """The MLP's output, plus the residual if one is given."""
-        if self.config.hidden_act not in SILU:
-            y = super().forward(x)
-            return y if residual is None else residual + y
+    def forward(self, x, residual=None, norm=None):
+        """The MLP's output, plus the residual if one is given; with a norm s + mlp(norm(s)) for s = x + residual."""
         first, (last,) = self.groups()
         *gate_up, down = parts = tuple(projection(module) for module in (*first, last))
-        if not any(isinstance(part, str) for part in parts):
-            y = kernels.lora_mlp(x.to(_compute_dtype(x, first)), tuple(gate_up), down, residual)
+        fused = self.config.hidden_act in SILU and not any(isinstance(part, str) for part in parts)
+        folded = None
+        if norm is not None:
+            if fused and _foldable(norm, x, first):
+                folded = norm.weight, norm.variance_epsilon
+            else:
+                residual, x = _add_and_norm(x, residual, norm)
+        if fused:
+            x = x if folded else x.to(_compute_dtype(x, first))
+            y = kernels.lora_mlp(x, tuple(gate_up), down, residual, folded)
             return y if residual is not None or torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
-        wide = linears(x, *first)
-        (y,) = linears(kernels.swiglu(*wide) if len(wide) == 2 else kernels.swiglu_packed(*wide), last)
+        if self.config.hidden_act in SILU:
+            wide = linears(x, *first)
+            (y,) = linears(kernels.swiglu(*wide) if len(wide) == 2 else kernels.swiglu_packed(*wide), last)
+        else:
+            y = super().forward(x)
         return y if residual is None else residual + y
 
 
@@ -177,9 +206,11 @@ class _Attention:
         """How many positions a token looks back to, None for all."""
         return None
 
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(
+        self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, norm=None, **kwargs
+    ):
         first, last = self.groups()
-        q, k, v = self._rotated(linears(hidden_states, *first), *position_embeddings)
+        q, k, v = self._rotated(linears(hidden_states, *first, norm=norm), *position_embeddings)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         stock = sys.modules[self.stock.__module__]
@@ -212,22 +243,30 @@ class _Phi3Attention(_MistralAttention):
 
 
 class _Layer:
+    """Each half gets its norm handed in, to fold it; a half that is watched gets and gives what it does in stock."""
+
     def forward(self, hidden_states, attention_mask=None, **kwargs):
-        attended = self._attend(self.input_layernorm(hidden_states), attention_mask, **kwargs)
-        residual, normed = self.post_attention_layernorm(attended, hidden_states)
-        return self.mlp(normed, residual)
+        return self._mlp_half(self._attend(hidden_states, attention_mask, **kwargs), hidden_states)
 
     def _attend(self, x, attention_mask, **kwargs):
-        return self.self_attn(hidden_states=x, attention_mask=attention_mask, **kwargs)[0]
+        if _watched(self.self_attn):
+            return self.self_attn(hidden_states=self.input_layernorm(x), attention_mask=attention_mask, **kwargs)[0]
+        return self.self_attn(hidden_states=x, attention_mask=attention_mask, norm=self.input_layernorm, **kwargs)[0]
+
+    def _mlp_half(self, attended, residual):
+        if _watched(self.mlp):
+            residual, normed = _add_and_norm(attended, residual, self.post_attention_layernorm)
+            return residual + self.mlp(normed)
+        return self.mlp(attended, residual, self.post_attention_layernorm)
 
 
 class _Phi3Layer(_Layer):
     def forward(self, hidden_states, attention_mask=None, **kwargs):
-        attended = self.resid_attn_dropout(self._attend(self.input_layernorm(hidden_states), attention_mask, **kwargs))
-        residual, normed = self.post_attention_layernorm(attended, hidden_states)
+        attended = self.resid_attn_dropout(self._attend(hidden_states, attention_mask, **kwargs))
         if self.training and self.resid_mlp_dropout.p > 0:
+            residual, normed = _add_and_norm(attended, hidden_states, self.post_attention_layernorm)
             return residual + self.resid_mlp_dropout(self.mlp(normed))
-        return self.mlp(normed, residual)
+        return self._mlp_half(attended, hidden_states)
 
 
 _ROLES = {"RMSNorm": _RMSNorm, "MLP": _MLP, "Attention": _Attention, "DecoderLayer": _Layer}

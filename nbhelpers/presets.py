@@ -3,7 +3,8 @@
     preset = presets.get("qwen2.5-1.5b").on_card(15)
 
 GB is 10^9 bytes everywhere in this package. `NBHELPERS_SMOKE=1` is read in this file alone: every preset then becomes
-a small random model of the SAME architecture with two steps of training. Smoke proves wiring, not learning.
+a small random model of the SAME architecture with two steps of training (the workshop model, small already, stays
+itself). Smoke proves wiring, not learning.
 """
 
 import difflib
@@ -302,24 +303,21 @@ _TABLE = {
 
 
 def _workshop() -> Preset:
-    config = WORKSHOP / "config.json"
-    if config.exists():
-        architecture = Architecture.from_config(json.loads(config.read_text()))
-    else:  # the recipe has not been run yet: its sizes, so that everything else can be planned
-        architecture = Architecture(
-            "qwen2", hidden_size=192, intermediate_size=576, num_hidden_layers=5, num_attention_heads=6,
-            num_key_value_heads=3, head_dim=32, vocab_size=512, tie_word_embeddings=True, attention_bias=True,
-            max_position_embeddings=512,
-        )  # fmt: skip
+    architecture = Architecture.from_config(json.loads((WORKSHOP / "config.json").read_text()))
     return Preset(
         "workshop", "the workshop model", str(WORKSHOP), architecture,
         quantization="none", lora_rank=0, lora_alpha=0, num_generations=8, max_prompt_length=96,
-        max_completion_length=64, learning_rate=5e-4,
+        max_completion_length=64, learning_rate=5e-4, max_steps=80,
     )  # fmt: skip
 
 
 def _smoke(preset: Preset) -> Preset:
-    """The same architecture with small numbers. Its tokenizer is one byte a token, so prompts are long."""
+    """The same architecture with small numbers. Its tokenizer is one byte a token, so prompts are long.
+
+    The workshop model is small already: it stays itself and takes fewer steps, so that its smoke run still learns.
+    """
+    if preset.name == "workshop":
+        return replace(preset, smoke=True, max_steps=30)
     small = replace(
         preset.architecture, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=32, vocab_size=320, max_position_embeddings=2048,

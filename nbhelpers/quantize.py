@@ -7,14 +7,16 @@ taken where it is felt, on the output, and relative to it:
 
 The layers kept are those that save the most error per byte, within a budget of extra bytes. Hooks measure each layer
 while a forward pass goes through it, so no activation is stored. A model too large for the card in 16 bits is measured
-in NF4, with its own activations, while its 16-bit matrices come one at a time from `weights` (from disk, in `loader`).
+all the same: it is there in NF4, its 16-bit matrices come one at a time from `weights` (from disk, in `loader`), and
+each layer passes on the 16-bit output, so the pass is the 16-bit model's. Two more passes, in NF4 and as chosen, give
+the divergence of both from it; a choice that does not lower it is dropped.
 
 NF4 with double quantisation: Dettmers et al. 2023, QLoRA, section 3.
 """
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,6 +48,8 @@ class Choice:
     budget: float  # extra bytes allowed, as a share of `model_bytes`
     model_bytes: int  # the whole model in NF4: matrices in NF4, everything else in 16 bits
     tokens: int  # calibration tokens
+    kl_nf4: float  # KL(16 bits || NF4) of the next token on the calibration tokens, nats a token
+    kl_chosen: float  # the same for the model as chosen
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -72,16 +76,18 @@ class Choice:
     def report(self) -> str:
         """A table, worst layer first: error in NF4, error as chosen, bytes in NF4, bytes as chosen."""
         wide = max((len(layer.name) for layer in self.layers), default=5)
-        lines = [f"{'layer':{wide}}   error nf4   chosen      MB nf4   chosen"]
+        lines = [f"{'layer':{wide}}   error nf4   chosen     MB nf4    chosen"]
         for layer in sorted(self.layers, key=lambda layer: -layer.error):
             error, size = (0.0, layer.full_bytes) if layer.kept else (layer.error, layer.nf4_bytes)
             lines.append(
-                f"{layer.name:{wide}}   {layer.error:9.2e}   {error:7.1e}   {layer.nf4_bytes / 1e6:7.2f}  {size / 1e6:7.2f}"
+                f"{layer.name:{wide}}   {layer.error:9.2e}  {error:7.1e}  "
+                f"{layer.nf4_bytes / 1e6:9.3f} {size / 1e6:9.3f}"
             )
         lines.append(
             f"{len(self.kept)} of {len(self.layers)} layers in 16 bits: {self.extra_bytes / GB:.3f} GB more than "
-            f"{self.model_bytes / GB:.3f} (+{100 * self.extra_bytes / self.model_bytes:.1f} % of {100 * self.budget:.0f} "
-            f"allowed), measured on {self.tokens} tokens"
+            f"{self.model_bytes / GB:.3f} (+{100 * self.extra_bytes / self.model_bytes:.1f} %, "
+            f"{100 * self.budget:.0f} allowed); on {self.tokens} tokens KL to 16 bits {self.kl_nf4:.2e} in NF4, "
+            f"{self.kl_chosen:.2e} as chosen"
         )
         return "\n".join(lines)
 
@@ -170,7 +176,7 @@ def choose(
     *,
     weights: Callable[[str], torch.Tensor] | None = None,
 ) -> Choice:
-    """Measure every linear layer and choose those to keep in 16 bits.
+    """Measure every linear layer and choose those to keep in 16 bits; the model is left as it was.
 
     token_batches: LongTensors [rows, tokens] without padding, a few hundred tokens of the task's own prompts.
     budget: extra bytes allowed, as a share of the whole model's size in NF4.
@@ -179,47 +185,92 @@ def choose(
 
     Raises ValueError for a negative budget, no tokens, or a model that has no linear layer.
     """
+    modules, batches = linears(model), list(token_batches)
     if budget < 0:
         raise ValueError(f"budget={budget} is negative: 0.10 allows 10 % more bytes than NF4")
-    modules = linears(model)
     if not modules:
         raise ValueError("the model has no linear layer to quantise")
-    if weights is None and any(is_nf4(module) for module in modules.values()):
-        raise ValueError("the model is already in NF4: pass weights=, the function that brings its 16-bit matrices")
-    lost = dict.fromkeys(modules, 0.0)
-    total = dict.fromkeys(modules, 0.0)
-
-    def hook_for(name: str):
-        def measure(module, args):
-            x = args[0].reshape(-1, module.in_features)
-            matrix = module.weight if weights is None else weights(name)
-            coarse = unpack(module.weight if is_nf4(module) else pack(matrix.detach(), matrix.dtype))
-            matrix = matrix.to(x.dtype)
-            total[name] += (x @ matrix.T).float().square().sum().item()
-            lost[name] += (x @ (matrix - coarse.to(x.dtype)).T).float().square().sum().item()
-
-        return measure
-
-    hooks = [module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()]
-    was_training = model.training
-    model.eval()
-    tokens = 0
-    try:
-        device = model.get_input_embeddings().weight.device
-        for batch in token_batches:
-            tokens += batch.numel()
-            model.base_model(input_ids=batch.to(device), use_cache=False)  # the head is not measured
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.train(was_training)
-    if tokens == 0:
+    if sum(batch.numel() for batch in batches) == 0:
         raise ValueError("no calibration tokens: pass a few hundred tokens of the task's own prompts")
+    packed = any(is_nf4(module) for module in modules.values())
+    if packed and weights is None:
+        raise ValueError("the model is already in NF4: pass weights=, the function that brings its 16-bit matrices")
+
+    def exact(name: str) -> torch.Tensor:
+        return weights(name) if weights else modules[name].weight.detach()
+
+    def coarse(name: str) -> torch.Tensor:
+        return unpack(modules[name].weight if packed else pack(exact(name), exact(name).dtype))
+
+    lost, total = dict.fromkeys(modules, 0.0), dict.fromkeys(modules, 0.0)
+
+    def measured(name: str, x: torch.Tensor) -> torch.Tensor:
+        matrix = exact(name).to(x.dtype)
+        y = x @ matrix.T
+        total[name] += y.float().square().sum().item()
+        lost[name] += (x @ coarse(name).to(x.dtype).sub_(matrix).T).float().square().sum().item()
+        return y
+
+    reference = _pass(model, batches, dict.fromkeys(modules, measured))
     layers = [
         Layer(name, lost[name] / max(total[name], 1e-30), nf4_bytes(*_shape(module)), 2 * _count(module))
         for name, module in modules.items()
     ]
-    return _pick(layers, budget, _model_bytes(model, modules), tokens)
+    model_bytes = _model_bytes(model, modules)
+    kept = _pick(layers, budget * model_bytes)
+
+    def as_exact(name: str, x: torch.Tensor) -> torch.Tensor:
+        return x @ exact(name).to(x.dtype).T
+
+    def as_nf4(name: str, x: torch.Tensor) -> torch.Tensor:
+        return x @ coarse(name).to(x.dtype).T
+
+    if packed:
+        plain, chosen = {}, dict.fromkeys(kept, as_exact)
+    else:
+        plain = dict.fromkeys(modules, as_nf4)
+        chosen = dict.fromkeys(set(modules) - kept, as_nf4)
+    head = model.get_output_embeddings()
+    kl_nf4 = _kl(head, reference, _pass(model, batches, plain))
+    kl_chosen = _kl(head, reference, _pass(model, batches, chosen))
+    if kl_chosen > kl_nf4:  # errors had cancelled by chance: plain NF4 is smaller and better
+        kept, kl_chosen = set(), kl_nf4
+    marked = tuple(replace(layer, kept=layer.name in kept) for layer in layers)
+    return Choice(marked, budget, model_bytes, sum(batch.numel() for batch in batches), kl_nf4, kl_chosen)
+
+
+def _pass(model: nn.Module, batches: list[torch.Tensor], products: dict[str, Callable]) -> list[torch.Tensor]:
+    """Final hidden states [rows, tokens, hidden] of each batch, where `products[name](name, x)` stands for x W^T."""
+
+    def hook_for(name: str):
+        def instead(module, args, output):
+            y = products[name](name, args[0])
+            return y if module.bias is None else y + module.bias.to(y.dtype)
+
+        return instead
+
+    hooks = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in products]
+    was_training = model.training
+    model.eval()
+    try:
+        device = model.get_input_embeddings().weight.device
+        return [model.base_model(input_ids=batch.to(device), use_cache=False).last_hidden_state for batch in batches]
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(was_training)
+
+
+def _kl(head: nn.Module, reference: list[torch.Tensor], hidden: list[torch.Tensor]) -> float:
+    """KL of the next-token distributions, nats a token; 64 tokens at a time, for a vocabulary is wide."""
+    total, count = 0.0, 0
+    for a, b in zip(reference, hidden, strict=True):
+        count += a.shape[0] * a.shape[1]
+        for x, y in zip(a.flatten(0, 1).split(64), b.flatten(0, 1).split(64), strict=True):
+            total += nn.functional.kl_div(
+                head(y).float().log_softmax(-1), head(x).float().log_softmax(-1), reduction="sum", log_target=True
+            ).item()
+    return total / count
 
 
 def _shape(module: nn.Linear) -> tuple[int, int]:
@@ -236,29 +287,23 @@ def _model_bytes(model: nn.Module, modules: dict[str, nn.Linear]) -> int:
     return matrices + 2 * others
 
 
-def _pick(layers: list[Layer], budget: float, model_bytes: int, tokens: int) -> Choice:
-    """Greedy: by error saved per extra byte, passing over what no longer fits."""
-    left, kept = budget * model_bytes, set()
+def _pick(layers: list[Layer], room: float) -> set[str]:
+    """Names of the layers to keep within `room` extra bytes. Greedy: by error saved per byte, passing over what no
+    longer fits."""
+    kept = set()
     for layer in sorted(layers, key=lambda layer: -layer.error / layer.extra):
-        if layer.extra <= left:
-            left -= layer.extra
+        if layer.extra <= room:
+            room -= layer.extra
             kept.add(layer.name)
-    marked = tuple(Layer(**{**asdict(layer), "kept": layer.name in kept}) for layer in layers)
-    return Choice(marked, budget, model_bytes, tokens)
+    return kept
 
 
 @torch.no_grad()
 def divergence(reference: nn.Module, model: nn.Module, token_batches: Iterable[torch.Tensor]) -> float:
-    """KL(reference || model) of the next-token distributions, in nats, averaged over all positions.
+    """KL(reference || model) of the next-token distributions, in nats a token, averaged over all positions.
 
-    Both take the same LongTensors [rows, tokens] without padding.
+    Both are transformers models (of a PeftModel, its get_base_model()) that share the output head, which is never
+    quantised. token_batches: LongTensors [rows, tokens] without padding.
     """
-    total, count = 0.0, 0
-    for batch in token_batches:
-        p, q = (
-            m(input_ids=batch.to(m.get_input_embeddings().weight.device)).logits.float().log_softmax(-1).cpu()
-            for m in (reference, model)
-        )
-        total += (p.exp() * (p - q)).sum().item()
-        count += batch.numel()
-    return total / count
+    batches = list(token_batches)
+    return _kl(model.get_output_embeddings(), _pass(reference, batches, {}), _pass(model, batches, {}))

@@ -41,10 +41,10 @@ def swap_linears(model: nn.Module, shards: Shards, dtype: torch.dtype, choice: C
     packed = {name.removesuffix(".weight.absmax") for name in shards.entries if name.endswith(".weight.absmax")}
     if not packed:
         names = set(quantize.linears(model))
-        kept = set(choice.kept) if choice else set()
-        if kept - names:
-            raise ValueError(f"the dynamic 4-bit choice is another model's: this one has no {min(kept - names)}")
-        packed = names - kept
+        unknown = {layer.name for layer in choice.layers} - names if choice else set()
+        if unknown:
+            raise ValueError(f"the dynamic 4-bit choice is another model's: this one has no {min(unknown)}")
+        packed = names - set(choice.kept if choice else ())
     for name in packed:
         model.set_submodule(name, quantize.empty_linear4bit(model.get_submodule(name), dtype))
 
@@ -60,13 +60,14 @@ def fill(
     """
     tied = _tied_head(model)
     wanted = dict(model.named_parameters(remove_duplicate=False))
-    unused = []
+    filled, unused = set(), []
     for name, entry in shards.entries.items():
         bar(entry.nbytes)
         owner, _, leaf = name.rpartition(".")
         if name not in wanted or name == tied:
             unused.append(name)
             continue
+        filled.add(name)
         module = model.get_submodule(owner)
         four_bits = leaf == "weight" and quantize.is_nf4(module)
         if four_bits and f"{name}.absmax" in shards.entries:
@@ -80,13 +81,13 @@ def fill(
             tensor = shards.read(name).to(weight_dtype).to(device, copy=True)  # converts on the host
             setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
     model.tie_weights()
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta and name not in filled]
     if missing:
         known = [name for name in unused if not name.endswith("rotary_emb.inv_freq")]
         instead = f" It has {known[0]} instead." if known else ""
         raise ValueError(
-            f"the checkpoint lacks {len(missing)} tensors, the first is {missing[0]}.{instead} Only architectures whose "
-            "tensors are stored under their own names can be read tensor by tensor (Qwen2, Llama, Mistral, Phi3, ...)"
+            f"the checkpoint lacks {len(missing)} tensors, the first is {missing[0]}.{instead} Only architectures "
+            "whose tensors are stored under their own names can be read one by one (Qwen2, Llama, Mistral, Phi3, ...)"
         )
     for module in model.modules():
         for key, buffer in module.named_buffers(recurse=False):

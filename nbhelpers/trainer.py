@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 import trl
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, PrinterCallback
 from transformers.trainer_utils import TrainOutput
 
+from nbhelpers import host, panel
 from nbhelpers.guard import guard_all
 from nbhelpers.rewards import Sample, text_of
 
@@ -24,10 +26,8 @@ def precision() -> dict[str, bool]:
 
     TRL's own default is bf16 wherever fp16 is not asked for, which a T4 does not have and a CPU refuses.
     """
-    if not torch.cuda.is_available():
-        return {"use_cpu": True, "bf16": False, "fp16": False}
-    native_bf16 = torch.cuda.get_device_capability() >= (8, 0)  # is_bf16_supported() counts emulation too
-    return {"bf16": native_bf16, "fp16": not native_bf16}
+    dtype = host.compute_dtype()
+    return {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, "use_cpu": dtype == torch.float32}
 
 
 @dataclass
@@ -93,6 +93,9 @@ class LeanGRPOTrainer(trl.GRPOTrainer):
             args = LeanGRPOConfig("runs/grpo")
         funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         super().__init__(model, guard_all(funcs), args=args, train_dataset=train_dataset, **kwargs)
+        if any(isinstance(callback, panel.Live) for callback in self.callback_handler.callbacks):
+            for other in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # one updating output, not two
+                self.remove_callback(other)
 
     def train(self, *args, **kwargs) -> TrainOutput:
         """Train, and keep what was learned however it ends. Arguments and result as in transformers' Trainer."""

@@ -94,8 +94,7 @@ def summary(out: Path) -> str:
     for name in ("accuracy", "format"):
         before, after = report[f"{name}_before"], report[f"{name}_after"]
         rows.append((name, *(f"{s['value']:.1%} ({s['low']:.1%} to {s['high']:.1%})" for s in (before, after))))
-    if report["probe_before"] is not None:
-        rows.append(("9.11 or 9.9?", report["probe_before"], report["probe_after"]))
+    rows.append(("9.11 or 9.9?", report["probe_before"] or "no answer", report["probe_after"] or "no answer"))
     lines = [f"  {name:<14}{before:<28}{after}" for name, before, after in rows]
     files = ", ".join(sorted(file.name for file in out.iterdir() if file.is_file()))
     return "\n".join(["", *lines, "", f"GRPO took {report['seconds']:.0f} s.", f"{out}: {files}"])
@@ -114,7 +113,9 @@ def main() -> None:
     try:
         run(args.notebook, args.out, values)
     except CellExecutionError as error:
-        raise SystemExit(f"\n{error.ename}: {error.evalue}\n(the whole story: {args.out / args.notebook.name})") from None
+        raise SystemExit(
+            f"\n{error.ename}: {error.evalue}\n(the whole story: {args.out / args.notebook.name})"
+        ) from None
     print(summary(args.out))
     print(f"{time.time() - started:.0f} s in all. Open {args.out / args.notebook.stem}.html in a browser; then open "
           f"{args.notebook} in Jupyter and try its exercises.")  # fmt: skip

@@ -11,7 +11,7 @@ The interpreter wants TRITON_INTERPRET=1 before `import triton`, for the whole p
         def test_forward(self): ...
 
     def test_in_the_interpreter():
-        interpreter.run(__file__)
+        interpreter.run(__file__, "TestRope")
 
 `TRITON_INTERPRET=1 pytest tests/test_kernels_elementwise.py` runs them directly.
 """
@@ -25,12 +25,13 @@ import pytest
 ON = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def run(file: str) -> None:
-    """The tests of `file` again, in a new process with the interpreter on; fails with their output."""
+def run(file: str, *classes: str) -> None:
+    """`file`, or only these classes of it, tested in a new process with the interpreter on; fails with their output."""
     pytest.importorskip("triton", reason="triton has no build for this system")
     if ON:
         pytest.skip("already inside the interpreter")
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += [f"{file}::{name}" for name in classes] or [file]
     out = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert out.returncode == 0, out.stdout[-6000:] + out.stderr[-2000:]

@@ -244,6 +244,14 @@ class TestLoraLinear:
                 both.append([y, *torch.autograd.grad(y.transpose(0, 1).square().sum(), [leaf, part.lora_a])])
             same(*both, 2e-6)
 
+    @DTYPES
+    def test_with_a_norm_folded_in(self, dtype):
+        norm = (torch.rand(64).to(dtype) + 0.5, 1e-6)
+        parts = tuple(layer(64, n, dtype, quantised=True) for n in (32, 16))
+        x = torch.randn(2, 6, 64, dtype=dtype) * 3
+        both = [run(b, kernels.lora_linear_group, x, parts, parts, norm) for b in ("triton", "torch")]
+        same(*both, TOLERANCE[dtype])
+
     def test_an_unused_output_and_a_frozen_lora(self):
         parts = [layer(64, 32, quantised=True) for _ in range(3)]
         x = torch.randn(5, 64, requires_grad=True)
@@ -308,6 +316,15 @@ class TestLoraMLP:
         x = torch.randn(5, hidden, dtype=dtype)
         for residual in (None, torch.randn(5, hidden, dtype=dtype)):
             rest = (gate_up, down, residual)
+            same(*[run(b, kernels.lora_mlp, x, [*gate_up, down], *rest) for b in ("triton", "torch")], TOLERANCE[dtype])
+
+    @DTYPES
+    def test_with_a_norm_folded_in(self, dtype):
+        gate_up, down = self.parts(64, 96, False, dtype=dtype, quantised=True)
+        norm = (torch.rand(64).to(dtype) + 0.5, 1e-6)
+        x = torch.randn(5, 64, dtype=dtype)
+        for residual in (None, torch.randn(5, 64, dtype=dtype)):
+            rest = (gate_up, down, residual, norm)
             same(*[run(b, kernels.lora_mlp, x, [*gate_up, down], *rest) for b in ("triton", "torch")], TOLERANCE[dtype])
 
     def test_gradient_of_the_residual(self):

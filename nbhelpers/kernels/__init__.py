@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 from torch import Tensor
+from torch.cuda import device_of  # a kernel runs on the current device, wherever its tensors lie; nothing on a CPU
 
 from . import reference
 from .reference import Projection
@@ -73,7 +74,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     x, residual [..., H]; weight [H]. Returns y [..., H] in the wider of the dtypes of s and weight, or (s, y) when a
     residual is given. In fp16 s saturates at 65504 instead of becoming infinite.
     """
-    return _for(x).rms_norm(x, weight, eps, residual)
+    with device_of(x):
+        return _for(x).rms_norm(x, weight, eps, residual)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor):
@@ -83,7 +85,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor):
     twice as transformers makes them, scaled in any way (Llama 3, longrope); channels past R pass through.
     Returns (q', k'). Triton writes them over q and k: use the returned tensors, forget the arguments.
     """
-    return _for(q).rope(q, k, cos, sin)
+    with device_of(q):
+        return _for(q).rope(q, k, cos, sin)
 
 
 def rope_packed(qkv: Tensor, cos: Tensor, sin: Tensor, q_heads: int, kv_heads: int):
@@ -91,7 +94,8 @@ def rope_packed(qkv: Tensor, cos: Tensor, sin: Tensor, q_heads: int, kv_heads: i
 
     Returns (q', k', v) [B, heads, S, D], views of one storage; in Triton that of qkv.
     """
-    return _for(qkv).rope_packed(qkv, cos, sin, q_heads, kv_heads)
+    with device_of(qkv):
+        return _for(qkv).rope_packed(qkv, cos, sin, q_heads, kv_heads)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -100,12 +104,14 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Triton's backward writes the gradients over gate and up (unless they are leaves, or share memory): after
     `backward` do not read them. Autograd raises its usual error if another operation still needs them.
     """
-    return _for(gate).swiglu(gate, up)
+    with device_of(gate):
+        return _for(gate).swiglu(gate, up)
 
 
 def swiglu_packed(gate_up: Tensor) -> Tensor:
     """`swiglu` of the two halves of gate_up [..., 2 I] (gate first, as in Phi-3). Same contract."""
-    return _for(gate_up).swiglu_packed(gate_up)
+    with device_of(gate_up):
+        return _for(gate_up).swiglu_packed(gate_up)
 
 
 def dequantize_nf4(weight: Tensor, quant_state, dtype, out: Tensor | None = None, rows=None) -> Tensor:
@@ -114,7 +120,8 @@ def dequantize_nf4(weight: Tensor, quant_state, dtype, out: Tensor | None = None
     weight uint8 [out * in / 2, 1]; quant_state bitsandbytes'; rows (first, last) for a part of the rows. ValueError
     for another quantisation or an `out` that does not fit.
     """
-    return _for(weight).dequantize_nf4(weight, quant_state, dtype, out, rows)
+    with device_of(weight):
+        return _for(weight).dequantize_nf4(weight, quant_state, dtype, out, rows)
 
 
 def lora_linear(x: Tensor, projection: Projection) -> Tensor:
@@ -122,21 +129,30 @@ def lora_linear(x: Tensor, projection: Projection) -> Tensor:
 
     W and bias get no gradient: ValueError if W asks for one. Keeps x alone.
     """
-    return _for(x).lora_linear(x, projection)
+    with device_of(x):
+        return _for(x).lora_linear(x, projection)
 
 
-def lora_linear_group(x: Tensor, projections: tuple[Projection, ...]) -> tuple[Tensor, ...]:
-    """`lora_linear` of one x through several projections (QKV, gate and up): x read once, one product with all A's."""
-    return _for(x).lora_linear_group(x, projections)
+def lora_linear_group(x: Tensor, projections: tuple[Projection, ...], norm=None) -> tuple[Tensor, ...]:
+    """`lora_linear` of one x through several projections (QKV, gate and up): x read once, one product with all A's.
+
+    norm: (weight, eps) of an RMSNorm that x goes through first; its output is not kept. ValueError if it is not frozen.
+    """
+    with device_of(x):
+        return _for(x).lora_linear_group(x, projections, norm)
 
 
-def lora_mlp(x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor | None = None) -> Tensor:
+def lora_mlp(
+    x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor | None = None, norm=None
+) -> Tensor:
     """residual + down(swiglu(gate(x), up(x))): x, residual [..., H] -> [..., H].
 
-    gate_up: two projections H -> I, or one H -> 2 I in Phi-3's layout. Triton keeps x, gate and up; its backward may
-    run once (a second one raises). In fp16 the product may reach 1e6 and the sum saturates at 65504.
+    gate_up: two projections H -> I, or one H -> 2 I in Phi-3's layout. norm (weight, eps) makes it the second half of a
+    decoder layer: s + down(swiglu(gate(n), up(n))) with s = x + residual, n = rms_norm(s). Triton keeps x (or s), gate
+    and up; its backward may run once (a second one raises). In fp16 the product may reach 1e6, and sums saturate.
     """
-    return _for(x).lora_mlp(x, gate_up, down, residual)
+    with device_of(x):
+        return _for(x).lora_mlp(x, gate_up, down, residual, norm)
 
 
 def linear_logprob(
@@ -160,17 +176,18 @@ def linear_logprob(
     scratch_bytes bounds the buffer for logits, whatever the number of tokens. A second backward through the same
     result raises autograd's error: the first one writes the gradient over what was kept.
     """
-    return _for(hidden).linear_logprob(
-        hidden,
-        weight,
-        target,
-        quant_state=quant_state,
-        bias=bias,
-        temperature=temperature,
-        vocab_size=vocab_size,
-        entropy=entropy,
-        scratch_bytes=scratch_bytes,
-    )
+    with device_of(hidden):
+        return _for(hidden).linear_logprob(
+            hidden,
+            weight,
+            target,
+            quant_state=quant_state,
+            bias=bias,
+            temperature=temperature,
+            vocab_size=vocab_size,
+            entropy=entropy,
+            scratch_bytes=scratch_bytes,
+        )
 
 
 def draw(logits: Tensor, seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,7 +197,8 @@ def draw(logits: Tensor, seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tenso
     logits fp32 [B, V], -inf where a token is ruled out; seeds, counters int64 [B]. Returns the tokens, int64 [B], and
     their log-probabilities, fp32 [B].
     """
-    return _for(logits).draw(logits, seeds, counters)
+    with device_of(logits):
+        return _for(logits).draw(logits, seeds, counters)
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, table: Tensor, layer: int, positions: Tensor,
@@ -194,4 +212,5 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, table: Tens
     reads each row to its own position). window: positions that a token looks back to, itself included.
     Returns [B, 1, heads * D].
     """
-    return _for(q).decode_attention(q, k, v, cache, table, layer, positions, longest, scale, window)
+    with device_of(q):
+        return _for(q).decode_attention(q, k, v, cache, table, layer, positions, longest, scale, window)

@@ -11,7 +11,8 @@ W never gets a gradient, so the backward needs x alone: W is undone again from i
 all layers share, and x A^T (r columns) is computed again. Layers that read the same x (Q, K and V; gate and up) go
 together: one product with all their A's, one read of x, and in the backward one dx that each of them adds to inside
 its matrix product. The thin product goes first everywhere, so that the wide one adds to it on its way out and no
-separate pass over y or dx is needed.
+separate pass over y or dx is needed. An RMSNorm in front can be folded in: then x is what comes before the norm, which
+somebody keeps anyway, and the normed rows are computed again in the backward.
 """
 
 import torch
@@ -19,6 +20,8 @@ import torch.nn.functional as F
 
 from .nf4 import dequantize_nf4, few_rows, matmul_few_rows
 from .reference import Projection
+from .rms_norm import backward as norm_backward
+from .rms_norm import forward as norm_forward
 
 _scratch: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
@@ -120,14 +123,17 @@ def _mm(a, b, dtype):
 
 
 class LoraLinear(torch.autograd.Function):
-    """The functions above for autograd. A's and B's are passed flat besides the parts, for it to see them."""
+    """The functions above for autograd. A's and B's are passed flat besides the parts, for it to see them.
+
+    norm: (weight [in], eps) of an RMSNorm that x goes through first, or None; dtype: what the products run in.
+    """
 
     @staticmethod
-    def forward(ctx, x, parts, *a_and_b):
+    def forward(ctx, x, parts, norm, dtype, *a_and_b):
         ctx.set_materialize_grads(False)  # an output nobody used brings None, not a matrix of zeros
         ctx.save_for_backward(x, *a_and_b)
-        ctx.parts = without_lora(parts)
-        outputs = project(x.reshape(-1, x.shape[-1]), parts)
+        ctx.parts, ctx.norm, ctx.dtype = without_lora(parts), norm, dtype
+        outputs = project(normed(x, norm, dtype)[0], parts)
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
     @staticmethod
@@ -137,14 +143,26 @@ class LoraLinear(torch.autograd.Function):
         used = [i for i, dy in enumerate(grads) if dy is not None]
         parts, grads = [parts[i] for i in used], [grads[i].reshape(-1, grads[i].shape[-1]) for i in used]
         u = lora_signal(parts, grads)
+        rows, r = normed(x, ctx.norm, ctx.dtype)
         dx, flat = None, [None] * len(a_and_b)
-        if u is not None and any(ctx.needs_input_grad[2:]):
+        if u is not None and any(ctx.needs_input_grad[4:]):
             slots = [2 * i + j for i in used if a_and_b[2 * i] is not None for j in (0, 1)]
-            for slot, grad in zip(slots, lora_grads(x.reshape(-1, x.shape[-1]), parts, grads, u), strict=True):
+            for slot, grad in zip(slots, lora_grads(rows, parts, grads, u), strict=True):
                 flat[slot] = grad
+        del rows
         if ctx.needs_input_grad[0] and used:
             dx = input_grad(parts, grads, u).view(x.shape)
-        return dx, None, *flat
+            if ctx.norm is not None:
+                dx, _ = norm_backward(dx, None, x, ctx.norm[0], r, weight_grad=False)
+        return dx, None, None, None, *flat
+
+
+def normed(x, norm, dtype):
+    """x as rows [N, in] of `dtype`, through the RMSNorm if there is one; and that one's 1 / rms [N] or None."""
+    if norm is None:
+        return x.reshape(-1, x.shape[-1]).to(dtype), None
+    _, y, r = norm_forward(x, *norm)
+    return y.view(-1, x.shape[-1]).to(dtype), r
 
 
 def without_lora(parts):
@@ -157,22 +175,25 @@ def with_lora(parts, a_and_b):
     return [part._replace(lora_a=a, lora_b=b) for part, (a, b) in zip(parts, pairs, strict=True)]
 
 
-def prepare(x, parts):
-    """x in the dtype to compute in (autocast's, if it is on), and the errors a caller can make."""
+def prepare(x, parts, norm=None):
+    """The dtype to compute in (autocast's if it is on, else x's), and the errors a caller can make."""
     for part in parts:
         if part.weight.requires_grad:
             raise ValueError("lora_linear gives W no gradient: freeze it (requires_grad_(False)) or use nn.Linear")
         if (part.lora_a is None) != (part.lora_b is None):
             raise ValueError("a LoRA has both A and B, or neither")
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return x
+    if norm is not None and norm[0].requires_grad:
+        raise ValueError("a norm that is folded in gets no weight gradient: freeze it, or call rms_norm before")
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def lora_linear_group(x, projections):
+def lora_linear_group(x, projections, norm=None):
     """See nbhelpers.kernels.lora_linear_group."""
-    x = prepare(x, projections)
-    return LoraLinear.apply(x, projections, *[t for part in projections for t in (part.lora_a, part.lora_b)])
+    dtype = prepare(x, projections, norm)
+    x = x.to(dtype) if norm is None else x  # a wider x is cast before it is kept, unless it is kept anyway
+    a_and_b = [t for part in projections for t in (part.lora_a, part.lora_b)]
+    return LoraLinear.apply(x, projections, norm, dtype, *a_and_b)
 
 
 def lora_linear(x, projection):

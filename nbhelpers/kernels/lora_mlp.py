@@ -3,7 +3,12 @@
     g, u = gate(x), up(x)        h = silu(g) * u        y = residual + down(h)
 
 gate, up [H -> I] (or one gate_up [H -> 2 I]) and down [I -> H] are frozen linear layers with LoRA (lora_linear.py).
-Kept for the backward: x, g and u. h is computed again, and every I-wide tensor of the backward is written over another:
+With a norm folded in this is the second half of a decoder layer,
+
+    s = x + residual        y = s + mlp(rms_norm(s))
+
+Kept for the backward: x (with a norm s takes its place), g and u. h and the normed rows are computed again, and every
+I-wide tensor of the backward is written over another:
 
     dh = dy W_down + ...         a new buffer, the only one
     h over dh, dg over g, du over u, in one launch (swiglu.py)
@@ -15,7 +20,9 @@ the fp32 arithmetic of the residual addition, where it saturates instead of beco
 
 import torch
 
-from .lora_linear import input_grad, lora_grads, lora_signal, prepare, project, with_lora, without_lora
+from .lora_linear import input_grad, lora_grads, lora_signal, normed, prepare, project, with_lora, without_lora
+from .rms_norm import backward as norm_backward
+from .rms_norm import forward as norm_forward
 from .storage import overwritten
 from .swiglu import backward as swiglu_backward
 from .swiglu import forward as swiglu_forward
@@ -31,15 +38,20 @@ def _halves(outputs):
 
 class LoraMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gate_up, down, residual, *a_and_b):
-        ctx.shrink = SHRINK_FP16 if x.dtype == torch.float16 else 1.0
-        outputs = project(x.reshape(-1, x.shape[-1]), gate_up)
+    def forward(ctx, x, gate_up, down, residual, norm, dtype, *a_and_b):
+        ctx.shrink = SHRINK_FP16 if dtype == torch.float16 else 1.0
+        if norm is None:
+            rows = x.reshape(-1, x.shape[-1])
+        else:
+            x, rows, _ = norm_forward(x, *norm, residual)
+            rows, residual = rows.view(-1, x.shape[-1]).to(dtype), x
+        outputs = project(rows, gate_up)
         h = swiglu_forward(*_halves(outputs), ctx.shrink)
         if down.bias is not None:
             down = down._replace(bias=down.bias / ctx.shrink)
         (y,) = project(h, (down,))
         ctx.save_for_backward(x, *outputs, *a_and_b)
-        ctx.parts, ctx.outputs = without_lora((*gate_up, down)), len(outputs)
+        ctx.parts, ctx.outputs, ctx.norm = without_lora((*gate_up, down)), len(outputs), norm
         y = y.view(*x.shape[:-1], y.shape[-1])
         if residual is not None:
             y = torch.add(residual, y, alpha=ctx.shrink)
@@ -52,8 +64,9 @@ class LoraMLP(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         outputs, a_and_b = saved[: ctx.outputs], saved[ctx.outputs :]
         *gate_up, down = with_lora(ctx.parts, a_and_b)
-        need_lora = any(ctx.needs_input_grad[4:])
-        rows = dy.reshape(-1, dy.shape[-1]).to(x.dtype)
+        need_lora = any(ctx.needs_input_grad[6:])
+        dtype = outputs[0].dtype
+        rows = dy.reshape(-1, dy.shape[-1]).to(dtype)
 
         signal = lora_signal([down], [rows])
         dh = input_grad([down], [rows], signal)
@@ -67,19 +80,23 @@ class LoraMLP(torch.autograd.Function):
         del dh
 
         signal = lora_signal(gate_up, outputs)
-        of_both = []
-        if need_lora and signal is not None:
-            of_both = lora_grads(x.reshape(-1, x.shape[-1]), gate_up, outputs, signal)
+        rows, r = normed(x, ctx.norm, dtype)
+        of_both = lora_grads(rows, gate_up, outputs, signal) if need_lora and signal is not None else []
+        del rows
         grads = iter([*of_both, *(of_down if again else [])])
         flat = [next(grads, None) if tensor is not None and need_lora else None for tensor in a_and_b]
-        dx = None
-        if ctx.needs_input_grad[0]:
+        dx, dresidual = None, dy if ctx.needs_input_grad[3] else None
+        if ctx.needs_input_grad[0] or (ctx.norm is not None and ctx.needs_input_grad[3]):
             dx = input_grad(gate_up, outputs, signal).view(x.shape)
-        return dx, None, None, dy if ctx.needs_input_grad[3] else None, *flat
+            if ctx.norm is not None:
+                dx, _ = norm_backward(dx, dy, x, ctx.norm[0], r, weight_grad=False)
+                dresidual = dx if ctx.needs_input_grad[3] else None
+        return dx, None, None, dresidual, None, None, *flat
 
 
-def lora_mlp(x, gate_up, down, residual=None):
+def lora_mlp(x, gate_up, down, residual=None, norm=None):
     """See nbhelpers.kernels.lora_mlp."""
-    x = prepare(x, (*gate_up, down))
+    dtype = prepare(x, (*gate_up, down), norm)
+    x = x.to(dtype) if norm is None else x
     a_and_b = [t for part in (*gate_up, down) for t in (part.lora_a, part.lora_b)]
-    return LoraMLP.apply(x, tuple(gate_up), down, residual, *a_and_b)
+    return LoraMLP.apply(x, tuple(gate_up), down, residual, norm, dtype, *a_and_b)

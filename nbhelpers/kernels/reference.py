@@ -104,11 +104,16 @@ def lora_linear(x: Tensor, projection: Projection) -> Tensor:
     return y if a is None else y + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale
 
 
-def lora_linear_group(x: Tensor, projections: tuple[Projection, ...]) -> tuple[Tensor, ...]:
+def lora_linear_group(x: Tensor, projections: tuple[Projection, ...], norm=None) -> tuple[Tensor, ...]:
+    x = x if norm is None else rms_norm(x, *norm)
     return tuple(lora_linear(x, projection) for projection in projections)
 
 
-def lora_mlp(x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor | None = None) -> Tensor:
+def lora_mlp(
+    x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor | None = None, norm=None
+) -> Tensor:
+    if norm is not None:
+        residual, x = rms_norm(x, *norm, residual) if residual is not None else (x, rms_norm(x, *norm))
     outputs = lora_linear_group(x, gate_up)
     gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
     if gate.dtype != torch.float16:

@@ -1,0 +1,114 @@
+"""What the machine is told to be: the GPUs are made up, so that every card can be tried here."""
+
+import sys
+import warnings
+
+import pytest
+import torch
+
+from nbhelpers import host, presets
+from nbhelpers.host import CannotRun, Card
+
+T4 = Card("Tesla T4", 15_828_320_256, (7, 5))
+A100 = Card("NVIDIA A100-SXM4-40GB", 42_298_834_944, (8, 0))
+OLD = Card("GeForce GTX 1650", 4_100_000_000, (7, 5))
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    monkeypatch.delenv("NBHELPERS_SMOKE", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+    def use(*cards):
+        monkeypatch.setattr(host, "cards", lambda: list(cards))
+        monkeypatch.setattr(host, "free_bytes", lambda index: cards[index].total - 10**9)
+
+    use()
+    return use
+
+
+def test_the_dtype_is_the_one_the_card_really_has(gpus):
+    assert host.compute_dtype() is torch.float32
+    gpus(T4)
+    assert host.compute_dtype() is torch.float16  # never an emulated bf16
+    gpus(A100)
+    assert host.compute_dtype() is torch.bfloat16
+
+
+def test_each_rank_has_its_own_card(gpus, monkeypatch):
+    gpus(T4, A100)
+    assert host.card() == T4 and host.device() == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert host.card() == A100 and host.device() == torch.device("cuda", 1)
+    gpus()
+    assert host.card() is None and host.device() == torch.device("cpu")
+
+
+def test_report_names_everything(gpus, capsys):
+    gpus(T4, T4)
+    host.report(presets.get("llama-3.1-8b"))
+    out = capsys.readouterr().out
+    for part in (
+        "GPU 1: Tesla T4",
+        "15.8 GB, 14.8 free",
+        "GPU 1: Tesla T4 · 15.8 GB ·",
+        "7.5",
+        "float16",
+        "torch 2.",
+        "nf4",
+        "LoRA rank 16",
+        "768 tokens",
+    ):
+        assert part in out, part
+
+
+def test_report_without_a_gpu_warns_and_goes_on(gpus, capsys, monkeypatch):
+    with pytest.warns(UserWarning, match=r"hopelessly slow.*T4 GPU.*workshop"):
+        host.report(presets.get("qwen2.5-1.5b"))
+    assert "no CUDA GPU" in capsys.readouterr().out
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        host.report(presets.get("workshop"))
+        monkeypatch.setenv("NBHELPERS_SMOKE", "1")
+        host.report(presets.get("phi-4"))
+    assert "every weight trained" in capsys.readouterr().out
+
+
+def test_a_small_card_is_told_by_how_much(gpus):
+    gpus(OLD)
+    with pytest.raises(CannotRun, match=r"phi-4 needs at least 10\.\d GB .* has 4\.1 GB: 6\.\d GB too little") as error:
+        host.report(presets.get("phi-4"))
+    assert "qwen2.5-1.5b" in str(error.value) and "mistral" not in str(error.value)
+    with pytest.raises(CannotRun, match="take a larger card"):
+        host.check_fits(presets.get("phi-4"), 0.2e9)
+
+
+def test_require(gpus, monkeypatch):
+    host.require("torch")
+    with pytest.raises(CannotRun, match=r"nothing-like-it is not installed. In a notebook cell: %pip install nothing"):
+        host.require("nothing-like-it")
+    with pytest.raises(CannotRun, match=r'no CUDA GPU.*engine="graph"'):
+        host.require("vllm")
+    gpus(T4)
+    with pytest.raises(CannotRun, match=r"Tesla T4 \(compute capability 7\.5\)"):
+        host.require("vllm")
+    gpus(A100)
+    if "vllm" not in host.versions():
+        with pytest.raises(CannotRun, match=r"%pip install -r requirements-vllm.txt"):
+            host.require("vllm")
+
+
+def test_versions_import_nothing():
+    found = host.versions()
+    assert found["torch"] == torch.__version__ and "bitsandbytes" in found
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+
+
+def test_where(monkeypatch):
+    for name in ("COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"):
+        monkeypatch.delenv(name, raising=False)
+    assert host.where() == "local"
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    assert host.where() == "Kaggle"
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
+    assert host.where() == "Colab"

@@ -1,0 +1,109 @@
+"""Everything that cannot be loaded is refused early, each with one clear message."""
+
+import json
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from nbhelpers import hub, presets
+
+QWEN = {"model_type": "qwen2", "hidden_size": 64}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def make(config: dict | None = None, **files: str):
+        if config is not None:
+            (tmp_path / "config.json").write_text(json.dumps(config))
+        for name, text in files.items():
+            (tmp_path / name.replace("__", ".")).write_text(text)
+        return tmp_path
+
+    return make
+
+
+def test_an_unknown_name():
+    with pytest.raises(ValueError, match=r"no preset 'lama'.*Nor is it a folder here, nor a hub id"):
+        hub.find("lama")
+
+
+def test_a_folder_that_is_not_there():
+    with pytest.raises(FileNotFoundError, match=r"there is no folder \./nowhere"):
+        hub.find("./nowhere")
+
+
+def test_a_folder_without_config(folder):
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        hub.find(folder())
+
+
+def test_a_folder_without_weights(folder):
+    with pytest.raises(FileNotFoundError, match=r"no weights: model\.safetensors is missing"):
+        hub.find(folder(QWEN)).weights()
+
+
+def test_pickles_are_refused(folder):
+    with pytest.raises(ValueError, match=r"only pickled weights \(pytorch_model.bin\).*refused.*safetensors"):
+        hub.find(folder(QWEN, pytorch_model__bin="")).weights()
+
+
+def test_remote_code_is_refused(folder):
+    with pytest.raises(ValueError, match=r"needs code from its own repository.*refused"):
+        hub.find(folder({"model_type": "brand_new", "auto_map": {"AutoModelForCausalLM": "modeling.X"}}))
+    hub.find(folder(QWEN | {"auto_map": {"AutoModelForCausalLM": "modeling.X"}}))  # known here: not needed, not run
+
+
+def test_an_architecture_that_transformers_does_not_know(folder):
+    with pytest.raises(ValueError, match="does not know model_type 'brand_new'"):
+        hub.find(folder({"model_type": "brand_new"}))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [({"quant_method": "gptq", "bits": 4}, "gptq"), ({"load_in_8bit": True, "quant_method": "bitsandbytes"}, "8 bits")],
+)
+def test_other_quantisations_are_refused(folder, config, said):
+    with pytest.raises(ValueError, match=f"quantised with .*{said}.*take the original model"):
+        hub.find(folder(QWEN | {"quantization_config": config}))
+
+
+@pytest.mark.parametrize(
+    ("raised", "error", "said"),
+    [
+        (errors.GatedRepoError, PermissionError, r"https://huggingface.co/meta-llama/X.*token=\"hf_\.\.\.\".*HF_TOKEN"),
+        (errors.RepositoryNotFoundError, ValueError, r"no model 'meta-llama/X', or it is private.*token="),
+        (errors.LocalEntryNotFoundError, ConnectionError, r"out of reach.*Settings > Internet"),
+        (errors.OfflineModeIsEnabled, ConnectionError, "out of reach"),
+    ],
+)
+def test_what_the_hub_may_say(monkeypatch, raised, error, said):
+    def refuse(*args, **kwargs):
+        raise raised.__new__(raised)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(error, match=said):
+        hub.find("meta-llama/X")
+
+
+def test_the_config_comes_before_the_weights(monkeypatch, folder):
+    asked = []
+
+    def download(name, allow_patterns, token):
+        asked.append((name, tuple(allow_patterns), token))
+        return str(folder(QWEN))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.delenv("NBHELPERS_SMOKE", raising=False)
+    source = hub.find(presets.get("qwen2.5-1.5b"), token="hf_x")
+    assert source.id == "Qwen/Qwen2.5-1.5B-Instruct" and source.config == QWEN
+    assert len(asked) == 1 and not any("safetensors" in pattern for pattern in asked[0][1])
+    with pytest.raises(FileNotFoundError, match="no weights"):
+        source.weights()
+    assert asked[1] == ("Qwen/Qwen2.5-1.5B-Instruct", ("model*.safetensors",), "hf_x")
+
+
+def test_the_hash_is_of_the_shapes(folder):
+    first = hub.find(folder(QWEN)).config_hash()
+    assert hub.find(folder(QWEN | {"transformers_version": "9", "use_cache": False})).config_hash() == first
+    assert hub.find(folder(QWEN | {"hidden_size": 65})).config_hash() != first
