@@ -61,50 +61,132 @@ def kl(logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
     return difference.exp() - difference - 1
 
 
-def loss(
+def engine_correction(
+    logps: torch.Tensor,
+    sampling_logps: torch.Tensor,
+    mask: torch.Tensor,
+    mode: str = "token_truncate",
+    clip_min: float | None = None,
+    clip_max: float | None = 3.0,
+) -> torch.Tensor:
+    """What a token's loss is multiplied by because another engine drew it than the one that trains.
+
+    weight = exp(logps - sampling_logps), of a token or ("sequence_...") of a whole completion. "..._truncate" clamps it
+    to [clip_min, clip_max], "..._mask" makes it 0 outside. It has no gradient. A token without a sampling_logp (NaN)
+    counts as drawn by the trainer. Names and modes are TRL's (`vllm_importance_sampling_mode`).
+
+    Args:
+        logps, sampling_logps, mask: [B, T]; logps as of the rollout, under the trainer.
+    Returns:
+        float [B, T], or [B, 1] for a sequence.
+    Source: https://fengyao.notion.site/off-policy-rl (truncated importance sampling).
+    """
+    level, _, action = mode.partition("_")
+    if level not in ("token", "sequence") or action not in ("truncate", "mask"):
+        raise ValueError(
+            f"the correction's mode must be token_truncate, token_mask, sequence_truncate or sequence_mask, not {mode!r}"
+        )
+    difference = torch.nan_to_num((logps.detach() - sampling_logps) * mask, nan=0.0)
+    if level == "sequence":
+        difference = difference.sum(-1, keepdim=True)
+    weight = difference.exp()
+    if action == "truncate":
+        return weight.clamp(min=clip_min, max=clip_max)
+    low, high = float("-inf") if clip_min is None else clip_min, float("inf") if clip_max is None else clip_max
+    return weight.masked_fill((weight < low) | (weight > high), 0.0)
+
+
+def token_loss(
     logps: torch.Tensor,
     advantages: torch.Tensor,
     mask: torch.Tensor,
     *,
     old_logps: torch.Tensor | None = None,
     ref_logps: torch.Tensor | None = None,
+    correction: torch.Tensor | None = None,
     beta: float = 0.0,
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
-    loss_type: str = "grpo",
+    delta: float | None = None,
     importance_sampling_level: str = "token",
-    max_completion_length: int | None = None,
+    use_bias_correction_kl: bool = False,
 ) -> torch.Tensor:
-    """The GRPO loss of one batch; its gradient in `logps` is the learning signal.
+    """The loss of each token, before any average.
 
-    per token: -min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon_high) * A) + beta * KL, then averaged:
-    "grpo" over a completion's tokens, then over completions; "bnpo" and "dapo" over all tokens of the batch (they
-    differ only once a batch is split: DAPO counts the tokens of all of it); "dr_grpo" divides by
-    B * `max_completion_length`, so that a long wrong answer is not cheaper than a short one.
+    -min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon_high) * A) * correction + beta * KL
 
     Args:
         logps: float [B, T] with gradient. old_logps: the same when the completions were sampled (None: equal, i.e.
             one update per rollout). ref_logps: under the reference model, needed when beta > 0.
         advantages: float [B]. mask: [B, T], 1 on the completion's tokens.
+        correction: [B, T] or [B, 1] from `engine_correction`.
+        delta: a second upper limit of the ratio, for negative advantages too (two-sided clipping, arXiv:2505.07291).
+        use_bias_correction_kl: multiply the KL by the ratio (DeepSeek-V3.2, arXiv:2512.02556).
     Returns:
-        a scalar. With beta = 0 and old_logps None it is 0 up to the advantages' mean: watch the reward, not this.
+        float [B, T]; 0 where the mask is 0.
     """
     old_logps = logps.detach() if old_logps is None else old_logps
     r = ratio(logps, old_logps, mask, importance_sampling_level)
     high = epsilon if epsilon_high is None else epsilon_high
     a = advantages.unsqueeze(1)
-    per_token = -torch.min(r * a, r.clamp(1 - epsilon, 1 + high) * a)
+    limited = r if delta is None else r.clamp(max=delta)
+    per_token = -torch.min(limited * a, r.clamp(1 - epsilon, 1 + high) * a)
+    if correction is not None:
+        per_token = per_token * correction
     if beta:
         if ref_logps is None:
             raise ValueError("beta > 0 needs ref_logps, the log-probabilities under the reference model")
-        per_token = per_token + beta * kl(logps, ref_logps)
-    per_token = per_token * mask  # [B, 1] at the sequence level becomes [B, T] here
+        divergence = kl(logps, ref_logps)
+        per_token = per_token + beta * (divergence * r if use_bias_correction_kl else divergence)
+    return per_token * mask  # [B, 1] at the sequence level becomes [B, T] here
+
+
+def token_weights(
+    mask: torch.Tensor,
+    loss_type: str = "grpo",
+    max_completion_length: int | None = None,
+    num_items: torch.Tensor | float | None = None,
+) -> torch.Tensor:
+    """What each token's loss is multiplied by, so that the sum over all tokens is the loss of the batch.
+
+    "grpo" averages over a completion's tokens, then over completions; "bnpo" and "dapo" over all tokens of the batch
+    (they differ only once a batch is split: DAPO counts the tokens of all of it, `num_items`); "dr_grpo" divides by
+    B * `max_completion_length`, so that a long wrong answer is not cheaper than a short one.
+
+    Args:
+        mask: [B, T], 1 on the completions' tokens, of the WHOLE batch: a part of it is then weighed right.
+    Returns:
+        float [B, T], 0 where the mask is.
+    """
+    mask = mask.float()
     if loss_type == "grpo":
-        return (per_token.sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+        return mask / mask.sum(-1, keepdim=True).clamp(min=1) / len(mask)
     if loss_type in ("bnpo", "dapo"):
-        return per_token.sum() / mask.sum().clamp(min=1)
+        total = mask.sum() if num_items is None or loss_type == "bnpo" else num_items
+        return mask / torch.as_tensor(total).clamp(min=1)
     if loss_type == "dr_grpo":
         if max_completion_length is None:
             raise ValueError("loss_type='dr_grpo' divides by max_completion_length: pass it")
-        return per_token.sum() / (len(per_token) * max_completion_length)
+        return mask / (len(mask) * max_completion_length)
     raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, not {loss_type!r}")
+
+
+def loss(
+    logps: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    loss_type: str = "grpo",
+    max_completion_length: int | None = None,
+    **options,
+) -> torch.Tensor:
+    """The GRPO loss of one batch; its gradient in `logps` is the learning signal.
+
+    Args:
+        logps, advantages, mask and options: as in `token_loss`. loss_type, max_completion_length: as in
+            `token_weights`.
+    Returns:
+        a scalar. With beta = 0 and old_logps None it is 0 up to the advantages' mean: watch the reward, not this.
+    """
+    weights = token_weights(mask, loss_type, max_completion_length)
+    return (token_loss(logps, advantages, mask, **options) * weights).sum()

@@ -164,8 +164,11 @@ class _MLP:
         """The linear layers, those that read the same input together."""
         return (self.gate_proj, self.up_proj), (self.down_proj,)
 
-    def forward(self, x, residual=None, norm=None):
-        """The MLP's output, plus the residual if one is given; with a norm s + mlp(norm(s)) for s = x + residual."""
+    def forward(self, x, residual=None, norm=None, value=True):
+        """The MLP's output, plus the residual if one is given; with a norm s + mlp(norm(s)) for s = x + residual.
+
+        value=False: only its backward is wanted, see kernels.lora_mlp.
+        """
         first, (last,) = self.groups()
         *gate_up, down = parts = tuple(projection(module) for module in (*first, last))
         fused = self.config.hidden_act in SILU and not any(isinstance(part, str) for part in parts)
@@ -177,7 +180,7 @@ class _MLP:
                 residual, x = _add_and_norm(x, residual, norm)
         if fused:
             x = x if folded else x.to(_compute_dtype(x, first))
-            y = kernels.lora_mlp(x, tuple(gate_up), down, residual, folded)
+            y = kernels.lora_mlp(x, tuple(gate_up), down, residual, folded, value)
             return y if residual is not None or torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
         if self.config.hidden_act in SILU:
             wide = linears(x, *first)

@@ -16,6 +16,7 @@ from transformers.trainer_utils import TrainOutput
 
 from nbhelpers import host, panel
 from nbhelpers.guard import guard_all
+from nbhelpers.lean import LeanStepTrainer
 from nbhelpers.rewards import Sample, text_of
 
 TESTED_TRL = ("1.16", "1.17")  # from, up to but not including
@@ -72,13 +73,15 @@ def check(model, train_dataset, args) -> None:
         )
 
 
-class LeanGRPOTrainer(trl.GRPOTrainer):
+class LeanGRPOTrainer(LeanStepTrainer):
     """TRL's GRPOTrainer, made for one small machine. Takes TRL's arguments; these things differ:
 
     - the precision is this machine's when `args` is a `LeanGRPOConfig` (or None);
     - reward functions are guarded (`guard.guard_all`): a wrong length is refused by name; one exception or NaN costs
       one batch's rows of that function, not the run;
     - `state.samples` holds the newest rollout as `Sample`s, for callbacks such as `panel.Live`;
+    - log-probabilities and gradients come from the lean step (`step.LeanStep`), within `budget_gb` if that is given;
+      `max_skipped_steps` updates in a row may be skipped for gradients that are not finite (`lean.LeanStepTrainer`);
     - an interrupt (Ctrl-C, the notebook's stop button) or an error saves what was learned to `args.output_dir`;
       after an interrupt `train()` returns as if the run had ended, so the next cell works.
     """

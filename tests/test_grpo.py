@@ -80,6 +80,53 @@ def test_sequence_ratio_is_the_geometric_mean_over_the_completion():
     assert value.item() == pytest.approx(-1.2)  # clipped at 1 + epsilon
 
 
+def test_the_engine_correction_by_hand():
+    """Trainer and engine disagree by log 2 on one token, by -log 8 on another, and the engine did not score a third."""
+    logps = torch.tensor([[math.log(2.0), 0.0, -1.0, 7.0]])
+    sampling = torch.tensor([[0.0, math.log(8.0), float("nan"), 0.0]])
+    mask = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+
+    def weights(mode, low=None, high=3.0):
+        return grpo.engine_correction(logps, sampling, mask, mode, low, high).tolist()
+
+    assert weights("token_truncate")[0] == pytest.approx([2.0, 1 / 8, 1.0, 1.0])
+    assert weights("token_truncate", 0.5, 1.5)[0] == pytest.approx([1.5, 0.5, 1.0, 1.0])
+    assert weights("token_mask", 0.5, 1.5)[0] == [0.0, 0.0, 1.0, 1.0]
+    assert weights("sequence_truncate", None, 3.0) == [[pytest.approx(2 / 8)]]
+    assert weights("sequence_mask", 0.5, 3.0) == [[0.0]]
+    with pytest.raises(ValueError, match="sequence_mask, not 'group_mask'"):
+        weights("group_mask")
+    corrected = grpo.loss(logps, torch.tensor([1.0]), mask, correction=torch.tensor([[2.0, 0.125, 1.0, 1.0]]))
+    assert corrected.item() == pytest.approx(-(2 + 0.125 + 1) / 3)
+
+
+def test_delta_bounds_the_ratio_of_a_negative_advantage():
+    logps, old = torch.tensor([[math.log(10.0)]]), torch.zeros(1, 1)
+    one = torch.ones(1, 1)
+    assert grpo.loss(logps, -one[0], one, old_logps=old).item() == pytest.approx(10.0)
+    assert grpo.loss(logps, -one[0], one, old_logps=old, delta=4.0).item() == pytest.approx(4.0)
+
+
+def test_parts_of_a_batch_add_up_to_it():
+    """Weights are those of the whole batch, so any split of the rows gives the same loss."""
+    torch.manual_seed(0)
+    logps, old, ref = torch.randn(3, 4, 5).unbind()
+    mask = (torch.arange(5) < torch.tensor([5, 2, 0, 3])[:, None]).float()
+    a = torch.tensor([1.0, -1.0, 0.5, 2.0])
+    options = {"beta": 0.04, "use_bias_correction_kl": True}
+    for loss_type in grpo.LOSS_TYPES:
+        whole = grpo.loss(
+            logps, a, mask, old_logps=old, ref_logps=ref, loss_type=loss_type, max_completion_length=9, **options
+        )
+        weights = grpo.token_weights(mask, loss_type, 9)
+        parts = [
+            (grpo.token_loss(logps[r], a[r], mask[r], old_logps=old[r], ref_logps=ref[r], **options) * weights[r]).sum()
+            for r in ([0, 3], [1], [2])
+        ]
+        assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-5)
+    assert grpo.token_weights(mask, "dapo", num_items=20.0).sum().item() == pytest.approx(10 / 20)
+
+
 def test_padding_is_never_seen():
     logps = torch.randn(2, 3)
     mask = torch.tensor([[1.0, 1, 0], [1, 0, 0]])

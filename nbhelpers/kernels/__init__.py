@@ -143,16 +143,23 @@ def lora_linear_group(x: Tensor, projections: tuple[Projection, ...], norm=None)
 
 
 def lora_mlp(
-    x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor | None = None, norm=None
+    x: Tensor,
+    gate_up: tuple[Projection, ...],
+    down: Projection,
+    residual: Tensor | None = None,
+    norm=None,
+    value: bool = True,
 ) -> Tensor:
     """residual + down(swiglu(gate(x), up(x))): x, residual [..., H] -> [..., H].
 
     gate_up: two projections H -> I, or one H -> 2 I in Phi-3's layout. norm (weight, eps) makes it the second half of a
     decoder layer: s + down(swiglu(gate(n), up(n))) with s = x + residual, n = rms_norm(s). Triton keeps x (or s), gate
     and up; its backward may run once (a second one raises). In fp16 the product may reach 1e6, and sums saturate.
+    value=False: only the result's backward is wanted (a checkpoint is computed again). Its numbers are then undefined,
+    and its last product, a third of the work, is not computed.
     """
     with device_of(x):
-        return _for(x).lora_mlp(x, gate_up, down, residual, norm)
+        return _for(x).lora_mlp(x, gate_up, down, residual, norm, value)
 
 
 def linear_logprob(

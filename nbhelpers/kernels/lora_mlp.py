@@ -38,7 +38,7 @@ def _halves(outputs):
 
 class LoraMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gate_up, down, residual, norm, dtype, *a_and_b):
+    def forward(ctx, x, gate_up, down, residual, norm, dtype, value, *a_and_b):
         ctx.shrink = SHRINK_FP16 if dtype == torch.float16 else 1.0
         if norm is None:
             rows = x.reshape(-1, x.shape[-1])
@@ -46,12 +46,14 @@ class LoraMLP(torch.autograd.Function):
             x, rows, _ = norm_forward(x, *norm, residual)
             rows, residual = rows.view(-1, x.shape[-1]).to(dtype), x
         outputs = project(rows, gate_up)
+        ctx.save_for_backward(x, *outputs, *a_and_b)
+        ctx.parts, ctx.outputs, ctx.norm = without_lora((*gate_up, down)), len(outputs), norm
+        if not value:
+            return torch.empty_like(rows if residual is None else residual).view(x.shape)
         h = swiglu_forward(*_halves(outputs), ctx.shrink)
         if down.bias is not None:
             down = down._replace(bias=down.bias / ctx.shrink)
         (y,) = project(h, (down,))
-        ctx.save_for_backward(x, *outputs, *a_and_b)
-        ctx.parts, ctx.outputs, ctx.norm = without_lora((*gate_up, down)), len(outputs), norm
         y = y.view(*x.shape[:-1], y.shape[-1])
         if residual is not None:
             y = torch.add(residual, y, alpha=ctx.shrink)
@@ -64,7 +66,7 @@ class LoraMLP(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         outputs, a_and_b = saved[: ctx.outputs], saved[ctx.outputs :]
         *gate_up, down = with_lora(ctx.parts, a_and_b)
-        need_lora = any(ctx.needs_input_grad[6:])
+        need_lora = any(ctx.needs_input_grad[7:])
         dtype = outputs[0].dtype
         rows = dy.reshape(-1, dy.shape[-1]).to(dtype)
 
@@ -91,12 +93,12 @@ class LoraMLP(torch.autograd.Function):
             if ctx.norm is not None:
                 dx, _ = norm_backward(dx, dy, x, ctx.norm[0], r, weight_grad=False)
                 dresidual = dx if ctx.needs_input_grad[3] else None
-        return dx, None, None, dresidual, None, None, *flat
+        return dx, None, None, dresidual, None, None, None, *flat
 
 
-def lora_mlp(x, gate_up, down, residual=None, norm=None):
+def lora_mlp(x, gate_up, down, residual=None, norm=None, value=True):
     """See nbhelpers.kernels.lora_mlp."""
     dtype = prepare(x, (*gate_up, down), norm)
     x = x.to(dtype) if norm is None else x
     a_and_b = [t for part in (*gate_up, down) for t in (part.lora_a, part.lora_b)]
-    return LoraMLP.apply(x, tuple(gate_up), down, residual, norm, dtype, *a_and_b)
+    return LoraMLP.apply(x, tuple(gate_up), down, residual, norm, dtype, value, *a_and_b)

@@ -110,7 +110,12 @@ def lora_linear_group(x: Tensor, projections: tuple[Projection, ...], norm=None)
 
 
 def lora_mlp(
-    x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor | None = None, norm=None
+    x: Tensor,
+    gate_up: tuple[Projection, ...],
+    down: Projection,
+    residual: Tensor | None = None,
+    norm=None,
+    value: bool = True,  # autograd has to compute the last product to differentiate it
 ) -> Tensor:
     if norm is not None:
         residual, x = rms_norm(x, *norm, residual) if residual is not None else (x, rms_norm(x, *norm))

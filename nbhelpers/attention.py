@@ -1,0 +1,111 @@
+"""Causal attention over packed sequences, where a sequence may have more keys than queries (a shared prompt's).
+
+Query i of a sequence with n queries and m keys sees the keys up to m - n + i: the causal mask's lower right corner.
+Three ways to compute it:
+
+"flash"      one launch for all sequences, keys and values of fewer heads as they are; 16 bits, Ampere and later
+"efficient"  one launch, keys and values expanded to all heads; what a T4 has
+"rows"       one `scaled_dot_product_attention` a sequence; any device, and what the other two are checked against
+
+The first two are torch's own operators behind SDPA, called with sequence ends, which SDPA does not pass on. They are
+not torch's public names, so `choose` tries them once, on small numbers, before they are relied upon.
+"""
+
+import warnings
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import CausalVariant, causal_lower_right
+
+from .packing import Packed, Rows, pack, take, unpad
+
+WAYS = ("flash", "efficient", "rows")
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float, way: str) -> Tensor:
+    """q [1, heads, T, D]; k, v [1, kv heads, T, D] -> [1, T, heads * D]."""
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (q, k, v))  # [T, heads, D], any strides
+    if packed.keys is not None:
+        k, v = take(k, packed.keys), take(v, packed.keys)
+    return _WAYS[way](q, k, v, packed, scale).reshape(1, q.shape[0], -1)
+
+
+def _flash(q, k, v, packed, scale):
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, packed.q_ends, packed.k_ends, *packed.longest, 0.0, True, False, scale=scale
+    )[0]
+
+
+def _expand(t: Tensor, heads: int) -> Tensor:
+    """[K, kv heads, D] -> [K, heads, D], each head standing for as many as share it."""
+    return t if t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], dim=1)
+
+
+def _efficient(q, k, v, packed, scale):
+    k, v = _expand(k, q.shape[1]), _expand(v, q.shape[1])
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    corner = int(CausalVariant.LOWER_RIGHT)
+    return torch.ops.aten._efficient_attention_forward(
+        q[None], k[None], v[None], None, packed.q_ends, packed.k_ends, *packed.longest, 0.0, corner, needs_grad,
+        scale=scale,
+    )[0][0]  # fmt: skip
+
+
+def _rows(q, k, v, packed, scale):
+    k, v = _expand(k, q.shape[1]), _expand(v, q.shape[1])
+    queries, keys = [b - a for a, b, _, _ in packed.sequences], [d - c for _, _, c, d in packed.sequences]
+    outputs = []
+    for row in zip(q.split(queries), k.split(keys), v.split(keys), strict=True):
+        one = [t.transpose(0, 1).unsqueeze(0) for t in row]
+        mask = causal_lower_right(len(row[0]), len(row[1]))
+        outputs.append(F.scaled_dot_product_attention(*one, attn_mask=mask, scale=scale))
+    return torch.cat([out.squeeze(0).transpose(0, 1) for out in outputs])
+
+
+_WAYS = {"flash": _flash, "efficient": _efficient, "rows": _rows}
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> str:
+    """The fastest way that this device has and that gives what "rows" gives."""
+    if device.type != "cuda":
+        return "rows"
+    modern = torch.cuda.get_device_capability(device) >= (8, 0) and dtype != torch.float32
+    way = "flash" if modern else "efficient"
+    wrong = check(way, device, dtype)
+    if wrong is None:
+        return way
+    warnings.warn(
+        f"torch {torch.__version__}'s {way} attention for packed sequences is not used: {wrong}. Attention goes row by "
+        "row instead, which is slower and just as right",
+        stacklevel=2,
+    )
+    return "rows"
+
+
+@cache
+def check(way: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is wrong with `way` on this device: an error, or how far it is from "rows" in fp32; None if nothing."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(9, (4, 150), generator=generator)
+    lengths = torch.tensor([70, 1, 33, 40])[:, None]
+    prompts = torch.tensor([[3], [3], [3], [4]]).expand(4, 20)
+    batch: Rows = unpad(prompts, torch.ones(4, 20), ids, torch.arange(150) < lengths)
+    packed = pack(batch, batch.rows, device)
+    tokens = packed.ids.shape[1]
+    tensors = [torch.randn(1, heads, tokens, 64, generator=generator).to(device, dtype) for heads in (4, 2, 2)]
+    upstream = torch.randn(1, tokens, 256, generator=generator).to(device)
+
+    def run(way, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (t.detach() for t in tensors)]
+        out = attend(*leaves, packed, 0.125, way)
+        return [out, *torch.autograd.grad(out, leaves, upstream.to(dtype))]
+
+    try:
+        with torch.enable_grad():
+            got, wanted = run(way, dtype), run("rows", torch.float32)
+    except (RuntimeError, TypeError, NotImplementedError, AttributeError) as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    worst = max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(got, wanted, strict=True))
+    return None if worst < 0.03 else f"it is {worst:.3f} off"
