@@ -246,7 +246,9 @@ def test_what_it_cannot_decode_is_named_and_auto_takes_generate(capsys):
     from transformers import AutoModelForCausalLM, GPT2Config
 
     other = AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=97, n_positions=64))
-    with pytest.raises(ValueError, match=r"cannot decode this model: GPT2LMHeadModel is not one of Qwen2, .*hf"):
+    with pytest.raises(
+        ValueError, match=r"cannot decode this model: GPT2LMHeadModel is not one of Qwen2ForCausalLM, .*hf"
+    ):
         choose("graph", other)
     engine = choose("auto", other.eval())
     assert engine.name == "hf" and "engine hf: GPT2LMHeadModel is not one of" in capsys.readouterr().out

@@ -22,7 +22,7 @@ from .. import kernels
 from ..kernels import Projection
 from ..patch import SILU, SUPPORTED, projection
 
-MODEL_TYPES = tuple(name.lower() for name in SUPPORTED)
+CLASSES = tuple(f"{name}ForCausalLM" for name in SUPPORTED)
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -36,8 +36,8 @@ def why_not(model: nn.Module) -> str | None:
     """The reason why this model cannot be walked; None if it can."""
     inner = plain(model)
     config = inner.config
-    if config.model_type not in MODEL_TYPES:
-        return f"{type(inner).__name__} is not one of {', '.join(SUPPORTED)}"
+    if type(inner).__name__ not in CLASSES:  # a subclass may do something else
+        return f"{type(inner).__name__} is not one of {', '.join(CLASSES)}"
     if config.hidden_act not in SILU:
         return f"its activation is {config.hidden_act}, not silu"
     if (rope := config.rope_parameters["rope_type"]) in ("dynamic", "longrope"):

@@ -54,18 +54,22 @@ class GraphEngine(Engine):
         kv_bytes (`int`, *optional*): What keys and values may take in all; by default a share of what is free when a
             generation begins. With little, the requests come in waves.
         max_rows (`int`): Rows that are written at the same time, at most; up to 256.
+        budget_gb (`float`, *optional*): What torch may allocate in this process in all, GB (10^9 bytes).
 
     Raises ValueError, with the reason, for a model that it cannot decode.
     """
 
     name = "graph"
 
-    def __init__(self, model, tokenizer=None, *, kv_bytes: int | None = None, max_rows: int = 128):
+    def __init__(
+        self, model, tokenizer=None, *, kv_bytes: int | None = None, max_rows: int = 128, budget_gb: float | None = None
+    ):
         if (why := why_not(model)) is not None:
             raise ValueError(f'the graph engine cannot decode this model: {why}. Use engine="hf"')
         if not 1 <= max_rows <= BATCHES[-1]:
             raise ValueError(f"max_rows={max_rows} is not between 1 and {BATCHES[-1]}")
-        self.model, self.tokenizer, self.kv_bytes, self.max_rows = model, tokenizer, kv_bytes, max_rows
+        self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
+        self.kv_bytes, self.budget_gb = kv_bytes, budget_gb
         self._steps: Steps | None = None
 
     def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
@@ -89,7 +93,7 @@ class GraphEngine(Engine):
     def _rows(self, requests: int, length: int) -> int:
         """Rows of the cache for texts of `length` tokens."""
         cache = self._steps.cache
-        budget = self.kv_bytes if self.kv_bytes is not None else free_bytes(cache.device)
+        budget = self.kv_bytes if self.kv_bytes is not None else free_bytes(cache.device, self.budget_gb)
         affordable = min(budget // (length * cache.token_bytes), self.max_rows)
         if affordable < 1:
             raise MemoryError(
@@ -99,14 +103,15 @@ class GraphEngine(Engine):
         return batch_for(min(requests, affordable), affordable)
 
 
-def free_bytes(device: torch.device) -> int:
-    """The default budget for keys and values: a share of what this process could still take on the card."""
+def free_bytes(device: torch.device, budget_gb: float | None = None) -> int:
+    """The default budget for keys and values: a share of what this process could still allocate on the card."""
     if device.type != "cuda":
         return 2 * 10**9
     free, total = torch.cuda.mem_get_info(device)
     reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
     capped = torch.cuda.get_per_process_memory_fraction(device) * total - reserved
-    return int(KV_SHARE * (min(free, capped) + reserved - allocated))
+    room = min(free, capped) + reserved - allocated
+    return max(0, int(KV_SHARE * (room if budget_gb is None else min(room, budget_gb * 1e9 - allocated))))
 
 
 class _Generation:
