@@ -83,8 +83,8 @@ class LeanGRPOTrainer(LeanStepTrainer):
     - `state.samples` holds the newest rollout as `Sample`s, for callbacks such as `panel.Live`;
     - log-probabilities and gradients come from the lean step (`step.LeanStep`), within `budget_gb` if that is given;
       `max_skipped_steps` updates in a row may be skipped for gradients that are not finite (`lean.LeanStepTrainer`);
-    - completions are written by `engine`: "auto", "graph", "hf" (see `engines.choose`) or an `engines.Engine`, straight
-      from the weights that are trained; `engine=None` leaves it to TRL, and so does what only TRL can (`use_vllm=True`);
+    - completions are written by `engine`: "auto", "graph", "hf" (see `engines.choose`) or an `engines.Engine`, from
+      the weights that are trained; `engine=None` leaves it to TRL, and so does what only TRL can (`use_vllm=True`);
     - an interrupt (Ctrl-C, the notebook's stop button) or an error saves what was learned to `args.output_dir`;
       after an interrupt `train()` returns as if the run had ended, so the next cell works.
     """

@@ -101,6 +101,17 @@ def products(dtype: torch.dtype) -> None:
             (out[0] if entropy else out).sum().backward()
 
 
+def decoding(rows: int, heads: int, kv_heads: int, vocabulary: int, dtype: torch.dtype) -> None:
+    """The kernels of a decoding step for some rows of a model."""
+    q, k, v = (torch.empty(rows, 1, n * 128, dtype=dtype).unflatten(-1, (n, 128)).transpose(1, 2)
+               for n in (heads, kv_heads, kv_heads))  # fmt: skip
+    cache, table = torch.empty(1, 2, rows, kv_heads, 4, 128, dtype=dtype), torch.zeros(4, dtype=torch.int64)
+    positions = torch.zeros(rows, dtype=torch.int64)
+    for window in (None, 512):
+        kernels.decode_attention(q, k, v, cache, table, 1, positions, 1, 0.1, window)
+    kernels.draw(torch.empty(rows, vocabulary), positions, positions)
+
+
 def kernels_of_the_package() -> set[tuple[str, str]]:
     """Every function under @triton.jit that is launched (helpers of kernels too: see INLINED)."""
     modules = [module for name, module in sys.modules.items() if name.startswith("nbhelpers.kernels.")]
@@ -118,6 +129,10 @@ def test_every_kernel_compiles(target, launches):
         elementwise(4096, 14336, 32, 8, dtype)  # Llama-3.1-8B
         elementwise(5120, 17920, 40, 10, dtype)  # Phi-4
         products(dtype)
+        decoding(8, 12, 2, 151936, dtype)
+        decoding(128, 32, 8, 128256, dtype)
+        decoding(128, 40, 10, 100352, dtype)
+        decoding(256, 4, 4, 1000, dtype)
     launched = {(name, module) for name, module, _ in launches}
     left_out = {(name, module) for name, module in kernels_of_the_package() - launched if name not in INLINED}
     assert not left_out, f"no launch of {left_out} above: add one"

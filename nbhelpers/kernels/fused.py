@@ -1,5 +1,7 @@
 """The Triton implementations under one roof, as `reference` is for torch."""
 
+from .decode_attention import decode_attention
+from .draw import draw
 from .linear_logprob import linear_logprob
 from .lora_linear import lora_linear, lora_linear_group
 from .lora_mlp import lora_mlp
@@ -9,7 +11,9 @@ from .rope import rope, rope_packed
 from .swiglu import swiglu, swiglu_packed
 
 __all__ = [
+    "decode_attention",
     "dequantize_nf4",
+    "draw",
     "linear_logprob",
     "lora_linear",
     "lora_linear_group",
