@@ -137,12 +137,12 @@ class _Generation:
             self._admit()
             batch = self._batch()
             todo = [self.sampling.max_tokens - request.asked for request in self.rows if request is not None]
-            if (most := min(CHUNK if steps.captures else 1, max(todo, default=0))) > 0:
+            if (most := min(CHUNK if steps.asynchronous else 1, max(todo, default=0))) > 0:
                 longest = most - 1 + max(len(self.prompts[r.prompt]) + r.asked for r in self.rows if r is not None)
                 self._send(*steps.run(batch, most, longest), self.rows[:batch])
                 for request in filter(None, self.rows):
                     request.asked += most
-            while len(self.pending) > (1 if steps.captures and most > 0 else 0):
+            while len(self.pending) > (1 if steps.asynchronous and most > 0 else 0):
                 self._collect()
         return [request.writer.completion for request in self.requests]
 
@@ -244,7 +244,7 @@ class _Generation:
 
     def _send(self, tokens: torch.Tensor, logprobs: torch.Tensor, requests: list[Request | None]) -> None:
         ready = None
-        if self.steps.captures:
+        if self.steps.asynchronous:
             ready = torch.cuda.Event()
             ready.record()
         self.pending.append(Chunk(tokens, logprobs, list(requests), ready))

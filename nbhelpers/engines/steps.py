@@ -39,9 +39,11 @@ class Steps:
         self.tick = torch.zeros(1, dtype=torch.int64, device=device)  # the ring's next row
         self.seen: torch.Tensor | None = None  # bool [rows, V], with a repetition penalty
         self.sampling, self.stops = Sampling(), torch.zeros(0, dtype=torch.int64, device=device)
-        self.captures = device.type == "cuda"
+        self.asynchronous = self.captures = device.type == "cuda"  # captures = False: the same steps without graphs
         self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.captures else None
+        # one stream for all captures: cuBLAS keeps a workspace for every stream that it has seen
+        self._aside = torch.cuda.Stream(device) if self.captures else None
         self._addresses = decoder.addresses()
 
     def prepare(self, decoder: Decoder, sampling: Sampling) -> None:
@@ -106,7 +108,7 @@ class Steps:
         """Record the step without running it; once for real before, as compilers and libraries allocate then."""
         before, seen = self.state.clone(), None if self.seen is None else self.seen.clone()
         self.state[LEFT] = 0  # no row moves in the rehearsal
-        graph, here, aside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
+        graph, here, aside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), self._aside
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             self._step(batch, 0)
@@ -115,7 +117,8 @@ class Steps:
                 self.seen.copy_(seen)
             torch.cuda.synchronize()
             # not torch.cuda.graph(...): that collects garbage and empties the allocator's cache, for a second or more
-            graph.capture_begin(pool=self._pool)
+            # thread_local: a data loader's thread may go on pinning memory meanwhile
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 self._step(batch, 0)
             finally:

@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-TILE = 16384  # query heads of a group x positions x D that a program multiplies at once
+TILE = 8192  # query heads of a group x positions x D that a program multiplies at once, and by how many warps: three
+WARPS = 4  # programs then share a multiprocessor of an H200 (registers counted, not timed)
 PROGRAMS = 512  # as many as there should be at least, for a card of 40 to 140 multiprocessors
 MOST_SPLITS = 16
 
@@ -108,7 +109,7 @@ def decode_attention(q, k, v, cache, table, layer, positions, longest, scale, wi
         q, k, v, table, positions, parts, lse, layer, scale, window or 0,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         kv_heads, group, dim, splits, window is not None, group_block, dim_block,
-        max(8, min(64, TILE // (group_block * dim_block))), num_warps=8,
+        max(8, min(64, TILE // (group_block * dim_block))), num_warps=WARPS,
     )  # fmt: skip
     if splits > 1:
         _join[(rows * heads,)](parts, lse, out, dim, splits, dim_block, num_warps=4)

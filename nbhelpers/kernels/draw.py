@@ -67,7 +67,18 @@ def draw(logits, seeds, counters):
     logp = torch.empty(rows, dtype=torch.float32, device=logits.device)
     step = logits.stride(0)
     _race[(rows, parts)](
-        logits, seeds.contiguous(), counters.contiguous(), most, total, best, word, step, words, parts, BLOCK, num_warps=8
+        logits,
+        seeds.contiguous(),
+        counters.contiguous(),
+        most,
+        total,
+        best,
+        word,
+        step,
+        words,
+        parts,
+        BLOCK,
+        num_warps=8,
     )
     _winner[(rows,)](
         logits, most, total, best, word, token, logp, step, parts, triton.next_power_of_2(parts), num_warps=1
