@@ -113,6 +113,4 @@ def one_model(label, model, dtype, say, tokens):
     sampling = replace(greedy, temperature=1.0, stop_ids=stops, seed=seeds)
     wide, narrow = engine.generate(prompts, sampling), GraphEngine(model, max_rows=3).generate(prompts, sampling)
     forks, gap = compare(model, prompts, narrow, wide, near)
-    say(
-        f"{label} 8 requests through 3 rows", forks <= 4, f"{forks} of 8 rows part (near-ties of the race are no error)"
-    )
+    say(f"{label} 8 requests through 3 rows", forks <= 4, f"{forks} of 8 rows part (near-ties are no error)")

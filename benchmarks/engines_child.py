@@ -92,10 +92,10 @@ def peak_driver():
         thread.join()
 
 
-def timed(call) -> float:
+def timed(call, *args) -> float:
     wait()
     start = time.perf_counter()
-    call()
+    call(*args)
     wait()
     return time.perf_counter() - start
 
@@ -126,10 +126,10 @@ def decode(job: dict, row) -> None:
     for batch in job["batches"]:
         texts, sampling = prompts_of(job, batch), Sampling(max_tokens=new, seed=1)
         engine = GraphEngine(model, max_rows=batch)
-        capture = timed(lambda: engine.generate(texts, replace(sampling, max_tokens=2)))
+        capture = timed(engine.generate, texts, replace(sampling, max_tokens=2))
         engine.generate(texts, replace(sampling, max_tokens=9))
-        prefill = timed(lambda: engine.generate(texts, replace(sampling, max_tokens=1)))
-        times = [timed(lambda: engine.generate(texts, sampling)) for _ in range(3)]
+        prefill = timed(engine.generate, texts, replace(sampling, max_tokens=1))
+        times = [timed(engine.generate, texts, sampling) for _ in range(3)]
         seconds = statistics.median(times)
         row(f"batch-{batch}/decode", batch * new / seconds, "tokens/s", prompt=PROMPT, completion=new)
         row(f"batch-{batch}/step", 1000 * (seconds - prefill) / (new - 1), "ms", prefill_s=round(prefill, 4))
@@ -173,8 +173,8 @@ def transformers(job: dict, row) -> None:
             with torch.no_grad():
                 model.generate(ids, attention_mask=mask, generation_config=config)
 
-        first = timed(lambda: generate(2))  # noqa: B023
-        seconds = timed(lambda: generate(new))  # noqa: B023
+        first = timed(generate, 2)
+        seconds = timed(generate, new)
         row(f"batch-{batch}/decode", batch * new / seconds, "tokens/s", "transformers", prompt=PROMPT, completion=new)
         if batch == job["batches"][0]:
             row("ready", first, "s", "transformers")
@@ -271,7 +271,7 @@ def vllm(job: dict, row) -> None:
         row("ready", time.perf_counter() - start, "s", "vllm")
         for batch in job["batches"]:
             generate(batch, 8)
-            seconds = statistics.median(timed(lambda b=batch: generate(b, new)) for _ in range(3))
+            seconds = statistics.median(timed(generate, batch, new) for _ in range(3))
             row(f"batch-{batch}/decode", batch * new / seconds, "tokens/s", "vllm", prompt=PROMPT, completion=new)
         row("driver", driver_gb(), "GB", "vllm", gpu_memory_utilization=0.5)
 

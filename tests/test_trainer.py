@@ -32,7 +32,8 @@ def make(model, tokenizer, folder, reward_funcs, **changes):
     callbacks, engine = changes.pop("callbacks", None), changes.pop("engine", "auto")
     args = trainer.LeanGRPOConfig(
         str(folder), max_steps=changes.pop("max_steps", 3), per_device_train_batch_size=8, num_generations=4,
-        max_completion_length=48, learning_rate=1e-4, gradient_checkpointing=False, save_strategy="no", disable_tqdm=True, **changes,
+        max_completion_length=48, learning_rate=1e-4, gradient_checkpointing=False, save_strategy="no",
+        disable_tqdm=True, **changes,
     )  # fmt: skip
     return trainer.LeanGRPOTrainer(
         model, reward_funcs, args, TASK.train, processing_class=tokenizer, callbacks=callbacks, engine=engine
