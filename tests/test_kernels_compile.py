@@ -110,6 +110,15 @@ def decoding(rows: int, heads: int, kv_heads: int, vocabulary: int, dtype: torch
     for window in (None, 512):
         kernels.decode_attention(q, k, v, cache, table, 1, positions, 1, 0.1, window)
     kernels.draw(torch.empty(rows, vocabulary), positions, positions)
+    x = torch.randn(rows, 1, 64, dtype=dtype)
+    for rank in (8, 16, 64):
+        lora = {"lora_a": torch.randn(rank, 64), "lora_b": torch.randn(128, rank), "scale": 2.0}
+        parts = tuple(Projection(*nf4(128, 64, True), **lora) for _ in range(3))
+        kernels.decode_linear(x, parts)
+        down = {"lora_a": torch.randn(rank, 128), "lora_b": torch.randn(64, rank), "scale": 1.0}
+        kernels.decode_mlp(x, parts[:2], Projection(*nf4(64, 128, True), **down), x)
+        lora["lora_b"] = torch.randn(256, rank)
+        kernels.decode_mlp(x, (Projection(*nf4(256, 64, True), **lora),), Projection(*nf4(64, 128, True), **down), x)
 
 
 def kernels_of_the_package() -> set[tuple[str, str]]:
@@ -118,7 +127,7 @@ def kernels_of_the_package() -> set[tuple[str, str]]:
     return {(fn.__name__, fn.__module__) for m in modules for fn in vars(m).values() if isinstance(fn, JITFunction)}
 
 
-INLINED = {"_rotate_heads", "_load", "_store"}
+INLINED = {"_delta", "_rotate_heads", "_load", "_store"}
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nbhelpers import kernels
+from nbhelpers.kernels import Projection
 
 
 def attention_case(rows, heads, kv_heads, dim, positions, window=None, dtype=torch.float32, device="cpu", layer=1):
@@ -70,6 +71,70 @@ class TestDraw:
         wanted, wanted_logp = kernels.draw(logits, seeds, counters)
         assert torch.equal(token, wanted) and len(set(token.tolist())) > 10
         torch.testing.assert_close(logp, wanted_logp, atol=2e-5, rtol=1e-5)
+
+
+def projections(rank, width, outs, dtype=torch.float32, nf4=False, bias=True, device="cpu"):
+    generator = torch.Generator().manual_seed(2)
+
+    def make(*shape):
+        return torch.randn(shape, generator=generator).to(device)
+
+    parts = []
+    for out in outs:
+        weight, state = make(out, width).to(dtype), None
+        if nf4:
+            functional = pytest.importorskip("bitsandbytes").functional
+            weight, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        lora = {"lora_a": make(rank, width), "lora_b": make(out, rank), "scale": 0.5} if rank else {}
+        parts.append(Projection(weight, state, make(out).to(dtype) if bias else None, **lora))
+    return tuple(parts)
+
+
+class TestLinear:
+    __test__ = interpreter.ON
+
+    @pytest.mark.parametrize("rows", [1, 19])
+    @pytest.mark.parametrize("rank, width, outs", [(4, 40, (50,)), (3, 300, (130, 20)), (16, 520, (200, 24, 24))])
+    @pytest.mark.parametrize("nf4", [False, True], ids=["plain", "nf4"])
+    def test_equals_torch(self, rows, rank, width, outs, nf4):
+        if nf4:
+            width, outs = 64 * (width // 64 + 1), tuple(64 * (out // 64 + 1) for out in outs)
+        parts, x = projections(rank, width, outs, nf4=nf4), torch.randn(rows, 1, width)
+        with kernels.use("triton"):
+            got = kernels.decode_linear(x, parts)
+        for ours, wanted in zip(got, kernels.decode_linear(x, parts), strict=True):
+            assert ours.shape == wanted.shape
+            torch.testing.assert_close(ours, wanted, atol=1e-3, rtol=1e-4)
+
+    @pytest.mark.parametrize("ranks", [(4, 4), (5, 0), (0, 3), (0, 0)], ids=str)
+    @pytest.mark.parametrize("packed", [False, True], ids=["two", "packed"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_the_mlp_equals_torch(self, dtype, packed, ranks):
+        hidden, wide = 36, 150
+        gate_up = projections(ranks[0], hidden, (2 * wide,) if packed else (wide, wide), dtype)
+        (down,) = projections(ranks[1], wide, (hidden,), dtype)
+        x, residual = torch.randn(2, 9, 1, hidden, generator=torch.Generator().manual_seed(3)).to(dtype)
+        with kernels.use("triton"):
+            got = kernels.decode_mlp(x * 0.3, gate_up, down, residual)
+        wanted = kernels.decode_mlp(x * 0.3, gate_up, down, residual)
+        assert got.dtype == wanted.dtype and got.shape == wanted.shape
+        close = {"atol": 1e-3, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 1.0, "rtol": 2e-2}
+        torch.testing.assert_close(got, wanted, **close)
+
+    def test_fp16_saturates_where_it_would_overflow(self):
+        gate_up, (down,) = projections(2, 16, (32, 32), torch.float16), projections(2, 32, (16,), torch.float16)
+        x = torch.full((2, 1, 16), 90.0, dtype=torch.float16)
+        with kernels.use("triton"):
+            got = kernels.decode_mlp(x, gate_up, down, torch.zeros_like(x))
+        assert got.isfinite().all() and got.abs().max() == 65504.0
+
+    def test_a_group_where_only_some_have_a_lora(self):
+        parts, x = projections(4, 40, (50, 20)), torch.randn(3, 1, 40)
+        parts = (parts[0], parts[1]._replace(lora_a=None, lora_b=None))
+        with kernels.use("triton"):
+            got = kernels.decode_linear(x, parts)
+        for ours, wanted in zip(got, kernels.decode_linear(x, parts), strict=True):
+            torch.testing.assert_close(ours, wanted, atol=1e-3, rtol=1e-4)
 
 
 def test_torch_attention_equals_the_whole_softmax():

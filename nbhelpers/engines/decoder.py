@@ -63,7 +63,8 @@ class Group(NamedTuple):
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.parts is None:
             return tuple(module(x).to(x.dtype) for module in self.modules)
-        return kernels.lora_linear_group(x, self.parts)
+        # one token a row: a step of decoding; more: a prompt
+        return (kernels.decode_linear if x.shape[-2] == 1 else kernels.lora_linear_group)(x, self.parts)
 
     def addresses(self) -> tuple:
         """What a captured graph has taken for granted."""
@@ -159,7 +160,7 @@ class Decoder:
         exact = parts and parts[0].quant_state is None and parts[0].lora_a is None and parts[0].bias is None
         if exact and hidden.is_cuda and hidden.dtype != torch.float32 and parts[0].weight.dtype == hidden.dtype:
             return torch.mm(hidden, parts[0].weight.t(), out_dtype=torch.float32)
-        return self.head(hidden)[0].float()
+        return self.head(hidden[:, None])[0][:, 0].float()
 
 
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:
@@ -168,7 +169,8 @@ def _normed(norm: nn.Module, x: Tensor) -> Tensor:
 
 def _mlp(layer: Layer, x: Tensor, residual: Tensor) -> Tensor:
     if layer.gate_up.parts is not None and layer.down.parts is not None:
-        return kernels.lora_mlp(x, layer.gate_up.parts, layer.down.parts[0], residual)
+        mlp = kernels.decode_mlp if x.shape[-2] == 1 else kernels.lora_mlp
+        return mlp(x, layer.gate_up.parts, layer.down.parts[0], residual)
     wide = layer.gate_up(x)
     (y,) = layer.down(kernels.swiglu(*wide) if len(wide) == 2 else kernels.swiglu_packed(*wide))
     return residual + y

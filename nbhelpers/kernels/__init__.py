@@ -26,6 +26,8 @@ else:  # macOS, Windows
 __all__ = [
     "Projection",
     "decode_attention",
+    "decode_linear",
+    "decode_mlp",
     "dequantize_nf4",
     "draw",
     "linear_logprob",
@@ -221,3 +223,19 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, table: Tens
     """
     with device_of(q):
         return _for(q).decode_attention(q, k, v, cache, table, layer, positions, longest, scale, window)
+
+
+def decode_linear(x: Tensor, parts: tuple[Projection, ...]) -> tuple[Tensor, ...]:
+    """`lora_linear_group` for a step of decoding: few rows, no gradient, at most three parts.
+
+    x [..., in] -> [..., out] for each part, in x's dtype. Each part's base product comes first and is rounded; the LoRA
+    term is added in fp32.
+    """
+    with device_of(x):
+        return _for(x).decode_linear(x, parts)
+
+
+def decode_mlp(x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor) -> Tensor:
+    """`lora_mlp` for a step of decoding: residual + down(swiglu(gate(x), up(x))), without a gradient."""
+    with device_of(x):
+        return _for(x).decode_mlp(x, gate_up, down, residual)

@@ -1,6 +1,7 @@
 """The Triton implementations under one roof, as `reference` is for torch."""
 
 from .decode_attention import decode_attention
+from .decode_linear import decode_linear, decode_mlp
 from .draw import draw
 from .linear_logprob import linear_logprob
 from .lora_linear import lora_linear, lora_linear_group
@@ -12,6 +13,8 @@ from .swiglu import swiglu, swiglu_packed
 
 __all__ = [
     "decode_attention",
+    "decode_linear",
+    "decode_mlp",
     "dequantize_nf4",
     "draw",
     "linear_logprob",

@@ -193,3 +193,11 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, table: Tens
         q, keys[:, :, :longest], values[:, :, :longest], attn_mask=mask[:, None, None], scale=scale
     )
     return out.reshape(rows, 1, q_heads * dim)
+
+
+def decode_linear(x: Tensor, parts: tuple[Projection, ...]) -> tuple[Tensor, ...]:
+    return lora_linear_group(x, parts)
+
+
+def decode_mlp(x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor) -> Tensor:
+    return lora_mlp(x, gate_up, down, residual)
