@@ -142,7 +142,7 @@ def _second(t, parts) -> dict:
 
 
 def _rows_of_a_program(rows: int) -> int:
-    """One row while there are few: they would wait for each other. Later several, which share the program's part of B."""
+    """One row while there are few: they would wait for each other. Later several, which share a part of B."""
     return min(8, triton.next_power_of_2(triton.cdiv(rows, 16)))
 
 
