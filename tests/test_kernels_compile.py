@@ -19,6 +19,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from nbhelpers.kernels import nf4_rows  # noqa: E402
+
 if interpreter.ON:
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
@@ -127,12 +129,17 @@ def kernels_of_the_package() -> set[tuple[str, str]]:
     return {(fn.__name__, fn.__module__) for m in modules for fn in vars(m).values() if isinstance(fn, JITFunction)}
 
 
-INLINED = {"_delta", "_rotate_heads", "_load", "_store"}
+INLINED = {"_delta", "_sum", "_within_fp16", "_rotate_heads", "_load", "_store"}
+
+
+AMPERE = {"_few_rows"}  # multiplies with tl.dot; a T4 never launches it
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_kernel_compiles(target, launches):
+def test_every_kernel_compiles(target, launches, monkeypatch):
     dtype = TARGETS[target]
+    if target != "sm_75":
+        monkeypatch.setattr("nbhelpers.kernels.nf4_rows.serves", nf4_rows.fits)
     with kernels.use("triton"):
         elementwise(1536, 8960, 12, 2, dtype)  # Qwen2.5-1.5B
         elementwise(4096, 14336, 32, 8, dtype)  # Llama-3.1-8B
@@ -144,6 +151,7 @@ def test_every_kernel_compiles(target, launches):
         decoding(256, 4, 4, 1000, dtype)
     launched = {(name, module) for name, module, _ in launches}
     left_out = {(name, module) for name, module in kernels_of_the_package() - launched if name not in INLINED}
+    left_out = {(name, module) for name, module in left_out if target != "sm_75" or name not in AMPERE}
     assert not left_out, f"no launch of {left_out} above: add one"
 
     gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)

@@ -95,11 +95,15 @@ class TestLinear:
 
     @pytest.mark.parametrize("rows", [1, 19])
     @pytest.mark.parametrize("rank, width, outs", [(4, 40, (50,)), (3, 300, (130, 20)), (16, 520, (200, 24, 24))])
-    @pytest.mark.parametrize("nf4", [False, True], ids=["plain", "nf4"])
-    def test_equals_torch(self, rows, rank, width, outs, nf4):
+    @pytest.mark.parametrize("nf4", [None, "dequantised", "fused"])
+    def test_equals_torch(self, rows, rank, width, outs, nf4, monkeypatch):
         if nf4:
-            width, outs = 64 * (width // 64 + 1), tuple(64 * (out // 64 + 1) for out in outs)
-        parts, x = projections(rank, width, outs, nf4=nf4), torch.randn(rows, 1, width)
+            width, outs = 64 * (width // 64 + 1), tuple(out + out % 2 for out in outs)
+        if nf4 == "fused":
+            module = import_module("nbhelpers.kernels.nf4_rows")
+            monkeypatch.setattr(module, "serves", module.fits)
+            monkeypatch.setattr(module, "UNROLL", 2)
+        parts, x = projections(rank, width, outs, nf4=bool(nf4)), torch.randn(rows, 1, width)
         with kernels.use("triton"):
             got = kernels.decode_linear(x, parts)
         for ours, wanted in zip(got, kernels.decode_linear(x, parts), strict=True):
@@ -127,6 +131,22 @@ class TestLinear:
         with kernels.use("triton"):
             got = kernels.decode_mlp(x, gate_up, down, torch.zeros_like(x))
         assert got.isfinite().all() and got.abs().max() == 65504.0
+
+    @pytest.mark.parametrize("nested", [True, False])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_the_weights_of_the_fused_product_are_those_of_nf4_bit_for_bit(self, dtype, nested, monkeypatch):
+        """Unit vectors pick single weights: they are those that dequantize_nf4 gives, and the splits add up to them."""
+        module = import_module("nbhelpers.kernels.nf4_rows")
+        monkeypatch.setattr(module, "UNROLL", 1)
+        functional = pytest.importorskip("bitsandbytes").functional
+        parts = []
+        for out in (70, 64, 3):
+            weight = torch.randn(out, 256, generator=torch.Generator().manual_seed(out))
+            parts.append(Projection(*functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)))
+        x = torch.eye(256, dtype=dtype)[[0, 1, 63, 64, 128, 255]]
+        y = module.few_rows_product(x, tuple(parts))
+        dense = torch.cat([kernels.reference.dequantize_nf4(part.weight, part.quant_state, dtype) for part in parts])
+        assert y.shape == (4, 6, 137) and torch.equal(y.sum(0), dense[:, [0, 1, 63, 64, 128, 255]].t().float())
 
     def test_a_group_where_only_some_have_a_lora(self):
         parts, x = projections(4, 40, (50, 20)), torch.randn(3, 1, 40)
