@@ -18,8 +18,8 @@ import triton.language as tl
 
 MOST_ROWS = 128  # beyond, dequantising once and cuBLAS (not timed yet)
 COLUMNS = 64  # rows of W that a program takes
-UNROLL = 4  # blocks of 64 weights whose loads are under way together
-PROGRAMS, MOST_SPLITS = 320, 16
+UNROLL = 2  # blocks of 64 weights whose loads are under way together
+PROGRAMS, MOST_SPLITS = 528, 16  # four programs on each of 132 multiprocessors (registers counted, not timed)
 
 
 @triton.jit(do_not_specialize=["rows", "turns"])
@@ -118,6 +118,8 @@ def few_rows_product(x, parts) -> torch.Tensor:
         *(t for tensors in (packed, absmax, outer, offset) for t in three(tensors, tensors[0])),
         rows, turns, width, *three(outs, 0), x.stride(0),
         nested is not None, nested.blocksize if nested else 1, max(16, triton.next_power_of_2(rows)), COLUMNS, UNROLL,
-        num_warps=4, enable_fp_fusion=False,  # a fused multiply-add would round once where nf4.py rounds twice
+        num_warps=4,
+        num_stages=1,  # pipelined, even the look-ups in the code table would go through shared memory, 94 kB of it
+        enable_fp_fusion=False,  # a fused multiply-add would round once where nf4.py rounds twice
     )  # fmt: skip
     return y
