@@ -4,12 +4,17 @@ common.write("loader", [common.row("phi-4/nf4/final", "ours", 9.3, "GB")])
 """
 
 import json
+import os
 import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+# A script puts its own folder on sys.path, where transformers, looking for the hub package `kernels`, would find and
+# run kernels.py. What a script needs of this folder it imports before or from here.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
@@ -26,6 +31,7 @@ def row(what: str, who: str, value: float, unit: str, **more) -> dict:
 def host() -> dict:
     """GPU, driver and versions; what is not there is left out."""
     found = {"machine": platform.machine(), "system": platform.system(), "python": platform.python_version()}
+    found |= {"cpu": _cpu(), "cores": os.cpu_count()}
     for package in PACKAGES:
         try:
             found[package] = version(package)
@@ -42,6 +48,13 @@ def host() -> dict:
     if "torch" in sys.modules:
         found["cuda"] = sys.modules["torch"].version.cuda
     return found
+
+
+def _cpu() -> str:
+    """The processor's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def write(name: str, rows: list[dict], folder: Path = RESULTS) -> Path:

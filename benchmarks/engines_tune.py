@@ -1,4 +1,6 @@
-"""How the few-row NF4 product is best cut, and up to how many rows it beats its rivals: python benchmarks/engines_tune.py
+"""How the few-row NF4 product is best cut, and up to how many rows it beats its rivals.
+
+    python benchmarks/engines_tune.py
 
 Prints microseconds a launch for the groups of one layer, weights cold (16 copies in turn, more than the second-level
 cache holds), captured as a CUDA graph. Then set UNROLL, PROGRAMS and MOST_ROWS in nbhelpers/kernels/nf4_rows.py.

@@ -260,7 +260,9 @@ def random_model(folder: Path, quick: bool, planted: int) -> list[torch.Tensor]:
     )  # fmt: skip
     fields = architecture.config() | {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
     torch.manual_seed(0)
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields, initializer_range=0.05)
+    config = AutoConfig.for_model(
+        fields.pop("model_type"), **fields, initializer_range=0.56 / architecture.hidden_size**0.5
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if any(f".layers.{layer}." in name for layer in range(planted)):

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from nbhelpers import chat, host, hub, presets, quantize, stream
+from nbhelpers import chat, host, hub, patch, presets, quantize, stream
 from nbhelpers.adapter import Base, attach, load_adapter, read_base, read_choice, refuse_other, save_adapter
 from nbhelpers.presets import GB, QUANTIZATIONS, Architecture, Preset
 from nbhelpers.quantize import Choice
@@ -135,7 +135,8 @@ def load(
             load_adapter(model, adapter)
     else:
         model.requires_grad_(True)
-    # LEAD: the one line to enable when patch.py is in:  if kernels: print(patch.with_kernels(model))
+    if kernels:
+        print(patch.with_kernels(model))
     every, trainable = quantize.parameters(model)
     print(
         f"{source.id} · {quantization} · {every / 1e6:,.1f} M parameters, {trainable / 1e6:,.1f} M trainable "

@@ -99,7 +99,10 @@ class LeanGRPOTrainer(LeanStepTrainer):
         if args is None:
             args = LeanGRPOConfig("runs/grpo")
         funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        masters = {} if isinstance(model, str) else {p: p.data for p in model.parameters() if p.requires_grad}
         super().__init__(model, guard_all(funcs), args=args, train_dataset=train_dataset, **kwargs)
+        for parameter, data in masters.items():  # TRL casts a 4-bit model's adapter to bf16, even on a T4 or a CPU,
+            parameter.data = data.to(parameter.device)  # where a step of 1e-5 is rounded away
         self.engine = self._engine(engine)
         if any(isinstance(callback, panel.Live) for callback in self.callback_handler.callbacks):
             for other in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # one updating output, not two

@@ -67,6 +67,7 @@ def run(path: Path, out: Path, values: dict, *, quiet: bool = False) -> nbformat
     Raises nbclient's CellExecutionError when a cell fails.
     """
     out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as nbhelpers does, in case a notebook imports torch first
     notebook = nbformat.read(path, as_version=4)
     set_parameters(notebook, {"OUT": str(out.resolve()), **values})
     runner = Runner(notebook, timeout=None, kernel_name="python3", store_widget_state=False)

@@ -168,10 +168,10 @@ def test_hostile_text_costs_linear_time(func, unit):
         text = (unit * (length // len(unit) + 1))[:length]
         texts = [text, f"<answer>{text}</answer>", f"<reasoning>\n{text}\n</reasoning>\n<answer>\n{text}\n</answer>"]
         best = float("inf")
-        for _ in range(3):
-            start = time.perf_counter()
+        for _ in range(5):
+            start = time.process_time()  # of this process alone: other work on the machine does not count
             func(completions=texts, answer=["1000"] * 3)
-            best = min(best, time.perf_counter() - start)
+            best = min(best, time.process_time() - start)
         return best / 3
 
     single, double = seconds(100_000), seconds(200_000)

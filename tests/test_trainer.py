@@ -9,7 +9,7 @@ from datasets import Dataset
 from engine_models import by_forward
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from nbhelpers import grpo, host, tasks, trainer
+from nbhelpers import grpo, host, loader, tasks, trainer
 from nbhelpers.engines.graph import GraphEngine
 from nbhelpers.guard import RewardError
 from nbhelpers.presets import WORKSHOP
@@ -71,7 +71,7 @@ def test_the_defaults_fit_this_machine(tmp_path):
 
 @pytest.mark.parametrize("capability, bf16", [((7, 5), False), ((8, 0), True)])
 def test_a_t4_gets_fp16_and_an_a100_bf16(monkeypatch, capability, bf16):
-    monkeypatch.setattr(host, "cards", lambda: [host.Card("a card", 16 * 10**9, 15 * 10**9, capability)])
+    monkeypatch.setattr(host, "cards", lambda: [host.Card("a card", 16 * 10**9, capability)])
     assert trainer.precision() == {"bf16": bf16, "fp16": not bf16, "use_cpu": False}
 
 
@@ -157,6 +157,15 @@ def test_an_untested_trl_is_named(model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "version", lambda _: "1.20.0")
     with pytest.warns(UserWarning, match=r"trl 1\.20\.0 is outside the tested range"):
         make(model, tokenizer, tmp_path, correctness)
+
+
+def test_the_adapter_of_a_4_bit_model_stays_in_fp32(tokenizer, tmp_path):
+    model, _ = loader.load("workshop", quantization="nf4", lora_rank=4, progress=False)
+    before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
+    run = make(model, tokenizer, tmp_path, correctness)
+    for name, p in run.model.named_parameters():
+        if p.requires_grad:
+            assert p.dtype == torch.float32 and torch.equal(p, before[name]), name
 
 
 def test_plain_text_prompts_work_too(model, tokenizer, tmp_path):
