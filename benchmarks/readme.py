@@ -1,7 +1,7 @@
 """Write the README's tables from benchmarks/results/*.json: no figure in it is typed.
 
-    python benchmarks/readme.py           # rewrites what stands between the markers in README.md
-    python benchmarks/readme.py --check   # exit status 1 if that would change anything (CI)
+python benchmarks/readme.py           # rewrites what stands between the markers in README.md
+python benchmarks/readme.py --check   # exit status 1 if that would change anything (CI)
 """
 
 import json
@@ -84,7 +84,9 @@ def kernels() -> str:
     key = "llama-3.1-8b/linear_logprob 32768x128256/forward+backward"
     for metric, unit, digits in (("", "ms", 1), ("/peak", "GB", 2)):
         ours, trl = results(key + metric), results(key + metric, "trl")
-        label = f"log-probabilities of 32,768 tokens x 128,256 words, forward+backward{metric.replace('/', ' ')} ({unit})"
+        label = (
+            f"log-probabilities of 32,768 tokens x 128,256 words, forward+backward{metric.replace('/', ' ')} ({unit})"
+        )
         rows.append([label, number(ours, digits), f"{number(trl, digits)} (TRL)", ratio(ours, trl)])
     return f"{table(['', 'ours', 'stock', 'ratio'], rows)}\n\n{results.source()}"
 

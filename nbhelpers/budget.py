@@ -2,7 +2,7 @@
 
 Plain arithmetic, no torch: the step asks it with the tokens at hand, the planner with those of a preset.
 
-A micro-batch of T packed tokens runs layer by layer, forward and then backward, and each layer is in one of three states:
+A micro-batch of T packed tokens runs layer by layer, forward and then backward. A layer is in one of three states:
 
     kept        everything its backward needs stays: nothing is computed twice      (the last layers)
     on card     its input stays, the rest is computed again in the backward
@@ -94,11 +94,11 @@ class Work:
         return 2 * self.q(keys) if a.num_attention_heads != a.num_key_value_heads else 0
 
     def _attention_kept(self, t: Tokens) -> int:
-        """Normed input, Q, K, V (again in the order of the sequences if a prompt is shared), output, log-sum-exp."""
+        """Q, K, V (K and V again in the order of the sequences if a prompt is shared), output, log-sum-exp."""
         gathered = self.kv(t.keys) if t.keys != t.packed else 0
         expanded = 0 if self.attention == "flash" else self._expanded(t.keys)
         lse = 4 * t.packed * self.architecture.num_attention_heads
-        return self.hidden(t.packed) + 2 * self.q(t.packed) + self.kv(t.packed) + gathered + expanded + lse
+        return 2 * self.q(t.packed) + self.kv(t.packed) + gathered + expanded + lse
 
     def _attention_scratch(self, t: Tokens) -> int:
         """What attention's backward has of its own: gradients of its output, Q, K, V, and their fp32 sums."""
@@ -113,9 +113,9 @@ class Work:
         return 2 * self.hidden(t.packed) + self._attention_kept(t) + self._attention_scratch(t)
 
     def recompute_mlp(self, t: Tokens, tile: int) -> int:
-        """Backward through a layer's MLP, before that: input, incoming gradient, sum, normed sum, and a tile's work."""
+        """Backward through a layer's MLP, before that: input, incoming gradient, attention's output, a tile's work."""
         tile = min(tile, t.packed)
-        return 4 * self.hidden(t.packed) + self._attention_kept(t) + 3 * self.inner(tile) + 2 * self.hidden(tile)
+        return 3 * self.hidden(t.packed) + self._attention_kept(t) + 3 * self.inner(tile) + 4 * self.hidden(tile)
 
     def head(self, t: Tokens) -> int:
         """Last layer's output, the scored tokens, normed, their gradients, and the buffer for logits."""
@@ -124,7 +124,7 @@ class Work:
         return self.hidden(t.packed) + max(3 * self.hidden(t.scored) + logits, 2 * self.hidden(t.scored) + wide)
 
     def kept(self, t: Tokens) -> int:
-        """A layer whose backward needs nothing computed again: its attention, sum, normed sum, gate and up."""
+        """A layer whose backward needs nothing computed again: input, its attention, sum, gate and up."""
         return self._attention_kept(t) + 2 * self.hidden(t.packed) + 2 * self.inner(t.packed)
 
     def kept_backward(self, t: Tokens) -> int:
@@ -135,7 +135,7 @@ class Work:
     def forward(self, t: Tokens, tile: int = TILES[0]) -> int:
         """A layer without gradients: input, normed input, Q, K, V, output, projected; or the MLP's tile."""
         tile = min(tile, t.packed)
-        attention = 2 * self.hidden(t.packed) + self._attention_kept(t)
+        attention = 3 * self.hidden(t.packed) + self._attention_kept(t)
         return max(attention, 4 * self.hidden(t.packed) + 3 * self.inner(tile), self.head(t))
 
     def peak(self, t: Tokens, kept: int, on_card: int, tile: int) -> int:
@@ -190,9 +190,9 @@ class Work:
             longest = max(rows, key=lambda row: row[1] + row[2])
             least = self.least([longest])
             raise CannotFit(
-                f"a completion of {longest[2]} tokens after a prompt of {longest[1]} needs {least / 1e9:.2f} GB of work "
-                f"on top of the weights, and {max(room, 0) / 1e9:.2f} GB are left: shorten max_completion_length, or "
-                "raise budget_gb if the card has more"
+                f"a completion of {longest[2]} tokens after a prompt of {longest[1]} needs {least / 1e9:.2f} GB of "
+                f"work on top of the weights, and {max(room, 0) / 1e9:.2f} GB are left: shorten max_completion_length, "
+                "or raise budget_gb if the card has more"
             )
         return best
 
@@ -244,6 +244,17 @@ class Resident:
         return self.weights + self.adapters + self.gradients + self.optimizer + self.dequantized
 
 
+JOINED_BYTES = 128_000_000  # kernels.lora_linear's: 4-bit matrices that are made dense together
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def dense_bytes(a: Architecture, width: int = 2) -> int:
+    """The buffer in which the kernels make 4-bit matrices dense: the largest one, or several if they are small."""
+    sizes = {m.name: m.out_features * m.in_features * width for m in a.linears()}
+    joined = [sum(sizes.get(name, 0) for name in names) for names in TOGETHER]
+    return max(*sizes.values(), *(size for size in joined if size <= JOINED_BYTES))
+
+
 OPTIMIZER_BYTES = {"adamw_8bit": 2.04, "adamw": 8.0}  # a trained number: two moments, and 8-bit's scale of each 256
 
 
@@ -256,6 +267,5 @@ def resident(
         numbers = a.parameters()
         return Resident(4 * numbers, 0, 4 * numbers, round(state * numbers), 0)
     numbers = a.lora_parameters(rank, targets)
-    largest = max(m.out_features * m.in_features for m in a.linears()) * width
-    dense = 0 if quantization == "none" else largest
+    dense = 0 if quantization == "none" else dense_bytes(a, width)
     return Resident(a.weight_bytes(quantization, width), 4 * numbers, 4 * numbers, round(state * numbers), dense)

@@ -55,7 +55,8 @@ class Decoder:
 
     def _attention(self, layer, x: Tensor, packed: Packed, cos_sin) -> Tensor:
         first, last = layer.self_attn.groups()
-        q, k, v = layer.self_attn._rotated(patch.linears(x, *first, norm=layer.input_layernorm), *cos_sin)
+        qkv = patch.linears(x, *first, norm=layer.input_layernorm, packed=True)
+        q, k, v = layer.self_attn._rotated(qkv, *cos_sin)
         out = attend(q, k, v, packed, layer.self_attn.scaling, self.way)
         return patch.linears(out, *last)[0]
 
@@ -188,7 +189,7 @@ class Decoder:
 
 
 class _Arithmetic:
-    """The trainer's autocast without its cache: a weight cast while no gradient is wanted must not serve one that is."""
+    """The trainer's autocast without its cache: a weight cast without a gradient would serve those who need one."""
 
     def __init__(self, autocast, device):
         self.outer, self.kind = autocast(), device.type

@@ -84,7 +84,7 @@ def engine_correction(
     level, _, action = mode.partition("_")
     if level not in ("token", "sequence") or action not in ("truncate", "mask"):
         raise ValueError(
-            f"the correction's mode must be token_truncate, token_mask, sequence_truncate or sequence_mask, not {mode!r}"
+            f"the correction's mode is token_truncate, token_mask, sequence_truncate or sequence_mask, not {mode!r}"
         )
     difference = torch.nan_to_num((logps.detach() - sampling_logps) * mask, nan=0.0)
     if level == "sequence":

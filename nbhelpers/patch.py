@@ -46,8 +46,10 @@ def projection(module: nn.Module) -> Projection | str:
         return HOOKED
     if module.merged:
         return "its adapter is merged" if module.disable_adapters else _base(module.base_layer)
-    active = [] if module.disable_adapters else [name for name in module.active_adapters if name in module.lora_A]
-    base = _base(module.base_layer)
+    inside = module._modules  # nn.Module's attribute look-up is slow, and this runs for every layer in every forward
+    lora_a = inside["lora_A"]._modules
+    active = [] if module.disable_adapters else [name for name in module.active_adapters if name in lora_a]
+    base = _base(inside["base_layer"])
     if isinstance(base, str) or not active:
         return base
     (name, *others) = active
@@ -57,12 +59,12 @@ def projection(module: nn.Module) -> Projection | str:
         return "DoRA or another variant of LoRA"
     if module.lora_bias.get(name):
         return "LoRA with a bias"
-    if module.training and not isinstance(module.lora_dropout[name], nn.Identity):
+    if module.training and not isinstance(inside["lora_dropout"]._modules[name], nn.Identity):
         return DROPOUT
-    a, b = module.lora_A[name], module.lora_B[name]
+    a, b = lora_a[name], inside["lora_B"]._modules[name]
     if _watched(a) or _watched(b):
         return HOOKED
-    return base._replace(lora_a=a.weight, lora_b=b.weight, scale=module.scaling[name])
+    return base._replace(lora_a=a._parameters["weight"], lora_b=b._parameters["weight"], scale=module.scaling[name])
 
 
 def _base(module: nn.Module) -> Projection | str:
@@ -71,7 +73,7 @@ def _base(module: nn.Module) -> Projection | str:
         return f"{type(module).__name__} is not a linear layer the kernels know"
     if _watched(module):
         return HOOKED
-    weight, bias, state = module.weight, module.bias, None
+    weight, bias, state = module._parameters["weight"], module._parameters["bias"], None
     if type(module) is not nn.Linear:
         state = weight.quant_state
         if state is None or state.quant_type != "nf4":
@@ -119,9 +121,9 @@ def _compute_dtype(x: Tensor, modules) -> torch.dtype:
     return x.dtype if plain else base.compute_dtype or x.dtype
 
 
-def linears(x: Tensor, *modules: nn.Module, norm: nn.Module | None = None) -> list[Tensor]:
+def linears(x: Tensor, *modules: nn.Module, norm: nn.Module | None = None, packed: bool = False) -> list[Tensor]:
     """The outputs of linear modules that read the same x [..., in], or norm(x): by the kernels, or each by its own
-    forward."""
+    forward. packed: the kernels' come as one tensor [..., sum of out]."""
     parts = tuple(projection(module) for module in modules)
     fused = not any(isinstance(part, str) for part in parts)
     if norm is not None and not (fused and _foldable(norm, x, modules)):
@@ -129,8 +131,10 @@ def linears(x: Tensor, *modules: nn.Module, norm: nn.Module | None = None) -> li
     if not fused:
         return [module(x) for module in modules]
     if norm is not None:
-        return list(kernels.lora_linear_group(x, parts, (norm.weight, norm.variance_epsilon)))
-    outputs = kernels.lora_linear_group(x.to(_compute_dtype(x, modules)), parts)
+        outputs = kernels.lora_linear_group(x, parts, (norm.weight, norm.variance_epsilon), packed)
+        return [outputs] if packed else list(outputs)
+    outputs = kernels.lora_linear_group(x.to(_compute_dtype(x, modules)), parts, None, packed)
+    outputs = [outputs] if packed else outputs
     return [y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype) for y in outputs]
 
 
@@ -201,7 +205,10 @@ class _Attention:
         return (self.q_proj, self.k_proj, self.v_proj), (self.o_proj,)
 
     def _rotated(self, outputs, cos, sin):
-        """Q, K and V [B, heads, S, D], Q and K rotated, from the first group's outputs."""
+        """Q, K and V [B, heads, S, D], Q and K rotated, from the first group's outputs: three, or one packed."""
+        if len(outputs) == 1:
+            heads = self.config.num_attention_heads, self.config.num_key_value_heads
+            return kernels.rope_packed(*outputs, cos, sin, *heads)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in outputs)
         return *kernels.rope(q, k, cos, sin), v
 
@@ -213,7 +220,7 @@ class _Attention:
         self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, norm=None, **kwargs
     ):
         first, last = self.groups()
-        q, k, v = self._rotated(linears(hidden_states, *first, norm=norm), *position_embeddings)
+        q, k, v = self._rotated(linears(hidden_states, *first, norm=norm, packed=True), *position_embeddings)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         stock = sys.modules[self.stock.__module__]
@@ -239,10 +246,6 @@ class _MistralAttention(_Attention):
 class _Phi3Attention(_MistralAttention):
     def groups(self):
         return (self.qkv_proj,), (self.o_proj,)
-
-    def _rotated(self, outputs, cos, sin):
-        heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        return kernels.rope_packed(*outputs, cos, sin, *heads)
 
 
 class _Layer:

@@ -16,8 +16,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from . import kernels
 from .attention import choose
-from .budget import TILES, CannotFit, Part, Work, count
+from .budget import TILES, CannotFit, Part, Work, count, dense_bytes
 from .decoder import Decoder, Layers, unsupported
 from .packing import Packed, Row, Rows, pack
 from .presets import GB, Architecture
@@ -63,7 +64,11 @@ class LeanStep:
         self.work = Work(Architecture.from_config(config), width=stream, attention=way)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.budget_gb, self.temperature, self.share_prompts = budget_gb, temperature, share_prompts
-        self.pending = 0
+        self.pending = 0  # bytes that others will still take for good, such as an optimizer before its first update
+        if any(p.dtype == torch.uint8 and p.is_cuda for p in model.parameters()) and kernels.fused is not None:
+            from .kernels.lora_linear import scratch  # the kernels' buffer is made now, so that the budget sees it
+
+            scratch((dense_bytes(self.work.architecture, dtype.itemsize) // dtype.itemsize, 1), dtype, self.device)
         self.parts: list[Part] = []  # of the newest batch, to look at
 
     # ------------------------------------------------------------------------------------------------ the budget

@@ -1,7 +1,7 @@
 """`LeanGRPOTrainer`: TRL's GRPOTrainer with defaults that fit the machine, clear errors, and nothing lost on a stop.
 
-TRL's private parts that are touched here: `_logs`, the newest rollout, read for what the panel shows, and
-`_generate_single_turn`, where the engine writes the completions. Those of the lean step are in lean.py.
+With lean.py, which has the lean step's hooks, the only file that touches TRL's private parts. Here these are: `_logs`,
+the newest rollout, read for what the panel shows, and `_generate_single_turn`, where the engine writes the completions.
 """
 
 import warnings

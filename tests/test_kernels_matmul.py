@@ -139,10 +139,11 @@ def test_reference_linear_logprob_is_log_softmax():
 
 
 def plain_torch_dequantize(monkeypatch):
-    """lora_linear's own code is torch: with the one Triton call in it replaced it runs anywhere, in any dtype."""
+    """lora_linear's own code is torch: with the Triton calls in it replaced it runs anywhere, in any dtype."""
     pytest.importorskip("triton")
     module = sys.modules["nbhelpers.kernels.lora_linear"]
     monkeypatch.setattr(module, "dequantize_nf4", reference.dequantize_nf4)
+    monkeypatch.setattr(module, "stack_adapters", reference.stack_adapters)
     return module
 
 
@@ -327,6 +328,21 @@ class TestLoraMLP:
             rest = (gate_up, down, residual, norm)
             same(*[run(b, kernels.lora_mlp, x, [*gate_up, down], *rest) for b in ("triton", "torch")], TOLERANCE[dtype])
 
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_a_backward_without_the_value(self, packed):
+        """value=False: other numbers, the same gradients."""
+        gate_up, down = self.parts(64, 96, packed, quantised=True)
+        norm, (x, residual) = (torch.rand(64) + 0.5, 1e-6), torch.randn(2, 5, 64)
+        leaves, found = [p for part in (*gate_up, down) for p in (part.lora_a, part.lora_b)], []
+        for options in ({"norm": None}, {"norm": norm}):
+            for value in (True, False):
+                given = x.clone().requires_grad_()
+                with kernels.use("triton"):
+                    y = kernels.lora_mlp(given, gate_up, down, residual, value=value, **options)
+                assert y.shape == x.shape
+                found.append(torch.autograd.grad(y, [given, *leaves], torch.ones_like(y)))
+            same(found[-1], found[-2], 0)
+
     def test_gradient_of_the_residual(self):
         gate_up, down = self.parts(64, 96, False)
         x, grads = torch.randn(2, 3, 64, requires_grad=True), []
@@ -408,6 +424,18 @@ class TestLinearLogprob:
         assert mine[0][0, 0] == 0 and (mine[2][0, 0] == 0).all()
         if of_weight:
             assert (mine[3][37:] == 0).all()
+        same(mine, theirs, 1e-5 if dtype == torch.float32 else 5e-3)
+
+    @DTYPES
+    @pytest.mark.parametrize("tile", [None, (4, 13), (2, 300)])
+    def test_without_gradient_in_tiles(self, monkeypatch, tile, dtype):
+        module = sys.modules["nbhelpers.kernels.linear_logprob"]
+        monkeypatch.setattr(module, "FORWARD_TOKENS", 3)
+        h, w, target = torch.randn(10, 16).to(dtype), torch.randn(300, 16).to(dtype), torch.randint(0, 290, (10,))
+        options = {"vocab_size": 290, "bias": torch.randn(300).to(dtype), "entropy": True}
+        with torch.no_grad():
+            mine = module.linear_logprob(h, w, target, scratch_bytes=3 * 128 * dtype.itemsize, tile=tile, **options)
+            theirs = reference.linear_logprob(h, w, target, **options)
         same(mine, theirs, 1e-5 if dtype == torch.float32 else 5e-3)
 
     @DTYPES

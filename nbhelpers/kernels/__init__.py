@@ -135,13 +135,15 @@ def lora_linear(x: Tensor, projection: Projection) -> Tensor:
         return _for(x).lora_linear(x, projection)
 
 
-def lora_linear_group(x: Tensor, projections: tuple[Projection, ...], norm=None) -> tuple[Tensor, ...]:
+def lora_linear_group(x: Tensor, projections: tuple[Projection, ...], norm=None, packed: bool = False):
     """`lora_linear` of one x through several projections (QKV, gate and up): x read once, one product with all A's.
 
     norm: (weight, eps) of an RMSNorm that x goes through first; its output is not kept. ValueError if it is not frozen.
+    Returns a tuple of [..., out]; with `packed` one tensor [..., sum of out], which is how Triton makes it: a gradient
+    that comes packed too (`rope_packed`, say) need not be put together.
     """
     with device_of(x):
-        return _for(x).lora_linear_group(x, projections, norm)
+        return _for(x).lora_linear_group(x, projections, norm, packed)
 
 
 def lora_mlp(

@@ -13,6 +13,9 @@ another product gives G. The upstream gradient g is one number a token and stand
 forward while the logits are at hand, and the backward is one multiplication. That is two products where recomputing
 takes three. Recomputed all the same is: G of a head that learns too (its gradient has g inside the sum over tokens),
 and logits of a head that is not there in 16 bits (NF4, or an fp32 master), which is undone 8,192 words at a time.
+Without a gradient nothing needs all words of a token at once: there a chunk has more tokens and goes through the
+vocabulary slice by slice, so that W is read from memory fewer times. A product whose result is kept in 16 bits comes
+out of cuBLAS in fp32 and is rounded once: cuBLAS may split a long sum and add its parts in 16 bits.
 
 fp16 ends at 65504. Rows of h with an element above 16 are divided by a power of two before the product (exact but for
 what falls under 6e-8) and the logits multiplied by it in fp32; 1[target] - p is kept times 256, since p of a rare word
@@ -24,9 +27,11 @@ import triton
 import triton.language as tl
 
 from .nf4 import dequantize_nf4
+from .sizes import ceil_div, power_of_2
 
 SCRATCH_BYTES = 263_000_000  # 1,024 tokens x 128,256 words in 16 bits
 SLICE_TOKENS, SLICE_WORDS = 4096, 8192  # of a head that has to be made dense piece by piece
+FORWARD_TOKENS = 4096  # where no gradient is wanted; the slice of words is what the scratch leaves for it
 IGNORE = -100
 
 
@@ -97,27 +102,41 @@ def _gradient_kernel(
 
 
 class _Head:
-    """The vocabulary matrix in `dtype`, whole if it lies there so, else slice by slice; and the sizes that follow."""
+    """The vocabulary matrix in `dtype`, whole if it lies there so, else slice by slice; and the sizes that follow.
 
-    def __init__(self, weight, quant_state, bias, words, temperature, dtype, scratch_bytes):
+    tile: (tokens, words) of one product. None: all words and as many tokens as the scratch has room for, if the
+    gradient is formed on the way (`in_one`), else FORWARD_TOKENS.
+    """
+
+    def __init__(self, weight, quant_state, bias, words, temperature, dtype, scratch_bytes, in_one=True, tile=None):
         self.weight, self.quant_state, self.bias = weight.detach(), quant_state, bias
         self.words, self.temperature, self.dtype = words, temperature, dtype
         self.whole = quant_state is None and weight.dtype == dtype
         self.unit = 256.0 if dtype == torch.float16 else 1.0
-        self.slice_words = words if self.whole else min(words, SLICE_WORDS)
-        rows = scratch_bytes // (dtype.itemsize * self.slice_words)
-        rows = rows if self.whole else min(rows, SLICE_TOKENS)
-        self.tokens = max(1, rows // 128 * 128 or rows)  # whole tiles of a matrix product
+        room = scratch_bytes // dtype.itemsize
+        if not self.whole:
+            self.slice_words = min(words, SLICE_WORDS)
+            self.tokens = _whole_tiles(min(room // self.slice_words, SLICE_TOKENS))
+        elif in_one:
+            self.slice_words, self.tokens = words, _whole_tiles(room // words)
+        elif tile is not None:
+            self.tokens, self.slice_words = tile[0], min(words, tile[1])
+        else:
+            slices = ceil_div(words * FORWARD_TOKENS, room)
+            self.slice_words = min(words, ceil_div(ceil_div(words, slices), 64) * 64)
+            self.tokens = _whole_tiles(room // self.slice_words)
 
     def slices(self):
         """(first word, W [words, H] of it and the words after it); the next slice may overwrite the last one."""
-        if self.whole:
-            yield 0, self.weight[: self.words]
-            return
-        width = (self.weight if self.quant_state is None else self.quant_state).shape[1]
-        buffer = torch.empty(self.slice_words, width, dtype=self.dtype, device=self.weight.device)
+        buffer = None
+        if not self.whole:
+            width = (self.weight if self.quant_state is None else self.quant_state).shape[1]
+            buffer = torch.empty(self.slice_words, width, dtype=self.dtype, device=self.weight.device)
         for first in range(0, self.words, self.slice_words):
             last = min(first + self.slice_words, self.words)
+            if self.whole:
+                yield first, self.weight[first:last]
+                continue
             w = buffer[: last - first]
             if self.quant_state is None:
                 w.copy_(self.weight[first:last])
@@ -143,7 +162,7 @@ class _Head:
 
     def fold(self, z, first, target, grow, sums, entropy):
         bias = z if self.bias is None else self.bias[first:]
-        block = min(4096, triton.next_power_of_2(z.shape[1]))
+        block = min(4096, power_of_2(z.shape[1]))
         _logsumexp_kernel[(z.shape[0],)](
             z, z.stride(0), bias, target, grow, *sums, 1 / self.temperature, first, z.shape[1],
             BIAS=self.bias is not None, ENTROPY=entropy, BLOCK=block, num_warps=8,
@@ -151,11 +170,23 @@ class _Head:
 
     def to_gradient(self, z, first, target, grow, lse):
         bias = z if self.bias is None else self.bias[first:]
-        block = min(4096, triton.next_power_of_2(z.shape[1]))
-        _gradient_kernel[(z.shape[0], triton.cdiv(z.shape[1], block))](
+        block = min(4096, power_of_2(z.shape[1]))
+        _gradient_kernel[(z.shape[0], ceil_div(z.shape[1], block))](
             z, z.stride(0), bias, target, grow, lse, 1 / self.temperature, first, z.shape[1], self.unit, IGNORE,
             BIAS=self.bias is not None, BLOCK=block, num_warps=8,
         )  # fmt: skip
+
+
+def _whole_tiles(tokens):
+    """A number of tokens that fits whole tiles of a matrix product, at least 1."""
+    return max(1, tokens // 128 * 128 or tokens)
+
+
+def _product(a, b):
+    """a @ b in fp32."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 def _add_product(total, a, b):
@@ -189,7 +220,7 @@ def _forward(head, hidden, target, entropy, with_direction):
             torch.sub(lse[span], dot / total, out=spread[span])
         if with_direction and head.whole:  # the logits of all words are still in the buffer
             head.to_gradient(z, 0, wanted, grow, lse[span])
-            torch.mm(z, w, out=direction[span])
+            direction[span] = _product(z, w)
         elif with_direction:
             direction[span] = _direction(head, buffer, h, wanted, grow, lse[span])
     return logp, spread, lse, direction
@@ -242,15 +273,16 @@ class LinearLogprob(torch.autograd.Function):
 
 def linear_logprob(
     hidden, weight, target, *, quant_state=None, bias=None, temperature=1.0, vocab_size=None, entropy=False,
-    scratch_bytes=SCRATCH_BYTES,
+    scratch_bytes=SCRATCH_BYTES, tile=None,
 ):  # fmt: skip
-    """See nbhelpers.kernels.linear_logprob."""
+    """See nbhelpers.kernels.linear_logprob; tile is for benchmarks: (tokens, words) of a product without gradient."""
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     if bias is not None and bias.requires_grad:
         raise ValueError("linear_logprob gives the head's bias no gradient: freeze it")
     words = vocab_size or (weight if quant_state is None else quant_state).shape[0]
-    head = _Head(weight, quant_state, bias, words, temperature, hidden.dtype, scratch_bytes)
+    learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    head = _Head(weight, quant_state, bias, words, temperature, hidden.dtype, scratch_bytes, learns, tile)
     flat = hidden.reshape(-1, hidden.shape[-1])
     outputs = LinearLogprob.apply(flat, weight, target.reshape(-1), head, entropy, torch.is_grad_enabled())
     logp, spread = (None if out is None else out.view(target.shape) for out in outputs)

@@ -1,27 +1,34 @@
 """A linear layer with a frozen weight and a low-rank update that learns (LoRA, arXiv:2106.09685; QLoRA, 2305.14314).
 
-    y  = x W^T + bias + s (x A^T) B^T        x [N, in]   W [out, in] NF4 or 16-bit   A [r, in]   B [out, r]
+    y  = x W^T + bias + (x A^T) (s B)^T      x [N, in]   W [out, in] NF4 or 16-bit   A [r, in]   B [out, r]
 
-    u  = s dy B                              [N, r]
+    u  = dy (s B)                            [N, r]
     dx = dy W + u A                          [N, in]
     dA = u^T x                               [r, in]     in A's dtype, summed in fp32
     dB = s dy^T (x A^T)                      [out, r]    in B's dtype, summed in fp32
 
 W never gets a gradient, so the backward needs x alone: W is undone again from its 4 bits, into one scratch buffer that
-all layers share, and x A^T (r columns) is computed again. Layers that read the same x (Q, K and V; gate and up) go
-together: one product with all their A's, one read of x, and in the backward one dx that each of them adds to inside
-its matrix product. The thin product goes first everywhere, so that the wide one adds to it on its way out and no
-separate pass over y or dx is needed. An RMSNorm in front can be folded in: then x is what comes before the norm, which
-somebody keeps anyway, and the normed rows are computed again in the backward.
+all layers share, and x A^T (r columns) is computed again.
+
+Layers that read the same x (Q, K and V; gate and up) are one layer with the outputs side by side, y [N, sum of out]:
+their A's and B's are stacked (adapters.py), their 4-bit weights undone one below the other and multiplied in one
+product. So each of the lines above is one product whatever the number of layers, and dx is rounded twice, not once a
+layer. Only weights that are there in 16 bits, or together too large, are multiplied one by one. The thin product goes
+first everywhere, so that the wide one adds to it on its way out and no separate pass over y or dx is needed. An RMSNorm
+in front can be folded in: then x is what comes before the norm, which somebody keeps anyway, and the normed rows are
+computed again in the backward.
 """
 
 import torch
-import torch.nn.functional as F
 
+from .adapters import stack_adapters
 from .nf4 import dequantize_nf4, few_rows, matmul_few_rows
-from .reference import Projection
 from .rms_norm import backward as norm_backward
 from .rms_norm import forward as norm_forward
+
+# NF4 weights are undone side by side up to this size. The scratch buffer is as large as the largest weight anyway
+# (117 MB for Llama-3.1-8B's gate), and products as wide as Llama's gate gain nothing by being joined.
+JOINED_BYTES = 128_000_000
 
 _scratch: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
@@ -45,74 +52,89 @@ def scratch(shape, dtype, device):
     return buffer[:size].view(shape)
 
 
-def dense(part: Projection, dtype, device):
+def dense(part, dtype, device):
     """W [out, in] in `dtype`: the weight itself, or its 4 bits undone into the scratch buffer."""
     if part.quant_state is None:
         return part.weight.detach().to(dtype)
     return dequantize_nf4(part.weight, part.quant_state, dtype, scratch(part.quant_state.shape, dtype, device))
 
 
-def _out_features(part: Projection) -> int:
-    return (part.weight if part.quant_state is None else part.quant_state).shape[0]
+def products(parts, dtype, device):
+    """(columns of y, W [columns, in]) of each product that y = x W^T takes; what is in W holds until the next one.
+
+    The narrow ones come first: of a sum in 16 bits each partial sum is rounded to its own size, so the large ones
+    should be few.
+    """
+    spans, last = [], 0
+    for part in parts:
+        spans.append(slice(last, last := last + part.out_features))
+    inputs = parts[0].in_features
+    quantised = all(part.quant_state is not None for part in parts)
+    if len(parts) > 1 and quantised and last * inputs * dtype.itemsize <= JOINED_BYTES:
+        weight = scratch((last, inputs), dtype, device)
+        for part, span in zip(parts, spans, strict=True):
+            dequantize_nf4(part.weight, part.quant_state, dtype, weight[span])
+        yield slice(0, last), weight
+    else:
+        for part, span in sorted(zip(parts, spans, strict=True), key=lambda pair: pair[0].out_features):
+            yield span, dense(part, dtype, device)
 
 
 def project(x, parts):
-    """y of every part. x [N, in]; returns a list of [N, out]. No autograd in here."""
-    loras = [part for part in parts if part.lora_a is not None]
-    if loras:
-        t = x @ _stack_a(loras, x.dtype).t()  # [N, sum of r]
-        t = iter(t.split([part.lora_a.shape[0] for part in loras], dim=1))
-    outputs = []
-    for part in parts:
-        bias = None if part.bias is None else part.bias.detach().to(x.dtype)
-        if part.quant_state is not None and few_rows(x, part.quant_state):
-            y = matmul_few_rows(x, part.weight, part.quant_state, bias)
-            if part.lora_a is not None:
-                y.addmm_(next(t), part.lora_b.detach().to(x.dtype).t(), alpha=part.scale)
-        elif part.lora_a is None:
-            y = F.linear(x, dense(part, x.dtype, x.device), bias)
+    """y [N, sum of out] of all parts side by side. x [N, in]. No autograd in here."""
+    bias = _stack_bias(parts, x.dtype)
+    a, b = stack_adapters(parts, x.dtype)
+    if all(part.quant_state is not None and few_rows(x, part.quant_state) for part in parts):
+        y = [matmul_few_rows(x, part.weight, part.quant_state) for part in parts]
+        y = torch.cat(y, dim=1) if len(y) > 1 else y[0]
+        y = y if bias is None else y.add_(bias)
+        return y if a is None else y.addmm_(x @ a.t(), b.t())
+    if a is None:
+        y = x.new_empty(x.shape[0], sum(part.out_features for part in parts))
+    else:
+        y = x @ a.t() @ b.t() if bias is None else torch.addmm(bias, x @ a.t(), b.t())
+    for columns, weight in products(parts, x.dtype, x.device):
+        if a is not None:
+            y[:, columns].addmm_(x, weight.t())
+        elif bias is not None:
+            torch.addmm(bias[columns], x, weight.t(), out=y[:, columns])
         else:
-            y = x.new_empty(x.shape[0], _out_features(part)) if bias is None else bias.expand(x.shape[0], -1)
-            y = torch.addmm(y, next(t), part.lora_b.detach().to(x.dtype).t(), beta=bias is not None, alpha=part.scale)
-            y.addmm_(x, dense(part, x.dtype, x.device).t())
-        outputs.append(y)
-    return outputs
+            torch.mm(x, weight.t(), out=y[:, columns])
+    return y
 
 
-def lora_signal(parts, grads):
-    """u [N, sum of r], s dy B of every part that has a LoRA; None where none has. grads: dy [N, out] of every part."""
-    u = [(dy @ part.lora_b.detach().to(dy.dtype)).mul_(part.scale) for part, dy in _with_lora(parts, grads)]
-    return torch.cat(u, dim=1) if len(u) > 1 else u[0] if u else None
+def _stack_bias(parts, dtype):
+    """The biases side by side in `dtype`, zeros where a part has none; None where none has."""
+    if all(part.bias is None for part in parts):
+        return None
+    if len(parts) == 1:
+        return parts[0].bias.detach().to(dtype)
+    some = next(part.bias for part in parts if part.bias is not None)
+    biases = [some.new_zeros(part.out_features) if part.bias is None else part.bias.detach() for part in parts]
+    return torch.cat(biases).to(dtype)
 
 
-def input_grad(parts, grads, u):
-    """dx [N, in], summed over the parts inside their matrix products."""
-    dx = None if u is None else u @ _stack_a([part for part, _ in _with_lora(parts, grads)], u.dtype)
-    for part, dy in zip(parts, grads, strict=True):
-        weight = dense(part, dy.dtype, dy.device)
-        dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+def input_grad(dy, parts, a, u):
+    """dx [N, in]: u A and every part's dy W, summed inside the matrix products."""
+    dx = None if u is None else u @ a
+    for columns, weight in products(parts, dy.dtype, dy.device):
+        dx = dy[:, columns] @ weight if dx is None else dx.addmm_(dy[:, columns], weight)
     return dx
 
 
-def lora_grads(x, parts, grads, u):
+def lora_grads(x, dy, parts, a, u):
     """dA [r, in] and dB [out, r] of every part that has a LoRA, flat: dA1, dB1, dA2, dB2, ..."""
-    loras = _with_lora(parts, grads)
-    ranks = [part.lora_a.shape[0] for part, _ in loras]
-    dA = _mm(u.t(), x, loras[0][0].lora_a.dtype).split(ranks)
-    t = (x @ _stack_a([part for part, _ in loras], x.dtype).t()).split(ranks, dim=1)
-    dB = [_mm(dy.t(), ti, part.lora_b.dtype).mul_(part.scale) for (part, dy), ti in zip(loras, t, strict=True)]
-    return [grad for pair in zip(dA, dB, strict=True) for grad in pair]
-
-
-def _with_lora(parts, grads):
-    return [(part, dy) for part, dy in zip(parts, grads, strict=True) if part.lora_a is not None]
-
-
-def _stack_a(parts, dtype):
-    """The A's of several parts as one [sum of r, in] matrix in `dtype`."""
-    if len(parts) == 1:
-        return parts[0].lora_a.detach().to(dtype)
-    return torch.cat([part.lora_a.detach() for part in parts]).to(dtype)
+    dtype = next(part.lora_a.dtype for part in parts if part.lora_a is not None)
+    of_a, of_b = _mm(u.t(), x, dtype), _mm(dy.t(), x @ a.t(), dtype)  # of B: the blocks on the diagonal
+    flat, row, column = [], 0, 0
+    for part in parts:
+        if part.lora_a is not None:
+            rank = len(part.lora_a)
+            rows, columns = slice(row, row + part.out_features), slice(column, column + rank)
+            flat += [of_a[columns].to(part.lora_a.dtype), (of_b[rows, columns] * part.scale).to(part.lora_b.dtype)]
+            column += rank
+        row += part.out_features
+    return flat
 
 
 def _mm(a, b, dtype):
@@ -130,28 +152,24 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, parts, norm, dtype, *a_and_b):
-        ctx.set_materialize_grads(False)  # an output nobody used brings None, not a matrix of zeros
         ctx.save_for_backward(x, *a_and_b)
         ctx.parts, ctx.norm, ctx.dtype = without_lora(parts), norm, dtype
-        outputs = project(normed(x, norm, dtype)[0], parts)
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+        y = project(normed(x, norm, dtype)[0], parts)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx, dy):
         x, *a_and_b = ctx.saved_tensors
-        parts = with_lora(ctx.parts, a_and_b)
-        used = [i for i, dy in enumerate(grads) if dy is not None]
-        parts, grads = [parts[i] for i in used], [grads[i].reshape(-1, grads[i].shape[-1]) for i in used]
-        u = lora_signal(parts, grads)
+        parts, dy = with_lora(ctx.parts, a_and_b), dy.reshape(-1, dy.shape[-1])
+        a, b = stack_adapters(parts, ctx.dtype)
+        u = None if a is None else dy @ b
         rows, r = normed(x, ctx.norm, ctx.dtype)
-        dx, flat = None, [None] * len(a_and_b)
-        if u is not None and any(ctx.needs_input_grad[4:]):
-            slots = [2 * i + j for i in used if a_and_b[2 * i] is not None for j in (0, 1)]
-            for slot, grad in zip(slots, lora_grads(rows, parts, grads, u), strict=True):
-                flat[slot] = grad
+        grads = iter(lora_grads(rows, dy, parts, a, u) if any(ctx.needs_input_grad[4:]) else ())
+        flat = [None if tensor is None else next(grads, None) for tensor in a_and_b]
         del rows
-        if ctx.needs_input_grad[0] and used:
-            dx = input_grad(parts, grads, u).view(x.shape)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = input_grad(dy, parts, a, u).view(x.shape)
             if ctx.norm is not None:
                 dx, _ = norm_backward(dx, None, x, ctx.norm[0], r, weight_grad=False)
         return dx, None, None, None, *flat
@@ -188,14 +206,15 @@ def prepare(x, parts, norm=None):
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def lora_linear_group(x, projections, norm=None):
+def lora_linear_group(x, projections, norm=None, packed=False):
     """See nbhelpers.kernels.lora_linear_group."""
     dtype = prepare(x, projections, norm)
     x = x.to(dtype) if norm is None else x  # a wider x is cast before it is kept, unless it is kept anyway
     a_and_b = [t for part in projections for t in (part.lora_a, part.lora_b)]
-    return LoraLinear.apply(x, projections, norm, dtype, *a_and_b)
+    y = LoraLinear.apply(x, projections, norm, dtype, *a_and_b)
+    return y if packed else y.split([part.out_features for part in projections], dim=-1)
 
 
 def lora_linear(x, projection):
     """See nbhelpers.kernels.lora_linear."""
-    return lora_linear_group(x, (projection,))[0]
+    return lora_linear_group(x, (projection,), packed=True)

@@ -20,7 +20,8 @@ the fp32 arithmetic of the residual addition, where it saturates instead of beco
 
 import torch
 
-from .lora_linear import input_grad, lora_grads, lora_signal, normed, prepare, project, with_lora, without_lora
+from .adapters import stack_adapters
+from .lora_linear import input_grad, lora_grads, normed, prepare, project, with_lora, without_lora
 from .rms_norm import backward as norm_backward
 from .rms_norm import forward as norm_forward
 from .storage import overwritten
@@ -29,11 +30,6 @@ from .swiglu import forward as swiglu_forward
 
 SHRINK_FP16 = 16.0
 FP16_MAX = 65504.0
-
-
-def _halves(outputs):
-    """(g, u) [N, I] of two projections, or of one with both (Phi-3)."""
-    return outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
 
 
 class LoraMLP(torch.autograd.Function):
@@ -45,15 +41,15 @@ class LoraMLP(torch.autograd.Function):
         else:
             x, rows, _ = norm_forward(x, *norm, residual)
             rows, residual = rows.view(-1, x.shape[-1]).to(dtype), x
-        outputs = project(rows, gate_up)
-        ctx.save_for_backward(x, *outputs, *a_and_b)
-        ctx.parts, ctx.outputs, ctx.norm = without_lora((*gate_up, down)), len(outputs), norm
+        wide = project(rows, gate_up)  # g and u side by side
+        ctx.save_for_backward(x, wide, *a_and_b)
+        ctx.parts, ctx.norm = without_lora((*gate_up, down)), norm
         if not value:
             return torch.empty_like(rows if residual is None else residual).view(x.shape)
-        h = swiglu_forward(*_halves(outputs), ctx.shrink)
+        h = swiglu_forward(*wide.chunk(2, dim=1), ctx.shrink)
         if down.bias is not None:
             down = down._replace(bias=down.bias / ctx.shrink)
-        (y,) = project(h, (down,))
+        y = project(h, (down,))
         y = y.view(*x.shape[:-1], y.shape[-1])
         if residual is not None:
             y = torch.add(residual, y, alpha=ctx.shrink)
@@ -63,33 +59,34 @@ class LoraMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        x, *saved = ctx.saved_tensors
-        outputs, a_and_b = saved[: ctx.outputs], saved[ctx.outputs :]
+        x, wide, *a_and_b = ctx.saved_tensors
         *gate_up, down = with_lora(ctx.parts, a_and_b)
         need_lora = any(ctx.needs_input_grad[7:])
-        dtype = outputs[0].dtype
+        dtype = wide.dtype
         rows = dy.reshape(-1, dy.shape[-1]).to(dtype)
 
-        signal = lora_signal([down], [rows])
-        dh = input_grad([down], [rows], signal)
-        g, u = _halves(outputs)
-        again = need_lora and down.lora_a is not None
-        swiglu_backward(dh, g, u, dg=g, du=u, h=dh if again else None, shrink=ctx.shrink)
-        overwritten(*outputs)
-        if again:
-            of_down = lora_grads(dh, [down], [rows], signal)  # dh holds h / shrink by now
+        a, b = stack_adapters([down], dtype)
+        u = None if a is None else rows @ b
+        dh = input_grad(rows, [down], a, u)
+        g, up = wide.chunk(2, dim=1)
+        again = need_lora and a is not None
+        swiglu_backward(dh, g, up, dg=g, du=up, h=dh if again else None, shrink=ctx.shrink)
+        overwritten(wide)
+        of_down = lora_grads(dh, rows, [down], a, u) if again else []  # dh holds h / shrink by now
+        if ctx.shrink != 1.0:
             of_down = [grad.mul_(ctx.shrink) for grad in of_down]
         del dh
 
-        signal = lora_signal(gate_up, outputs)
+        a, b = stack_adapters(gate_up, dtype)
+        u = None if a is None else wide @ b  # wide holds dg and du by now
         rows, r = normed(x, ctx.norm, dtype)
-        of_both = lora_grads(rows, gate_up, outputs, signal) if need_lora and signal is not None else []
+        of_both = lora_grads(rows, wide, gate_up, a, u) if need_lora and a is not None else []
         del rows
-        grads = iter([*of_both, *(of_down if again else [])])
+        grads = iter([*of_both, *of_down])
         flat = [next(grads, None) if tensor is not None and need_lora else None for tensor in a_and_b]
         dx, dresidual = None, dy if ctx.needs_input_grad[3] else None
         if ctx.needs_input_grad[0] or (ctx.norm is not None and ctx.needs_input_grad[3]):
-            dx = input_grad(gate_up, outputs, signal).view(x.shape)
+            dx = input_grad(wide, gate_up, a, u).view(x.shape)
             if ctx.norm is not None:
                 dx, _ = norm_backward(dx, dy, x, ctx.norm[0], r, weight_grad=False)
                 dresidual = dx if ctx.needs_input_grad[3] else None

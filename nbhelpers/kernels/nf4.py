@@ -13,16 +13,33 @@ are not fused, so the result is bit for bit bitsandbytes' own: training and gene
 """
 
 from functools import cache
+from math import ceil
 
 import torch
 import triton
 import triton.language as tl
 
-# Which dequantisation is faster, and up to how many rows bitsandbytes' fused product beats dequantising and cuBLAS:
-# from benchmarks/results/kernels.json. Its fused kernel wants an output at least half a wave wide, one multiprocessor
-# doing 64 columns; below that it still wins up to 4 rows.
+from .sizes import ceil_div
+
+# Which dequantisation is faster: ours, 0.57 of bitsandbytes' time (nf4 rows of benchmarks/results/kernels.json).
 DEQUANTIZE_WITH = "triton"  # or "bitsandbytes"
-FEW_ROWS_WIDE, FEW_ROWS_NARROW = 16, 4
+
+# Up to how many rows bitsandbytes' fused product beats dequantising and cuBLAS. On an H200 (few_rows rows of the same
+# file; us, fused / ours):
+#                  1 row      4 rows     8 rows     32 rows    64 rows    multiprocessors' waves
+#   1536 x 1536    6 / 12    10 / 12    17 / 11    21 / 11    17 / 12    0.18
+#   1536 x 8960   15 / 28    37 / 28    38 / 27    39 / 28    39 / 28    0.18
+#   4096 x 4096   12 / 30    26 / 30    42 / 29    43 / 30    42 / 29    0.48
+#   5120 x 5120   16 / 38    36 / 38    55 / 38    55 / 39    57 / 40    0.61
+#   4096 x 14336  31 / 76    77 / 77   109 / 77   111 / 78   113 / 81    0.48
+#   5120 x 17920  47 / 117  116 / 117  166 / 118  165 / 116  168 / 119   0.61
+#   8960 x 1536   12 / 25    26 / 25    26 / 25    28 / 26    37 / 26    1.06
+#  14336 x 4096   30 / 77    67 / 77    67 / 77    70 / 75   109 / 76    1.70
+#  17920 x 5120   44 / 113  121 / 113  122 / 113  130 / 112  165 / 115   2.12
+# At 1 row it is twice as fast, at 4 the two are even (517 us together for either), with less memory moved by it. With
+# more rows it wins where the output, 64 columns to a multiprocessor, nearly fills its
+# last wave, until its tile of 32 rows is full.
+FEW_ROWS, FEW_ROWS_FILLED, FILLED = 4, 32, 0.8
 
 BLOCKS = 64  # blocks of 64 weights that one program undoes
 
@@ -88,13 +105,13 @@ def dequantize_nf4(weight, quant_state, dtype, out=None, rows=None):
         out = torch.empty(last - first, width, dtype=dtype, device=weight.device)
     if out.shape != (last - first, width) or out.dtype != dtype or not out.is_contiguous():
         raise ValueError(f"out must be contiguous {(last - first, width)} {dtype}, not {tuple(out.shape)} {out.dtype}")
-    packed = weight.detach().reshape(-1).view(torch.uint8)
+    packed = _bytes(weight)
     if DEQUANTIZE_WITH == "bitsandbytes" and rows is None:
         return _dequantize_with_bitsandbytes(packed, quant_state, out)
 
     state, nested = quant_state, quant_state.state2
-    blocks = triton.cdiv((last - first) * width, state.blocksize)
-    _dequantize_kernel[(triton.cdiv(blocks, BLOCKS),)](
+    blocks = ceil_div((last - first) * width, state.blocksize)
+    _dequantize_kernel[(ceil_div(blocks, BLOCKS),)](
         packed,
         state.code,
         state.absmax,
@@ -113,6 +130,12 @@ def dequantize_nf4(weight, quant_state, dtype, out=None, rows=None):
         enable_fp_fusion=False,  # a fused multiply-add would round once where bitsandbytes rounds twice
     )
     return out
+
+
+def _bytes(weight):
+    """The weight's storage as bytes; bitsandbytes' parameter class is left behind, it makes every look at it slow."""
+    weight = weight.as_subclass(torch.Tensor)
+    return weight if weight.dtype == torch.uint8 else weight.detach().reshape(-1).view(torch.uint8)
 
 
 def _dequantize_with_bitsandbytes(packed, state, out):
@@ -134,8 +157,10 @@ def few_rows(x, quant_state) -> bool:
     """Whether x [rows, in] is few enough rows for bitsandbytes' fused product to be the faster way."""
     if not x.is_cuda:
         return False
-    wide = quant_state.shape[0] >= 32 * _multiprocessors(x.device)
-    return x.shape[0] <= (FEW_ROWS_WIDE if wide else FEW_ROWS_NARROW)
+    if x.shape[0] <= FEW_ROWS:
+        return True
+    waves = quant_state.shape[0] / (64 * _multiprocessors(x.device))
+    return x.shape[0] <= FEW_ROWS_FILLED and waves / ceil(waves) >= FILLED
 
 
 def matmul_few_rows(x, weight, quant_state, bias=None):
@@ -146,7 +171,7 @@ def matmul_few_rows(x, weight, quant_state, bias=None):
     import bitsandbytes  # noqa: F401  (registers the operator)
 
     state, nested = quant_state, quant_state.state2
-    packed = weight.detach().view(-1, 1)
+    packed = _bytes(weight).view(-1, 1)
     if nested is None:
         return torch.ops.bitsandbytes.gemm_4bit(
             x, packed, state.shape, state.absmax, state.blocksize, state.quant_type, bias=bias

@@ -21,6 +21,14 @@ class Projection(NamedTuple):
     lora_b: Tensor | None = None  # [out, r]
     scale: float = 0.0
 
+    @property
+    def out_features(self) -> int:
+        return (self.weight if self.quant_state is None else self.quant_state).shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return (self.weight if self.quant_state is None else self.quant_state).shape[1]
+
 
 # ---------------------------------------------------------------------------------------------- element-wise
 
@@ -80,6 +88,9 @@ def swiglu_packed(gate_up: Tensor) -> Tensor:
 
 
 def dequantize_nf4(weight: Tensor, quant_state, dtype: torch.dtype, out: Tensor | None = None, rows=None) -> Tensor:
+    """What the format says, and what bitsandbytes does on a GPU. Where in_features is not a multiple of the
+    block of 64 weights, bitsandbytes 0.50.2 on a CPU can differ (31 x 96 does): it is wrong there, three times as far
+    from the weight that was quantised, and this is right on purpose. No model of this package has such a layer."""
     state, nested = quant_state, quant_state.state2
     absmax = state.absmax
     if nested is not None:
@@ -93,6 +104,17 @@ def dequantize_nf4(weight: Tensor, quant_state, dtype: torch.dtype, out: Tensor 
     return dense if out is None else out.copy_(dense)
 
 
+def stack_adapters(parts, dtype: torch.dtype):
+    """(A, B) of several parts as adapters.py defines them, or (None, None); no gradient flows through."""
+    loras = [part.lora_a is not None for part in parts]
+    if not any(loras):
+        return None, None
+    a = torch.cat([part.lora_a.detach().to(dtype) for part in parts if part.lora_a is not None])
+    nothing = [a.new_empty(part.out_features, 0) for part in parts]
+    blocks = [p.lora_b.detach() * p.scale if has else zero for p, has, zero in zip(parts, loras, nothing, strict=True)]
+    return a, torch.block_diag(*(block.to(dtype) for block in blocks))
+
+
 def lora_linear(x: Tensor, projection: Projection) -> Tensor:
     weight, quant_state, bias, a, b, scale = projection
     if weight.requires_grad:
@@ -104,9 +126,10 @@ def lora_linear(x: Tensor, projection: Projection) -> Tensor:
     return y if a is None else y + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale
 
 
-def lora_linear_group(x: Tensor, projections: tuple[Projection, ...], norm=None) -> tuple[Tensor, ...]:
+def lora_linear_group(x: Tensor, projections: tuple[Projection, ...], norm=None, packed: bool = False):
     x = x if norm is None else rms_norm(x, *norm)
-    return tuple(lora_linear(x, projection) for projection in projections)
+    outputs = tuple(lora_linear(x, projection) for projection in projections)
+    return torch.cat(outputs, dim=-1) if packed else outputs
 
 
 def lora_mlp(
@@ -141,7 +164,7 @@ def linear_logprob(
     bias = None if bias is None else bias.detach()[:vocab_size]
 
     def of_chunk(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        z = _compute(h) @ _compute(weight[:vocab_size]).t()
+        z = _compute(_compute(h) @ _compute(weight[:vocab_size]).t())  # autocast gives a 16-bit product
         z = (z if bias is None else z + bias) / temperature
         logps = z.log_softmax(-1)
         chosen = logps.gather(-1, t.clamp(min=0)[:, None]).squeeze(-1).masked_fill(t == -100, 0.0)

@@ -10,10 +10,14 @@ x, residual, s, y [rows, H]; w [H]; r [rows] in fp32. All arithmetic in fp32. A 
 is read once and written once; kept for the backward: s and r (not y). Without a residual s is x itself.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .sizes import ceil_div, power_of_2
 
 
 @triton.jit(do_not_specialize=["rows"])  # one build for every number of tokens
@@ -61,10 +65,11 @@ def _backward(dy, ds, s, w, r, dx, dw, rows, dy_step, ds_step, s_step, H: tl.con
         tl.store(dw + tl.program_id(0) * H + col, total, col < H)
 
 
+@cache
 def _tiles(hidden: int) -> dict:
     """One long row, or several short ones, a program: at least 2,048 elements; 16 elements a thread (two loads of
     16 bytes in 16 bits), up to 16 warps."""
-    block = triton.next_power_of_2(hidden)
+    block = power_of_2(hidden)
     rows = max(1, 2048 // block)
     return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(1, rows * block // 512))}
 
@@ -86,7 +91,7 @@ def forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = Non
     r = torch.empty(rows, dtype=torch.float32, device=x.device)
     tiles = _tiles(hidden)
     if rows:
-        _forward[(triton.cdiv(rows, tiles["ROWS"]),)](
+        _forward[(ceil_div(rows, tiles["ROWS"]),)](
             x2, res2, weight, s, y, r, rows, x2.stride(0), res2.stride(0), eps, hidden, residual is not None, **tiles
         )
     return (x if residual is None else s.view(x.shape)), y, r
@@ -99,9 +104,8 @@ def backward(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, r: Tensor
     rows, hidden = s2.shape
     tiles = _tiles(hidden)
     # with a weight gradient: few enough programs that their partial sums are small, enough to fill the device
-    steps = triton.cdiv(triton.cdiv(rows, tiles["ROWS"]), 512) if weight_grad else 1
-    steps = triton.next_power_of_2(max(steps, 1))
-    programs = triton.cdiv(rows, tiles["ROWS"] * steps)
+    steps = power_of_2(max(1, ceil_div(ceil_div(rows, tiles["ROWS"]), 512))) if weight_grad else 1
+    programs = ceil_div(rows, tiles["ROWS"] * steps)
     dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
     dw = torch.empty((programs, hidden), dtype=torch.float32, device=s.device) if weight_grad else r
     if rows:

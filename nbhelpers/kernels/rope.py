@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import power_of_2
 from .storage import may_overwrite, overwritten
 
 
@@ -56,10 +57,10 @@ def rotate(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, cos: Tensor, sin:
     # a batch of one position table serves all: its batch stride is 0
     steps = [t.stride(n) for t in (q, k, q_out, k_out) for n in (0, 1, 2)]
     tables = [step for t in (cos, sin) for step in (t.stride(0) if t.shape[0] > 1 else 0, t.stride(1))]
-    heads_block, half_block = triton.next_power_of_2(q_heads), triton.next_power_of_2(half)
+    heads_block, half_block = power_of_2(q_heads), power_of_2(half)
     _rotate[(batch * tokens,)](
         q, k, q_out, k_out, cos, sin, tokens, *steps, *tables, sign, half, q_heads, k.shape[1],
-        heads_block, triton.next_power_of_2(k.shape[1]), half_block,
+        heads_block, power_of_2(k.shape[1]), half_block,
         num_warps=min(8, max(1, heads_block * half_block // 512)),
     )  # fmt: skip
 

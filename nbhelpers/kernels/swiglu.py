@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import ceil_div
 from .storage import may_overwrite, overwritten, share_memory
 
 BLOCK = 1024  # 4 warps, one load of 16 bytes a thread and tensor
@@ -76,7 +77,7 @@ def forward(gate: Tensor, up: Tensor, shrink: float = 1.0) -> Tensor:
     g, u = _rows(gate), _rows(up)
     rows, width = g.shape
     h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    blocks = triton.cdiv(width, BLOCK)
+    blocks = ceil_div(width, BLOCK)
     if h.numel():
         _forward[(rows * blocks,)](g, u, h, width, blocks, g.stride(0), u.stride(0), shrink, BLOCK, num_warps=4)
     return h
@@ -85,7 +86,7 @@ def forward(gate: Tensor, up: Tensor, shrink: float = 1.0) -> Tensor:
 def backward(dh: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor, h: Tensor | None = None, shrink: float = 1.0):
     """Gradients of g and u into dg and du, and h / shrink into h if given; all [rows, I]. No autograd."""
     rows, width = g.shape
-    blocks = triton.cdiv(width, BLOCK)
+    blocks = ceil_div(width, BLOCK)
     again, h = h is not None, dh if h is None else h
     if rows * width:
         _backward[(rows * blocks,)](
