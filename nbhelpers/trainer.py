@@ -136,10 +136,12 @@ class LeanGRPOTrainer(LeanStepTrainer):
         n = num_generations  # the prompts of a group come one after another: each is computed once
         grouped = all(prompt_ids[i] == prompt_ids[i - i % n] for i in range(len(prompt_ids)))
         n = n if grouped and len(prompt_ids) % n == 0 else 1
+        # processes must not draw alike: with few prompts a group is spread over them
+        seed = int(torch.randint(2**62, ())) + self.accelerator.process_index
         sampling = engines.Sampling(
             self.max_completion_length, num_generations=n, temperature=self.temperature, top_k=max(0, self.top_k or 0),
             top_p=self.top_p, min_p=self.min_p or 0.0, repetition_penalty=self.repetition_penalty,
-            stop_ids=tuple(self.eos_token_ids),
+            stop_ids=tuple(self.eos_token_ids), seed=seed,
         )  # fmt: skip
         with profiling_context(self, f"engine.{self.engine.name}"):
             written = self.engine.generate(prompt_ids[::n], sampling)

@@ -62,7 +62,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor):
 
     def rotate(x: Tensor) -> Tensor:
         x1, x2, rest = _compute(x).split([half, half, x.shape[-1] - 2 * half], dim=-1)
-        turned = (torch.addcmul(x1 * c, x2, s, value=-1), torch.addcmul(x2 * c, x1, s))
+        turned = (x1 * c - x2 * s, x2 * c + x1 * s)
         return torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1).to(x.dtype)
 
     return rotate(q), rotate(k)
