@@ -119,6 +119,13 @@ def decoding(rows: int, heads: int, kv_heads: int, vocabulary: int, dtype: torch
         kernels.decode_linear(x, parts)
         down = {"lora_a": torch.randn(rank, 128), "lora_b": torch.randn(64, rank), "scale": 1.0}
         kernels.decode_mlp(x, parts[:2], Projection(*nf4(64, 128, True), **down), x)
+        for master in (dtype, torch.float32):  # a bias beside, and adapters in 16 bits
+            one = lora | {name: lora[name].to(master) for name in ("lora_a", "lora_b")}
+            first = Projection(*nf4(128, 64, True), torch.randn(128, dtype=dtype), **one)
+            kernels.decode_linear(x, (first,))
+            kernels.decode_linear(x, (first, first._replace(bias=None)))
+            kernels.decode_linear(x, (first._replace(lora_a=None, lora_b=None), first))
+            kernels.decode_linear(x, (first._replace(lora_a=None, lora_b=None),))
         lora["lora_b"] = torch.randn(256, rank)
         kernels.decode_mlp(x, (Projection(*nf4(256, 64, True), **lora),), Projection(*nf4(64, 128, True), **down), x)
 

@@ -144,6 +144,12 @@ def _three(values, filler):
     return (*values, *[filler] * (3 - len(values)))
 
 
+def _or_some(tensors, filler) -> list:
+    """The tensors; in the place of None any other of them (a kernel's branches want pointers of one type)."""
+    some = next((tensor for tensor in tensors if tensor is not None), filler)
+    return [(some if tensor is None else tensor).detach().contiguous() for tensor in tensors]
+
+
 def _rank(part) -> int:
     return 0 if part.lora_a is None else part.lora_a.shape[0]
 
@@ -196,12 +202,11 @@ def _finish(x, parts, residual=None, alpha=1.0):
     t, y = _thin_product(x, parts), _base_products(x, parts)
     options, widths = _options(t, y, parts), [product.shape[2] for product in y]
     out = torch.empty(x.shape[0], sum(widths), dtype=x.dtype if residual is None else residual.dtype, device=x.device)
-    bias = [t if part.bias is None else part.bias.detach() for part in parts]
-    b = [t if part.lora_b is None else part.lora_b.detach().contiguous() for part in parts]
+    bias, b = _or_some([part.bias for part in parts], t), _or_some([part.lora_b for part in parts], t)
     blocks = sum(triton.cdiv(width, options["COLUMNS"]) for width in widths)
     _add[(blocks, triton.cdiv(x.shape[0], options["ROWS"]))](
-        *_three(y, y[0]), *_three([product.stride(1) for product in y], 0), y[0].stride(0), *_three(bias, t),
-        *_three(b, t), t, out if residual is None else residual, out, x.shape[0], *_three(widths, 0),
+        *_three(y, y[0]), *_three([product.stride(1) for product in y], 0), y[0].stride(0), *_three(bias, bias[0]),
+        *_three(b, b[0]), t, out if residual is None else residual, out, x.shape[0], *_three(widths, 0),
         *_three([float(part.scale) for part in parts], 0.0), float(alpha), *_three(list(map(_rank, parts)), 0),
         *_three([part.bias is not None for part in parts], False), residual is not None, **options,
     )  # fmt: skip
