@@ -7,8 +7,8 @@ tokens part, the training forward must hold both words for all but equal: such f
 from dataclasses import replace
 
 import torch
-from random_model import make
 
+from benchmarks.random_model import make
 from nbhelpers import kernels, presets
 from nbhelpers.engines import Sampling
 from nbhelpers.engines.graph import GraphEngine

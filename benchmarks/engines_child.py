@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import common
 import torch
 
+from benchmarks import common
 from nbhelpers import presets
 
 GB = presets.GB
@@ -45,7 +45,7 @@ def shape(job: dict) -> presets.Architecture:
 
 
 def build(job: dict, dtype=None):
-    from random_model import make
+    from benchmarks.random_model import make
 
     here = device()
     return make(shape(job), here, dtype or (torch.bfloat16 if here.type == "cuda" else torch.float32))
@@ -249,8 +249,9 @@ def tempfile_folder():
 
 def vllm(job: dict, row) -> None:
     """vLLM 0.26 in process: NF4 made from a checkpoint of random weights, a slot for a LoRA of rank 16."""
-    from loader import make_checkpoint
     from vllm import LLM, SamplingParams
+
+    from benchmarks.loader import make_checkpoint
 
     new = completion_of(job)
     with tempfile_folder() as folder:
@@ -281,7 +282,7 @@ KINDS = {"ready": ready, "decode": decode, "transformers": transformers, "grpo":
 
 def first(quick: bool) -> int:
     """--first: the checks, then one speed. Returns how many checks failed."""
-    import engines_check
+    from benchmarks import engines_check
 
     def say(text: str) -> None:
         print(text, flush=True)
