@@ -251,6 +251,7 @@ def vllm(job: dict, row) -> None:
     """vLLM 0.26 in process: NF4 made from a checkpoint of random weights, a slot for a LoRA of rank 16."""
     from vllm import LLM, SamplingParams
 
+    sys.modules["common"] = common  # as benchmarks/loader.py calls it
     from benchmarks.loader import make_checkpoint
 
     new = completion_of(job)
