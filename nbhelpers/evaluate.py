@@ -5,10 +5,9 @@ the decoding that it came from, and answers that differ in these are not compare
 of the model, the tokenizer and the random numbers of the training that follows are as they were.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nbhelpers.rewards import extract_answer, formatted, is_correct
 
@@ -26,6 +25,7 @@ class Decoding:
     temperature: float  # 0.0: greedy
     seed: int
     batch_size: int
+    engine: str = ""  # what wrote: another one rounds otherwise
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,7 @@ def ask(
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 64,
+    engine="auto",
 ) -> list[Answer]:
     """Put questions to the model and read its answers.
 
@@ -147,6 +148,7 @@ def ask(
             filter, whatever the model's own generation defaults say.
         seed (`int`): Of the drawing.
         batch_size (`int`): Questions at a time. More is faster and takes more memory.
+        engine (`str` or `engines.Engine`): What writes: "auto", "graph", "hf", or a trainer's own, `trainer.engine`.
 
     Returns:
         `list[Answer]`: In the order of the questions.
@@ -158,7 +160,7 @@ def ask(
         raise ValueError(f"questions must be a list: write [{questions[:40]!r}]")
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     prompts = [[*system, {"role": "user", "content": question}] for question in questions]
-    return answers(model, tokenizer, prompts, Decoding(max_new_tokens, temperature, seed, batch_size))
+    return answers(model, tokenizer, prompts, Decoding(max_new_tokens, temperature, seed, batch_size), engine)
 
 
 def accuracy(
@@ -172,11 +174,12 @@ def accuracy(
     correct: Callable[[str, str], bool] = is_correct,
     max_new_tokens: int = 256,
     batch_size: int = 64,
+    engine="auto",
 ) -> Score:
     """Answer the questions of a data set and count what is right.
 
     Args:
-        model, tokenizer, temperature, seed, max_new_tokens, batch_size: See `ask`.
+        model, tokenizer, temperature, seed, max_new_tokens, batch_size, engine: See `ask`.
         dataset (`datasets.Dataset` or `list[dict]`): Rows with `prompt` (chat messages) and `answer` (str), held out
             from training.
         n (`int`, *optional*): Only the first n rows.
@@ -194,14 +197,15 @@ def accuracy(
     if not {"prompt", "answer"} <= set(rows[0]):
         raise ValueError(f"a row needs the columns prompt and answer; this data set has {', '.join(rows[0])}")
     decoding = Decoding(max_new_tokens, temperature, seed, batch_size)
+    given = answers(model, tokenizer, [row["prompt"] for row in rows], decoding, engine)
     scored = [
         Row(
-            **vars(given),
+            **vars(answer),
             gold=row["answer"],
-            correct=bool(correct(given.completion, row["answer"])),
-            formatted=formatted(given.completion),
+            correct=bool(correct(answer.completion, row["answer"])),
+            formatted=formatted(answer.completion),
         )
-        for row, given in zip(rows, answers(model, tokenizer, [row["prompt"] for row in rows], decoding), strict=True)
+        for row, answer in zip(rows, given, strict=True)
     ]
     return Score(
         accuracy=Proportion.of(sum(row.correct for row in scored), len(scored)),
@@ -251,95 +255,41 @@ def paired(before: Score, after: Score) -> Paired:
 # ---- decoding ----
 
 
-def answers(model, tokenizer, prompts: Sequence[list[dict[str, str]]], decoding: Decoding) -> list[Answer]:
+def answers(model, tokenizer, prompts: Sequence[list[dict]], decoding: Decoding, engine="auto") -> list[Answer]:
     """One completion for each prompt (a list of chat messages), in their order; what `ask` and `accuracy` share."""
-    import torch
+    from nbhelpers import engines
 
     if not prompts:
         return []
     ids = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)["input_ids"]
     ends = end_tokens(model, tokenizer)
     _check_length(model, ids, decoding.max_new_tokens)
-    # Batches of like length waste little on padding; their order depends on the prompts alone.
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    batches = [order[i : i + decoding.batch_size] for i in range(0, len(order), decoding.batch_size)]
-    found: dict[int, Answer] = {}
-    with _as_it_was(model):
-        for number, batch in enumerate(batches):
-            # Each batch has a seed of its own: how long the one before took must not matter.
-            torch.manual_seed(decoding.seed + number)
-            written = _generate(model, tokenizer, [ids[i] for i in batch], ends, decoding)
-            texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-            for i, tokens, text in zip(batch, written, texts, strict=True):
-                found[i] = Answer(
-                    question=prompts[i][-1]["content"],
-                    completion=text,
-                    answer=extract_answer(text),
-                    tokens=len(tokens),
-                    finished=bool(tokens) and tokens[-1] in ends,
-                    prompt=tokenizer.decode(ids[i]),
-                    decoding=decoding,
-                )
-    return [found[i] for i in range(len(ids))]
+    engine = engines.choose(engine, model, tokenizer, rows=decoding.batch_size, quiet=True)
+    decoding = replace(decoding, engine=engine.name)
+    # each question draws from a stream of its own: neither the others nor how long they took matter
+    seeds = [decoding.seed * 1_000_003 + i for i in range(len(ids))]
+    sampling = engines.Sampling(decoding.max_new_tokens, temperature=decoding.temperature, stop_ids=ends, seed=seeds)
+    written = engine.generate(ids, sampling)
+    texts = tokenizer.batch_decode([completion.token_ids for completion in written], skip_special_tokens=True)
+    return [
+        Answer(
+            question=prompt[-1]["content"],
+            completion=text,
+            answer=extract_answer(text),
+            tokens=len(completion.token_ids),
+            finished=completion.reason == "stop_id",
+            prompt=tokenizer.decode(row),
+            decoding=decoding,
+        )
+        for prompt, row, completion, text in zip(prompts, ids, written, texts, strict=True)
+    ]
 
 
-def end_tokens(model, tokenizer) -> list[int]:
+def end_tokens(model, tokenizer) -> tuple[int, ...]:
     """Ids that end a completion: the tokenizer's own and all that the model declares, as in TRL's trainers."""
     declared = model.generation_config.eos_token_id
     declared = [declared] if isinstance(declared, int) else declared or []
-    return sorted({*declared, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
-
-
-def _generate(model, tokenizer, ids: list[list[int]], ends: list[int], decoding: Decoding) -> list[list[int]]:
-    """Continue a batch of prompts. Returns the new tokens of each, up to and with the first end token."""
-    import torch
-    from transformers import GenerationConfig
-
-    longest = max(map(len, ids))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
-    # Padded on the left by hand, so that the tokenizer's own side and padding token stay the caller's.
-    tokens = torch.tensor([[pad] * (longest - len(row)) + row for row in ids])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
-    # All that a generation_config.json of the hub might set is spelled out, neutral: what is None it would fill in.
-    # min_p alone stays None where it can: at 0.0 it filters nothing, but sorts the whole vocabulary at every token.
-    min_p = None if model.generation_config.min_p is None else 0.0
-    sampling = {"temperature": decoding.temperature, "top_k": 0, "top_p": 1.0, "min_p": min_p, "typical_p": 1.0}
-    config = GenerationConfig(
-        max_new_tokens=decoding.max_new_tokens,
-        do_sample=decoding.temperature > 0,
-        **(sampling if decoding.temperature > 0 else {}),
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        use_cache=True,
-        pad_token_id=pad,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=ends or None,
-        disable_compile=True,
-    )
-    out = model.generate(tokens.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
-    stop = set(ends)
-    written = []
-    for row in out[:, longest:].tolist():
-        end = next((i for i, token in enumerate(row) if token in stop), None)
-        written.append(row if end is None else row[: end + 1])
-    return written
-
-
-@contextlib.contextmanager
-def _as_it_was(model):
-    """Evaluation mode within; afterwards each module's mode and all random number generators are as before."""
-    import torch
-
-    devices = {torch.accelerator.current_device_index(), model.device.index} if torch.accelerator.is_available() else {}
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.random.fork_rng([device for device in devices if device is not None]), torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    return tuple(sorted({*declared, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}))
 
 
 def _check_length(model, ids: list[list[int]], max_new_tokens: int) -> None:

@@ -1,7 +1,7 @@
 """`LeanGRPOTrainer`: TRL's GRPOTrainer with defaults that fit the machine, clear errors, and nothing lost on a stop.
 
 With lean.py, which has the lean step's hooks, the only file that touches TRL's private parts. Here these are: `_logs`,
-the newest rollout, read for what the panel shows. The engines plug in here later.
+the newest rollout, read for what the panel shows, and `_generate_single_turn`, where the engine writes the completions.
 """
 
 import warnings
@@ -13,10 +13,11 @@ import torch
 import trl
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, PrinterCallback
 from transformers.trainer_utils import TrainOutput
+from trl.extras.profiling import profiling_context
 
-from nbhelpers import host, panel
+from nbhelpers import engines, host, panel
 from nbhelpers.guard import guard_all
-from nbhelpers.lean import LeanStepTrainer
+from nbhelpers.lean import ONE_CARD_EACH, LeanStepTrainer
 from nbhelpers.rewards import Sample, text_of
 
 TESTED_TRL = ("1.16", "1.17")  # from, up to but not including
@@ -82,11 +83,14 @@ class LeanGRPOTrainer(LeanStepTrainer):
     - `state.samples` holds the newest rollout as `Sample`s, for callbacks such as `panel.Live`;
     - log-probabilities and gradients come from the lean step (`step.LeanStep`), within `budget_gb` if that is given;
       `max_skipped_steps` updates in a row may be skipped for gradients that are not finite (`lean.LeanStepTrainer`);
+    - completions are written by `engine`: "auto", "graph", "hf" (see `engines.choose`) or an `engines.Engine`, from
+      the weights that are trained; `engine=None` leaves it to TRL, and so does what only TRL can (`use_vllm=True`);
     - an interrupt (Ctrl-C, the notebook's stop button) or an error saves what was learned to `args.output_dir`;
       after an interrupt `train()` returns as if the run had ended, so the next cell works.
     """
 
-    def __init__(self, model, reward_funcs, args: trl.GRPOConfig | None = None, train_dataset=None, **kwargs):
+    def __init__(self, model, reward_funcs, args: trl.GRPOConfig | None = None, train_dataset=None, *,
+                 engine="auto", **kwargs):  # fmt: skip
         installed = version("trl")
         if not TESTED_TRL[0] <= installed < TESTED_TRL[1]:
             warnings.warn(f"trl {installed} is outside the tested range {TESTED_TRL[0]}.*: pip install 'trl==1.16.*'",
@@ -99,9 +103,49 @@ class LeanGRPOTrainer(LeanStepTrainer):
         super().__init__(model, guard_all(funcs), args=args, train_dataset=train_dataset, **kwargs)
         for parameter, data in masters.items():  # TRL casts a 4-bit model's adapter to bf16, even on a T4 or a CPU,
             parameter.data = data.to(parameter.device)  # where a step of 1e-5 is rounded away
+        self.engine = self._engine(engine)
         if any(isinstance(callback, panel.Live) for callback in self.callback_handler.callbacks):
             for other in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # one updating output, not two
                 self.remove_callback(other)
+
+    def _engine(self, engine) -> engines.Engine | None:
+        """The engine that writes the completions; None: TRL does."""
+        args, kind = self.args, self.accelerator.distributed_type
+        asked = {
+            "use_vllm=True": args.use_vllm,
+            "use_transformers_continuous_batching=True": args.use_transformers_continuous_batching,
+            "generation_kwargs": bool(args.generation_kwargs),
+            "cache_implementation": args.cache_implementation is not None,
+            f"{kind}": kind not in ONE_CARD_EACH,
+        }
+        why = next((name for name, wanted in asked.items() if wanted), None)
+        if engine is None or why is not None:
+            if why is not None and engine != "auto":
+                raise ValueError(f"engine={engine!r} and {why} exclude each other: leave one of them out")
+            print(f"engine: TRL's own, for {why or 'engine=None'}")
+            return None
+        model = self.accelerator.unwrap_model(self.model)
+        return engines.choose(engine, model, self._tokenizer, budget_gb=self.budget_gb)
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        """TRL's hook: token ids of a completion for each prompt, and the log-probabilities they were drawn with."""
+        if self.engine is None or images is not None or multimodal_fields:
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+            )
+        n = num_generations  # the prompts of a group come one after another: each is computed once
+        grouped = all(prompt_ids[i] == prompt_ids[i - i % n] for i in range(len(prompt_ids)))
+        n = n if grouped and len(prompt_ids) % n == 0 else 1
+        # processes must not draw alike: with few prompts a group is spread over them
+        seed = int(torch.randint(2**62, ())) + self.accelerator.process_index
+        sampling = engines.Sampling(
+            self.max_completion_length, num_generations=n, temperature=self.temperature, top_k=max(0, self.top_k or 0),
+            top_p=self.top_p, min_p=self.min_p or 0.0, repetition_penalty=self.repetition_penalty,
+            stop_ids=tuple(self.eos_token_ids), seed=seed,
+        )  # fmt: skip
+        with profiling_context(self, f"engine.{self.engine.name}"):
+            written = self.engine.generate(prompt_ids[::n], sampling)
+        return [completion.token_ids for completion in written], [completion.logprobs for completion in written]
 
     def train(self, *args, **kwargs) -> TrainOutput:
         """Train, and keep what was learned however it ends. Arguments and result as in transformers' Trainer."""

@@ -28,7 +28,7 @@ class Scripted(Qwen2ForCausalLM):
 
     script: dict
 
-    def generate(self, tokens, attention_mask, generation_config):
+    def generate(self, tokens, attention_mask, generation_config, logits_processor):
         tok = tiny_model.tokenizer()
         said = []
         for row, mask in zip(tokens.tolist(), attention_mask.tolist(), strict=True):
@@ -36,6 +36,10 @@ class Scripted(Qwen2ForCausalLM):
             text = next(text for question, text in self.script.items() if question in prompt)
             said.append((tok(text)["input_ids"] + [tok.eos_token_id])[: generation_config.max_new_tokens])
         width = max(map(len, said))
+        for i in range(width):  # the engine's sampler sees no other choice
+            logits = torch.full((len(said), len(tok)), float("-inf"))
+            logits[torch.arange(len(said)), [row[i] if i < len(row) else 0 for row in said]] = 0.0
+            logits_processor(None, logits)
         return torch.tensor(
             [row + new + [0] * (width - len(new)) for row, new in zip(tokens.tolist(), said, strict=True)]
         )
@@ -90,9 +94,11 @@ def by_hand(model, tokenizer, question: str, new: int) -> list[int]:
     return ids[0, start:].tolist()
 
 
+@pytest.mark.parametrize("engine", ["graph", "hf"])
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_greedy_answers_equal_decoding_by_hand_in_any_batch(model, tokenizer, batch_size):
-    answers = ask(model, tokenizer, QUESTIONS, max_new_tokens=12, batch_size=batch_size)
+def test_greedy_answers_equal_decoding_by_hand_in_any_batch(model, tokenizer, batch_size, engine):
+    answers = ask(model, tokenizer, QUESTIONS, max_new_tokens=12, batch_size=batch_size, engine=engine)
+    assert {answer.decoding.engine for answer in answers} == {engine}
     assert [answer.question for answer in answers] == QUESTIONS  # in order, though batches go by length
     for answer in answers:
         tokens = by_hand(model, tokenizer, answer.question, 12)
@@ -106,6 +112,12 @@ def test_system_prompt_and_template_reach_the_model(model, tokenizer):
     (answer,) = ask(model, tokenizer, ["b?"], system_prompt="be brief", max_new_tokens=2)
     assert answer.prompt == "s:be brief<|turn|>u:b?<|turn|>a:"
     assert ask(model, tokenizer, ["b?"], max_new_tokens=2)[0].prompt == "u:b?<|turn|>a:"
+
+
+def test_answers_of_two_engines_are_not_compared(model, tokenizer):
+    graph, plain = (ask(model, tokenizer, ["b?"], max_new_tokens=2, engine=name) for name in ("graph", "hf"))
+    with pytest.raises(ValueError, match="the decoding differs"):
+        evaluate.check_comparable(graph, plain)
 
 
 def test_end_and_cut_off(tokenizer):
@@ -125,15 +137,16 @@ def test_every_end_token_of_the_model_ends(model, tokenizer):
     assert answer.tokens == 3 and answer.finished
 
 
+@pytest.mark.parametrize("engine", ["graph", "hf"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_models_own_generation_defaults_do_not_sneak_in(model, tokenizer, temperature, caplog):
-    plain = ask(model, tokenizer, QUESTIONS, max_new_tokens=12, temperature=temperature)
+def test_the_models_own_generation_defaults_do_not_sneak_in(model, tokenizer, temperature, engine):
+    plain = ask(model, tokenizer, QUESTIONS, max_new_tokens=12, temperature=temperature, engine=engine)
     other = tiny_model.model()
     other.generation_config = GenerationConfig(
         do_sample=True, temperature=0.01, top_k=1, top_p=0.1, min_p=0.9, repetition_penalty=5.0,
         no_repeat_ngram_size=2, num_beams=2, max_length=3, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
-    assert ask(other, tokenizer, QUESTIONS, max_new_tokens=12, temperature=temperature) == plain
+    assert ask(other, tokenizer, QUESTIONS, max_new_tokens=12, temperature=temperature, engine=engine) == plain
 
 
 def test_drawing_follows_the_models_probabilities(model, tokenizer):

@@ -19,6 +19,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from nbhelpers.kernels import nf4_rows  # noqa: E402
+
 if interpreter.ON:
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
@@ -103,26 +105,63 @@ def products(dtype: torch.dtype) -> None:
             (out[0] if entropy else out).sum().backward()
 
 
+def decoding(rows: int, heads: int, kv_heads: int, vocabulary: int, dtype: torch.dtype) -> None:
+    """The kernels of a decoding step for some rows of a model."""
+    q, k, v = (torch.empty(rows, 1, n * 128, dtype=dtype).unflatten(-1, (n, 128)).transpose(1, 2)
+               for n in (heads, kv_heads, kv_heads))  # fmt: skip
+    cache, table = torch.empty(1, 2, rows, kv_heads, 4, 128, dtype=dtype), torch.zeros(4, dtype=torch.int64)
+    positions = torch.zeros(rows, dtype=torch.int64)
+    for window in (None, 512):
+        kernels.decode_attention(q, k, v, cache, table, 1, positions, 1, 0.1, window)
+    kernels.draw(torch.empty(rows, vocabulary), positions, positions)
+    x = torch.randn(rows, 1, 64, dtype=dtype)
+    for rank in (8, 16, 64):
+        lora = {"lora_a": torch.randn(rank, 64), "lora_b": torch.randn(128, rank), "scale": 2.0}
+        parts = tuple(Projection(*nf4(128, 64, True), **lora) for _ in range(3))
+        kernels.decode_linear(x, parts)
+        down = {"lora_a": torch.randn(rank, 128), "lora_b": torch.randn(64, rank), "scale": 1.0}
+        kernels.decode_mlp(x, parts[:2], Projection(*nf4(64, 128, True), **down), x)
+        for master in (dtype, torch.float32):  # a bias beside, and adapters in 16 bits
+            one = lora | {name: lora[name].to(master) for name in ("lora_a", "lora_b")}
+            first = Projection(*nf4(128, 64, True), torch.randn(128, dtype=dtype), **one)
+            kernels.decode_linear(x, (first,))
+            kernels.decode_linear(x, (first, first._replace(bias=None)))
+            kernels.decode_linear(x, (first._replace(lora_a=None, lora_b=None), first))
+            kernels.decode_linear(x, (first._replace(lora_a=None, lora_b=None),))
+        lora["lora_b"] = torch.randn(256, rank)
+        kernels.decode_mlp(x, (Projection(*nf4(256, 64, True), **lora),), Projection(*nf4(64, 128, True), **down), x)
+
+
 def kernels_of_the_package() -> set[tuple[str, str]]:
     """Every function under @triton.jit that is launched (helpers of kernels too: see INLINED)."""
     modules = [module for name, module in sys.modules.items() if name.startswith("nbhelpers.kernels.")]
     return {(fn.__name__, fn.__module__) for m in modules for fn in vars(m).values() if isinstance(fn, JITFunction)}
 
 
-INLINED = {"_rotate_heads", "_load", "_store"}
+INLINED = {"_delta", "_sum", "_within_fp16", "_rotate_heads", "_load", "_store"}
+
+
+AMPERE = {"_few_rows"}  # multiplies with tl.dot; a T4 never launches it
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_kernel_compiles(target, launches):
+def test_every_kernel_compiles(target, launches, monkeypatch):
     dtype = TARGETS[target]
+    if target != "sm_75":
+        monkeypatch.setattr("nbhelpers.kernels.nf4_rows.serves", nf4_rows.fits)
     with kernels.use("triton"):
         elementwise(1536, 8960, 12, 2, dtype)  # Qwen2.5-1.5B
         elementwise(4096, 14336, 32, 8, dtype)  # Llama-3.1-8B
         elementwise(5120, 17920, 40, 10, dtype)  # Phi-4
         elementwise(5120, 17920, 40, 10, dtype, tokens=300)  # training's tiles, not decoding's
         products(dtype)
+        decoding(8, 12, 2, 151936, dtype)
+        decoding(128, 32, 8, 128256, dtype)
+        decoding(128, 40, 10, 100352, dtype)
+        decoding(256, 4, 4, 1000, dtype)
     launched = {(name, module) for name, module, _ in launches}
     left_out = {(name, module) for name, module in kernels_of_the_package() - launched if name not in INLINED}
+    left_out = {(name, module) for name, module in left_out if target != "sm_75" or name not in AMPERE}
     assert not left_out, f"no launch of {left_out} above: add one"
 
     gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from engine_models import by_forward
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from nbhelpers import grpo, host, loader, tasks, trainer
+from nbhelpers.engines.graph import GraphEngine
 from nbhelpers.guard import RewardError
 from nbhelpers.presets import WORKSHOP
 from nbhelpers.rewards import correctness, tag_count
@@ -27,13 +29,14 @@ def tokenizer():
 
 
 def make(model, tokenizer, folder, reward_funcs, **changes):
-    callbacks = changes.pop("callbacks", None)
+    callbacks, engine = changes.pop("callbacks", None), changes.pop("engine", "auto")
     args = trainer.LeanGRPOConfig(
-        str(folder), max_steps=3, per_device_train_batch_size=8, num_generations=4, max_completion_length=48,
-        learning_rate=1e-4, gradient_checkpointing=False, save_strategy="no", disable_tqdm=True, **changes,
+        str(folder), max_steps=changes.pop("max_steps", 3), per_device_train_batch_size=8, num_generations=4,
+        max_completion_length=48, learning_rate=1e-4, gradient_checkpointing=False, save_strategy="no",
+        disable_tqdm=True, **changes,
     )  # fmt: skip
     return trainer.LeanGRPOTrainer(
-        model, reward_funcs, args, TASK.train, processing_class=tokenizer, callbacks=callbacks
+        model, reward_funcs, args, TASK.train, processing_class=tokenizer, callbacks=callbacks, engine=engine
     )
 
 
@@ -175,3 +178,63 @@ def test_plain_text_prompts_work_too(model, tokenizer, tmp_path):
     run = trainer.LeanGRPOTrainer(model, [correctness], args, data, processing_class=tokenizer)
     run.train()
     assert run.state.samples[0].prompt == "Which is bigger? 3.4 or 3.41?"
+
+
+# ---- the engine ----
+
+
+def test_the_engine_writes_and_its_logprobs_are_the_policys(model, tokenizer, tmp_path, monkeypatch):
+    """Before the first update the policy that trains is the one that wrote, token by token; each prompt enters once."""
+    seen = []
+
+    class Watched(GraphEngine):
+        def generate(self, prompts, sampling):
+            seen.append((prompts, sampling, super().generate(prompts, sampling)))
+            return seen[-1][2]
+
+    model.requires_grad_(True)
+    run = make(model, tokenizer, tmp_path, [correctness], engine=Watched(model, tokenizer), max_steps=2)
+    run.train()
+    prompts, sampling, written = seen[0]
+    assert len(prompts) == 2 and sampling.num_generations == 4 and len(written) == 8 and len(seen) >= 2
+    assert set(sampling.stop_ids) == set(run.eos_token_ids) and sampling.max_tokens == 48
+    texts = tokenizer.batch_decode([completion.token_ids for completion in seen[-1][2]], skip_special_tokens=True)
+    assert texts == [sample.completion for sample in run.state.samples]
+    fresh = AutoModelForCausalLM.from_pretrained(WORKSHOP, dtype=torch.float32)
+    for i, completion in enumerate(written):
+        wanted = by_forward(fresh, prompts[i // 4], completion.token_ids)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("engine", ["graph", "hf", None])
+def test_every_engine_trains(model, tokenizer, tmp_path, engine, capsys):
+    run = make(model, tokenizer, tmp_path, [correctness, tag_count], engine=engine, top_p=0.9, top_k=40, min_p=0.01)
+    assert run.train().global_step == 3
+    assert (run.engine and run.engine.name) == engine
+    assert ("engine: TRL's own" in capsys.readouterr().out) == (engine is None)
+
+
+def test_a_seed_repeats_a_run(tokenizer, tmp_path):
+    texts = []
+    for _ in range(2):
+        policy = AutoModelForCausalLM.from_pretrained(WORKSHOP, dtype=torch.float32)
+        run = make(policy, tokenizer, tmp_path, correctness, seed=5)
+        run.train()
+        texts.append([sample.completion for sample in run.state.samples])
+    assert texts[0] == texts[1] and len(set(texts[0])) > 1
+
+
+def test_what_only_trl_can_generate_is_left_to_it(model, tokenizer, tmp_path, capsys):
+    run = make(model, tokenizer, tmp_path, correctness, generation_kwargs={"no_repeat_ngram_size": 3})
+    assert run.engine is None and "engine: TRL's own, for generation_kwargs" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="engine='graph' and generation_kwargs exclude each other"):
+        make(model, tokenizer, tmp_path, correctness, generation_kwargs={"top_k": 3}, engine="graph")
+
+
+def test_trls_hook_still_has_the_arguments_that_we_take():
+    import inspect
+
+    import trl
+
+    wanted = ["self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"]
+    assert list(inspect.signature(trl.GRPOTrainer._generate_single_turn).parameters) == wanted

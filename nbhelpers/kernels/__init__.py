@@ -25,7 +25,11 @@ else:  # macOS, Windows
 
 __all__ = [
     "Projection",
+    "decode_attention",
+    "decode_linear",
+    "decode_mlp",
     "dequantize_nf4",
+    "draw",
     "linear_logprob",
     "lora_linear",
     "lora_linear_group",
@@ -195,3 +199,45 @@ def linear_logprob(
             entropy=entropy,
             scratch_bytes=scratch_bytes,
         )
+
+
+def draw(logits: Tensor, seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tensor]:
+    """One token for each row, drawn from softmax(logits), by the exponential race (arXiv 1611.01144): the largest
+    logit_i - log E_i wins, E_i = -log(1 - u_i), where u_i is a hash of (seed, counter, i) and of nothing else.
+
+    logits fp32 [B, V], -inf where a token is ruled out; seeds, counters int64 [B]. Returns the tokens, int64 [B], and
+    their log-probabilities, fp32 [B].
+    """
+    with device_of(logits):
+        return _for(logits).draw(logits, seeds, counters)
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, table: Tensor, layer: int, positions: Tensor,
+                     longest: int, scale: float, window: int | None = None) -> Tensor:  # fmt: skip
+    """Attention of one new token a row over what the cache holds of that row, after its K and V were put there.
+
+    q [B, heads, 1, D], k, v [B, kv heads, 1, D], positions int64 [B]: where the token stands in its row. cache
+    [layers, 2, rows, kv heads, length, D] with B <= rows, K and V written in place; table int64 [4]: its address and
+    its strides in elements of layer, row and head: the Triton kernel looks there, not at `cache`, so that a captured
+    CUDA graph stays valid when the cache is made anew. longest: no position reaches it (torch reads so far; Triton
+    reads each row to its own position). window: positions that a token looks back to, itself included.
+    Returns [B, 1, heads * D].
+    """
+    with device_of(q):
+        return _for(q).decode_attention(q, k, v, cache, table, layer, positions, longest, scale, window)
+
+
+def decode_linear(x: Tensor, parts: tuple[Projection, ...]) -> tuple[Tensor, ...]:
+    """`lora_linear_group` for a step of decoding: few rows, no gradient, at most three parts.
+
+    x [..., in] -> [..., out] for each part, in x's dtype. Each part's base product comes first and is rounded; the LoRA
+    term is added in fp32.
+    """
+    with device_of(x):
+        return _for(x).decode_linear(x, parts)
+
+
+def decode_mlp(x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor) -> Tensor:
+    """`lora_mlp` for a step of decoding: residual + down(swiglu(gate(x), up(x))), without a gradient."""
+    with device_of(x):
+        return _for(x).decode_mlp(x, gate_up, down, residual)

@@ -1,5 +1,8 @@
 """The Triton implementations under one roof, as `reference` is for torch."""
 
+from .decode_attention import decode_attention
+from .decode_linear import decode_linear, decode_mlp
+from .draw import draw
 from .linear_logprob import linear_logprob
 from .lora_linear import lora_linear, lora_linear_group
 from .lora_mlp import lora_mlp
@@ -9,7 +12,11 @@ from .rope import rope, rope_packed
 from .swiglu import swiglu, swiglu_packed
 
 __all__ = [
+    "decode_attention",
+    "decode_linear",
+    "decode_mlp",
     "dequantize_nf4",
+    "draw",
     "linear_logprob",
     "lora_linear",
     "lora_linear_group",

@@ -47,6 +47,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     s = x
     if residual is not None:
         s = _saturate(_compute(x) + _compute(residual), torch.promote_types(x.dtype, residual.dtype))
+    if s.dtype == weight.dtype == torch.float32:
+        y = F.rms_norm(s, weight.shape, weight, eps)  # the same in one call
+        return y if residual is None else (s, y)
     wide = _compute(s)
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * _compute(weight)
     y = y.to(torch.promote_types(s.dtype, weight.dtype))
@@ -59,7 +62,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor):
 
     def rotate(x: Tensor) -> Tensor:
         x1, x2, rest = _compute(x).split([half, half, x.shape[-1] - 2 * half], dim=-1)
-        return torch.cat((x1 * c - x2 * s, x2 * c + x1 * s, rest), dim=-1).to(x.dtype)
+        turned = (x1 * c - x2 * s, x2 * c + x1 * s)
+        return torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1).to(x.dtype)
 
     return rotate(q), rotate(k)
 
@@ -173,3 +177,50 @@ def linear_logprob(
     chunks = [checkpoint(of_chunk, h, t, use_reentrant=False) for h, t in pairs]
     logp, spread = (torch.cat(parts).view(target.shape) for parts in zip(*chunks, strict=True))
     return (logp, spread) if entropy else logp
+
+
+# ------------------------------------------------------------------------------------------------------ decoding
+
+
+def draw(logits: Tensor, seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tensor]:
+    # 64 bits for each row (splitmix64's finalizer; constants above 2^63 as negative numbers), 32 for each token of it
+    key = seeds + counters * -0x61C8864680B583EB
+    key = (key ^ (key >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    key = (key ^ (key >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    key = key ^ (key >> 31 & 0x1FFFFFFFF)
+    add, times = key.to(torch.int32)[:, None], (key >> 32 | 1).to(torch.int32)[:, None]
+    h = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)
+    h = (h + add) * times  # in int32 products wrap around: the murmur3 finalizer
+    h = (h ^ (h >> 16 & 0xFFFF)) * -0x7A143595
+    h = (h ^ (h >> 13 & 0x7FFFF)) * -0x3D4D51CB
+    h = (h ^ (h >> 16)) & 0x7FFFFFFF
+    exponential = torch.log1p((h.float() + 0.5) * -(2.0**-31))  # below 0: its sign changes sides
+    probabilities = logits.softmax(-1)
+    token = exponential.div_(probabilities).argmax(-1)  # the logarithm of the race: a smaller E_i / p_i is a larger sum
+    return token, probabilities.gather(-1, token[:, None]).squeeze(-1).log()
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, table: Tensor | None, layer: int,
+                     positions: Tensor, longest: int, scale: float, window: int | None = None) -> Tensor:  # fmt: skip
+    rows, q_heads, _, dim = q.shape
+    keys, values = cache[layer, 0, :rows], cache[layer, 1, :rows]  # [B, kv heads, length, D]
+    row = torch.arange(rows, device=q.device)
+    keys[row, :, positions], values[row, :, positions] = k[:, :, 0], v[:, :, 0]
+    where = torch.arange(longest, device=q.device)
+    mask = where <= positions[:, None]
+    if window is not None:
+        mask &= where > positions[:, None] - window
+    # the query heads that share a key head are the "sequence" of its attention
+    q = q.view(rows, keys.shape[1], -1, dim)
+    out = F.scaled_dot_product_attention(
+        q, keys[:, :, :longest], values[:, :, :longest], attn_mask=mask[:, None, None], scale=scale
+    )
+    return out.reshape(rows, 1, q_heads * dim)
+
+
+def decode_linear(x: Tensor, parts: tuple[Projection, ...]) -> tuple[Tensor, ...]:
+    return lora_linear_group(x, parts)
+
+
+def decode_mlp(x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor) -> Tensor:
+    return lora_mlp(x, gate_up, down, residual)

@@ -1,0 +1,109 @@
+"""Generation by engine on one GPU: tokens/s, seconds to the first token, memory; and whole GRPO steps under a cap.
+
+    python benchmarks/engines.py --first      about a minute: is it right on this GPU, and one speed
+    python benchmarks/engines.py              every model, graph and transformers, and the GRPO steps
+    python benchmarks/engines.py --vllm       vLLM as well, where it is installed
+    python benchmarks/engines.py --profile    what a step's time goes to, kernel by kernel
+    python benchmarks/engines.py --quick      tiny shapes on a CPU: proves the script, writes nothing
+
+NF4 with a live LoRA of rank 16 on all linear layers, random weights at the real shapes, prompts of 200 tokens, 512 new
+tokens without an early stop, unless a row says otherwise. tokens/s counts all new tokens of the call over all its time,
+the prompts' included. Each case runs in a process of its own; results are written after each.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+# this folder's kernels.py would pass for the hub package of that name, which transformers looks for
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks import common, engines_child  # noqa: E402
+
+MODELS = ("qwen2.5-1.5b", "llama-3.1-8b", "phi-4")
+CAPS = {"qwen2.5-1.5b": 4.0, "llama-3.1-8b": 8.0, "phi-4": 12.0}  # GB of driver memory for a whole GRPO step
+
+
+def jobs(args) -> list[dict]:
+    """What to run, in the order of what is most wanted."""
+    found = []
+    for model in args.models:
+        base = {"model": model, "quick": args.quick}
+        if "graph" in args.only:
+            found.append({**base, "kind": "ready", "triton_cache": "cold"})
+            found.append({**base, "kind": "ready", "triton_cache": "warm"})
+            found.append({**base, "kind": "decode", "batches": args.batches, "profile": args.profile})
+        if "transformers" in args.only:
+            found.append({**base, "kind": "transformers", "batches": [b for b in args.batches if b <= 32]})
+        if "grpo" in args.only:
+            found.append({**base, "kind": "grpo", "cap": args.cap or CAPS[model], "t4": args.t4})
+        if args.vllm:
+            found.append({**base, "kind": "vllm", "batches": args.batches})
+    return found
+
+
+def run(job: dict, folder: Path, seconds: int) -> list[dict]:
+    """One job in a process of its own; a failure is printed, and gives no rows."""
+    out = folder / "rows.json"
+    out.unlink(missing_ok=True)
+    environment = dict(os.environ)
+    if "triton_cache" in job:
+        cache = folder / f"triton-{job['model']}"
+        if job["triton_cache"] == "cold":
+            shutil.rmtree(cache, ignore_errors=True)
+        environment["TRITON_CACHE_DIR"] = str(cache)
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps({**job, "out": str(out)})]
+    started = time.perf_counter()
+    try:
+        code = subprocess.run(command, env=environment, timeout=seconds).returncode
+    except subprocess.TimeoutExpired:
+        code = f"more than {seconds} s"
+    print(f"-- {job['kind']} {job['model']}: {time.perf_counter() - started:.0f} s, exit {code}", flush=True)
+    return json.loads(out.read_text()) if out.exists() else []  # what was done before a failure counts
+
+
+def save(rows: list[dict], args) -> None:
+    if not args.quick:
+        common.write("engines", rows)
+        if out := os.environ.get("OUT"):
+            common.write("engines", rows, Path(out))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--first", action="store_true")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--vllm", action="store_true")
+    parser.add_argument("--t4", action="store_true", help="GRPO steps in fp16, as a T4 would")
+    parser.add_argument("--models", nargs="*", default=list(MODELS))
+    parser.add_argument("--batches", nargs="*", type=int, default=[8, 32, 128])
+    parser.add_argument("--only", nargs="*", default=["graph", "transformers", "grpo"])
+    parser.add_argument("--cap", type=float, help="GB of driver memory for the GRPO steps")
+    parser.add_argument("--seconds", type=int, default=240, help="limit of one case")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        engines_child.main(json.loads(args.child))
+        return
+    if args.first:
+        raise SystemExit(engines_child.first(args.quick))
+    if args.quick:
+        args.batches = [2, 4]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for job in jobs(args):
+            rows += run(job, Path(folder), args.seconds)
+            save(rows, args)
+    if rows:
+        print(common.table(rows))
+
+
+if __name__ == "__main__":
+    main()

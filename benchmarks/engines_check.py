@@ -1,0 +1,116 @@
+"""Is the graph engine right on this GPU? The CPU tests' questions again, with captured graphs, Triton and 16 bits.
+
+Every check prints a line; `run` returns how many failed. In 16 bits two roads round differently, so where two engines'
+tokens part, the training forward must hold both words for all but equal: such forks are counted and their gap shown.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from benchmarks.random_model import make
+from nbhelpers import kernels, presets
+from nbhelpers.engines import Sampling
+from nbhelpers.engines.graph import GraphEngine
+from nbhelpers.engines.hf import HFEngine
+
+GREEDY = Sampling(max_tokens=64, temperature=0.0)
+NEAR = {torch.bfloat16: 0.25, torch.float16: 0.06, torch.float32: 1e-3}  # what counts as a near-tie, in logits
+
+
+@torch.no_grad()
+def forward_logps(model, prompt, token_ids, temperature=1.0):
+    """fp32 [tokens, V]: the training forward's log-probabilities after a prompt."""
+    logits = model(input_ids=torch.tensor([prompt + token_ids], device=model.device)).logits[0].float()
+    return (logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+
+
+def compare(model, prompts, ours, theirs, near) -> tuple[int, float]:
+    """(rows that part, the largest gap between the two words where they part, by the training forward)."""
+    forks, worst = 0, 0.0
+    for prompt, a, b in zip(prompts, ours, theirs, strict=True):
+        at = next((i for i, (x, y) in enumerate(zip(a.token_ids, b.token_ids, strict=False)) if x != y), None)
+        if at is not None:
+            forks += 1
+            last = forward_logps(model, prompt, b.token_ids[: at + 1])[-1]
+            worst = max(worst, (last[b.token_ids[at]] - last[a.token_ids[at]]).abs().item())
+    return forks, worst
+
+
+def run(device, dtypes, quick: bool, line) -> int:
+    failed = 0
+
+    def say(name, good, detail):
+        nonlocal failed
+        failed += not good
+        line(f"{'ok  ' if good else 'FAIL'} {name}: {detail}")
+
+    for name in ("qwen2.5-1.5b", "llama-3.1-8b", "phi-4"):
+        small = {"num_hidden_layers": 2 if quick else 4}
+        if quick:
+            small |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
+                      "head_dim": 16, "vocab_size": 320}  # fmt: skip
+        architecture = replace(presets.get(name).architecture, **small)
+        for dtype in dtypes:
+            label = f"{name} {str(dtype).removeprefix('torch.')}"
+            try:
+                one_model(label, make(architecture, device, dtype), dtype, say, 8 if quick else 64)
+            except Exception as error:
+                say(label, False, f"{type(error).__name__}: {error}"[:600])
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return failed
+
+
+def one_model(label, model, dtype, say, tokens):
+    greedy, near = replace(GREEDY, max_tokens=tokens), NEAR[dtype]
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, 300, (n,), generator=generator).tolist() for n in (5, 40, 33, 120, 64, 64, 9, 200)]
+    engine = GraphEngine(model)
+    graph = engine.generate(prompts, greedy)
+
+    eager = GraphEngine(model)
+    eager.generate(prompts[:1], replace(greedy, max_tokens=2))
+    eager._steps.captures = False
+    same = [c.token_ids for c in eager.generate(prompts, greedy)] == [c.token_ids for c in graph]
+    say(f"{label} graph = the same steps without a graph", same, "tokens equal" if same else "tokens differ")
+
+    forks, gap = compare(model, prompts, graph, HFEngine(model).generate(prompts, greedy), near)
+    say(f"{label} graph = transformers, greedy", gap < near, f"{forks} of {len(prompts)} rows part, gap {gap:.4f}")
+
+    with kernels.use("torch"):
+        plain = HFEngine(model).generate(prompts, greedy)
+    forks, gap = compare(model, prompts, graph, plain, near)
+    say(f"{label} graph = transformers, torch's draw", gap < near, f"{forks} rows part, gap {gap:.4f}")
+
+    drawn = engine.generate(prompts, replace(greedy, temperature=0.9, num_generations=2, seed=3))
+    off = []
+    for i, completion in enumerate(drawn):
+        wanted = forward_logps(model, prompts[i // 2], completion.token_ids, 0.9).cpu()
+        wanted = wanted.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        off.append((torch.tensor(completion.logprobs) - wanted).abs())
+    off = torch.cat(off)
+    limit = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float32: 1e-4}[dtype]
+    say(
+        f"{label} log-probabilities of draws", off.mean() < limit, f"mean {off.mean():.5f}, largest {off.max():.4f} off"
+    )
+
+    small = engine.generate(prompts[:3], replace(greedy, max_tokens=tokens // 2, num_generations=5))  # another cache
+    again = engine.generate(prompts, greedy)
+    moved = [c.token_ids for c in again] == [c.token_ids for c in graph] and len(small) == 15
+    say(f"{label} graphs outlive their cache", moved, "tokens equal" if moved else "tokens differ")
+
+    with torch.no_grad():
+        for parameter in (p for n, p in model.named_parameters() if "lora_B" in n):
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    trained = engine.generate(prompts, greedy)
+    forks, gap = compare(model, prompts, trained, HFEngine(model).generate(prompts, greedy), near)
+    differs = [c.token_ids for c in trained] != [c.token_ids for c in graph]
+    say(f"{label} after an update", gap < near and differs, f"{forks} rows part, gap {gap:.4f}, changed: {differs}")
+
+    seeds = list(range(8))
+    stops = tuple(range(3, 300, 7))
+    sampling = replace(greedy, temperature=1.0, stop_ids=stops, seed=seeds)
+    wide, narrow = engine.generate(prompts, sampling), GraphEngine(model, max_rows=3).generate(prompts, sampling)
+    forks, gap = compare(model, prompts, narrow, wide, near)
+    say(f"{label} 8 requests through 3 rows", forks <= 4, f"{forks} of 8 rows part (near-ties are no error)")

@@ -1,0 +1,53 @@
+"""Generation from the model that is being trained: one contract, several engines, and who chooses among them.
+
+engine = engines.choose("auto", model, tokenizer)          # prints which one, and why
+completions = engine.generate(prompts, engines.Sampling(max_tokens=512, num_generations=8))
+"""
+
+from importlib.util import find_spec
+
+from .base import Completion, Engine, Sampling
+
+__all__ = ["Completion", "Engine", "Sampling", "choose"]
+NAMES = ("auto", "graph", "hf")
+
+
+def choose(
+    engine: "str | Engine",
+    model,
+    tokenizer=None,
+    *,
+    rows: int = 128,
+    budget_gb: float | None = None,
+    quiet: bool = False,
+) -> Engine:
+    """The engine of that name for this model; an Engine object is returned as it is.
+
+    "graph": the project's decoder, one CUDA graph a step (on a CPU eagerly). "hf": transformers' `generate`. "auto":
+    "graph" where it can decode the model, else "hf"; prints which, and why. ValueError for another name, or if "graph"
+    was asked for and cannot.
+
+    rows: completions that are written at the same time, at most; budget_gb: what torch may allocate in this process in
+    all, GB (10^9 bytes), None for what the card has.
+    """
+    from .decoder import why_not
+    from .graph import GraphEngine
+    from .hf import HFEngine
+    from .steps import BATCHES
+
+    if isinstance(engine, Engine):
+        return engine
+    if engine not in NAMES:
+        raise ValueError(f"engine={engine!r}: it is one of {', '.join(NAMES)}, or an Engine")
+    if engine == "hf":
+        return HFEngine(model, tokenizer, batch_size=rows)
+    why = why_not(model)
+    if engine == "auto" and why is None and model.device.type == "cuda" and find_spec("triton") is None:
+        why = "triton is not installed here"
+    if engine == "auto" and not quiet:
+        where = "one CUDA graph a step" if model.device.type == "cuda" else "eagerly on a CPU"
+        chosen = f"graph: it decodes {model.config.model_type}'s own weights, {where}" if why is None else f"hf: {why}"
+        print(f"engine {chosen}")
+    if why is not None and engine == "auto":
+        return HFEngine(model, tokenizer, batch_size=rows)
+    return GraphEngine(model, tokenizer, max_rows=min(rows, BATCHES[-1]), budget_gb=budget_gb)

@@ -1,0 +1,167 @@
+"""What every engine does: prompts in, completions out, with the probability that each token was drawn with.
+
+    engine = engines.choose("auto", model, tokenizer)
+    completions = engine.generate([[1, 5, 7], [1, 9]], Sampling(max_tokens=64, num_generations=8))
+
+A prompt is a list of token ids; what comes back is flat: the completions of prompt 0, then those of prompt 1, ...
+"""
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+STOP_ID, STOP_STRING, LENGTH = "stop_id", "stop_string", "length"  # why a completion ended
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw. The filters come in transformers' order: penalty, minimum length, temperature, top-k, top-p, min-p.
+
+    Args:
+        max_tokens (`int`): A completion is cut off there.
+        min_tokens (`int`): Before that many tokens no stop id can be drawn.
+        num_generations (`int`): Completions for each prompt.
+        temperature (`float`): Divides the logits. 0.0: the likeliest token every time.
+        top_k (`int`): Draw among the k likeliest tokens; 0: all.
+        top_p (`float`): Draw among the fewest likeliest tokens whose probabilities reach p (arXiv 1904.09751).
+        min_p (`float`): Only tokens at least this times as likely as the likeliest one (arXiv 2407.01082).
+        repetition_penalty (`float`): Above 1 makes tokens of prompt and completion less likely (arXiv 1909.05858).
+        stop_ids (`tuple[int, ...]`): A completion ends with the first of these, which belongs to it.
+        stop_strings (`tuple[str, ...]`): It ends with the token that completes one of these, which belongs to it.
+        seed (`int` or sequence of `int`, *optional*): One number seeds the whole call, completion j getting a stream of
+            its own; a sequence gives completion j its seed, and the same tokens whatever stands beside it. None draws
+            one from torch's generator, so that `torch.manual_seed` repeats a run.
+    """
+
+    max_tokens: int = 256
+    min_tokens: int = 0
+    num_generations: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    seed: int | Sequence[int] | None = None
+
+    def __post_init__(self):
+        if self.max_tokens < 1 or self.num_generations < 1:
+            raise ValueError(f"{self.max_tokens=} and {self.num_generations=} must be at least 1")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} is not between 0 and max_tokens={self.max_tokens}")
+        if self.temperature < 0 or self.top_k < 0 or self.repetition_penalty <= 0:
+            raise ValueError(f"{self.temperature=}, {self.top_k=}: at least 0; {self.repetition_penalty=}: above 0")
+        if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be in (0, 1] and min_p={self.min_p} in [0, 1]")
+        if isinstance(self.stop_strings, str) or "" in self.stop_strings:
+            raise ValueError("stop_strings is a tuple of strings, none of them empty")
+
+    def seeds(self, n: int) -> list[int]:
+        """A 63-bit seed for each of n completions. ValueError if there are seeds, but not n of them."""
+        if isinstance(self.seed, Sequence):
+            if len(self.seed) != n:
+                raise ValueError(f"{len(self.seed)} seeds for {n} completions: one for each, prompt by prompt")
+            return [_mix(seed) for seed in self.seed]
+        seed = int(torch.randint(2**62, ()).item()) if self.seed is None else self.seed
+        return [_mix(_mix(seed) + j) for j in range(n)]
+
+
+def _mix(x: int) -> int:
+    """63 bits in which neighbouring x have nothing in common (the finalizer of splitmix64)."""
+    x = (x + 0x9E3779B97F4A7C15) % 2**64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
+    return (x ^ (x >> 31)) >> 1
+
+
+@dataclass
+class Completion:
+    """What was written after one prompt.
+
+    token_ids with their logprobs: the natural logarithm of each token's probability in the distribution that it was
+    drawn from, after temperature and filters; at temperature 0 in the softmax of the plain (penalised) logits.
+    reason: "stop_id", "stop_string" or "length".
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    reason: str = LENGTH
+
+
+class Engine(ABC):
+    """Writes completions with one model; what the model has learned since the last call is in the next one."""
+
+    name: str
+
+    @abstractmethod
+    def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
+        """num_generations completions for each prompt, flat, in the order of the prompts.
+
+        Raises ValueError: an empty prompt, one that with max_tokens is longer than the model can be, a number of seeds
+        that does not fit, or stop strings without a tokenizer to read them with.
+        """
+
+
+def check(prompts: list[list[int]], sampling: Sampling, limit: int, tokenizer) -> None:
+    """The errors that `Engine.generate` promises; limit: positions that the model knows."""
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {i} is empty: it needs at least one token, the begin token for instance")
+        if len(prompt) + sampling.max_tokens > limit:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens; with max_tokens={sampling.max_tokens} that is more than the "
+                f"{limit} that the model can hold. Shorten it, or lower max_tokens to {max(0, limit - len(prompt))}"
+            )
+    if sampling.stop_strings and tokenizer is None:
+        raise ValueError("stop_strings are looked for in text: give the engine the tokenizer")
+
+
+@contextlib.contextmanager
+def inference(model):
+    """Evaluation mode without gradients and autocast within; afterwards every module's mode is as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class Writer:
+    """Collects one completion as its tokens arrive, and says when it has ended. The one place that decides why."""
+
+    def __init__(self, sampling: Sampling, tokenizer=None):
+        self.completion = Completion()
+        self.ended = False
+        self._sampling, self._tokenizer = sampling, tokenizer
+        self._stops = frozenset(sampling.stop_ids)
+        # a character is at most 4 bytes and a token at least one, so this many tokens hold any stop string
+        self._window = 4 * max(map(len, sampling.stop_strings), default=0) + 4
+
+    def add(self, token_ids: list[int], logprobs: list[float]) -> None:
+        """Take the next tokens; those after the end are not the completion's, and are dropped."""
+        for token, logprob in zip(token_ids, logprobs, strict=True):
+            if self.ended:
+                return
+            written = self.completion
+            written.token_ids.append(token)
+            written.logprobs.append(logprob)
+            if token in self._stops:
+                self._end(STOP_ID)
+            elif self._sampling.stop_strings and self._stop_string(written.token_ids):
+                self._end(STOP_STRING)
+            elif len(written.token_ids) == self._sampling.max_tokens:
+                self._end(LENGTH)
+
+    def _stop_string(self, token_ids: list[int]) -> bool:
+        text = self._tokenizer.decode(token_ids[-self._window :])
+        return any(stop in text for stop in self._sampling.stop_strings)
+
+    def _end(self, reason: str) -> None:
+        self.ended, self.completion.reason = True, reason
