@@ -220,7 +220,8 @@ def grpo(job: dict, row) -> None:
             learning_rate=1e-5, optim="adamw_8bit" if torch.cuda.is_available() else "adamw_torch",
             gradient_checkpointing=False, save_strategy="no", disable_tqdm=True,
         )  # fmt: skip
-        extra = {"budget_gb": budget} if torch.cuda.is_available() else {}
+        # the cap counts what torch holds, the budget what it gives out: the graphs' pool and fragments lie between them
+        extra = {"budget_gb": budget - 0.25} if torch.cuda.is_available() else {}
         trainer = LeanGRPOTrainer(
             model, lambda completions, **_: [float(i % 3) for i in range(len(completions))], args, data,
             processing_class=smoke.make_tokenizer(), callbacks=[Clock()], engine="graph", **extra,

@@ -34,8 +34,12 @@ def precision() -> dict[str, bool]:
 
 @dataclass
 class LeanGRPOConfig(trl.GRPOConfig):
-    """TRL's GRPOConfig whose unset precision is this machine's, that logs every step and reports to no service."""
+    """TRL's GRPOConfig whose unset precision is this machine's, that logs every step and reports to no service.
 
+    No gradient checkpointing: the lean step decides for each layer what to keep and what to compute again.
+    """
+
+    gradient_checkpointing: bool = False
     logging_steps: float = 1
     report_to: str | list[str] | None = "none"
 
@@ -45,7 +49,9 @@ class LeanGRPOConfig(trl.GRPOConfig):
                 setattr(self, name, value)
         if self.use_cpu:
             self.dataloader_pin_memory = False  # there is no card to pin for, and torch warns at each step
-        super().__post_init__()
+        with warnings.catch_warnings():  # TRL sets gradient_checkpointing, which transformers 5.23 calls deprecated
+            warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
+            super().__post_init__()
 
 
 def check(model, train_dataset, args) -> None:

@@ -32,7 +32,7 @@ def make(model, tokenizer, folder, reward_funcs, **changes):
     callbacks, engine = changes.pop("callbacks", None), changes.pop("engine", "auto")
     args = trainer.LeanGRPOConfig(
         str(folder), max_steps=changes.pop("max_steps", 3), per_device_train_batch_size=8, num_generations=4,
-        max_completion_length=48, learning_rate=1e-4, gradient_checkpointing=False, save_strategy="no",
+        max_completion_length=48, learning_rate=1e-4, save_strategy="no",
         disable_tqdm=True, **changes,
     )  # fmt: skip
     return trainer.LeanGRPOTrainer(
@@ -173,7 +173,7 @@ def test_plain_text_prompts_work_too(model, tokenizer, tmp_path):
     data = Dataset.from_dict({"prompt": ["Which is bigger? 3.4 or 3.41?"] * 8, "answer": ["3.41"] * 8})
     args = trainer.LeanGRPOConfig(
         str(tmp_path), max_steps=1, per_device_train_batch_size=4, num_generations=4, max_completion_length=8,
-        gradient_checkpointing=False, save_strategy="no", disable_tqdm=True,
+        save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     run = trainer.LeanGRPOTrainer(model, [correctness], args, data, processing_class=tokenizer)
     run.train()

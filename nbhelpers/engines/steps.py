@@ -49,7 +49,7 @@ class Steps:
     def prepare(self, decoder: Decoder, sampling: Sampling) -> None:
         """Before a generation: `decoder` is the model as it is now."""
         if decoder.addresses() != self._addresses:
-            self._graphs.clear()
+            self._forget()
             self._addresses = decoder.addresses()
         self.decoder = decoder
         # what does not change the step is left out, so that another seed or length finds the same graph
@@ -57,12 +57,17 @@ class Steps:
         if sampling != self.sampling:
             self.sampling = sampling
             self.stops = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=self.state.device)
-            self._graphs.clear()  # they read the old `stops`
+            self._forget()  # they read the old `stops`
         if sampling.repetition_penalty == 1.0:
             self.seen = None
         elif self.seen is None:
             shape = (self.state.shape[1], decoder.vocabulary)
             self.seen = torch.zeros(shape, dtype=torch.bool, device=self.state.device)
+
+    def _forget(self) -> None:
+        """Let go of all graphs, and of their pool: torch takes no capture into a pool that no graph holds any more."""
+        self._graphs.clear()
+        self._pool = torch.cuda.graph_pool_handle() if self.captures else None
 
     def run(self, batch: int, steps: int, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`steps` (up to CHUNK) steps of the first `batch` rows, none of which reaches position `longest` in them.
