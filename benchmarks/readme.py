@@ -91,7 +91,75 @@ def kernels() -> str:
     return f"{table(['', 'ours', 'stock', 'ratio'], rows)}\n\n{results.source()}"
 
 
-TABLES = {"quickstart": quickstart, "loader": loader, "kernels": kernels}
+def step() -> str:
+    results = Results("step")
+    rows = []
+    for name, title in MODELS.items():
+        for length in ("1K", "4K", "20K"):
+            key = f"{name}/{length}"
+            peak, time = f"{key}/train_peak", f"{key}/train_time"
+            rows.append([
+                f"{title}, 8 x {length}", number(results(peak)), number(results(peak, "planner")),
+                number(results(peak, "trl-1"), 1), number(results(peak, "trl-8"), 1), number(results(time)),
+                number(results(time, "trl-1")), number(results(time, "trl-8")),
+            ])  # fmt: skip
+    header = [
+        "",
+        "ours, GB",
+        "planned, GB",
+        "TRL 1 row, GB",
+        "TRL 8 rows, GB",
+        "ours, s",
+        "TRL 1 row, s",
+        "TRL 8 rows, s",
+    ]
+    return f"{table(header, rows)}\n\n{results.source()}"
+
+
+def engines() -> str:
+    results = Results("engines")
+    rows = []
+    for name, title in MODELS.items():
+        for batch in (8, 32, 128):
+            key = f"{name}/batch-{batch}/decode"
+            if (ours := results(key, "graph")) is not None:
+                rows.append([f"{title}, batch {batch}", number(ours, 0), number(results(key, "transformers"), 0)])
+    seconds, peak = (results(f"qwen2.5-1.5b/1K/{metric}") for metric in ("step_time", "step_peak_driver"))
+    whole = (
+        f"A whole GRPO step of Qwen2.5-1.5B, generation and training, 8 x (256 + 768) tokens, under a process cap of "
+        f"4 GB: {seconds:.1f} s, {peak:.2f} GB by the driver."
+    )
+    return f"{table(['tokens/s', 'ours', 'transformers'], rows)}\n\n{whole}\n\n{results.source()}"
+
+
+TABLES = {"quickstart": quickstart, "loader": loader, "kernels": kernels, "step": step, "engines": engines}
+PLOTS = ROOT / "docs"
+
+
+def plots() -> None:
+    """docs/step_length.png and docs/step_groups.png: what the training half costs against length and group size."""
+    from matplotlib.figure import Figure
+
+    results = Results("step")
+    lengths = {"1K": 1024, "4K": 4096, "20K": 20480}
+    groups = (2, 4, 8, 16, 32)
+    for file, xs, label, keys in (
+        ("step_length", list(lengths.values()), "tokens of one completion and its prompt", list(lengths)),
+        ("step_groups", list(groups), "completions of one prompt, 1K tokens each", [f"1K/group-{g}" for g in groups]),
+    ):
+        figure = Figure(figsize=(9, 3.2), dpi=110, layout="constrained")
+        for axes, metric, unit in zip(figure.subplots(1, 2), ("train_peak", "train_time"), ("GB", "s"), strict=True):
+            for name, title in MODELS.items():
+                points = [(x, results(f"{name}/{key}/{metric}")) for x, key in zip(xs, keys, strict=True)]
+                points = [point for point in points if point[1] is not None]
+                if points:
+                    axes.plot(*zip(*points, strict=True), marker="o", label=title)
+            axes.set(xscale="log", xticks=xs, xlabel=label, ylabel=f"{metric.replace('_', ' ')}, {unit}", ylim=0)
+            axes.set_xticklabels(map(str, xs))
+            axes.minorticks_off()
+            axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(PLOTS / f"{file}.png", metadata={"Software": None})
 
 
 def render(text: str) -> str:
@@ -113,6 +181,7 @@ def main() -> int:
     if "--check" in sys.argv:
         return int(before != after)
     readme.write_text(after)
+    plots()
     return 0
 
 

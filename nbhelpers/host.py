@@ -164,7 +164,7 @@ def report(preset: "presets.Preset | None" = None) -> None:
     kind = "LoRA rank " + str(chosen.lora_rank) if chosen.lora_rank else "every weight trained"
     print(
         f"{chosen.title}{' (smoke: small and random)' if chosen.smoke else ''}: "
-        f"{chosen.architecture.parameters() / 1e9:.2f} billion parameters · {chosen.quantization} · {kind} · "
+        f"{chosen.architecture.parameters() / 1e6:,.1f} M parameters · {chosen.quantization} · {kind} · "
         f"{chosen.num_generations} generations of {chosen.max_prompt_length} + {chosen.max_completion_length} tokens · "
         f"at least {chosen.floor_gb():.1f} GB"
     )

@@ -114,10 +114,11 @@ def load(
     tokenizer = chat.load_tokenizer(source.folder)
 
     shards = source.weights()
+    small = shards.nbytes < 100e6  # there in a moment: no bar
     model = stream.build(source, weight_dtype)
     if quantization != "none":
         stream.swap_linears(model, shards, dtype, choice)
-    with tqdm(total=shards.nbytes, unit="B", unit_scale=True, desc=source.id, disable=not progress) as bar:
+    with tqdm(total=shards.nbytes, unit="B", unit_scale=True, desc=source.id, disable=not progress or small) as bar:
         stream.fill(model, shards, device, weight_dtype, dtype, bar.update)
     if quantization == "dynamic" and choice is None:
         tokens = calibration_tokens(tokenizer, calibration)
@@ -136,7 +137,9 @@ def load(
     else:
         model.requires_grad_(True)
     if kernels:
-        print(patch.with_kernels(model))
+        swapped = patch.with_kernels(model)
+        if device.type == "cuda":  # on a CPU they are the same functions in plain torch: nothing to report
+            print(swapped)
     every, trainable = quantize.parameters(model)
     print(
         f"{source.id} · {quantization} · {every / 1e6:,.1f} M parameters, {trainable / 1e6:,.1f} M trainable "

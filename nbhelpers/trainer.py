@@ -13,6 +13,7 @@ import torch
 import trl
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, PrinterCallback
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging as transformers_logging
 from trl.extras.profiling import profiling_context
 
 from nbhelpers import engines, host, panel
@@ -156,7 +157,9 @@ class LeanGRPOTrainer(LeanStepTrainer):
     def train(self, *args, **kwargs) -> TrainOutput:
         """Train, and keep what was learned however it ends. Arguments and result as in transformers' Trainer."""
         try:
-            return super().train(*args, **kwargs)
+            with warnings.catch_warnings():  # of TRL's own, about transformers 5.23
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+                return super().train(*args, **kwargs)
         except KeyboardInterrupt:
             folder = self._keep()
             self.callback_handler.on_train_end(self.args, self.state, self.control)
@@ -169,6 +172,14 @@ class LeanGRPOTrainer(LeanStepTrainer):
             if self.state.global_step:
                 print(f"Step {self.state.global_step + 1} failed. What was learned until then is in {self._keep()}.")
             raise
+
+    def save_model(self, *args, **kwargs) -> None:
+        """As in transformers' Trainer, without its progress bar, which stays in a notebook as an empty widget."""
+        transformers_logging.disable_progress_bar()
+        try:
+            super().save_model(*args, **kwargs)
+        finally:
+            transformers_logging.enable_progress_bar()
 
     def _keep(self) -> Path:
         """Save model or adapter, tokenizer and the log of the run into the output folder, and return it."""
