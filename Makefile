@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test notebooks workshop-model clean
+.PHONY: run test workshop-model clean
 
 # One environment for everything, made once and again only when its inputs change.
 .venv/ready: requirements.txt pyproject.toml

@@ -197,7 +197,7 @@ def test_the_host_holds_less_than_a_shard_and_a_half(tmp_path):
 def test_gradients_after_an_eval_forward():
     """bitsandbytes on a CPU with AVX512-BF16 repacks weights in the first eval forward; gradients are wrong after it.
 
-    Where the CPU has it, an uncured layer is shown to be wrong; everywhere the cure is shown to be in place.
+    On such a CPU this fails without the cure; on every CPU it shows that the cure is in place on each layer.
     """
     import bitsandbytes as bnb
 
