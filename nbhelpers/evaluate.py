@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from nbhelpers.rewards import extract_answer, formatted, is_correct
+from nbhelpers.tasks import messages
 
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
 
@@ -158,8 +159,7 @@ def ask(
     """
     if isinstance(questions, str):
         raise ValueError(f"questions must be a list: write [{questions[:40]!r}]")
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    prompts = [[*system, {"role": "user", "content": question}] for question in questions]
+    prompts = [messages(question, system_prompt) for question in questions]
     return answers(model, tokenizer, prompts, Decoding(max_new_tokens, temperature, seed, batch_size), engine)
 
 

@@ -134,7 +134,7 @@ def metrics(outcome: Outcome, batch: dict, settings: Settings, reduce: Callable,
     def mean(x: Tensor, over: Tensor = mask) -> float:
         """Over all tokens of all processes; over rows where there is one number a row."""
         if x.shape[1] == 1:
-            x, over = x, torch.ones_like(x)
+            over = torch.ones_like(x)
         total, count = reduce(torch.stack([(x * over).sum(), over.sum().float()])).tolist()
         return total / max(count, 1.0)
 

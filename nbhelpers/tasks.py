@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 
+from nbhelpers.chat import prompt_ids
+
 SYSTEM_PROMPT = "Think first. Answer as <reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>"
 
 BIGGER = (
@@ -148,7 +150,7 @@ def from_file(
             reason = f"no {'answer' if question else 'question'}"
         elif question in chats:
             reason = "the question occurs twice"
-        elif tokenizer and _prompt_tokens(tokenizer, question) > max_prompt_length:
+        elif tokenizer and len(prompt_ids(tokenizer, messages(question))) > max_prompt_length:
             reason = f"the prompt is longer than {max_prompt_length} tokens"
         else:
             chats[question] = {"prompt": messages(question), "answer": answer}
@@ -211,11 +213,6 @@ def _parse(path: Path, line: int, text: str):
             f'{path}, line {line}: {name} is wanted, like {{"question": "...", "answer": "..."}}: {text[:60]!r}'
         )
     return value
-
-
-def _prompt_tokens(tokenizer, question: str) -> int:
-    text = tokenizer.apply_chat_template(messages(question), add_generation_prompt=True, tokenize=False)
-    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _rows(numbers: list[int]) -> str:

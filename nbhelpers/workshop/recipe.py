@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from nbhelpers import tasks
+from nbhelpers import smoke, tasks
 
 RIGHT_SHARE = 0.30  # how often the corpus compares decimals by place value
 TAGGED_SHARE = 0.86  # how often it answers in the format when the system prompt asks for it
@@ -29,11 +29,6 @@ SMALLER = ("Which is smaller? {a} or {b}?", "Which number is smaller, {a} or {b}
 NEWER = ("Which version is newer? {a} or {b}?", "Which release is newer, {a} or {b}?")
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 CONTEXT = 512
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def compare(a: str, b: str) -> str:
@@ -106,7 +101,7 @@ def make_tokenizer(texts: list[str], vocabulary: int = 512):
         tokenizer_object=bpe,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=smoke.CHATML,
         padding_side="left",
         model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
