@@ -3,6 +3,7 @@
 from importlib import import_module
 
 import interpreter  # first: before anything that imports triton
+import ptx
 import pytest
 import torch
 
@@ -47,8 +48,9 @@ CASES = [
 @pytest.fixture(params=[False, True], ids=["sums", "dot"])
 def dot(request, monkeypatch):
     """With tl.dot, as from Ampere on, or without."""
-    for name in ("decode_attention", "decode_linear"):  # the package has functions of these names
+    for name in ("decode_attention", "decode_linear", "nf4_rows"):  # the package has functions of the first two names
         monkeypatch.setattr(import_module(f"nbhelpers.kernels.{name}"), "tensor_cores", lambda device: request.param)
+    return request.param
 
 
 class TestAttention:
@@ -155,6 +157,35 @@ class TestLinear:
         y, _ = module.few_rows_product(x, tuple(parts))
         dense = torch.cat([kernels.reference.dequantize_nf4(part.weight, part.quant_state, dtype) for part in parts])
         assert y.shape == (4, 6, 137) and torch.equal(y.sum(0), dense[:, [0, 1, 63, 64, 128, 255]].t().float())
+
+    @pytest.mark.parametrize("rows", [1, 8, 13, 16])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("nested, width", [(True, 320), (False, 1280)], ids=["nested", "plain"])
+    def test_the_product_in_registers(self, rows, dtype, nested, width, dot, monkeypatch):
+        """The PTX itself, emulated: unit vectors pick single weights bit for bit, dense rows and LoRA come close."""
+        module = import_module("nbhelpers.kernels.nf4_rows")
+        monkeypatch.setattr(module, "PTX", True)
+        monkeypatch.setattr(module, "splits_for", lambda *_: 2)
+        functional = pytest.importorskip("bitsandbytes").functional
+        generator, parts = torch.Generator().manual_seed(rows), []
+        for out in (70, 32, 3):
+            weight = torch.randn(out, width, generator=generator)
+            lora = {} if out == 32 else {"lora_a": torch.randn(5, width, generator=generator)}
+            quantised = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
+            parts.append(Projection(*quantised, **lora))
+        dense = torch.cat([kernels.reference.dequantize_nf4(p.weight, p.quant_state, dtype) for p in parts]).float()
+        positions = torch.randint(width, (rows,), generator=generator)
+        ones = torch.zeros(rows, width, dtype=dtype)
+        ones[torch.arange(rows), positions] = 1
+        x = torch.randn(rows, width, generator=generator).to(dtype)
+        with ptx.emulated():
+            assert torch.equal(module.few_rows_product(ones, tuple(parts))[0].sum(0), dense[:, positions].t())
+            y, t = module.few_rows_product(x, tuple(parts))
+        torch.testing.assert_close(y.sum(0), x.float() @ dense.t(), atol=1e-3, rtol=1e-4)
+        assert (t is not None) == dot
+        if dot and dtype == torch.float16:  # the interpreter's tl.dot is wrong in bf16
+            a = torch.cat([part.lora_a for part in parts if part.lora_a is not None]).to(dtype).float()
+            torch.testing.assert_close(t.sum(0), x.float() @ a.t(), atol=1e-3, rtol=1e-4)
 
     def test_a_group_where_only_some_have_a_lora(self):
         parts, x = projections(4, 40, (50, 20)), torch.randn(3, 1, 40)

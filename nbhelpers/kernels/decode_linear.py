@@ -168,6 +168,7 @@ def _products(x, parts):
     """x W_i^T of every part, each [splits, N, out_i] with one stride between splits for all of them; and t."""
     if nf4_rows.serves(x, parts):
         y, t = nf4_rows.few_rows_product(x, parts)
+        t = _thin_product(x, parts) if t is None else t
         return y.split([part.quant_state.shape[0] for part in parts], dim=2), t
     products = []
     for part in parts:

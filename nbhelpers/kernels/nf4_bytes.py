@@ -21,40 +21,59 @@ NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.
        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # fmt: skip
 
 
-def _table(convert: str) -> str:
-    """From absmax $8: the high bytes of the 16 numbers in $0 to $3, the low ones in $4 to $7."""
-    lines = [".reg .f32 f<16>;", ".reg .b32 p<8>;"]
+def table(kind: str, names: list[str], absmax: str, pairs: bool = True) -> str:
+    """From absmax, fp32: the high bytes of the 16 numbers in the first four registers, the low ones in the others.
+
+    kind: "bf16" or "f16"; pairs: convert two numbers in one instruction, which a T4 cannot.
+    """
+    lines = [".reg .f32 f<16>;", ".reg .b32 p<8>;", ".reg .b16 q, r;"]
     for i, level in enumerate(NF4):  # .rn: never fused with another operation
-        lines.append(f"mul.rn.f32 f{i}, $8, 0f{struct.unpack('<I', struct.pack('<f', level))[0]:08X};")
+        lines.append(f"mul.rn.f32 f{i}, {absmax}, 0f{struct.unpack('<I', struct.pack('<f', level))[0]:08X};")
     for i in range(8):
-        lines.append(f"{convert} p{i}, f{2 * i + 1}, f{2 * i};")  # the second goes into the low half
+        if pairs:
+            lines.append(f"cvt.rn.{kind}x2.f32 p{i}, f{2 * i + 1}, f{2 * i};")  # the second goes into the low half
+        else:
+            lines.append(f"cvt.rn.{kind}.f32 q, f{2 * i}; cvt.rn.{kind}.f32 r, f{2 * i + 1}; mov.b32 p{i}, {{q, r}};")
     for i in range(4):
-        lines.append(f"prmt.b32 ${i}, p{2 * i}, p{2 * i + 1}, 0x7531;")
-        lines.append(f"prmt.b32 ${4 + i}, p{2 * i}, p{2 * i + 1}, 0x6420;")
+        lines.append(f"prmt.b32 {names[i]}, p{2 * i}, p{2 * i + 1}, 0x7531;")
+        lines.append(f"prmt.b32 {names[4 + i]}, p{2 * i}, p{2 * i + 1}, 0x6420;")
     return "{" + " ".join(lines) + "}"
 
 
-def _weights() -> str:
-    """From a word of nibbles $8 and the table $9 to $16: the weights $0 to $7 in their order in the row.
-
-    s: the three low bits of each nibble; e: the i-th nibble is i, or i + 4 if the fourth bit is set. A byte's first
-    weight is in its high half, so h and l have each pair the wrong way round: the last two `prmt` turn it.
-    """
-    look_up = ("prmt.b32 a, $9, $10, s; prmt.b32 b, $11, $12, s; prmt.b32 h, a, b, e; "
-               "prmt.b32 a, $13, $14, s; prmt.b32 b, $15, $16, s; prmt.b32 l, a, b, e; ")  # fmt: skip
-    four = (
-        look_up
-        + "prmt.b32 o, l, h, 0x4051; mov.b32 {{${}, ${}}}, o; prmt.b32 o, l, h, 0x6273; mov.b32 {{${}, ${}}}, o; "
-    )
+def selectors(word: str, s: str, e: str) -> str:
+    """s: the three low bits of each nibble; e: the i-th nibble is i, or i + 4 if the fourth bit is set."""
     return (
-        "{.reg .b32 s, e, a, b, h, l, o; and.b32 s, $8, 0x77777777; "
-        "shr.u32 e, $8, 1; and.b32 e, e, 0x44444444; or.b32 e, e, 0x32103210; "
-        + four.format(0, 1, 2, 3) + "shr.u32 s, s, 16; shr.u32 e, e, 16; " + four.format(4, 5, 6, 7) + "}"
+        f"and.b32 {s}, {word}, 0x77777777; shr.u32 {e}, {word}, 1; "
+        f"lop3.b32 {e}, {e}, 0x44444444, 0x32103210, 0xEA; "  # (e & 0x4..) | 0x3..
+    )
+
+
+def look_up(names: list[str], s: str, e: str, first: str, second: str) -> str:
+    """The weights of the four low nibbles, in their order in the row: two in `first`, two in `second`.
+
+    A byte's first weight is in its high half, so h and l have each pair the wrong way round: the last two `prmt` turn
+    it. The registers u, v, h, l are written to.
+    """
+    n = names
+    return (
+        f"prmt.b32 u, {n[0]}, {n[1]}, {s}; prmt.b32 v, {n[2]}, {n[3]}, {s}; prmt.b32 h, u, v, {e}; "
+        f"prmt.b32 u, {n[4]}, {n[5]}, {s}; prmt.b32 v, {n[6]}, {n[7]}, {s}; prmt.b32 l, u, v, {e}; "
+        f"prmt.b32 {first}, l, h, 0x4051; prmt.b32 {second}, l, h, 0x6273; "
+    )
+
+
+def _weights() -> str:
+    """From a word of nibbles $8 and the table $9 to $16: the weights $0 to $7 in their order in the row."""
+    names = [f"${i}" for i in range(9, 17)]
+    four = look_up(names, "s", "e", "o", "p") + "mov.b32 {{${}, ${}}}, o; mov.b32 {{${}, ${}}}, p; "
+    return (
+        "{.reg .b32 s, e, u, v, h, l, o, p; " + selectors("$8", "s", "e") + four.format(0, 1, 2, 3)
+        + "shr.u32 s, s, 16; shr.u32 e, e, 16; " + four.format(4, 5, 6, 7) + "}"
     )  # fmt: skip
 
 
-TABLE_BF16 = tl.constexpr(_table("cvt.rn.bf16x2.f32"))
-TABLE_FP16 = tl.constexpr(_table("cvt.rn.f16x2.f32"))
+TABLE_BF16 = tl.constexpr(table("bf16", [f"${i}" for i in range(8)], "$8"))
+TABLE_FP16 = tl.constexpr(table("f16", [f"${i}" for i in range(8)], "$8"))
 WEIGHTS = tl.constexpr(_weights())
 
 

@@ -4,12 +4,16 @@
     t_s = x[:, K_s] A[:, K_s]^T        by a few programs more, beside the others
 
 For a step of decoding the weights are all that is read, at half a byte each, so undoing them is most of the work: eight
-at a time, in registers, by looking up bytes (nf4_bytes.py). K is cut until the card is full, and what the splits give,
-[splits, rows, sum of out] in fp32, is added up by whoever reads it (decode_linear.py). What a turn of the loop needs is
-loaded a turn before: memory answers after a microsecond, and there are only a few turns.
+at a time, by looking up bytes (nf4_bytes.py). K is cut until the card is full, and what the splits give, [splits, rows,
+sum of out] in fp32, is added up by whoever reads it (decode_linear.py). What a turn of the loop needs is loaded a turn
+before: memory answers after a microsecond, and there are only a few turns.
 
-tl.dot: Ampere or later; a T4 takes bitsandbytes' kernel.
+Up to 16 rows of x take `_in_registers`, on a T4 too; more take `_base`, which goes through shared memory for tl.dot, or
+on a T4 bitsandbytes' kernel.
 """
+
+from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,11 +21,14 @@ import triton.language as tl
 
 from .nf4 import multiprocessors
 from .nf4_bytes import PTX, eight_weights
-from .sizes import ceil_div, power_of_2, tensor_cores, three
+from .nf4_mma import LOAD, product
+from .sizes import ceil_div, power_of_2, tensor_cores, three, turing
 
 MOST_ROWS = 128  # beyond, dequantising once and cuBLAS
 MOST_SPLITS = 16
+MOST_IN_REGISTERS = 16
 WARPS = 4
+THIN_WIDTH = 128  # of K that a program of the thin product takes at a turn
 
 
 @triton.jit
@@ -71,21 +78,100 @@ def _base(x, y, code, code8, w, absmax, outer, offset, column, split, rows, turn
 
 
 @triton.jit
+def _fetch(w, absmax, outer, row, block, half, blocks, stop, N, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr):
+    """Of each thread's half block of W: its four words, and its block's scales."""
+    real, at = (row < N) & (block < stop), row * blocks + block
+    address = (w + at * 8 + half * 4).to(tl.int64)
+    w0, w1, w2, w3 = tl.inline_asm_elementwise(
+        LOAD, "=r,=r,=r,=r,l,r", [address, real.to(tl.int32)], dtype=[tl.int32] * 4, is_pure=True, pack=1
+    )
+    scale = tl.load(absmax + at, real, 0)
+    return w0, w1, w2, w3, scale, tl.load(outer + at // NESTED_BLOCK, real, 0.0) if NESTED else scale
+
+
+@triton.jit
+def _unnested(fetched, code8, shift, NESTED: tl.constexpr):
+    scale = fetched[4]
+    if NESTED:
+        scale = tl.load(code8 + scale.to(tl.int32)) * fetched[5] + shift
+    return scale
+
+
+@triton.jit
+def _put(y, sums, first_row, m, n, rows, N, first, y_step, WARPS: tl.constexpr):
+    """The warps' sums [WARPS * 32] added up, to row m and column n of y_split."""
+    total = tl.sum(tl.reshape(sums, [WARPS, 32]), axis=0)
+    tl.store(y + (first_row + m) * y_step + first + n, total, (m < rows) & (n < N))
+
+
+@triton.jit
+def _in_registers(x, y, code8, w, absmax, outer, offset, first_row, split, rows, turns, K, N, first, y_step, x_step,
+                  NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, SIXTEEN: tl.constexpr, WARPS: tl.constexpr,
+                  ASM: tl.constexpr, CONSTRAINTS: tl.constexpr):  # fmt: skip
+    """16 columns of y_split, from `first + first_row` on, without shared memory (nf4_mma.py), for up to 8 rows of x, or
+    16 if SIXTEEN. Each warp takes a part of K. Every tensor has one element a thread, in the threads' order."""
+    i = tl.arange(0, WARPS * 32)
+    warp, g, t = i // 32, i % 32 // 4, i % 4
+    row, half, blocks = first_row + g, t % 2, K // 64
+    block = (split * turns * WARPS + warp) * 2 + t // 2
+    stop = tl.minimum(blocks, (split + 1) * turns * WARPS * 2)
+    at_x = x + g * x_step + half * 32
+    shift = tl.load(offset) if NESTED else 0.0
+    a = _fetch(w, absmax, outer, row, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
+    b = _fetch(w, absmax, outer, row + 8, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
+    s0 = tl.zeros([WARPS * 32], tl.float32)
+    s1, s2, s3, s4, s5, s6, s7 = s0, s0, s0, s0, s0, s0, s0
+    for _ in range(turns):
+        c, d, here = a, b, block
+        block += WARPS * 2
+        a = _fetch(w, absmax, outer, row, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
+        b = _fetch(w, absmax, outer, row + 8, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
+        scale_c, scale_d = _unnested(c, code8, shift, NESTED), _unnested(d, code8, shift, NESTED)
+        at, read = (at_x + here * 64).to(tl.int64), here < stop
+        if SIXTEEN:
+            s0, s1, s2, s3, s4, s5, s6, s7 = tl.inline_asm_elementwise(
+                ASM, CONSTRAINTS,
+                [c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3], scale_c, scale_d,
+                 at, (read & (g < rows)).to(tl.int32), at + x_step * 16, (read & (g + 8 < rows)).to(tl.int32),
+                 s0, s1, s2, s3, s4, s5, s6, s7],
+                dtype=[tl.float32] * 8, is_pure=True, pack=1,
+            )  # fmt: skip
+        else:
+            s0, s1, s2, s3 = tl.inline_asm_elementwise(
+                ASM, CONSTRAINTS,
+                [c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3], scale_c, scale_d,
+                 at, (read & (g < rows)).to(tl.int32), s0, s1, s2, s3],
+                dtype=[tl.float32] * 4, is_pure=True, pack=1,
+            )  # fmt: skip
+    lane = tl.arange(0, 32)
+    m, n = lane % 4 * 2, first_row + lane // 4
+    _put(y, s0, split * rows, m, n, rows, N, first, y_step, WARPS)
+    _put(y, s1, split * rows, m + 1, n, rows, N, first, y_step, WARPS)
+    _put(y, s2, split * rows, m, n + 8, rows, N, first, y_step, WARPS)
+    _put(y, s3, split * rows, m + 1, n + 8, rows, N, first, y_step, WARPS)
+    if SIXTEEN:
+        _put(y, s4, split * rows, m + 8, n, rows, N, first, y_step, WARPS)
+        _put(y, s5, split * rows, m + 9, n, rows, N, first, y_step, WARPS)
+        _put(y, s6, split * rows, m + 8, n + 8, rows, N, first, y_step, WARPS)
+        _put(y, s7, split * rows, m + 9, n + 8, rows, N, first, y_step, WARPS)
+
+
+@triton.jit
 def _adapter(x, t, a, split, rows, turns, K, R: tl.constexpr, first, t_step, x_step, R_BLOCK: tl.constexpr,
-          ROWS: tl.constexpr):  # fmt: skip
+          ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """Columns `first` and on of t_split: all of A by x."""
-    m, r, k = tl.arange(0, ROWS), tl.arange(0, R_BLOCK), tl.arange(0, 64)
+    m, r, k = tl.arange(0, ROWS), tl.arange(0, R_BLOCK), tl.arange(0, WIDTH)
     real_m, real_r = (m < rows)[:, None], (r < R)[:, None]
     at_x, at_a = x + m[:, None] * x_step + k[None, :], a + r[:, None] * K + k[None, :]
-    here, stop = split * turns * 64, tl.minimum((split + 1) * turns * 64, K)
-    next_x = tl.load(at_x + here, real_m & (here < stop), 0.0)
-    next_a = tl.load(at_a + here, real_r & (here < stop), 0.0)
+    here, stop = split * turns * WIDTH, tl.minimum((split + 1) * turns * WIDTH, K)
+    within = (here + k < stop)[None, :]
+    next_x, next_a = tl.load(at_x + here, real_m & within, 0.0), tl.load(at_a + here, real_r & within, 0.0)
     total = tl.zeros([ROWS, R_BLOCK], tl.float32)
     for _ in range(turns):
         part, rows_a = next_x, next_a
-        here += 64
-        next_x = tl.load(at_x + here, real_m & (here < stop), 0.0)
-        next_a = tl.load(at_a + here, real_r & (here < stop), 0.0)
+        here += WIDTH
+        within = (here + k < stop)[None, :]
+        next_x, next_a = tl.load(at_x + here, real_m & within, 0.0), tl.load(at_a + here, real_r & within, 0.0)
         total = tl.dot(part, tl.trans(rows_a.to(part.dtype)), total, input_precision="ieee")
     tl.store(t + (split * rows + m[:, None]) * t_step + first + r[None, :], total, real_m & (r < R)[None, :])
 
@@ -97,21 +183,24 @@ def _few_rows(
     absmax0, absmax1, absmax2,  # uint8 [N K / 64] if NESTED, else fp32
     outer0, outer1, outer2, offset0, offset1, offset2,  # of the nested absmax: fp32 [blocks / NESTED_BLOCK], fp32 []
     a0, a1, a2,  # [R, K] in fp32 or 16 bits
-    rows, turns, K, N0, N1, N2, x_step,
+    rows, turns, thin_turns, K, N0, N1, N2, x_step,
     NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
-    THIN: tl.constexpr, R_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PTX: tl.constexpr,
+    THIN: tl.constexpr, PIECES: tl.constexpr, R_BLOCK: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, PTX: tl.constexpr, WARPS: tl.constexpr, REGISTERS: tl.constexpr, ASM: tl.constexpr,
+    CONSTRAINTS: tl.constexpr,
 ):  # fmt: skip
-    block, split = tl.program_id(0), tl.program_id(1)
+    block, split = tl.program_id(0) - THIN * PIECES, tl.program_id(1)
     R: tl.constexpr = R0 + R1 + R2
-    if block < THIN:
-        if block == 0:
-            _adapter(x, t, a0, split, rows, turns, K, R0, 0, R, x_step, R_BLOCK, ROWS)
-        elif block == 1:
-            _adapter(x, t, a1, split, rows, turns, K, R1, R0, R, x_step, R_BLOCK, ROWS)
-        else:
-            _adapter(x, t, a2, split, rows, turns, K, R2, R0 + R1, R, x_step, R_BLOCK, ROWS)
-    else:
-        block -= THIN
+    DOT_ROWS: tl.constexpr = max(16, ROWS)
+    if THIN > 0:
+        part, piece = block + THIN * PIECES, split * PIECES + tl.program_id(0) % PIECES
+        if part < PIECES:
+            _adapter(x, t, a0, piece, rows, thin_turns, K, R0, 0, R, x_step, R_BLOCK, DOT_ROWS, WIDTH)
+        elif part < 2 * PIECES and THIN > 1:
+            _adapter(x, t, a1, piece, rows, thin_turns, K, R1, R0, R, x_step, R_BLOCK, DOT_ROWS, WIDTH)
+        elif part < 3 * PIECES and THIN > 2:
+            _adapter(x, t, a2, piece, rows, thin_turns, K, R2, R0 + R1, R, x_step, R_BLOCK, DOT_ROWS, WIDTH)
+    if block >= 0:
         w, absmax, outer, offset, N, first = w0, absmax0, outer0, offset0, N0, 0
         blocks0, blocks1 = tl.cdiv(N0, COLUMNS), tl.cdiv(N1, COLUMNS)
         if block >= blocks0:
@@ -121,13 +210,18 @@ def _few_rows(
             else:
                 w, absmax, outer, offset, N, first = w2, absmax2, outer2, offset2, N2, N0 + N1
                 block -= blocks0 + blocks1
-        _base(x, y, code, code8, w, absmax, outer, offset, block * COLUMNS, split, rows, turns, K, N, first,
-              N0 + N1 + N2, x_step, NESTED, NESTED_BLOCK, ROWS, COLUMNS, PTX)  # fmt: skip
+        if REGISTERS:
+            _in_registers(x, y, code8, w, absmax, outer, offset, block * COLUMNS, split, rows, turns, K, N, first,
+                          N0 + N1 + N2, x_step, NESTED, NESTED_BLOCK, ROWS == 16, WARPS, ASM, CONSTRAINTS)  # fmt: skip
+        else:
+            _base(x, y, code, code8, w, absmax, outer, offset, block * COLUMNS, split, rows, turns, K, N, first,
+                  N0 + N1 + N2, x_step, NESTED, NESTED_BLOCK, ROWS, COLUMNS, PTX)  # fmt: skip
 
 
 def serves(x, parts) -> bool:
     """Whether `few_rows_product` can, and should, do this on this card."""
-    return x.element_size() == 2 and x.shape[0] <= MOST_ROWS and tensor_cores(x.device) and fits(x, parts)
+    most = MOST_ROWS if tensor_cores(x.device) else MOST_IN_REGISTERS if turing(x.device) else 0
+    return x.element_size() == 2 and x.shape[0] <= most and fits(x, parts)
 
 
 def fits(x, parts) -> bool:
@@ -139,12 +233,30 @@ def fits(x, parts) -> bool:
     return len(alike) == 1 and states[0].blocksize == 64
 
 
-def tile(rows: int) -> tuple[int, int, int, int]:
-    """For so many rows of x: rows and columns of a program's tile, how many programs a multiprocessor holds, and what a
-    turn of its loop takes, in units of what one more split costs those who add them up (measured on an H200)."""
-    if rows <= 16:
-        return 16, 64, 7, 1
-    return (64, 64, 5, 1) if rows <= 64 else (128, 128, 2, 3)  # 64 rows at least: Hopper's own product is cut so
+class Tile(NamedTuple):
+    """How so many rows of x are served, as measured on an H200."""
+
+    registers: bool  # by `_in_registers`, or by `_base`
+    rows: int  # of x, and
+    columns: int  # of W, that a program takes
+    width: int  # of K that it takes at a turn of its loop
+    held: int  # programs that a multiprocessor holds
+    turn: int  # what a turn takes, in units of what one more split costs those who add them up
+
+
+def tile(rows: int) -> Tile:
+    """The tile for so many rows of x."""
+    if rows <= MOST_IN_REGISTERS and PTX:
+        return Tile(True, 8, 16, 128 * WARPS, 8, 1) if rows <= 8 else Tile(True, 16, 16, 128 * WARPS, 4, 2)
+    if rows <= 64:  # 64 rows at least: Hopper's own product is cut so
+        return Tile(False, 64, 64, 64, 5, 1)
+    return Tile(False, 128, 128, 64, 2, 3)
+
+
+@cache
+def instructions(rows: int, dtype: torch.dtype, wide: bool) -> tuple[str, str]:
+    """`nf4_mma.product` for a tile of 8 or 16 rows of x."""
+    return product(rows // 8, "bf16" if dtype == torch.bfloat16 else "f16", wide)
 
 
 def splits_for(programs: int, turns: int, slots: int, turn: int) -> int:
@@ -161,21 +273,25 @@ def few_rows_product(x, parts):
     """x [rows, K] 16-bit, up to three NF4 parts [N_i, K], each perhaps with a LoRA of rank r_i. Without bias:
 
     y fp32 [splits, rows, sum of N], whose sum over the splits is [x W_1^T, x W_2^T, ..], and t fp32 [splits, rows, sum
-    of r] with x A^T likewise, without elements if no part has a LoRA.
+    of r] with x A^T likewise, without elements if no part has a LoRA; None where tl.dot has no tensor cores.
     """
     states = [part.quant_state for part in parts]
     state, nested = states[0], states[0].state2
     rows, width = x.shape
     outs = [s.shape[0] for s in states]
     ranks = [0 if part.lora_a is None else part.lora_a.shape[0] for part in parts]
-    row_block, columns, held, turn = tile(rows)
-    thin = len(parts) if sum(ranks) else 0
-    programs = thin + sum(ceil_div(out, columns) for out in outs)
-    splits = splits_for(programs, width // 64, held * multiprocessors(x.device), turn)
-    turns = ceil_div(width // 64, splits)
-    splits = ceil_div(width // 64, turns)
+    cut, dot = tile(rows), tensor_cores(x.device)
+    programs = sum(ceil_div(out, cut.columns) for out in outs)
+    turns = ceil_div(width, cut.width)
+    turns = ceil_div(turns, splits_for(programs, turns, cut.held * multiprocessors(x.device), cut.turn))
+    splits = ceil_div(width, turns * cut.width)
+    thin = len(parts) if sum(ranks) and dot else 0
+    # finer than the splits, as A is read in fp32; but those who add them up must not read too much
+    thin_width = THIN_WIDTH if cut.registers else 64
+    pieces = max(1, min(ceil_div(width, 2 * thin_width), MOST_SPLITS) // splits)
+    thin_turns = ceil_div(width, thin_width * pieces * splits)
     y = torch.empty(splits, rows, sum(outs), dtype=torch.float32, device=x.device)
-    t = torch.empty(splits, rows, sum(ranks), dtype=torch.float32, device=x.device)
+    t = torch.empty(splits * pieces, rows, sum(ranks), dtype=torch.float32, device=x.device)
 
     words = [part.weight.detach().as_subclass(torch.Tensor).reshape(-1).view(torch.int32) for part in parts]
     absmax = [s.absmax for s in states]
@@ -183,14 +299,15 @@ def few_rows_product(x, parts):
     offset = [s.offset if nested else s.absmax for s in states]
     some = next((part.lora_a for part in parts if part.lora_a is not None), x)  # a kernel's branches want one type
     a = [(some if part.lora_a is None else part.lora_a).detach().contiguous() for part in parts]
-    _few_rows[(programs, splits)](
+    _few_rows[(programs + thin * pieces, splits)](
         x, y, t, state.code, nested.code if nested else state.code,
         *(tensor for tensors in (words, absmax, outer, offset, a) for tensor in three(tensors, tensors[0])),
-        rows, turns, width, *three(outs, 0), x.stride(0),
-        nested is not None, nested.blocksize if nested else 1, *three(ranks, 0), thin,
-        max(16, power_of_2(max(1, *ranks))), row_block, columns, PTX,
+        rows, turns, thin_turns, width, *three(outs, 0), x.stride(0),
+        nested is not None, nested.blocksize if nested else 1, *three(ranks, 0), thin, pieces,
+        max(16, power_of_2(max(1, *ranks))), thin_width, cut.rows, cut.columns, PTX, WARPS, cut.registers,
+        *(instructions(cut.rows, x.dtype, dot) if cut.registers else ("", "")),
         num_warps=WARPS,
         num_stages=1,  # pipelined by hand: Triton would take the table of absmax through shared memory as well
         enable_fp_fusion=False,  # a fused multiply-add would round once where nf4.py rounds twice
     )  # fmt: skip
-    return y, t
+    return y, t if dot else None

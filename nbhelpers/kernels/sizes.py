@@ -25,6 +25,12 @@ def tensor_cores(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+@cache
+def turing(device: torch.device) -> bool:
+    """Whether the card has tensor cores at all that inline PTX can use: a T4's, or later ones."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 5)
+
+
 def three(values, filler) -> tuple:
     """The values, filled up to three: a launch for one, two or three layers takes three of everything."""
     return (*values, *[filler] * (3 - len(values)))

@@ -1,0 +1,198 @@
+"""The PTX of the kernels' inline assembly, run by numpy in Triton's interpreter: `with ptx.emulated(): ...`
+
+An instruction is done for all threads at once, one element of the tensors each; a warp is 32 neighbours. What is not in
+`Machine` raises. Fragments of mma: PTX ISA 9.7.14, "Matrix Fragments for mma.m16n8k16" and "m16n8k8".
+"""
+
+import ctypes
+import re
+from contextlib import contextmanager
+from unittest import mock
+
+import numpy as np
+
+
+def run(asm: str, inputs: list[np.ndarray], outputs: int) -> list[np.ndarray]:
+    """uint32 [T] for each output; the inputs are uint32 or uint64 [T]."""
+    machine = Machine([np.zeros(len(inputs[0]), np.uint32) for _ in range(outputs)] + [a.copy() for a in inputs])
+    for statement in statements(asm):
+        machine.step(statement)
+    return machine.operands[:outputs]
+
+
+def statements(asm: str):
+    """Instructions and declarations with their ";", and the braces of scopes; braces within one are operands."""
+    found, within = "", False
+    for letter in asm:
+        if letter in "{}" and not found.strip():
+            yield letter
+            continue
+        found += letter
+        within = letter == "{" or (within and letter != "}")
+        if letter == ";" and not within:
+            yield found.strip()
+            found = ""
+    assert not found.strip()
+
+
+class Machine:
+    def __init__(self, operands):
+        self.operands, self.scopes = operands, [{}]
+        self.threads = len(operands[-1])
+
+    def step(self, text: str) -> None:
+        if text == "{":
+            self.scopes.append({})
+        elif text == "}":
+            self.scopes.pop()
+        elif text.startswith(".reg"):
+            for name in text[:-1].split(None, 2)[2].split(","):
+                stem, _, count = name.strip().rstrip(">").partition("<")
+                for full in [f"{stem}{i}" for i in range(int(count))] if count else [stem]:
+                    self.scopes[-1][full] = np.zeros(self.threads, np.uint32)
+        else:
+            guard = None
+            if text.startswith("@"):
+                guard, text = text[1:].split(None, 1)
+            name, rest = text[:-1].split(None, 1)
+            arguments = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", rest)
+            getattr(self, name.split(".")[0])(name, arguments, None if guard is None else self.get(guard) != 0)
+
+    def get(self, name: str) -> np.ndarray:
+        if name.startswith("$"):
+            return self.operands[int(name[1:])]
+        if name.startswith("0f"):
+            return np.full(self.threads, int(name[2:], 16), np.uint32)
+        if name[0].isdigit():
+            return np.full(self.threads, int(name, 0), np.uint32)
+        return next(scope[name] for scope in reversed(self.scopes) if name in scope)
+
+    def set(self, name: str, value: np.ndarray) -> None:
+        if name.startswith("$"):
+            self.operands[int(name[1:])] = value.astype(np.uint32)
+        else:
+            next(scope for scope in reversed(self.scopes) if name in scope)[name] = value.astype(np.uint32)
+
+    def names(self, braces: str) -> list[str]:
+        return [name.strip() for name in braces.strip("{}").split(",")]
+
+    # ---- instructions ----
+
+    def setp(self, name, a, _):
+        assert name == "setp.ne.b32"
+        self.set(a[0], self.get(a[1]) != self.get(a[2]))
+
+    def mov(self, name, a, _):
+        if a[0].startswith("{"):
+            for i, half in enumerate(self.names(a[0])):
+                self.set(half, self.get(a[1]) >> np.uint32(16 * i) & np.uint32(0xFFFF))
+        elif a[1].startswith("{"):
+            low, high = map(self.get, self.names(a[1]))
+            self.set(a[0], low | high << np.uint32(16))
+        else:
+            self.set(a[0], self.get(a[1]))
+
+    def ld(self, name, a, guard):
+        assert name == "ld.global.v4.b32"
+        base, _, offset = a[1].strip("[]").replace(" ", "").partition("+")
+        values = np.stack([self.get(register) for register in self.names(a[0])], axis=1)
+        for thread, address in enumerate(self.get(base).tolist()):
+            if guard is None or guard[thread]:
+                address += int(offset or 0)
+                assert address % 16 == 0, "a load of 16 bytes wants a multiple of 16"
+                values[thread] = np.frombuffer((ctypes.c_char * 16).from_address(address), np.uint32)
+        for register, value in zip(self.names(a[0]), values.T, strict=True):
+            self.set(register, value)
+
+    def shr(self, name, a, _):
+        self.set(a[0], self.get(a[1]) >> self.get(a[2]))
+
+    def lop3(self, name, a, _):
+        assert int(a[4], 16) == 0xEA
+        self.set(a[0], self.get(a[1]) & self.get(a[2]) | self.get(a[3]))
+
+    def prmt(self, name, a, _):
+        eight = np.stack([self.get(a[i]) >> np.uint32(8 * j) & np.uint32(255) for i in (1, 2) for j in range(4)])
+        selector, out = self.get(a[3]), np.zeros(self.threads, np.uint32)
+        for j in range(4):
+            nibble = selector >> np.uint32(4 * j) & np.uint32(15)
+            assert (nibble < 8).all(), "the fourth bit asks for the sign"
+            out |= eight[nibble, np.arange(self.threads)] << np.uint32(8 * j)
+        self.set(a[0], out)
+
+    def mul(self, name, a, _):
+        assert name == "mul.rn.f32"
+        self.set(a[0], (self.get(a[1]).view(np.float32) * self.get(a[2]).view(np.float32)).view(np.uint32))
+
+    def cvt(self, name, a, _):
+        halves = [_to_16_bits(self.get(register), name) for register in a[1:]]
+        self.set(a[0], halves[0] if len(halves) == 1 else halves[1] | halves[0] << np.uint32(16))
+
+    def mma(self, name, a, _):
+        wide = "m16n8k16" in name
+        to, a_, b_, c_ = map(self.names, a)
+        assert (len(a_), len(b_)) == ((4, 2) if wide else (2, 1))
+        lane = np.arange(32)
+        g, t = lane // 4, lane % 4
+        c = np.stack([self.get(register).view(np.float32) for register in c_])
+        for first in range(0, self.threads, 32):
+            warp = slice(first, first + 32)
+            left, right = np.zeros((16, 16), np.float32), np.zeros((16, 8), np.float32)
+            for i, register in enumerate(a_):
+                for j in range(2):
+                    left[g + i % 2 * 8, 2 * t + j + i // 2 * 8] = _to_float(self.get(register)[warp], j, name)
+            for i, register in enumerate(b_):
+                for j in range(2):
+                    right[2 * t + j + i * 8, g] = _to_float(self.get(register)[warp], j, name)
+            product = left @ right
+            for i in range(4):
+                c[i, warp] += product[g + i // 2 * 8, 2 * t + i % 2]
+        for i, register in enumerate(to):
+            self.set(register, c[i].view(np.uint32))
+
+    def __getattr__(self, name):
+        if name in ("and", "or"):  # Python's own words
+            ufunc = {"and": np.bitwise_and, "or": np.bitwise_or}[name]
+            return lambda _, a, guard: self.set(a[0], ufunc(self.get(a[1]), self.get(a[2])))
+        raise AttributeError(f"no such instruction here: {name}")
+
+
+def _to_16_bits(register: np.ndarray, name: str) -> np.ndarray:
+    if "bf16" in name:  # to the nearest, ties to even
+        return register + np.uint32(0x7FFF) + (register >> np.uint32(16) & np.uint32(1)) >> np.uint32(16)
+    return register.view(np.float32).astype(np.float16).view(np.uint16).astype(np.uint32)
+
+
+def _to_float(register: np.ndarray, half: int, name: str) -> np.ndarray:
+    bits = register >> np.uint32(16 * half) & np.uint32(0xFFFF)
+    if "bf16" in name:
+        return (bits << np.uint32(16)).view(np.float32)
+    return bits.astype(np.uint16).view(np.float16).astype(np.float32)
+
+
+@contextmanager
+def emulated():
+    """tl.inline_asm_elementwise works in the interpreter, for pack=1."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create(self, asm, constraints, values, types, is_pure, pack):
+        assert pack == 1 and len(constraints.split(",")) == len(values) + len(types)
+        shape = np.broadcast_shapes(*(value.data.shape for value in values))
+        inputs = []
+        for value in values:
+            flat = np.ascontiguousarray(np.broadcast_to(value.data, shape)).reshape(-1)
+            inputs.append(flat.view(np.uint64 if flat.itemsize == 8 else np.uint32))
+        outs = []
+        for out, type_ in zip(run(asm, inputs, len(types)), types, strict=True):
+            bits = type_.scalar.primitive_bitwidth
+            data = out.view(np.float32) if type_.scalar.is_floating() else out.astype(f"uint{bits}").view(f"int{bits}")
+            outs.append(TensorHandle(data.reshape(shape), type_.scalar))
+
+        class Call:
+            def get_result(self, i):
+                return outs[i]
+
+        return Call()
+
+    with mock.patch.object(InterpreterBuilder, "create_inline_asm", create):
+        yield
