@@ -3,13 +3,14 @@
     python benchmarks/engines.py --first      about a minute: is it right on this GPU, and one speed
     python benchmarks/engines.py              every model, graph and transformers, and the GRPO steps
     python benchmarks/engines.py --vllm       vLLM as well, where it is installed
+    python benchmarks/engines.py --trl        the peer's whole GRPO step as well: stock TRL with vLLM beside it
     python benchmarks/engines.py --profile    what a step's time goes to, kernel by kernel
     python benchmarks/engines.py --quick      tiny shapes on a CPU: proves the script, writes nothing
 
 Several calls, one after another or each on a GPU of its own, and then one file of all their rows:
 
     CUDA_VISIBLE_DEVICES=1 python benchmarks/engines.py --only --vllm --out runs/vllm
-    python benchmarks/engines.py --join runs/graph/engines.json runs/vllm/engines.json
+    python benchmarks/engines.py --join runs/vllm/engines.json runs/trl/engines.json
 
 NF4 with a live LoRA of rank 16 on all linear layers, random weights at the real shapes, prompts of 200 tokens, 512 new
 tokens without an early stop, unless a row says otherwise. tokens/s counts all new tokens of the call over all its time,
@@ -34,6 +35,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from benchmarks import common, engines_child  # noqa: E402
 
 MODELS = ("qwen2.5-1.5b", "llama-3.1-8b", "phi-4")
+TRL = MODELS[:1]
 ENVIRONMENT = {  # of a case; what the user has set stays
     "CUDA_VISIBLE_DEVICES": "0",  # TRL refuses a process that sees several GPUs
     "VLLM_HOST_IP": "127.0.0.1",  # the machine may have no network
@@ -59,6 +61,8 @@ def jobs(args) -> list[dict]:
             found.append({**base, "kind": "grpo", "cap": cap, "t4": args.t4, "context": args.context})
         if args.vllm:
             found.append({**base, "kind": "vllm", "batches": args.batches})
+    for model in (args.models or TRL) if args.trl else ():
+        found.append({"model": model, "quick": args.quick, "kind": "trl", "context": args.context})
     return found
 
 
@@ -74,7 +78,7 @@ def run(job: dict, folder: Path, seconds: int) -> list[dict]:
         environment["TRITON_CACHE_DIR"] = str(cache)
     command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps({**job, "out": str(out)})]
     started = time.perf_counter()
-    seconds *= 1 + (job["kind"] == "vllm")  # vLLM alone takes two minutes or more to start
+    seconds *= 1 + (job["kind"] in ("vllm", "trl"))  # vLLM alone takes two minutes or more to start
     process = subprocess.Popen(command, env=environment, process_group=0)
     try:
         code = process.wait(seconds)
@@ -113,6 +117,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--vllm", action="store_true")
     parser.add_argument("--t4", action="store_true", help="GRPO steps in fp16, as a T4 would")
+    parser.add_argument("--trl", action="store_true", help=f"of {', '.join(TRL)} unless --models says otherwise")
     parser.add_argument("--models", nargs="*", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--batches", nargs="*", type=int, default=[8, 32, 128])
     parser.add_argument("--only", nargs="*", default=["ready", "decode", "transformers", "grpo"])

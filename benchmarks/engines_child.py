@@ -309,7 +309,13 @@ def vllm(job: dict, row) -> None:
         row("driver", driver_gb(), "GB", "vllm", gpu_memory_utilization=0.5)
 
 
-KINDS = {"ready": ready, "decode": decode, "transformers": transformers, "grpo": grpo, "vllm": vllm}
+def trl(job: dict, row) -> None:
+    from benchmarks.engines_trl import steps
+
+    steps(job, row)
+
+
+KINDS = {"ready": ready, "decode": decode, "transformers": transformers, "grpo": grpo, "vllm": vllm, "trl": trl}
 
 
 def first(quick: bool) -> int:
