@@ -5,6 +5,7 @@ import statistics
 import sys
 import threading
 import time
+import traceback
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,11 @@ def main(job: dict) -> None:
         Path(job["out"]).write_text(json.dumps(rows))
         print(f"{job['model']}/{metric} {who} {value:,.3f} {unit} {more or ''}", flush=True)
 
-    KINDS[job["kind"]](job, row)
+    try:
+        KINDS[job["kind"]](job, row)
+    except Exception:  # its end alone: vLLM's logs are long, and this is what a reader of their last lines needs
+        print(f"FAILED {job['kind']} {job['model']}:\n{traceback.format_exc()[-3500:]}", flush=True)
+        raise SystemExit(1) from None
 
 
 # ---- what every case needs ----
@@ -98,6 +103,53 @@ def timed(call, *args) -> float:
     call(*args)
     wait()
     return time.perf_counter() - start
+
+
+def watched(call, seconds: list[float]):
+    """`call`, whose every duration is added to `seconds`."""
+
+    def timed_call(*args, **options):
+        wait()
+        start = time.perf_counter()
+        found = call(*args, **options)
+        wait()
+        seconds.append(time.perf_counter() - start)
+        return found
+
+    return timed_call
+
+
+def grpo_steps(quick: bool, context: int) -> tuple[dict, dict, list[float]]:
+    """The workload of the GRPO steps, ours and the peer's alike: (arguments for a GRPOConfig, arguments for a
+    GRPOTrainer, seconds of each step so far). G=8, one prompt of 256 tokens a step, `context` tokens in all."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    from nbhelpers import smoke
+
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            wait()
+            times.append(-time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            wait()
+            times[-1] += time.perf_counter()
+
+    prompt, completion = (24, 8) if quick else (256, context - 256)
+    settings = {
+        "per_device_train_batch_size": 8, "num_generations": 8, "max_completion_length": completion,
+        "learning_rate": 1e-5, "optim": "adamw_8bit" if torch.cuda.is_available() else "adamw_torch",
+        "save_strategy": "no", "disable_tqdm": True,
+    }  # fmt: skip
+    parts = {
+        "reward_funcs": lambda completions, **_: [float(i % 3) for i in range(len(completions))],
+        "train_dataset": Dataset.from_dict({"prompt": [chr(97 + i % 26) * prompt for i in range(32)]}),
+        "processing_class": smoke.make_tokenizer(), "callbacks": [Clock()],
+    }  # fmt: skip
+    return settings, parts, times
 
 
 # ---- the cases ----
@@ -183,13 +235,9 @@ def transformers(job: dict, row) -> None:
 
 def grpo(job: dict, row) -> None:
     """Three whole steps of LeanGRPOTrainer, G=8, a prompt of 256 tokens, in a process that may take `cap` GB in all."""
-    from datasets import Dataset
-    from transformers import TrainerCallback
-
-    from nbhelpers import smoke
     from nbhelpers.trainer import LeanGRPOConfig, LeanGRPOTrainer
 
-    quick, cap = job.get("quick"), job["cap"]
+    cap = job["cap"]
     if torch.cuda.is_available():
         if job.get("t4"):
             torch.cuda.get_device_capability = lambda *_: (7, 5)
@@ -200,41 +248,14 @@ def grpo(job: dict, row) -> None:
         budget = cap - context - 0.15  # Triton's and cuBLAS's own modules come on top
         torch.cuda.set_per_process_memory_fraction(budget * GB / torch.cuda.mem_get_info()[1])
     model = build(job, torch.float16 if job.get("t4") and torch.cuda.is_available() else None)
-    prompt, completion = (24, 8) if quick else (256, job["context"] - 256)
-    data = Dataset.from_dict({"prompt": [chr(97 + i % 26) * prompt for i in range(32)]})
-    times: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            wait()
-            times.append(-time.perf_counter())
-
-        def on_step_end(self, *_, **__):
-            wait()
-            times[-1] += time.perf_counter()
-
+    settings, parts, times = grpo_steps(job.get("quick"), job["context"])
     generated: list[float] = []
     with tempfile_folder() as folder, peak_driver() as peak:
-        args = LeanGRPOConfig(
-            folder, max_steps=3, per_device_train_batch_size=8, num_generations=8, max_completion_length=completion,
-            learning_rate=1e-5, optim="adamw_8bit" if torch.cuda.is_available() else "adamw_torch",
-            gradient_checkpointing=False, save_strategy="no", disable_tqdm=True,
-        )  # fmt: skip
+        args = LeanGRPOConfig(folder, max_steps=3, gradient_checkpointing=False, **settings)
         # the cap counts what torch holds, the budget what it gives out: the graphs' pool and fragments lie between them
         extra = {"budget_gb": budget - 0.25} if torch.cuda.is_available() else {}
-        trainer = LeanGRPOTrainer(
-            model, lambda completions, **_: [float(i % 3) for i in range(len(completions))], args, data,
-            processing_class=smoke.make_tokenizer(), callbacks=[Clock()], engine="graph", **extra,
-        )  # fmt: skip
-        write = trainer.engine.generate
-
-        def watched(*a):
-            start = time.perf_counter()
-            written = write(*a)
-            generated.append(time.perf_counter() - start)
-            return written
-
-        trainer.engine.generate = watched
+        trainer = LeanGRPOTrainer(model, args=args, engine="graph", **parts, **extra)
+        trainer.engine.generate = watched(trainer.engine.generate, generated)
         trainer.train()
     setting = f"{job['context'] // 1024}K{'-t4' if job.get('t4') else ''}"
     written = {"generating_s": round(generated[-1], 3), "first_step_s": round(times[0], 2)}
@@ -248,29 +269,38 @@ def tempfile_folder():
     return tempfile.TemporaryDirectory()
 
 
-def vllm(job: dict, row) -> None:
-    """vLLM 0.26 in process: NF4 made from a checkpoint of random weights, a slot for a LoRA of rank 16."""
-    from vllm import LLM, SamplingParams
-
+@contextmanager
+def checkpoint(job: dict):
+    """Yields a folder with a bf16 checkpoint of random weights and a tokenizer, for those who load from disk."""
     sys.modules["common"] = common  # as benchmarks/loader.py calls it
     from benchmarks.loader import make_checkpoint
 
-    new = completion_of(job)
     with tempfile_folder() as folder:
-        make_checkpoint(shape(job), Path(folder) / "model", 4e9)
+        made = Path(folder) / "model"
+        make_checkpoint(shape(job), made, 4e9)
+        yield str(made)
+
+
+def vllm(job: dict, row) -> None:
+    """vLLM 0.26 in a process of its own: NF4 made from a checkpoint of random weights, a slot for a LoRA of rank 16.
+
+    ready: from LLM's construction to the first tokens of a batch of 8, vLLM's import before it."""
+    from vllm import LLM, SamplingParams
+
+    new = completion_of(job)
+    with checkpoint(job) as folder:
         start = time.perf_counter()
         llm = LLM(
-            str(Path(folder) / "model"), quantization="bitsandbytes", dtype="bfloat16", enable_lora=True,
+            folder, quantization="bitsandbytes", dtype="bfloat16", enable_lora=True,
             max_lora_rank=16, max_model_len=PROMPT + new + 8, gpu_memory_utilization=0.5, max_num_seqs=128, seed=0,
         )  # fmt: skip
 
         def generate(batch, tokens):
-            sampling = SamplingParams(
-                temperature=1.0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, logprobs=0
-            )
+            # no text: with the checkpoint's tokenizer of 259 words that costs more than decoding does
+            sampling = SamplingParams(temperature=1.0, max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False)
             llm.generate([{"prompt_token_ids": p} for p in prompts_of(job, batch)], sampling, use_tqdm=False)
 
-        generate(8, 1)
+        generate(8, 2)
         row("ready", time.perf_counter() - start, "s", "vllm")
         for batch in job["batches"]:
             generate(batch, 8)
@@ -279,7 +309,13 @@ def vllm(job: dict, row) -> None:
         row("driver", driver_gb(), "GB", "vllm", gpu_memory_utilization=0.5)
 
 
-KINDS = {"ready": ready, "decode": decode, "transformers": transformers, "grpo": grpo, "vllm": vllm}
+def trl(job: dict, row) -> None:
+    from benchmarks.engines_trl import steps
+
+    steps(job, row)
+
+
+KINDS = {"ready": ready, "decode": decode, "transformers": transformers, "grpo": grpo, "vllm": vllm, "trl": trl}
 
 
 def first(quick: bool) -> int:
