@@ -306,8 +306,8 @@ class _Generation:
             chunk.ready.synchronize()
         columns = zip(chunk.requests, chunk.tokens.t().tolist(), chunk.logprobs.t().tolist(), strict=True)
         for request, tokens, logprobs in columns:
-            if request is None or (left := request.left) == 0:
+            if request is None or (left := request.left) <= 0:
                 continue
             request.writer.add(tokens[:left], logprobs[:left])  # a row at its slot's end has drawn in vain
-            if request.left == 0:
+            if request.left <= 0:
                 self.rows[self.rows.index(request)] = None
