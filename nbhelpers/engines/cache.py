@@ -1,8 +1,8 @@
 """Keys and values of the rows that are being written, in slots: row i of the batch is slot i of the cache.
 
 A token takes 2 * layers * kv heads * D numbers, in 16 bits 28 kB in Qwen2.5-1.5B and 131 kB in Llama-3.1-8B. The memory
-is taken at the start of a generation and handed back at its end. A captured CUDA graph keeps addresses, so the kernels
-look the cache's address up in `table`, which stays where it is.
+is taken at the start of each stage of a generation and handed back at its end. A captured CUDA graph keeps addresses,
+so the kernels look the cache's address up in `table`, which stays where it is.
 """
 
 import math
@@ -31,7 +31,8 @@ class KVCache:
         return 2 * self.layers * self.heads * self.dim * self.dtype.itemsize
 
     def allocate(self, rows: int, length: int, budget: int) -> None:
-        """Room for `rows` texts of up to `length` tokens, which fit `budget` bytes."""
+        """Room for `rows` texts of up to `length` tokens, which fit `budget` bytes; what was there before is gone."""
+        self.free()  # first: the old block and the new one need not fit beside each other
         shape = (self.layers, 2, rows, self.heads, length, self.dim)
         size = math.prod(shape)
         if not size <= self.most <= budget // self.dtype.itemsize:

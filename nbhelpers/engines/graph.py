@@ -4,14 +4,22 @@
     rows             -> CHUNK steps at a time; the host reads what the chunk before wrote while the next one runs
     finished rows    -> leave; a waiting request takes the row, or the last rows move into the holes: a smaller batch
 
+That is one stage, and all of it if keys and values of the texts at their full length fit the budget. If not:
+
+    first stage      -> a row for each request, in slots as short as the budget makes them; many texts end in there
+    next stages      -> those that reached the slot's end go on in about half as many rows, twice as long, in waves;
+                        their keys and values are computed again as a long prompt's, so nobody has to park them
+    last stage       -> slots of the full length
+
 On a CPU the same code runs eagerly, a step at a time.
 
 A request's draws depend on its seed alone, and on a CPU so do its tokens. On a GPU the matrix products of another batch
-size round otherwise, so a near-tie may fall out otherwise too, once in some thousand tokens.
+size, or of a text that is computed again, round otherwise, so a near-tie may fall out otherwise too, once in some
+thousand tokens.
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,18 +29,35 @@ from .decoder import Decoder, why_not
 from .sampler import sample
 from .steps import BATCHES, CHUNK, LEFT, Steps, batch_for, to_host
 
-KV_SHARE = 0.6  # of the memory that is free on the card when a generation begins
+# Of what is free on the card when a generation begins, keys and values get this share, or all but BESIDE_BYTES if that
+# is more: activations of prompts, one dequantised weight and the graphs' own memory need at most that beside them.
+KV_SHARE, BESIDE_BYTES = 0.6, 0.8e9
 PREFILL_BYTES = 260e6  # what the activations of prompts computed together may take
+STAGE_TOKENS = 256  # a stage that would bring the longest text less far on is not worth computing all of them again
 
 
 @dataclass(eq=False)
 class Request:
     """One completion to be written."""
 
-    prompt: int  # its index
+    prompt: list[int]  # the same list object in its whole group
     seed: int
     writer: Writer
-    asked: int = 0  # steps that the device has been asked for so far
+    text: list[int] = field(default_factory=list)  # what it enters a stage with: prompt and what was written by then
+    goal: int = 0  # tokens that it has written when it leaves the stage, unless it ends before
+    asked: int = 0  # tokens that the device has been asked for so far, in all stages
+
+    @property
+    def left(self) -> int:
+        """Tokens that are still to come in this stage."""
+        return 0 if self.writer.ended else self.goal - len(self.writer.completion.token_ids)
+
+    def enter(self, length: int, max_tokens: int) -> None:
+        """Before a stage with slots of `length` tokens."""
+        written = self.writer.completion.token_ids
+        self.text = self.prompt + written if written else self.prompt  # the prompt itself, for the group to share
+        self.goal = min(max_tokens, length - len(self.prompt))
+        self.asked = len(written)  # some that the last stage asked for were beyond its slot's end
 
 
 @dataclass
@@ -51,8 +76,8 @@ class GraphEngine(Engine):
     Args:
         model (`transformers.PreTrainedModel` or `peft.PeftModel`): Qwen2, Llama, Mistral or Phi3, on one device.
         tokenizer (`transformers.PreTrainedTokenizerBase`, *optional*): Needed for stop strings alone.
-        kv_bytes (`int`, *optional*): What keys and values may take in all; by default a share of what is free when a
-            generation begins. With little, the requests come in waves.
+        kv_bytes (`int`, *optional*): What keys and values may take in all; by default most of what is free when a
+            generation begins. With little, long texts are computed again in stages: see the top of this file.
         max_rows (`int`): Rows that are written at the same time, at most; up to 256.
         budget_gb (`float`, *optional*): What torch may allocate in this process in all, GB (10^9 bytes).
 
@@ -75,7 +100,9 @@ class GraphEngine(Engine):
     def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
         """See `Engine.generate`. MemoryError if not even one row fits the budget for keys and values."""
         check(prompts, sampling, self.model.config.max_position_embeddings, self.tokenizer)
-        seeds = sampling.seeds(len(prompts) * sampling.num_generations)
+        n = sampling.num_generations
+        seeds = sampling.seeds(len(prompts) * n)
+        requests = [Request(prompts[j // n], seed, Writer(sampling, self.tokenizer)) for j, seed in enumerate(seeds)]
         if not prompts:
             return []
         with inference(self.model):
@@ -84,71 +111,87 @@ class GraphEngine(Engine):
             if self._steps is None or (self._steps.cache.device, self._steps.cache.dtype) != place:
                 self._steps = Steps(decoder, KVCache(decoder), self.max_rows)
             self._steps.prepare(decoder, sampling)
-            length = -(-(max(map(len, prompts)) + sampling.max_tokens) // 16) * 16
-            rows, budget = self._room(len(seeds), length)
-            self._steps.cache.allocate(rows, length, budget)
+            budget = self.kv_bytes if self.kv_bytes is not None else kv_budget(decoder.device, self.budget_gb)
             try:
-                return _Generation(self._steps, prompts, seeds, sampling, self.tokenizer).run()
+                while going := [request for request in requests if not request.writer.ended]:
+                    try:
+                        self._steps.cache.allocate(*self._stage(going, sampling.max_tokens, budget), budget)
+                    except torch.OutOfMemoryError:  # what is free lies in pieces
+                        budget = budget * 7 // 8
+                        continue
+                    _Generation(self._steps, going, sampling).run()
             finally:
                 self._steps.cache.free()
+        return [request.writer.completion for request in requests]
 
-    def _room(self, requests: int, length: int) -> tuple[int, int]:
-        """(rows of the cache for texts of `length` tokens, bytes that it may take)."""
-        cache = self._steps.cache
-        budget = self.kv_bytes if self.kv_bytes is not None else free_bytes(cache.device, self.budget_gb)
-        affordable = min(budget // (length * cache.token_bytes), self.max_rows)
-        if affordable < 1:
+    def _stage(self, requests: list[Request], max_tokens: int, budget: int) -> tuple[int, int]:
+        """(rows, tokens of a slot) of the next stage of these requests, within `budget` bytes."""
+        full = -(-(max(len(request.prompt) for request in requests) + max_tokens) // 16) * 16
+        token = self._steps.cache.token_bytes
+        affordable = min(budget // (full * token), self.max_rows)
+        if affordable < 1:  # at the first stage, if ever: no later one has a longer text
             raise MemoryError(
-                f"one text of {length} tokens needs {length * cache.token_bytes / 1e9:.2f} GB for keys and values, and "
+                f"one text of {full} tokens needs {full * token / 1e9:.2f} GB for keys and values, and "
                 f"the budget is {budget / 1e9:.2f} GB: lower max_completion_length, or give kv_bytes more"
             )
-        return batch_for(min(requests, affordable), affordable), budget
+        longest = max(len(request.prompt) + len(request.writer.completion.token_ids) for request in requests)
+        rows = batch_for(min(len(requests), self.max_rows), self.max_rows)
+        while min(rows, len(requests)) > affordable:  # else they can be written to their end
+            if (length := budget // (rows * token) // 16 * 16) >= longest + STAGE_TOKENS:
+                return rows, length
+            rows = max(size for size in BATCHES if size <= max(1, rows // 2))
+        return batch_for(min(len(requests), affordable), affordable), full
+
+
+def kv_budget(device: torch.device, budget_gb: float | None = None) -> int:
+    """The default budget for keys and values, bytes."""
+    room = free_bytes(device, budget_gb)
+    return int(max(KV_SHARE * room, room - BESIDE_BYTES))
 
 
 def free_bytes(device: torch.device, budget_gb: float | None = None) -> int:
-    """The default budget for keys and values: a share of what this process could still allocate on the card."""
+    """What this process could still allocate on the card, of `budget_gb` GB in all if given; 2 GB on a CPU."""
     if device.type != "cuda":
         return 2 * 10**9
     free, total = torch.cuda.mem_get_info(device)
     reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
     capped = torch.cuda.get_per_process_memory_fraction(device) * total - reserved
     room = min(free, capped) + reserved - allocated
-    return max(0, int(KV_SHARE * (room if budget_gb is None else min(room, budget_gb * 1e9 - allocated))))
+    return max(0, int(room if budget_gb is None else min(room, budget_gb * 1e9 - allocated)))
 
 
 class _Generation:
-    """One call of `generate`: which request is in which row."""
+    """One stage of `generate`: which request is in which row, until each has ended or is at the slot's end."""
 
-    def __init__(self, steps: Steps, prompts: list[list[int]], seeds: list[int], sampling: Sampling, tokenizer):
-        self.steps, self.decoder, self.cache = steps, steps.decoder, steps.cache
-        self.prompts, self.sampling = prompts, sampling
-        n = sampling.num_generations
-        self.requests = [Request(j // n, seed, Writer(sampling, tokenizer)) for j, seed in enumerate(seeds)]
-        # prompts of like length go together, so that little is padded; a group stays together
-        self.waiting = deque(sorted(self.requests, key=lambda request: len(prompts[request.prompt]), reverse=True))
-        self.rows: list[Request | None] = [None] * self.cache.data.shape[2]
+    def __init__(self, steps: Steps, requests: list[Request], sampling: Sampling):
+        self.steps, self.decoder, self.cache, self.sampling = steps, steps.decoder, steps.cache, sampling
+        _, _, rows, _, self.length, _ = self.cache.data.shape
+        for request in requests:
+            request.enter(self.length, sampling.max_tokens)
+        # texts of like length go together, so that little is padded; a group stays together
+        self.waiting = deque(sorted(requests, key=lambda request: len(request.text), reverse=True))
+        self.rows: list[Request | None] = [None] * rows
         self.pending: deque[Chunk] = deque()
-        # Of the group that has begun to enter: where its prompt lies, and the logits after it. While members wait they
-        # are the first in line, so the row that the last of them took cannot have been given to another group.
-        self.group: tuple[int, int, torch.Tensor] | None = None  # prompt, row, fp32 [V]
+        # Of the group that has begun to enter: its text, where that lies, and the logits after it. While members wait
+        # they are the first in line, so the row that the last of them took cannot have been given to another group.
+        self.group: tuple[list[int], int, torch.Tensor] | None = None  # text, row, fp32 [V]
         self.at_once = max(16, int(PREFILL_BYTES / self.decoder.token_bytes))  # tokens of prompts
-        # empty rows are computed along: where the last call left them may lie beyond this cache
+        # empty rows are computed along: where the last stage left them may lie beyond this cache
         steps.state.zero_()
 
-    def run(self) -> list[Completion]:
+    def run(self) -> None:
         steps = self.steps
-        while any(not request.writer.ended for request in self.requests):
+        while self.waiting or any(self.rows):
             self._admit()
             batch = self._batch()
-            todo = [self.sampling.max_tokens - request.asked for request in self.rows if request is not None]
+            todo = [request.goal - request.asked for request in filter(None, self.rows)]
             if (most := min(CHUNK if steps.asynchronous else 1, max(todo, default=0))) > 0:
-                longest = most - 1 + max(len(self.prompts[r.prompt]) + r.asked for r in self.rows if r is not None)
-                self._send(*steps.run(batch, most, longest), self.rows[:batch])
+                longest = most - 1 + max(len(r.prompt) + r.asked for r in filter(None, self.rows))
+                self._send(*steps.run(batch, most, min(longest, self.length)), self.rows[:batch])
                 for request in filter(None, self.rows):
                     request.asked += most
             while len(self.pending) > (1 if steps.asynchronous and most > 0 else 0):
                 self._collect()
-        return [request.writer.completion for request in self.requests]
 
     # ---- rows ----
 
@@ -164,7 +207,7 @@ class _Generation:
         movers = [i for i in range(target, width) if rows[i] is not None]
         for hole, mover in zip(holes, movers, strict=False):
             rows[hole], rows[mover] = rows[mover], None
-            self.cache.copy(mover, [hole], len(self.prompts[rows[hole].prompt]) + rows[hole].asked)
+            self.cache.copy(mover, [hole], len(rows[hole].prompt) + rows[hole].asked)
         self._copy_state(movers, holes[: len(movers)])
         return target
 
@@ -181,33 +224,36 @@ class _Generation:
     # ---- prompts ----
 
     def _admit(self) -> None:
-        """Waiting requests take the free rows, and get their first token."""
+        """Waiting requests take the free rows, and get their next token."""
         free = deque(i for i, request in enumerate(self.rows) if request is None)
         while free and self.waiting:
-            first = self.waiting[0].prompt
-            begun = self.group is not None and self.group[0] == first
-            most = 1 if begun else max(1, self.at_once // len(self.prompts[first]))  # prompts; the first is longest
-            places: dict[int, list[int]] = {}  # prompt -> rows
-            while free and self.waiting and (self.waiting[0].prompt in places or len(places) < most):
-                request, row = self.waiting.popleft(), free.popleft()
-                places.setdefault(request.prompt, []).append(row)
-                self.rows[row] = request
+            first = self.waiting[0].text
+            begun = self.group is not None and self.group[0] is first
+            most = 1 if begun else max(1, self.at_once // len(first))  # texts; the first is longest
+            texts: list[list[int]] = []
+            places: list[list[int]] = []  # the rows that each text goes to
+            while free and self.waiting:
+                if not texts or self.waiting[0].text is not texts[-1]:
+                    if len(texts) == most:
+                        break
+                    texts.append(self.waiting[0].text)
+                    places.append([])
+                places[-1].append(free.popleft())
+                self.rows[places[-1][-1]] = self.waiting.popleft()
             if begun:
                 sources, logits = [self.group[1]], self.group[2]
             else:
-                sources = [rows[0] for rows in places.values()]
-                logits = self._prompts(list(places), sources)
-            for (prompt, rows), source in zip(places.items(), sources, strict=True):
-                self.cache.copy(source, rows, len(self.prompts[prompt]))
-            last, rows = list(places.items())[-1]
-            more = self.waiting and self.waiting[0].prompt == last
-            self.group = (last, rows[-1], logits[-1:].clone()) if more else None
-            self._begin(list(places.values()), logits)
+                sources = [rows[0] for rows in places]
+                logits = self._prompts(texts, sources)
+            for text, rows, source in zip(texts, places, sources, strict=True):
+                self.cache.copy(source, rows, len(text))
+            more = self.waiting and self.waiting[0].text is texts[-1]
+            self.group = (texts[-1], places[-1][-1], logits[-1:].clone()) if more else None
+            self._begin(places, logits)
 
-    def _prompts(self, prompts: list[int], rows: list[int]) -> torch.Tensor:
-        """Compute prompts into the cache, row by row; returns the logits after each, fp32 [P, V]."""
+    def _prompts(self, texts: list[list[int]], rows: list[int]) -> torch.Tensor:
+        """Compute texts into the cache, row by row; returns the logits after each, fp32 [P, V]."""
         device = self.cache.device
-        texts = [self.prompts[prompt] for prompt in prompts]
         longest = max(map(len, texts))
         tokens = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=device)
         ends = torch.tensor([len(text) - 1 for text in texts], device=device)
@@ -222,18 +268,18 @@ class _Generation:
         return self.decoder.logits(last)
 
     def _begin(self, places: list[list[int]], logits: torch.Tensor) -> None:
-        """The first token of the rows in `places`, drawn from the logits [P, V] after the prompt of each place."""
+        """The next token of the rows in `places`, drawn from the logits [P, V] after the text of each place."""
         steps, device = self.steps, self.cache.device
         rows = [row for place in places for row in place]
         requests = [self.rows[row] for row in rows]
         row = torch.tensor(rows, device=device)
         state = torch.tensor(
-            [(0, len(self.prompts[r.prompt]) - 1, r.seed, 0, self.sampling.max_tokens) for r in requests], device=device
+            [(0, len(r.text) - 1, r.seed, r.asked, r.goal - r.asked) for r in requests], device=device
         ).t()
         if (seen := steps.seen) is not None:
             seen = torch.zeros_like(seen[: len(rows)])
             for i, request in enumerate(requests):
-                seen[i, torch.tensor(self.prompts[request.prompt], device=device)] = True
+                seen[i, torch.tensor(request.text, device=device)] = True
         of_place = torch.tensor([i for i, place in enumerate(places) for _ in place], device=device)
         token, logp = sample(logits[of_place], state[2], state[3], steps.sampling, steps.stops, seen)
         steps.advance(state, token)
@@ -241,7 +287,7 @@ class _Generation:
         if seen is not None:
             steps.seen[row] = seen
         for request in requests:
-            request.asked = 1
+            request.asked += 1
         self._send(to_host(token[None]), to_host(logp[None]), requests)
 
     # ---- what was written ----
@@ -254,14 +300,14 @@ class _Generation:
         self.pending.append(Chunk(tokens, logprobs, list(requests), ready))
 
     def _collect(self) -> None:
-        """Read the oldest chunk; requests that ended in it leave their rows."""
+        """Read the oldest chunk; requests that ended in it, or came to the slot's end, leave their rows."""
         chunk = self.pending.popleft()
         if chunk.ready is not None:
             chunk.ready.synchronize()
         columns = zip(chunk.requests, chunk.tokens.t().tolist(), chunk.logprobs.t().tolist(), strict=True)
         for request, tokens, logprobs in columns:
-            if request is None or request.writer.ended:
+            if request is None or (left := request.left) <= 0:
                 continue
-            request.writer.add(tokens, logprobs)
-            if request.writer.ended:
+            request.writer.add(tokens[:left], logprobs[:left])  # a row at its slot's end has drawn in vain
+            if request.left <= 0:
                 self.rows[self.rows.index(request)] = None

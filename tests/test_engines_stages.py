@@ -1,0 +1,183 @@
+"""Texts that do not fit the budget at their full length go on in stages: nothing but the number of steps may differ."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from engine_models import make, prompts
+
+from nbhelpers.engines import Sampling
+from nbhelpers.engines import graph as graph_module
+from nbhelpers.engines.graph import GraphEngine
+
+TOKEN = 2 * 2 * 2 * 16 * 4  # bytes of a token's K and V: layers, heads, D, fp32
+LETTERS = SimpleNamespace(decode=lambda ids: "".join(chr(32 + i) for i in ids))
+
+
+def same_size(n: int, length: int) -> list[list[int]]:
+    return [[3 + (5 * i + 7 * j) % 90 for j in range(length)] for i in range(n)]
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What a generation did: (rows, slot's length) of its stages, their blocks' bytes, steps, and texts computed."""
+    seen = SimpleNamespace(stages=[], blocks=[], steps=0, computed=[])
+    allocate, run = graph_module.KVCache.allocate, graph_module.Steps.run
+    compute = graph_module._Generation._prompts
+
+    def counted_allocate(self, rows, length, budget):
+        allocate(self, rows, length, budget)
+        seen.stages.append((rows, length))
+        seen.blocks.append(self.data.untyped_storage().nbytes())
+        assert rows * length * TOKEN <= seen.blocks[-1] <= budget and length % 16 == 0
+
+    def counted_run(self, batch, steps, longest):
+        seen.steps += steps
+        return run(self, batch, steps, longest)
+
+    def counted_compute(self, texts, rows):
+        seen.computed += map(len, texts)
+        return compute(self, texts, rows)
+
+    monkeypatch.setattr(graph_module.KVCache, "allocate", counted_allocate)
+    monkeypatch.setattr(graph_module.Steps, "run", counted_run)
+    monkeypatch.setattr(graph_module._Generation, "_prompts", counted_compute)
+    monkeypatch.setattr(graph_module, "STAGE_TOKENS", 8)
+    return seen
+
+
+CASES = {
+    "plain": ("qwen2", {}),
+    "early": ("qwen2", {"repetition_penalty": 1.3, "min_tokens": 35, "stop_ids": (5, 11, 17)}),
+    "penalty": ("mistral", {"repetition_penalty": 1.5}),  # its layers look back 12 tokens
+    "greedy": ("llama", {"temperature": 0.0, "repetition_penalty": 1.1}),
+    "filters": ("phi3", {"top_p": 0.9, "top_k": 40, "min_tokens": 20, "stop_ids": (5, 11)}),
+}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["cpu", "chunks"])
+@pytest.mark.parametrize("case", CASES)
+def test_any_budget_gives_the_same_completions(case, asynchronous, seen, monkeypatch):
+    """chunks: as on a GPU, the host is a chunk behind, and rows are asked for tokens beyond their slot's end."""
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None))
+    name, how = CASES[case]
+    model, texts = make(name), prompts(5, longest=20, seed=4)
+    sampling = Sampling(max_tokens=70, num_generations=3, seed=2, **how)
+    free = GraphEngine(model).generate(texts, sampling)
+    ((_, full),) = seen.stages
+    # stop strings that begin with the last token of a slot and end with the first one of the next stage
+    ends = [(j, length - len(texts[j // 3])) for j, length in ((1, 32), (5, 48), (13, 64))]
+    sampling = replace(
+        sampling, stop_strings=tuple(LETTERS.decode(free[j].token_ids[end - 1 : end + 1]) for j, end in ends)
+    )
+    wanted = GraphEngine(model, LETTERS).generate(texts, sampling)
+    assert {c.reason for c in wanted} == {"stop_string", "length"} | ({"stop_id"} if sampling.stop_ids else set())
+    stages = []
+    for rows in (1, 1.5, 2.9, 4.2, 7, 14.9):
+        engine = GraphEngine(model, LETTERS, kv_bytes=int(rows * full * TOKEN))
+        engine.generate([[3]], Sampling(max_tokens=1))
+        engine._steps.asynchronous = asynchronous
+        seen.stages.clear()
+        for ours, theirs in zip(engine.generate(texts, sampling), wanted, strict=True):
+            assert (ours.token_ids, ours.reason) == (theirs.token_ids, theirs.reason), rows
+            torch.testing.assert_close(torch.tensor(ours.logprobs), torch.tensor(theirs.logprobs), atol=1e-4, rtol=0)
+        stages.append(len(seen.stages))
+    assert min(stages) == 2 and max(stages) == 3
+
+
+def test_eight_texts_of_which_2_9_fit_take_three_stages(seen):
+    """8 rows, then 2 waves of 4, then 4 waves of 2, each only as long as its slots: not 4 waves of everything."""
+    model, texts = make("qwen2", max_position_embeddings=512), same_size(8, 10)
+    budget = int(2.9 * 336 * TOKEN)
+    written = GraphEngine(model, kv_bytes=budget).generate(texts, Sampling(max_tokens=320, seed=1))
+    assert all(len(completion.token_ids) == 320 for completion in written)
+    assert seen.stages == [(8, 112), (4, 240), (2, 336)]
+    # a wave's first token comes from the prompt's computation
+    assert seen.steps == (112 - 10 - 1) + 2 * (240 - 112 - 1) + 4 * (330 - 240 - 1) < 0.6 * 4 * 319
+    assert seen.computed == 8 * [10] + 8 * [112] + 8 * [240]
+    assert seen.blocks[2] == seen.blocks[1] > 2 * 336 * TOKEN  # the larger block of the stage before serves again
+
+
+def test_texts_that_end_early_are_not_computed_again(seen):
+    model, texts = make("llama"), same_size(4, 12)
+    engine = GraphEngine(model, kv_bytes=int(4.5 * 80 * TOKEN))
+    written = engine.generate(texts, Sampling(max_tokens=64, num_generations=4, seed=3, stop_ids=(5, 11)))
+    ends = [12 + len(completion.token_ids) for completion in written]
+    computed, first = [], seen.stages[0][1]
+    for _, length in seen.stages[:-1]:
+        computed += sum(end > length for end in ends) * [length]
+    assert seen.computed == 4 * [12] + computed  # in the first stage a group shares its prompt
+    assert len(seen.stages) > 1 and 0 < sum(end > first for end in ends) < len(ends)
+
+
+def test_what_fits_takes_one_stage(seen):
+    """Also where the batch's next size does not fit: 9 texts take 10 rows, not 12."""
+    model, texts = make("qwen2"), same_size(9, 10)
+    GraphEngine(model, kv_bytes=10 * 48 * TOKEN).generate(texts, Sampling(max_tokens=32))
+    GraphEngine(model, kv_bytes=100 * 48 * TOKEN).generate(texts, Sampling(max_tokens=32))
+    assert seen.stages == [(10, 48), (12, 48)] and seen.steps == 2 * 31 and seen.computed == 2 * 9 * [10]
+
+
+@pytest.mark.parametrize(
+    "least, stages",
+    [(22, [(8, 32), (4, 80), (3, 112)]), (23, [(4, 80), (3, 112)]), (70, [(4, 80), (3, 112)]), (71, [(3, 112)])],
+)
+def test_a_stage_that_brings_texts_too_little_on_is_left_out(least, stages, seen, monkeypatch):
+    monkeypatch.setattr(graph_module, "STAGE_TOKENS", least)
+    engine = GraphEngine(make("qwen2"), kv_bytes=3 * 112 * TOKEN)
+    engine.generate(same_size(8, 10), Sampling(max_tokens=100))
+    assert seen.stages == stages
+
+
+def test_more_requests_than_rows_all_pass_each_stage(seen):
+    model = make("qwen2")
+    texts = [[3 + i % 90, *text] for i, text in enumerate(prompts(60, longest=12))]
+    sampling = Sampling(max_tokens=64, seed=5, stop_ids=(5, 11))
+    wanted = GraphEngine(model).generate(texts, sampling)
+    seen.stages.clear()
+    engine = GraphEngine(model, max_rows=7, kv_bytes=int(3.3 * 80 * TOKEN))
+    assert [c.token_ids for c in engine.generate(texts, sampling)] == [c.token_ids for c in wanted]
+    assert seen.stages == [(7, 32), (3, 80)]
+
+
+def test_a_text_that_can_never_fit_is_refused_before_anything_is_written(seen):
+    model, texts = make("qwen2"), same_size(8, 10)
+    with pytest.raises(MemoryError, match=r"one text of 112 tokens needs 0\.00 GB for keys and values, and the budget"):
+        GraphEngine(model, kv_bytes=112 * TOKEN - 1).generate(texts, Sampling(max_tokens=100))
+    assert not seen.stages and not seen.computed
+
+
+def test_memory_that_is_free_in_pieces_alone_makes_slots_shorter(seen, monkeypatch):
+    model, texts = make("qwen2"), same_size(8, 10)
+    sampling, allocate = Sampling(max_tokens=100, seed=6), graph_module.KVCache.allocate
+    wanted = GraphEngine(model, kv_bytes=5 * 112 * TOKEN).generate(texts, sampling)
+
+    def in_pieces(self, rows, length, budget):
+        if rows * length * TOKEN > largest:
+            raise torch.OutOfMemoryError
+        allocate(self, rows, length, budget)
+
+    monkeypatch.setattr(graph_module.KVCache, "allocate", in_pieces)
+    engine, largest = GraphEngine(model, kv_bytes=5 * 112 * TOKEN), 4 * 112 * TOKEN
+    seen.stages.clear()
+    assert [c.token_ids for c in engine.generate(texts, sampling)] == [c.token_ids for c in wanted]
+    assert seen.stages == [(8, 48), (4, 112)]  # of 7/8 of the budget
+    largest = 112 * TOKEN - 1
+    with pytest.raises(MemoryError, match="one text of 112 tokens"):
+        engine.generate(texts, sampling)
+
+
+def test_the_default_budget(monkeypatch):
+    """Of what is free, 0.6 or all but 0.8 GB; what torch has reserved and not in use counts as free."""
+    state = {"free": 4.0, "reserved": 1.5, "allocated": 1.0}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (state["free"] * 1e9, 15e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: state["reserved"] * 1e9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: state["allocated"] * 1e9)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)
+    card = torch.device("cuda")
+    assert graph_module.kv_budget(card) == 3.7e9  # of 4.5
+    assert graph_module.kv_budget(card, 3.5) == 1.7e9  # of 2.5
+    assert graph_module.kv_budget(card, 2.0) == 0.6e9  # of 1.0
+    assert graph_module.kv_budget(card, 0.5) == 0
+    assert graph_module.free_bytes(card, 100.0) == 4.5e9
