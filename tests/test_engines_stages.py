@@ -168,6 +168,23 @@ def test_memory_that_is_free_in_pieces_alone_makes_slots_shorter(seen, monkeypat
         engine.generate(texts, sampling)
 
 
+def test_out_of_memory_in_the_middle_of_a_stage_loses_nothing(monkeypatch):
+    model, texts, sampling = make("qwen2"), same_size(8, 10), Sampling(max_tokens=100, seed=6)
+    wanted = GraphEngine(model).generate(texts, sampling)
+    run, calls = graph_module.Steps.run, []
+
+    def short_of_memory(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 30:
+            raise torch.OutOfMemoryError
+        return run(self, *arguments)
+
+    monkeypatch.setattr(graph_module.Steps, "run", short_of_memory)
+    got = GraphEngine(model).generate(texts, sampling)
+    assert [c.token_ids for c in got] == [c.token_ids for c in wanted]
+    assert len(calls) == 99  # it went on where it was: one call failed, and the long prompt gave one token
+
+
 def test_the_default_budget(monkeypatch):
     """Of what is free, 0.6 or all but 0.8 GB; what torch has reserved and not in use counts as free."""
     state = {"free": 4.0, "reserved": 1.5, "allocated": 1.0}

@@ -72,17 +72,20 @@ class KVCache:
                     q, k, v, is_causal=True, scale=self.scale, enable_gqa=self.shared_heads
                 )
             else:
-                k, v = self._for_every_head(q, keys[rows, :, :end], values[rows, :, :end])
                 here = torch.arange(start, end, device=q.device)[:, None]
                 there = torch.arange(end, device=q.device)
                 mask = there <= here if window is None else (there <= here) & (there > here - window)
-                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+                outs = []  # a key head at a time: those of a long text, repeated for all query heads, are large
+                for i, part in enumerate(q.chunk(self.heads, dim=1)):
+                    k, v = self._for_every_head(part, keys[rows, i : i + 1, :end], values[rows, i : i + 1, :end])
+                    outs.append(F.scaled_dot_product_attention(part, k, v, attn_mask=mask, scale=self.scale))
+                out = torch.cat(outs, dim=1)
             return out.transpose(1, 2).flatten(2)
 
         return attend
 
     def _for_every_head(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        group = q.shape[1] // self.heads
+        group = q.shape[1] // k.shape[1]
         return k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
 
     def step(self, positions: Tensor, longest: int):

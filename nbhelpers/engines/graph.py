@@ -116,10 +116,10 @@ class GraphEngine(Engine):
                 while going := [request for request in requests if not request.writer.ended]:
                     try:
                         self._steps.cache.allocate(*self._stage(going, sampling.max_tokens, budget), budget)
-                    except torch.OutOfMemoryError:  # what is free lies in pieces
+                        _Generation(self._steps, going, sampling).run()
+                    except torch.OutOfMemoryError:  # what is free lies in pieces; nothing that was written is lost
+                        self._steps.cache.free()
                         budget = budget * 7 // 8
-                        continue
-                    _Generation(self._steps, going, sampling).run()
             finally:
                 self._steps.cache.free()
         return [request.writer.completion for request in requests]
