@@ -281,14 +281,16 @@ def few_rows_product(x, parts):
     outs = [s.shape[0] for s in states]
     ranks = [0 if part.lora_a is None else part.lora_a.shape[0] for part in parts]
     cut, dot = tile(rows), tensor_cores(x.device)
-    programs = sum(ceil_div(out, cut.columns) for out in outs)
+    thin = len(parts) if sum(ranks) and dot else 0
+    programs = thin + sum(ceil_div(out, cut.columns) for out in outs)
     turns = ceil_div(width, cut.width)
     turns = ceil_div(turns, splits_for(programs, turns, cut.held * multiprocessors(x.device), cut.turn))
     splits = ceil_div(width, turns * cut.width)
-    thin = len(parts) if sum(ranks) and dot else 0
-    # finer than the splits, as A is read in fp32; but those who add them up must not read too much
-    thin_width = THIN_WIDTH if cut.registers else 64
-    pieces = max(1, min(ceil_div(width, 2 * thin_width), MOST_SPLITS) // splits)
+    # Beside short programs the thin product is cut finer than the splits, as A is read in fp32; but those who add it up
+    # must not read too much of it.
+    thin_width, pieces = 64, 1
+    if cut.registers:
+        thin_width, pieces = THIN_WIDTH, max(1, min(ceil_div(width, 2 * THIN_WIDTH), MOST_SPLITS) // splits)
     thin_turns = ceil_div(width, thin_width * pieces * splits)
     y = torch.empty(splits, rows, sum(outs), dtype=torch.float32, device=x.device)
     t = torch.empty(splits * pieces, rows, sum(ranks), dtype=torch.float32, device=x.device)
@@ -299,7 +301,7 @@ def few_rows_product(x, parts):
     offset = [s.offset if nested else s.absmax for s in states]
     some = next((part.lora_a for part in parts if part.lora_a is not None), x)  # a kernel's branches want one type
     a = [(some if part.lora_a is None else part.lora_a).detach().contiguous() for part in parts]
-    _few_rows[(programs + thin * pieces, splits)](
+    _few_rows[(programs + thin * (pieces - 1), splits)](
         x, y, t, state.code, nested.code if nested else state.code,
         *(tensor for tensors in (words, absmax, outer, offset, a) for tensor in three(tensors, tensors[0])),
         rows, turns, thin_turns, width, *three(outs, 0), x.stride(0),
