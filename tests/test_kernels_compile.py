@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from nbhelpers.kernels import nf4_rows  # noqa: E402
+from nbhelpers.kernels import launch, nf4_rows  # noqa: E402
 
 if interpreter.ON:
     pytest.skip("the interpreter does not compile", allow_module_level=True)
@@ -143,7 +143,7 @@ def kernels_of_the_package() -> set[tuple[str, str]]:
 
 INLINED = {"_delta", "_sum", "_within_fp16", "_rotate_heads", "_load", "_store",
            "_base", "_adapter", "_load_weights", "eight_weights", "_fetch", "_unnested", "_put",
-           "_in_registers"}  # fmt: skip
+           "_in_registers", "begin", "wait"}  # fmt: skip
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -154,6 +154,7 @@ def test_every_kernel_compiles(target, launches, monkeypatch):
     if target != "sm_75":
         for name in ("decode_attention", "decode_linear", "nf4_rows"):  # the package has functions of these names
             monkeypatch.setattr(import_module(f"nbhelpers.kernels.{name}"), "tensor_cores", lambda device: True)
+    monkeypatch.setattr(launch, "able", lambda device: target == "sm_90")
     with kernels.use("triton"):
         elementwise(1536, 8960, 12, 2, dtype)  # Qwen2.5-1.5B
         elementwise(4096, 14336, 32, 8, dtype)  # Llama-3.1-8B
@@ -174,6 +175,8 @@ def test_every_kernel_compiles(target, launches, monkeypatch):
         compiled = triton.compile(ASTSource(fn, types, constants, hints), target=gpu, options=options)
         where = f"{module}.{name} {constants} for {target}"
         assert "cubin" in compiled.asm, where
+        early = constants.get("EARLY", False)
+        assert ("griddepcontrol.wait" in compiled.asm["ptx"]) == early == options.get("launch_pdl", False), where
         if target == "sm_75":
             assert compiled.metadata.shared <= T4_SHARED_MEMORY, f"{where}: {compiled.metadata.shared} bytes shared"
             # below sm_80 tl.dot has no tensor cores: products belong to cuBLAS there

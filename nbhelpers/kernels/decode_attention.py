@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import begin, early, wait
 from .sizes import tensor_cores
 
 TILE = 8192  # without tensor cores: query heads of a group x positions x D that a program multiplies at once
@@ -28,7 +29,10 @@ MOST_SPLITS = 16
 @triton.jit(do_not_specialize=["layer"])
 def _attend(q, k, v, table, positions, out, lse, layer, scale, window, qb, qh, kb, kh, vb, vh,
             KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
-            GROUP_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+            GROUP_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
+            EARLY: tl.constexpr):  # fmt: skip
+    begin(EARLY)
+    wait(EARLY)
     row = (tl.program_id(0) // KV_HEADS).to(tl.int64)
     head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
     split = tl.program_id(1)
@@ -89,7 +93,10 @@ def _attend(q, k, v, table, positions, out, lse, layer, scale, window, qb, qh, k
 
 
 @triton.jit
-def _join(parts, lse, out, D: tl.constexpr, SPLITS: tl.constexpr, D_BLOCK: tl.constexpr):
+def _join(parts, lse, out, D: tl.constexpr, SPLITS: tl.constexpr, D_BLOCK: tl.constexpr,
+          EARLY: tl.constexpr):  # fmt: skip
+    begin(EARLY)
+    wait(EARLY)
     slot = tl.program_id(0).to(tl.int64)
     s, d = tl.arange(0, SPLITS), tl.arange(0, D_BLOCK)
     weight = tl.load(lse + slot * SPLITS + s)
@@ -123,8 +130,8 @@ def decode_attention(q, k, v, cache, table, layer, positions, longest, scale, wi
         q, k, v, table, positions, parts, lse, layer, scale, window or 0,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         kv_heads, group, dim, splits, window is not None, group_block, dim_block, block, dot,
-        num_warps=WARPS, num_stages=STAGES if dot else 1,
+        num_warps=WARPS, num_stages=STAGES if dot else 1, **early(q.device),
     )  # fmt: skip
     if splits > 1:
-        _join[(rows * heads,)](parts, lse, out, dim, splits, dim_block, num_warps=4)
+        _join[(rows * heads,)](parts, lse, out, dim, splits, dim_block, num_warps=4, **early(q.device))
     return out

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from . import nf4_rows
+from .launch import begin, early, wait
 from .lora_linear import dense
 from .lora_mlp import SHRINK_FP16
 from .nf4 import few_rows, matmul_few_rows
@@ -80,8 +81,10 @@ def _add(y0, y1, y2, step0, step1, step2, split_step, bias0, bias1, bias2, b0, b
          N0, N1, N2, s0, s1, s2, alpha, R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
          BIAS0: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, RESIDUAL: tl.constexpr, Y_SPLITS: tl.constexpr,
          SPLITS: tl.constexpr, R_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-         DOT: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+         DOT: tl.constexpr, DTYPE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """out = [z_1, z_2, ..], or residual + alpha (y + s t B^T) + b of one part."""
+    begin(EARLY)
+    wait(EARLY)
     block = tl.program_id(0)
     y, step, bias, b, N, scale, rank, at_t, first, has = y0, step0, bias0, b0, N0, s0, R0, 0, 0, BIAS0
     blocks0, blocks1 = tl.cdiv(N0, COLUMNS), tl.cdiv(N1, COLUMNS)
@@ -111,8 +114,10 @@ def _add(y0, y1, y2, step0, step1, step2, split_step, bias0, bias1, bias2, b0, b
 def _gate(g, u, step, split_step, bias_g, bias_u, bg, bu, t, h, rows, N, sg, su, inverse,
           RG: tl.constexpr, RU: tl.constexpr, FIRST: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr,
           Y_SPLITS: tl.constexpr, SPLITS: tl.constexpr, R_BLOCK: tl.constexpr, ROWS: tl.constexpr,
-          COLUMNS: tl.constexpr, DOT: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+          COLUMNS: tl.constexpr, DOT: tl.constexpr, DTYPE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """h = silu(z_gate) * z_up * inverse; up's ranks begin at FIRST of the R in t."""
+    begin(EARLY)
+    wait(EARLY)
     n, m = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     real_n, real_m = n < N, m < rows
     real = real_m[:, None] & real_n[None, :]
@@ -190,7 +195,7 @@ def _options(x, t, y, parts) -> dict:
     return {
         "Y_SPLITS": y[0].shape[0], "SPLITS": t.shape[0], "R_BLOCK": max(16, r_block) if dot else r_block, "DOT": dot,
         "ROWS": rows, "COLUMNS": OUT_COLUMNS if dot else max(16, min(128, 4096 // (r_block * rows))),
-        "DTYPE": TYPES[x.dtype], "num_warps": OUT_WARPS if dot else 4,
+        "DTYPE": TYPES[x.dtype], "num_warps": OUT_WARPS if dot else 4, **early(x.device),
     }  # fmt: skip
 
 

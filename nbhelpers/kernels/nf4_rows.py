@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import begin, early, wait
 from .nf4 import multiprocessors
 from .nf4_bytes import PTX, eight_weights
 from .nf4_mma import LOAD, product
@@ -43,7 +44,7 @@ def _load_weights(w, absmax, outer, block, real, NESTED: tl.constexpr, NESTED_BL
 @triton.jit
 def _base(x, y, code, code8, w, absmax, outer, offset, column, split, rows, turns, K, N, first, y_step, x_step,
           NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-          PTX: tl.constexpr):  # fmt: skip
+          PTX: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Columns `first + column` and on of y_split: COLUMNS rows of W by x."""
     n, m, k = column + tl.arange(0, COLUMNS), tl.arange(0, ROWS), tl.arange(0, 64)
     real_m, real_n = m < rows, n < N
@@ -53,6 +54,7 @@ def _base(x, y, code, code8, w, absmax, outer, offset, column, split, rows, turn
     shift = tl.load(offset) if NESTED else 0.0
     real = real_n & (here < stop)
     next_words, next_scale, next_outer = _load_weights(w, absmax, outer, n * blocks + here, real, NESTED, NESTED_BLOCK)
+    wait(EARLY)
     next_x = tl.load(at_x + here * 64, real_m[:, None] & (here < stop), 0.0)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for _ in range(turns):
@@ -83,7 +85,7 @@ def _fetch(w, absmax, outer, row, block, half, blocks, stop, N, NESTED: tl.const
     real, at = (row < N) & (block < stop), row * blocks + block
     address = (w + at * 8 + half * 4).to(tl.int64)
     w0, w1, w2, w3 = tl.inline_asm_elementwise(
-        LOAD, "=r,=r,=r,=r,l,r", [address, real.to(tl.int32)], dtype=[tl.int32] * 4, is_pure=True, pack=1
+        LOAD, "=r,=r,=r,=r,l,r", [address, real.to(tl.int32)], dtype=[tl.int32] * 4, is_pure=False, pack=1
     )
     scale = tl.load(absmax + at, real, 0)
     return w0, w1, w2, w3, scale, tl.load(outer + at // NESTED_BLOCK, real, 0.0) if NESTED else scale
@@ -107,7 +109,7 @@ def _put(y, sums, first_row, m, n, rows, N, first, y_step, WARPS: tl.constexpr):
 @triton.jit
 def _in_registers(x, y, code8, w, absmax, outer, offset, first_row, split, rows, turns, K, N, first, y_step, x_step,
                   NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, SIXTEEN: tl.constexpr, WARPS: tl.constexpr,
-                  ASM: tl.constexpr, CONSTRAINTS: tl.constexpr):  # fmt: skip
+                  ASM: tl.constexpr, CONSTRAINTS: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """16 columns of y_split, from `first + first_row` on, without shared memory (nf4_mma.py), for up to 8 rows of x, or
     16 if SIXTEEN. Each warp takes a part of K. Every tensor has one element a thread, in the threads' order."""
     i = tl.arange(0, WARPS * 32)
@@ -119,6 +121,7 @@ def _in_registers(x, y, code8, w, absmax, outer, offset, first_row, split, rows,
     shift = tl.load(offset) if NESTED else 0.0
     a = _fetch(w, absmax, outer, row, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
     b = _fetch(w, absmax, outer, row + 8, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
+    wait(EARLY)
     s0 = tl.zeros([WARPS * 32], tl.float32)
     s1, s2, s3, s4, s5, s6, s7 = s0, s0, s0, s0, s0, s0, s0
     for _ in range(turns):
@@ -134,14 +137,14 @@ def _in_registers(x, y, code8, w, absmax, outer, offset, first_row, split, rows,
                 [c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3], scale_c, scale_d,
                  at, (read & (g < rows)).to(tl.int32), at + x_step * 16, (read & (g + 8 < rows)).to(tl.int32),
                  s0, s1, s2, s3, s4, s5, s6, s7],
-                dtype=[tl.float32] * 8, is_pure=True, pack=1,
+                dtype=[tl.float32] * 8, is_pure=False, pack=1,
             )  # fmt: skip
         else:
             s0, s1, s2, s3 = tl.inline_asm_elementwise(
                 ASM, CONSTRAINTS,
                 [c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3], scale_c, scale_d,
                  at, (read & (g < rows)).to(tl.int32), s0, s1, s2, s3],
-                dtype=[tl.float32] * 4, is_pure=True, pack=1,
+                dtype=[tl.float32] * 4, is_pure=False, pack=1,
             )  # fmt: skip
     lane = tl.arange(0, 32)
     m, n = lane % 4 * 2, first_row + lane // 4
@@ -158,8 +161,9 @@ def _in_registers(x, y, code8, w, absmax, outer, offset, first_row, split, rows,
 
 @triton.jit
 def _adapter(x, t, a, split, rows, turns, K, R: tl.constexpr, first, t_step, x_step, R_BLOCK: tl.constexpr,
-          ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+          ROWS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Columns `first` and on of t_split: all of A by x."""
+    wait(EARLY)
     m, r, k = tl.arange(0, ROWS), tl.arange(0, R_BLOCK), tl.arange(0, WIDTH)
     real_m, real_r = (m < rows)[:, None], (r < R)[:, None]
     at_x, at_a = x + m[:, None] * x_step + k[None, :], a + r[:, None] * K + k[None, :]
@@ -187,19 +191,20 @@ def _few_rows(
     NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
     THIN: tl.constexpr, PIECES: tl.constexpr, R_BLOCK: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, PTX: tl.constexpr, WARPS: tl.constexpr, REGISTERS: tl.constexpr, ASM: tl.constexpr,
-    CONSTRAINTS: tl.constexpr,
+    CONSTRAINTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
     block, split = tl.program_id(0) - THIN * PIECES, tl.program_id(1)
     R: tl.constexpr = R0 + R1 + R2
     DOT_ROWS: tl.constexpr = max(16, ROWS)
     if THIN > 0:
         part, piece = block + THIN * PIECES, split * PIECES + tl.program_id(0) % PIECES
         if part < PIECES:
-            _adapter(x, t, a0, piece, rows, thin_turns, K, R0, 0, R, x_step, R_BLOCK, DOT_ROWS, WIDTH)
+            _adapter(x, t, a0, piece, rows, thin_turns, K, R0, 0, R, x_step, R_BLOCK, DOT_ROWS, WIDTH, EARLY)
         elif part < 2 * PIECES and THIN > 1:
-            _adapter(x, t, a1, piece, rows, thin_turns, K, R1, R0, R, x_step, R_BLOCK, DOT_ROWS, WIDTH)
+            _adapter(x, t, a1, piece, rows, thin_turns, K, R1, R0, R, x_step, R_BLOCK, DOT_ROWS, WIDTH, EARLY)
         elif part < 3 * PIECES and THIN > 2:
-            _adapter(x, t, a2, piece, rows, thin_turns, K, R2, R0 + R1, R, x_step, R_BLOCK, DOT_ROWS, WIDTH)
+            _adapter(x, t, a2, piece, rows, thin_turns, K, R2, R0 + R1, R, x_step, R_BLOCK, DOT_ROWS, WIDTH, EARLY)
     if block >= 0:
         w, absmax, outer, offset, N, first = w0, absmax0, outer0, offset0, N0, 0
         blocks0, blocks1 = tl.cdiv(N0, COLUMNS), tl.cdiv(N1, COLUMNS)
@@ -212,10 +217,11 @@ def _few_rows(
                 block -= blocks0 + blocks1
         if REGISTERS:
             _in_registers(x, y, code8, w, absmax, outer, offset, block * COLUMNS, split, rows, turns, K, N, first,
-                          N0 + N1 + N2, x_step, NESTED, NESTED_BLOCK, ROWS == 16, WARPS, ASM, CONSTRAINTS)  # fmt: skip
+                          N0 + N1 + N2, x_step, NESTED, NESTED_BLOCK, ROWS == 16, WARPS, ASM, CONSTRAINTS,
+                          EARLY)  # fmt: skip
         else:
             _base(x, y, code, code8, w, absmax, outer, offset, block * COLUMNS, split, rows, turns, K, N, first,
-                  N0 + N1 + N2, x_step, NESTED, NESTED_BLOCK, ROWS, COLUMNS, PTX)  # fmt: skip
+                  N0 + N1 + N2, x_step, NESTED, NESTED_BLOCK, ROWS, COLUMNS, PTX, EARLY)  # fmt: skip
 
 
 def serves(x, parts) -> bool:
@@ -308,6 +314,7 @@ def few_rows_product(x, parts):
         nested is not None, nested.blocksize if nested else 1, *three(ranks, 0), thin, pieces,
         max(16, power_of_2(max(1, *ranks))), thin_width, cut.rows, cut.columns, PTX, WARPS, cut.registers,
         *(instructions(cut.rows, x.dtype, dot) if cut.registers else ("", "")),
+        **early(x.device),
         num_warps=WARPS,
         num_stages=1,  # pipelined by hand: Triton would take the table of absmax through shared memory as well
         enable_fp_fusion=False,  # a fused multiply-add would round once where nf4.py rounds twice

@@ -17,12 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import begin, early, wait
 from .sizes import ceil_div, power_of_2
 
 
 @triton.jit(do_not_specialize=["rows"])  # one build for every number of tokens
 def _forward(x, residual, w, s, y, r, rows, x_step, res_step, eps, H: tl.constexpr, ADD: tl.constexpr,
-             ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+             ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    begin(EARLY)
+    wait(EARLY)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (col < H)
@@ -89,11 +92,13 @@ def forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = Non
     s = x2 if residual is None else torch.empty((rows, hidden), dtype=sum_dtype, device=x.device)
     y = torch.empty(x.shape, dtype=torch.promote_types(sum_dtype, weight.dtype), device=x.device)
     r = torch.empty(rows, dtype=torch.float32, device=x.device)
-    tiles = _tiles(hidden, rows <= 256)
+    few = rows <= 256
+    tiles = _tiles(hidden, few)
     if rows:
         _forward[(ceil_div(rows, tiles["ROWS"]),)](
-            x2, res2, weight, s, y, r, rows, x2.stride(0), res2.stride(0), eps, hidden, residual is not None, **tiles
-        )
+            x2, res2, weight, s, y, r, rows, x2.stride(0), res2.stride(0), eps, hidden, residual is not None, **tiles,
+            **early(x.device, few),
+        )  # fmt: skip
     return (x if residual is None else s.view(x.shape)), y, r
 
 
