@@ -101,6 +101,7 @@ def attentions(warm, mine):
         q, k, v = (
             torch.randn(rows, n, 1, 128, device="cuda", dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads)
         )
+        tables = torch.randn(2, rows, 1, 128, device="cuda", dtype=torch.bfloat16)
         strides = cache.stride()
         table = torch.tensor([cache.data_ptr(), strides[0], strides[2], strides[3]], device="cuda")
         found = {}
@@ -110,8 +111,8 @@ def attentions(warm, mine):
                 continue
             positions = torch.full((rows,), 450, device="cuda")
 
-            def call(layer, q=q, k=k, v=v, cache=cache, table=table, positions=positions):
-                attention.decode_attention(q, k, v, cache, table, layer, positions, 720, 0.1)
+            def call(layer, q=q, k=k, v=v, tables=tables, cache=cache, table=table, positions=positions):
+                attention.decode_attention(q, k, v, *tables, cache, table, layer, positions, 720, 0.1)
 
             if warm:
                 call(0)

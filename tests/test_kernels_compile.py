@@ -111,9 +111,9 @@ def decoding(rows: int, heads: int, kv_heads: int, vocabulary: int, dtype: torch
     q, k, v = (torch.empty(rows, 1, n * 128, dtype=dtype).unflatten(-1, (n, 128)).transpose(1, 2)
                for n in (heads, kv_heads, kv_heads))  # fmt: skip
     cache, table = torch.empty(1, 2, rows, kv_heads, 4, 128, dtype=dtype), torch.zeros(4, dtype=torch.int64)
-    positions = torch.zeros(rows, dtype=torch.int64)
+    positions, (cos, sin) = torch.zeros(rows, dtype=torch.int64), torch.empty(2, rows, 1, 128, dtype=dtype)
     for window in (None, 512):
-        kernels.decode_attention(q, k, v, cache, table, 1, positions, 1, 0.1, window)
+        kernels.decode_attention(q, k, v, cos, sin, cache, table, 1, positions, 1, 0.1, window)
     kernels.draw(torch.empty(rows, vocabulary), positions, positions)
     x = torch.randn(rows, 1, 64, dtype=dtype)
     dense = {"lora_a": torch.randn(8, 64), "lora_b": torch.randn(128, 8), "scale": 2.0}
@@ -141,7 +141,7 @@ def kernels_of_the_package() -> set[tuple[str, str]]:
     return {(fn.__name__, fn.__module__) for m in modules for fn in vars(m).values() if isinstance(fn, JITFunction)}
 
 
-INLINED = {"_delta", "_sum", "_within_fp16", "_rotate_heads", "_load", "_store",
+INLINED = {"_delta", "_rotated", "_sum", "_within_fp16", "_rotate_heads", "_load", "_store",
            "_base", "_adapter", "_load_weights", "eight_weights", "_fetch", "_unnested", "_put",
            "_in_registers", "begin", "wait"}  # fmt: skip
 

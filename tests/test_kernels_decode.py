@@ -11,7 +11,9 @@ from nbhelpers import kernels
 from nbhelpers.kernels import Projection
 
 
-def attention_case(rows, heads, kv_heads, dim, positions, window=None, dtype=torch.float32, device="cpu", layer=1):
+def attention_case(
+    rows, heads, kv_heads, dim, positions, window=None, dtype=torch.float32, device="cpu", layer=1, rotary=None
+):
     """(arguments, what a copy of the cache holds in its stead) with more rows in the cache than in the batch."""
     generator = torch.Generator().manual_seed(0)
     cache = torch.randn(2, 2, rows + 1, kv_heads, 48, dim, generator=generator).to(device, dtype)
@@ -20,10 +22,12 @@ def attention_case(rows, heads, kv_heads, dim, positions, window=None, dtype=tor
         torch.randn(rows, 1, n * dim, generator=generator).to(device, dtype).unflatten(-1, (n, dim)).transpose(1, 2)
         for n in (heads, kv_heads, kv_heads)
     )
+    angles = torch.rand(rows, 1, (rotary or dim) // 2, generator=generator).repeat(1, 1, 2) * 6
+    cos, sin = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
     strides = cache.stride()
     table = torch.tensor([cache.data_ptr(), strides[0], strides[2], strides[3]], device=device)
     positions = torch.tensor(positions, device=device)
-    return (q, k, v, cache, table, layer, positions, int(positions.max()) + 1, dim**-0.5, window)
+    return (q, k, v, cos, sin, cache, table, layer, positions, int(positions.max()) + 1, dim**-0.5, window)
 
 
 def check_attention(tolerance=1e-5, **case):
@@ -33,12 +37,14 @@ def check_attention(tolerance=1e-5, **case):
     with kernels.use("torch"):
         wanted = kernels.decode_attention(*truth)
     torch.testing.assert_close(got, wanted, atol=tolerance, rtol=tolerance)
-    assert torch.equal(ours[3], truth[3])  # the cache: K and V of the new token at its place, and nothing else
+    # the cache: K and V of the new token at its place, and nothing else
+    torch.testing.assert_close(ours[5], truth[5], atol=tolerance, rtol=tolerance)
+    assert ((ours[5] != attention_case(**case)[5]).sum((-2, -1)) <= case["dim"]).all()
 
 
 CASES = [
     {"rows": 3, "heads": 6, "kv_heads": 2, "dim": 16, "positions": [0, 17, 40]},
-    {"rows": 2, "heads": 4, "kv_heads": 4, "dim": 24, "positions": [5, 33]},
+    {"rows": 2, "heads": 4, "kv_heads": 4, "dim": 24, "positions": [5, 33], "rotary": 16},
     {"rows": 3, "heads": 8, "kv_heads": 1, "dim": 32, "positions": [47, 3, 16], "window": 7},
     {"rows": 1, "heads": 2, "kv_heads": 1, "dim": 64, "positions": [30], "window": 100, "layer": 0},
     {"rows": 2, "heads": 4, "kv_heads": 2, "dim": 16, "positions": [9, 21], "dtype": torch.float16, "tolerance": 2e-3},
@@ -200,7 +206,8 @@ def test_torch_attention_equals_the_whole_softmax():
     """The reference itself: one row at a time, by the formula."""
     for case in CASES[:4]:
         arguments = attention_case(**{k: v for k, v in case.items() if k != "tolerance"})
-        q, k, v, cache, _, layer, positions, _, scale, window = arguments
+        q, k, v, cos, sin, cache, _, layer, positions, _, scale, window = arguments
+        q, k = kernels.rope(q, k, cos, sin)
         before = cache.clone()
         got = kernels.decode_attention(*arguments)
         for row, position in enumerate(positions.tolist()):

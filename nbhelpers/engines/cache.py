@@ -14,6 +14,8 @@ from torch import Tensor
 from .. import kernels
 from .decoder import Decoder
 
+Tables = tuple[Tensor, Tensor]  # cos and sin
+
 
 class KVCache:
     """`allocate(rows, length)`, then `prompt` and `step` as a Decoder's attend, then `free()`."""
@@ -61,7 +63,8 @@ class KVCache:
         Rows shorter than S are padded on the right: what is computed there is looked at by nobody, and overwritten.
         """
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, tables: Tables, window: int | None) -> Tensor:
+            q, k = kernels.rope(q, k, *tables)
             end = start + q.shape[2]
             keys, values = self.data[layer]
             keys[rows, :, start:end], values[rows, :, start:end] = k, v
@@ -91,9 +94,9 @@ class KVCache:
     def step(self, positions: Tensor, longest: int):
         """An attend for one token in each of the first B rows; positions int64 [B], all below `longest`."""
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, tables: Tables, window: int | None) -> Tensor:
             return kernels.decode_attention(
-                q, k, v, self.data, self.table, layer, positions, longest, self.scale, window
+                q, k, v, *tables, self.data, self.table, layer, positions, longest, self.scale, window
             )
 
         return attend

@@ -2,8 +2,8 @@
 
     x = embed(tokens)                                        [B, S, H]
     for each layer:
-        q, k, v = linear(norm(x))                            [B, heads, S, D], q and k rotated to their positions
-        x = x + linear(attend(q, k, v))                      attend is the caller's: it owns the cache
+        q, k, v = linear(norm(x))                            [B, heads, S, D]
+        x = x + linear(attend(q, k, v))                      attend is the caller's: it rotates, and owns the cache
         x = x + down(silu(gate(norm(x))) * up(norm(x)))
     logits = head(norm(x))                                   fp32 [..., V]
 
@@ -140,23 +140,22 @@ class Decoder:
     def hidden(self, tokens: Tensor, positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
         """tokens, positions int64 [B, S] -> the normed hidden states of the last layer [B, S, H].
 
-        attend(i, q, k, v, window) gets layer i's rotated q [B, heads, S, D], k, v [B, kv heads, S, D] and returns
-        [B, S, heads * D].
+        attend(i, q, k, v, (cos, sin), window) gets layer i's q [B, heads, S, D], k, v [B, kv heads, S, D] and the
+        tables [1 or B, S, R] to rotate q and k with; it returns [B, S, heads * D].
         """
         x = F.embedding(tokens, self.embedding.weight)
-        cos, sin = self.inner.rotary_emb(x, positions)
+        tables = self.inner.rotary_emb(x, positions)
         for i, layer in enumerate(self.layers):
-            q, k, v = self._rotated(layer.qkv(_normed(layer.norm, x)), cos, sin)
-            (y,) = layer.out(attend(i, q, k, v, layer.window))
+            (y,) = layer.out(attend(i, *self._heads(layer.qkv(_normed(layer.norm, x))), tables, layer.window))
             x, y = kernels.rms_norm(y, layer.mlp_norm.weight, layer.mlp_norm.variance_epsilon, x)
             x = _mlp(layer, y, x)
         return _normed(self.inner.norm, x)
 
-    def _rotated(self, outputs: tuple[Tensor, ...], cos: Tensor, sin: Tensor):
-        if len(outputs) == 1:  # Phi3
-            return kernels.rope_packed(*outputs, cos, sin, self.heads, self.kv_heads)
-        q, k, v = (y.unflatten(-1, (-1, self.dim)).transpose(1, 2) for y in outputs)
-        return *kernels.rope(q, k, cos, sin), v
+    def _heads(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """q, k, v [B, heads, S, D] of the three projections, or of Phi3's one, as views."""
+        if len(outputs) == 1:
+            outputs = outputs[0].split([n * self.dim for n in (self.heads, self.kv_heads, self.kv_heads)], dim=-1)
+        return tuple(y.unflatten(-1, (-1, self.dim)).transpose(1, 2) for y in outputs)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [B, H] -> fp32 [B, V]; on a GPU not rounded to 16 bits on the way (a step of 0.06 at 16 in bf16)."""

@@ -212,11 +212,13 @@ def draw(logits: Tensor, seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tenso
         return _for(logits).draw(logits, seeds, counters)
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, table: Tensor, layer: int, positions: Tensor,
-                     longest: int, scale: float, window: int | None = None) -> Tensor:  # fmt: skip
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, table: Tensor,
+                     layer: int, positions: Tensor, longest: int, scale: float,
+                     window: int | None = None) -> Tensor:  # fmt: skip
     """Attention of one new token a row over what the cache holds of that row, after its K and V were put there.
 
-    q [B, heads, 1, D], k, v [B, kv heads, 1, D], positions int64 [B]: where the token stands in its row. cache
+    q [B, heads, 1, D], k, v [B, kv heads, 1, D], q and k not rotated yet; cos, sin [1 or B, 1, R] as for `rope`;
+    positions int64 [B]: where the token stands in its row. cache
     [layers, 2, rows, kv heads, length, D] with B <= rows, K and V written in place; table int64 [4]: its address and
     its strides in elements of layer, row and head: the Triton kernel looks there, not at `cache`, so that a captured
     CUDA graph stays valid when the cache is made anew. longest: no position reaches it (torch reads so far; Triton
@@ -224,7 +226,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, table: Tens
     Returns [B, 1, heads * D].
     """
     with device_of(q):
-        return _for(q).decode_attention(q, k, v, cache, table, layer, positions, longest, scale, window)
+        return _for(q).decode_attention(q, k, v, cos, sin, cache, table, layer, positions, longest, scale, window)
 
 
 def decode_linear(x: Tensor, parts: tuple[Projection, ...]) -> tuple[Tensor, ...]:

@@ -2,6 +2,8 @@
 
     o = softmax(scale q K^T) V        q [G, D] of the query heads that share a key head, K, V [positions, D]
 
+q and the new token's k are rotated to their position on the way in (rope.py), rounded as rope.py rounds them.
+
 The positions of a row are cut into splits, one program each, so that a few rows fill the card too ("flash-decoding");
 a second kernel joins the splits, each with the logarithm of its softmax's denominator:
 
@@ -26,11 +28,22 @@ PROGRAMS = 264  # as many as there should be at least, for a card of 40 to 140 m
 MOST_SPLITS = 16
 
 
+@triton.jit
+def _rotated(at, d, real, cos, sin, HALF: tl.constexpr):
+    """What lies at `at`, channels d: those below 2 HALF rotated, rounded to its type."""
+    partner = tl.where(d < HALF, d + HALF, d - HALF)
+    turns = d < 2 * HALF
+    value = tl.load(at + d, real, 0.0).to(tl.float32)
+    other = tl.load(at + partner, real & turns, 0.0).to(tl.float32)
+    c, s = tl.load(cos + d % HALF, turns, 1.0).to(tl.float32), tl.load(sin + d % HALF, turns, 0.0).to(tl.float32)
+    return (value * c + tl.where(d < HALF, -other, other) * s).to(at.dtype.element_ty)
+
+
 @triton.jit(do_not_specialize=["layer"])
-def _attend(q, k, v, table, positions, out, lse, layer, scale, window, qb, qh, kb, kh, vb, vh,
+def _attend(q, k, v, cos, sin, table, positions, out, lse, layer, scale, window, qb, qh, kb, kh, vb, vh, cb, sb,
             KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
-            GROUP_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
-            EARLY: tl.constexpr):  # fmt: skip
+            GROUP_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
+            DOT: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     begin(EARLY)
     wait(EARLY)
     row = (tl.program_id(0) // KV_HEADS).to(tl.int64)
@@ -44,9 +57,11 @@ def _attend(q, k, v, table, positions, out, lse, layer, scale, window, qb, qh, k
     keys = tl.multiple_of(address + layer * layer_step + row * row_step + head * head_step, 16)
     values = tl.multiple_of(keys + layer_step // 2, 16)
 
-    at_q = q + row * qb + (head * GROUP + g[:, None]) * qh + d[None, :]
-    query = tl.load(at_q, real_g[:, None] & real_d[None, :], 0.0).to(tl.float32)
-    new_key = tl.load(k + row * kb + head * kh + d, real_d, 0.0)
+    cos += row * cb
+    sin += row * sb
+    at_q = q + row * qb + (head * GROUP + g[:, None]) * qh
+    query = _rotated(at_q, d[None, :], real_g[:, None] & real_d[None, :], cos, sin, HALF).to(tl.float32)
+    new_key = _rotated(k + row * kb + head * kh, d, real_d, cos, sin, HALF)
     new_value = tl.load(v + row * vb + head * vh + d, real_d, 0.0)
     position = tl.load(positions + row)
 
@@ -111,12 +126,12 @@ def splits_for(rows: int, kv_heads: int) -> int:
     return min(MOST_SPLITS, triton.next_power_of_2(triton.cdiv(PROGRAMS, rows * kv_heads)))
 
 
-def decode_attention(q, k, v, cache, table, layer, positions, longest, scale, window=None):
+def decode_attention(q, k, v, cos, sin, cache, table, layer, positions, longest, scale, window=None):
     """See nbhelpers.kernels.decode_attention."""
     rows, heads, _, dim = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    q, k, v, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, cos, sin))
     splits, dot = splits_for(rows, kv_heads), tensor_cores(q.device)
     out = torch.empty(rows, 1, heads * dim, dtype=q.dtype, device=q.device)
     parts = torch.empty(rows, heads, splits, dim, dtype=torch.float32, device=q.device) if splits > 1 else out
@@ -127,9 +142,10 @@ def decode_attention(q, k, v, cache, table, layer, positions, longest, scale, wi
     else:
         block = max(8, min(64, TILE // (group_block * dim_block)))
     _attend[(rows * kv_heads, splits)](
-        q, k, v, table, positions, parts, lse, layer, scale, window or 0,
+        q, k, v, cos, sin, table, positions, parts, lse, layer, scale, window or 0,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        kv_heads, group, dim, splits, window is not None, group_block, dim_block, block, dot,
+        *(t.stride(0) if t.shape[0] > 1 else 0 for t in (cos, sin)),
+        kv_heads, group, dim, splits, window is not None, group_block, dim_block, block, cos.shape[-1] // 2, dot,
         num_warps=WARPS, num_stages=STAGES if dot else 1, **early(q.device),
     )  # fmt: skip
     if splits > 1:

@@ -200,8 +200,10 @@ def draw(logits: Tensor, seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tenso
     return token, probabilities.gather(-1, token[:, None]).squeeze(-1).log()
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, table: Tensor | None, layer: int,
-                     positions: Tensor, longest: int, scale: float, window: int | None = None) -> Tensor:  # fmt: skip
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, table: Tensor | None,
+                     layer: int, positions: Tensor, longest: int, scale: float,
+                     window: int | None = None) -> Tensor:  # fmt: skip
+    q, k = rope(q, k, cos, sin)
     rows, q_heads, _, dim = q.shape
     keys, values = cache[layer, 0, :rows], cache[layer, 1, :rows]  # [B, kv heads, length, D]
     row = torch.arange(rows, device=q.device)
@@ -211,7 +213,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, table: Tens
     if window is not None:
         mask &= where > positions[:, None] - window
     # the query heads that share a key head are the "sequence" of its attention
-    q = q.view(rows, keys.shape[1], -1, dim)
+    q = q.reshape(rows, keys.shape[1], -1, dim)
     out = F.scaled_dot_product_attention(
         q, keys[:, :, :longest], values[:, :, :longest], attn_mask=mask[:, None, None], scale=scale
     )
