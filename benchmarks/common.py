@@ -74,6 +74,18 @@ def write(name: str, rows: list[dict], folder: Path = RESULTS) -> Path:
     return file
 
 
+def join(name: str, files: list[Path], folder: Path = RESULTS) -> None:
+    """Put the rows of `files` into the committed results file, a later file's over an earlier one's, and write it to
+    `folder`. Each row says in `run` which call it came from; host, date and command are the last file's."""
+    rows = {}
+    for file in (RESULTS / f"{name}.json", *files):
+        document = json.loads(file.read_text())
+        run = f"{document['date']}, {document['command']}"
+        rows |= {(row["what"], row["who"]): {"run": run, **row} for row in document["rows"]}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({**document, "rows": list(rows.values())}, indent=1) + "\n")
+
+
 def table(rows: list[dict]) -> str:
     """A line a measurement, a column for each `who`."""
     whos = list(dict.fromkeys(r["who"] for r in rows))

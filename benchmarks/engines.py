@@ -58,7 +58,8 @@ def jobs(args) -> list[dict]:
             found.append({**base, "kind": "transformers", "batches": [b for b in args.batches if b <= 32]})
         if "grpo" in args.only:
             cap = args.cap or CAPS[model]
-            found.append({**base, "kind": "grpo", "cap": cap, "t4": args.t4, "context": args.context})
+            found.append({**base, "kind": "grpo", "cap": cap, "t4": args.t4, "context": args.context,
+                          "steps": args.steps})  # fmt: skip
         if args.vllm:
             found.append({**base, "kind": "vllm", "batches": args.batches})
     for model in (args.models or TRL) if args.trl else ():
@@ -99,17 +100,6 @@ def save(rows: list[dict], args) -> None:
             common.write("engines", rows, Path(out, args.out.name) if args.out else Path(out))
 
 
-def joined(files: list[Path]) -> dict:
-    """The committed results file with the rows of `files` in it, a later file's over an earlier one's. Each row says in
-    `run` which call it came from; host, date and command are the last file's."""
-    rows = {}
-    for file in (common.RESULTS / "engines.json", *files):
-        document = json.loads(file.read_text())
-        run = f"{document['date']}, {document['command']}"
-        rows |= {(row["what"], row["who"]): {"run": run, **row} for row in document["rows"]}
-    return {**document, "rows": list(rows.values())}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--first", action="store_true")
@@ -123,6 +113,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=["ready", "decode", "transformers", "grpo"])
     parser.add_argument("--cap", type=float, help="GB of driver memory for the GRPO steps")
     parser.add_argument("--context", type=int, default=1024, help="tokens of prompt and completion in the GRPO steps")
+    parser.add_argument("--steps", type=int, default=3, help="GRPO steps, the first of which is not timed")
     parser.add_argument("--out", type=Path, help="where engines.json is written, instead of benchmarks/results")
     parser.add_argument("--join", nargs="+", type=Path, help="measure nothing, put the rows of these files together")
     parser.add_argument("--seconds", type=int, default=240, help="limit of one case, twice that for one with vLLM")
@@ -132,9 +123,7 @@ def main() -> None:
         engines_child.main(json.loads(args.child))
         return
     if args.join:
-        file = (args.out or common.RESULTS) / "engines.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(joined(args.join), indent=1) + "\n")
+        common.join("engines", args.join, args.out or common.RESULTS)
         return
     if args.first:
         raise SystemExit(engines_child.first(args.quick))

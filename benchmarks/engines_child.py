@@ -234,7 +234,9 @@ def transformers(job: dict, row) -> None:
 
 
 def grpo(job: dict, row) -> None:
-    """Three whole steps of LeanGRPOTrainer, G=8, a prompt of 256 tokens, in a process that may take `cap` GB in all."""
+    """`steps` whole steps of LeanGRPOTrainer, G=8, a prompt of 256 tokens, in a process that may take `cap` GB in all.
+
+    generating_s and training_s (forward and backward) are the last step's."""
     from nbhelpers.trainer import LeanGRPOConfig, LeanGRPOTrainer
 
     cap = job["cap"]
@@ -249,17 +251,20 @@ def grpo(job: dict, row) -> None:
         torch.cuda.set_per_process_memory_fraction(budget * GB / torch.cuda.mem_get_info()[1])
     model = build(job, torch.float16 if job.get("t4") and torch.cuda.is_available() else None)
     settings, parts, times = grpo_steps(job.get("quick"), job["context"])
-    generated: list[float] = []
+    generated, trained = [], []
     with tempfile_folder() as folder, peak_driver() as peak:
-        args = LeanGRPOConfig(folder, max_steps=3, gradient_checkpointing=False, **settings)
+        args = LeanGRPOConfig(folder, max_steps=job["steps"], gradient_checkpointing=False, **settings)
         # the cap counts what torch holds, the budget what it gives out: the graphs' pool and fragments lie between them
         extra = {"budget_gb": budget - 0.25} if torch.cuda.is_available() else {}
         trainer = LeanGRPOTrainer(model, args=args, engine="graph", **parts, **extra)
         trainer.engine.generate = watched(trainer.engine.generate, generated)
+        trainer._compute_loss = watched(trainer._compute_loss, trained)
         trainer.train()
     setting = f"{job['context'] // 1024}K{'-t4' if job.get('t4') else ''}"
-    written = {"generating_s": round(generated[-1], 3), "first_step_s": round(times[0], 2)}
-    row(f"{setting}/step_time", statistics.median(times[1:]), "s", "ours", **written)
+    written = {"generating_s": round(generated[-1], 3), "training_s": round(trained[-1], 3), "steps": len(times)}
+    if torch.cuda.is_available():
+        written["allocator_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
+    row(f"{setting}/step_time", statistics.median(times[1:]), "s", "ours", first_step_s=round(times[0], 2), **written)
     row(f"{setting}/step_peak_driver", peak[0], "GB", "ours", cap=cap)
 
 

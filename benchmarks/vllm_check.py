@@ -305,11 +305,15 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(MODELS))
     parser.add_argument("--only", nargs="*", default=list(CHECKS), choices=CHECKS)
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of vllm.json and the logs")
+    parser.add_argument("--join", nargs="+", type=Path, help="measure nothing, put the rows of these files together")
     parser.add_argument("--seconds", type=float, default=560, help="of all of it")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         raise SystemExit(Check(json.loads(args.child)).run())
+    if args.join:
+        common.join("vllm", args.join, args.out)
+        return
     if "start" not in args.only:
         args.only.insert(0, "start")
     args.out.mkdir(parents=True, exist_ok=True)
