@@ -242,6 +242,9 @@ def grpo(job: dict, row) -> None:
     cap = job["cap"]
     if torch.cuda.is_available():
         if job.get("t4"):
+            from triton.runtime import driver
+
+            driver.active.get_current_target()  # now: later it would compile for what the next line says
             torch.cuda.get_device_capability = lambda *_: (7, 5)
             torch.backends.cuda.enable_flash_sdp(False)
             torch.backends.cuda.enable_cudnn_sdp(False)
