@@ -130,28 +130,34 @@ def step() -> str:
 
 def engines() -> str:
     results, colocated = Results("engines"), Results("vllm")
-    rows, keys = [], []
+    rows, keys, their_keys = [], [], []
     for name, title in MODELS.items():
-        for batch in (8, 32, 128):
-            key = f"{name}/batch-{batch}/decode"
-            if (ours := results(key, "graph")) is not None:
-                others = colocated(key, "vllm"), results(key, "transformers")
-                rows.append([f"{title}, batch {batch}", number(ours, 0), *(number(other, 0) for other in others)])
-                keys += [(key, "graph"), (key, "transformers")]
-    header = ["tokens/s", "graph engine", "vLLM on the same weights", "transformers"]
-    return f"{table(header, rows)}\n\n{results.source(*keys)} vLLM: {colocated.source()}"
+        for label, metric, digits in (
+            *((f"tokens/s, batch {batch}", f"batch-{batch}/decode", 0) for batch in (8, 32, 128)),
+            ("seconds to the first token", "ready", 1),
+        ):
+            key = f"{name}/{metric}"
+            if results(key, "graph") is not None:
+                values = [results(key, "graph"), results(key, "vllm"), colocated(key, "vllm")]
+                values.append(results(key, "transformers"))
+                rows.append([f"{title}, {label}", *(number(value, digits) for value in values)])
+                keys += [(key, who) for who in ("graph", "vllm", "transformers")]
+                their_keys.append((key, "vllm"))
+    header = ["", "graph engine", "vLLM", "vLLM on our weights", "transformers"]
+    sources = f"{results.source(*keys)} vLLM on our weights: {colocated.source(*their_keys)}"
+    return f"{table(header, rows)}\n\n{sources}"
 
 
 def whole() -> str:
     results = Results("engines")
     rows, keys = [], []
     for name, title in MODELS.items():
-        key = f"{name}/1K/step_peak_driver", "ours"
-        if results(*key) is not None:
-            cap = next(row["cap"] for row in results.document["rows"] if (row["what"], row["who"]) == key)
-            seconds = results(f"{name}/1K/step_time")
-            rows.append([title, number(cap, 0), number(results(*key)), number(seconds, 1)])
-            keys.append(key)
+        for who, label in (("ours", title), ("trl", f"{title}, TRL with vLLM")):
+            key, time = (f"{name}/1K/step_peak_driver", who), (f"{name}/1K/step_time", who)
+            if results(*key) is not None:
+                cap = next(row.get("cap") for row in results.document["rows"] if (row["what"], row["who"]) == key)
+                rows.append([label, number(cap, 0), number(results(*key)), number(results(*time), 1)])
+                keys += [key, time]
     return f"{table(['', 'cap, GB', 'by the driver, GB', 'seconds a step'], rows)}\n\n{results.source(*keys)}"
 
 
