@@ -65,6 +65,8 @@ class LeanStep:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.budget_gb, self.temperature, self.share_prompts = budget_gb, temperature, share_prompts
         self.asleep = 0  # bytes that torch counts as allocated and a sleeping engine has handed back
+        self.share = 1.0  # of the room that the plan counts with; less once memory has run out
+        self._began: str | None = None  # what is under way: "clean" if there were no gradients before
         self.pending = 0  # bytes that others will still take for good, such as an optimizer before its first update
         if any(p.dtype == torch.uint8 and p.is_cuda for p in model.parameters()) and kernels.fused is not None:
             from .kernels.lora_linear import scratch  # the kernels' buffer is made now, so that the budget sees it
@@ -78,13 +80,28 @@ class LeanStep:
         """Bytes that the work of a micro-batch may take, on top of what lies on the card now."""
         coming = self.pending + sum(p.numel() * p.element_size() for p in self.trained if p.grad is None)
         if self.device.type != "cuda":
-            return float("inf") if self.budget_gb is None else self.budget_gb * GB
+            return float("inf") if self.budget_gb is None else self.budget_gb * GB * self.share
         free, _ = torch.cuda.mem_get_info(self.device)
         allocated, reserved = torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
         room = (free + reserved - allocated) * (1 - RESERVE)
         if self.budget_gb is not None:
             room = min(room, self.budget_gb * GB - allocated + self.asleep)
-        return room - coming
+        return room * self.share - coming
+
+    def shrink(self) -> bool:
+        """After running out of memory in `differentiate` or `score`: make ready to do it again, in less room from now
+        on. False, and nothing is changed, if that would lose the gradients of an earlier batch, or after three times.
+        """
+        if self._began == "dirty" or self.share < 0.55:
+            return False
+        self.share *= 0.8
+        if self._began == "clean":
+            for parameter in self.trained:
+                parameter.grad = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        print("Out of memory in training: this batch is computed again, in smaller parts from now on.")
+        return True
 
     def plan(self, rows: list[Row]) -> list[Part]:
         """How these rows would be cut now. CannotFit if not one of them fits."""
@@ -100,6 +117,7 @@ class LeanStep:
             loss is their sum. `packed.number` and `packed.column` say where each of the S tokens stands.
         backward: called with each scalar, e.g. accelerator.backward, which scales it for fp16.
         """
+        self._began = "clean" if all(p.grad is None for p in self.trained) else "dirty"
         self.parts = self.plan(batch.rows) if batch.rows else []
         for part in self.parts:
             packed = pack(batch, [batch.rows[i] for i in part.rows], self.device, self.share_prompts)
@@ -117,6 +135,7 @@ class LeanStep:
     @torch.no_grad()
     def score(self, batch: Rows, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies of the completions' tokens as padded [B, T] fp32, 0 elsewhere."""
+        self._began = "score"
         logps, entropies = (torch.zeros(shape, device=self.device) for _ in range(2))
         room = self.room()
         for rows, tile in self._forward_parts(batch.rows, room):

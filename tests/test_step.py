@@ -409,6 +409,45 @@ def test_a_batch_without_any_signal_has_gradients_of_zero(pairs):
     assert ours._metrics["train"]["entropy"] == [0.0]
 
 
+def test_a_batch_that_runs_out_of_memory_is_computed_again_in_smaller_parts(pairs, monkeypatch, capsys):
+    ours, batch = pairs("llama")[1], make_batch(groups=2, size=4)
+    one = ours._step_of(ours.model)
+    monkeypatch.setattr(one, "budget_gb", 3e-4)
+    monkeypatch.setattr(one, "share", 1.0)
+
+    def measure():
+        configure(ours)
+        found = gradients(ours, batch), {k: v[0] for k, v in ours._metrics["train"].items()}, list(one.parts)
+        found[1].pop("tokens_per_second")
+        return found
+
+    (wanted_loss, wanted), metrics, parts = measure()
+    backward, calls = one.decoder._differentiate, []
+
+    def short_of_memory(*arguments):
+        calls.append(arguments)
+        if len(calls) in failing:
+            raise torch.OutOfMemoryError
+        backward(*arguments)
+
+    monkeypatch.setattr(one.decoder, "_differentiate", short_of_memory)
+    failing = [2]  # the gradients of the last layer are there already
+    (loss, got), again, smaller = measure()
+    assert loss == pytest.approx(wanted_loss, rel=1e-5) and difference(got, wanted) < 1e-5
+    assert again == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+    assert max(part.peak for part in smaller) < max(part.peak for part in parts) and one.share == 0.8
+    assert "computed again, in smaller parts" in capsys.readouterr().out
+
+    failing = [len(calls) + 4]  # now there are gradients of an earlier batch
+    with pytest.raises(torch.OutOfMemoryError):
+        ours.compute_loss(ours.model, batch)
+    ours.model.zero_grad()
+    failing = range(10**6)
+    with pytest.raises(torch.OutOfMemoryError):
+        ours.compute_loss(ours.model, batch)
+    assert 0.4 < one.share < 0.55
+
+
 def test_rows_that_trl_masks_out_are_left_alone(pairs):
     """mask_truncated_completions zeroes the masks of unfinished completions."""
     batch = make_batch()
