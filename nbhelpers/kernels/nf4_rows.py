@@ -180,7 +180,7 @@ def _adapter(x, t, a, split, rows, turns, K, R: tl.constexpr, first, t_step, x_s
     tl.store(t + (split * rows + m[:, None]) * t_step + first + r[None, :], total, real_m & (r < R)[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "turns"])
+@triton.jit(do_not_specialize=["rows", "turns", "thin_turns"])
 def _few_rows(
     x, y, t, code, code8,
     w0, w1, w2,  # int32 [N K / 8]
@@ -281,6 +281,8 @@ def few_rows_product(x, parts):
     y fp32 [splits, rows, sum of N], whose sum over the splits is [x W_1^T, x W_2^T, ..], and t fp32 [splits, rows, sum
     of r] with x A^T likewise, without elements if no part has a LoRA; None where tl.dot has no tensor cores.
     """
+    if x.stride(0) % 8 or x.stride(1) != 1 or x.data_ptr() % 16:  # it is read 16 bytes at a time
+        x = x.clone(memory_format=torch.contiguous_format)
     states = [part.quant_state for part in parts]
     state, nested = states[0], states[0].state2
     rows, width = x.shape
