@@ -164,11 +164,13 @@ class TestLinear:
         dense = torch.cat([kernels.reference.dequantize_nf4(part.weight, part.quant_state, dtype) for part in parts])
         assert y.shape == (4, 6, 137) and torch.equal(y.sum(0), dense[:, [0, 1, 63, 64, 128, 255]].t().float())
 
-    @pytest.mark.parametrize("rows", [1, 8, 13, 16])
+    @pytest.mark.parametrize("rows", [1, 8, 13, 16, 20])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("nested, width", [(True, 320), (False, 1280)], ids=["nested", "plain"])
-    def test_the_product_in_registers(self, rows, dtype, nested, width, dot, monkeypatch):
-        """The PTX itself, emulated: unit vectors pick single weights bit for bit, dense rows and LoRA come close."""
+    def test_the_product_by_its_ptx(self, rows, dtype, nested, width, dot, monkeypatch):
+        """Emulated: unit vectors pick single weights bit for bit, dense rows and LoRA come close. 20 rows: `_base`."""
+        if rows == 20 and dtype == torch.bfloat16:
+            pytest.skip("the interpreter's tl.dot is wrong in bf16")
         module = import_module("nbhelpers.kernels.nf4_rows")
         monkeypatch.setattr(module, "PTX", True)
         monkeypatch.setattr(module, "splits_for", lambda *_: 2)
@@ -189,7 +191,7 @@ class TestLinear:
             y, t = module.few_rows_product(x, tuple(parts))
         torch.testing.assert_close(y.sum(0), x.float() @ dense.t(), atol=1e-3, rtol=1e-4)
         assert (t is not None) == dot
-        if dot and dtype == torch.float16:  # the interpreter's tl.dot is wrong in bf16
+        if dot and dtype == torch.float16:
             a = torch.cat([part.lora_a for part in parts if part.lora_a is not None]).to(dtype).float()
             torch.testing.assert_close(t.sum(0), x.float() @ a.t(), atol=1e-3, rtol=1e-4)
 
