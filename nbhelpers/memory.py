@@ -57,7 +57,7 @@ class Plan:
     generation: dict[str, float]
     training: dict[str, float]
     parts: tuple[Part, ...]
-    at_once: int  # completions that generation has room for at a time
+    at_once: int  # completions of full length that generation has room for at a time
     fits: bool
     longest_context: int  # prompt and completion, 0 if none fits; completions one after another if need be
     largest_group: int  # completions of this length that are generated at once; 0 if none
@@ -82,7 +82,7 @@ class Plan:
         context = f"{self.longest_context:,} tokens" if self.longest_context else "none"
         found = [
             f"The largest part is {self.dominates}; what is kept for the backward only takes what room is left.",
-            f"Longest context that fits: {context}. Largest group generated at once: {self.largest_group or 'none'}.",
+            f"Longest context that fits: {context}. Largest group written at once to the end: {self.largest_group or 'none'}.",
         ]
         if self.fits:
             kept = sum(part.kept for part in self.parts) / (
@@ -90,8 +90,10 @@ class Plan:
             )
             how = "nothing is computed twice" if kept == 1 else f"{1 - kept:.0%} of the layers are computed twice"
             pieces = "one piece" if len(self.parts) == 1 else f"{len(self.parts)} pieces"
-            waves = f" Completions are generated {self.at_once} at a time." if self.at_once < self.setting.rows else ""
-            return [f"It fits. The batch goes through in {pieces}, {how}.{waves}", *found]
+            stages = ""
+            if self.at_once < self.setting.rows:
+                stages = f" Completions are written all at once while short, {self.at_once} at a time at the end."
+            return [f"It fits. The batch goes through in {pieces}, {how}.{stages}", *found]
         if self.nearest is not None:
             return [f"It does NOT fit. The nearest that does: {self.nearest}.", *found]
         names = ", ".join(presets.that_fit(self.card_gb)) or "none"
