@@ -80,9 +80,10 @@ class Plan:
     def verdict(self) -> list[str]:
         """The conclusions, a sentence each."""
         context = f"{self.longest_context:,} tokens" if self.longest_context else "none"
+        group = self.largest_group or "none"
         found = [
             f"The largest part is {self.dominates}; what is kept for the backward only takes what room is left.",
-            f"Longest context that fits: {context}. Largest group written at once to the end: {self.largest_group or 'none'}.",
+            f"Longest context that fits: {context}. Largest group written at once to the end: {group}.",
         ]
         if self.fits:
             kept = sum(part.kept for part in self.parts) / (
