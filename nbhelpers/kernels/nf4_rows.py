@@ -226,7 +226,10 @@ def _few_rows(
 
 def serves(x, parts) -> bool:
     """Whether `few_rows_product` can, and should, do this on this card."""
-    most = MOST_ROWS if tensor_cores(x.device) else MOST_IN_REGISTERS if turing(x.device) else 0
+    if tensor_cores(x.device):
+        most = MOST_ROWS
+    else:
+        most = MOST_IN_REGISTERS if turing(x.device) and x.dtype == torch.float16 else 0
     return x.element_size() == 2 and x.shape[0] <= most and fits(x, parts)
 
 
