@@ -3,7 +3,7 @@
 import interpreter  # first: before anything that imports triton
 import pytest
 import torch
-from test_step import difference, make_model, rollout, through
+from step_cases import difference, make_model, rollout, through
 
 from nbhelpers import budget, kernels
 

@@ -10,7 +10,7 @@ from pathlib import Path
 def run(folder: str) -> None:
     """In each of two processes: two updates by stock TRL and by ours; how far apart they end."""
     import trl
-    from test_step import difference, make_model, make_trainer
+    from step_cases import difference, make_model, make_trainer
 
     from nbhelpers import trainer
 
