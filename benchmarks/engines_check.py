@@ -133,6 +133,13 @@ def one_model(label, model, dtype, say, tokens):
     moved = [c.token_ids for c in again] == [c.token_ids for c in graph] and len(small) == 15
     say(f"{label} graphs outlive their cache", moved, "tokens equal" if moved else "tokens differ")
 
+    long = replace(greedy, max_tokens=10 * tokens)
+    room = 8 * (max(map(len, prompts)) + 4 * tokens + 16) * engine._steps.cache.token_bytes  # not for all of that
+    forks, gap = compare(
+        model, prompts, GraphEngine(model, kv_bytes=room).generate(prompts, long), engine.generate(prompts, long), near
+    )
+    say(f"{label} in stages = in one piece", gap < near, f"{forks} of {len(prompts)} rows part, gap {gap:.4f}")
+
     with torch.no_grad():
         for parameter in (p for n, p in model.named_parameters() if "lora_B" in n):
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
