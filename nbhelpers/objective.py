@@ -71,8 +71,9 @@ def run(
         try:
             return _run(step, batch, settings, accumulation, num_items, backward)
         except torch.OutOfMemoryError:
-            if not step.shrink():
+            if not step.can_shrink:
                 raise
+        step.shrink()  # not in the except: there the error still holds on to all that was computed
 
 
 def _run(step, batch, settings, accumulation, num_items, backward) -> Outcome:

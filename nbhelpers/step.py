@@ -88,12 +88,14 @@ class LeanStep:
             room = min(room, self.budget_gb * GB - allocated + self.asleep)
         return room * self.share - coming
 
-    def shrink(self) -> bool:
+    @property
+    def can_shrink(self) -> bool:
+        """Whether `shrink` is a way out: not if it would lose the gradients of an earlier batch, nor a fourth time."""
+        return self._began != "dirty" and self.share > 0.55
+
+    def shrink(self) -> None:
         """After running out of memory in `differentiate` or `score`: make ready to do it again, in less room from now
-        on. False, and nothing is changed, if that would lose the gradients of an earlier batch, or after three times.
-        """
-        if self._began == "dirty" or self.share < 0.55:
-            return False
+        on."""
         self.share *= 0.8
         if self._began == "clean":
             for parameter in self.trained:
@@ -101,7 +103,6 @@ class LeanStep:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         print("Out of memory in training: this batch is computed again, in smaller parts from now on.")
-        return True
 
     def plan(self, rows: list[Row]) -> list[Part]:
         """How these rows would be cut now. CannotFit if not one of them fits."""

@@ -114,12 +114,13 @@ class GraphEngine(Engine):
             budget = self.kv_bytes if self.kv_bytes is not None else kv_budget(decoder.device, self.budget_gb)
             try:
                 while going := [request for request in requests if not request.writer.ended]:
+                    rows, length = self._stage(going, sampling.max_tokens, budget)
                     try:
-                        self._steps.cache.allocate(*self._stage(going, sampling.max_tokens, budget), budget)
+                        self._steps.cache.allocate(rows, length, budget)
                         _Generation(self._steps, going, sampling).run()
                     except torch.OutOfMemoryError:  # what is free lies in pieces; nothing that was written is lost
                         self._steps.cache.free()
-                        budget = budget * 7 // 8
+                        budget = min(budget, rows * length * self._steps.cache.token_bytes) * 7 // 8
             finally:
                 self._steps.cache.free()
                 if decoder.device.type == "cuda" and self._steps.cache.most * 2 * decoder.dtype.itemsize > budget:
