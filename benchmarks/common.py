@@ -30,8 +30,10 @@ def row(what: str, who: str, value: float, unit: str, **more) -> dict:
 
 def host() -> dict:
     """GPU, driver and versions; what is not there is left out."""
+    from nbhelpers.host import cpu
+
     found = {"machine": platform.machine(), "system": platform.system(), "python": platform.python_version()}
-    found |= {"cpu": _cpu(), "cores": os.cpu_count()}
+    found |= {"cpu": cpu(), "cores": os.cpu_count()}
     for package in PACKAGES:
         try:
             found[package] = version(package)
@@ -48,13 +50,6 @@ def host() -> dict:
     if "torch" in sys.modules:
         found["cuda"] = sys.modules["torch"].version.cuda
     return found
-
-
-def _cpu() -> str:
-    """The processor's name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def write(name: str, rows: list[dict], folder: Path = RESULTS) -> Path:

@@ -7,7 +7,6 @@ import math
 import os
 import platform
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean, stdev, variance
 
 from nbhelpers import host
@@ -123,7 +122,4 @@ def hardware() -> str:
     card = host.card()
     if card is not None:
         return f"{card.name}, {card.total / GB:.1f} GB"
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
-    return f"{os.cpu_count()} CPU cores ({name or platform.machine()})"
+    return f"{os.cpu_count()} CPU cores ({host.cpu() or platform.machine()})"

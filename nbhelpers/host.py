@@ -10,6 +10,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from nbhelpers import presets
 from nbhelpers.presets import GB
@@ -75,6 +76,13 @@ def card_gb() -> float | None:
     """GB of this process's GPU, as `Preset.on_card` wants it; None without a GPU."""
     here = card()
     return here.total / GB if here else None
+
+
+def cpu() -> str:
+    """The processor's name where the system tells it; it may be empty."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def compute_dtype():

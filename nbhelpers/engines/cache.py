@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import kernels
+from ..kernels.sizes import capability
 from .decoder import Decoder
 
 Tables = tuple[Tensor, Tensor]  # cos and sin
@@ -26,7 +27,7 @@ class KVCache:
         self.table = torch.zeros(4, dtype=torch.int64, device=self.device)
         self.most = 0  # numbers that it held at its largest
         self.data: Tensor | None = None  # [layers, 2, rows, kv heads, length, D]
-        self.shared_heads = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)
+        self.shared_heads = capability(self.device) >= (8, 0)
 
     @property
     def token_bytes(self) -> int:

@@ -123,8 +123,6 @@ class GraphEngine(Engine):
                         budget = min(budget, rows * length * self._steps.cache.token_bytes) * 7 // 8
             finally:
                 self._steps.cache.free()
-                if decoder.device.type == "cuda" and self._steps.cache.most * 2 * decoder.dtype.itemsize > budget:
-                    torch.cuda.empty_cache()  # little room: training is to get it in one piece
         return [request.writer.completion for request in requests]
 
     def _stage(self, requests: list[Request], max_tokens: int, budget: int) -> tuple[int, int]:

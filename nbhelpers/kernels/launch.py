@@ -6,12 +6,12 @@ before it reads anything else, and before it writes. `begin` lets the next kerne
 the one ahead to end, all before that have ended too. A captured CUDA graph keeps this.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from triton.backends.nvidia.compiler import CUDAOptions
+
+from .sizes import capability
 
 
 @triton.jit
@@ -28,11 +28,9 @@ def wait(EARLY: tl.constexpr):
         tl.extra.cuda.gdc_wait()
 
 
-@cache
 def able(device: torch.device) -> bool:
     """Whether this card and this Triton launch so."""
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return hopper and hasattr(CUDAOptions, "launch_pdl")
+    return capability(device) >= (9, 0) and hasattr(CUDAOptions, "launch_pdl")
 
 
 def early(device: torch.device, wanted: bool = True) -> dict:

@@ -15,10 +15,16 @@ import triton.language as tl
 
 from .nf4_bytes import look_up, selectors, table
 
-LOAD = tl.constexpr(
-    "{.reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
-    "@p ld.global.v4.b32 {$0, $1, $2, $3}, [$4];}"
-)
+
+def _load(registers: list[str], address: str, read: str) -> str:
+    """Fill registers, a multiple of four, from an address on, or with zeros where `read` is 0. Uses the predicate p."""
+    lines = [f"setp.ne.b32 p, {read}, 0;", *(f"mov.b32 {register}, 0;" for register in registers)]
+    for i in range(0, len(registers), 4):
+        lines.append(f"@p ld.global.v4.b32 {{{', '.join(registers[i : i + 4])}}}, [{address} + {4 * i}];")
+    return " ".join(lines)
+
+
+LOAD = tl.constexpr("{.reg .pred p; " + _load(["$0", "$1", "$2", "$3"], "$4", "$5") + "}")
 
 
 def product(eights: int, kind: str, wide: bool) -> tuple[str, str]:
@@ -32,11 +38,7 @@ def product(eights: int, kind: str, wide: bool) -> tuple[str, str]:
     words, scales, rows, before = sums, sums + 8, sums + 10, sums + 10 + 2 * eights
     lines = [".reg .pred p;", f".reg .b32 x<{16 * eights}>, g<8>, j<8>, s<2>, e<2>, a<4>, u, v, h, l;"]
     for n in range(eights):
-        address, read = f"${rows + 2 * n}", f"${rows + 2 * n + 1}"
-        lines += [f"setp.ne.b32 p, {read}, 0;", *(f"mov.b32 x{16 * n + i}, 0;" for i in range(16))]
-        for i in range(0, 16, 4):
-            four = ", ".join(f"x{16 * n + i + j}" for j in range(4))
-            lines.append(f"@p ld.global.v4.b32 {{{four}}}, [{address} + {4 * i}];")
+        lines.append(_load([f"x{16 * n + i}" for i in range(16)], f"${rows + 2 * n}", f"${rows + 2 * n + 1}"))
     tables = [[f"{half}{i}" for i in range(8)] for half in "gj"]  # of row g, and of row g + 8
     lines += [table(kind, names, f"${scales + i}", wide) for i, names in enumerate(tables)]
     for step in range(8):  # four positions of this thread: half a word

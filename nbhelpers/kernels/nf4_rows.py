@@ -194,18 +194,19 @@ def _few_rows(
     CONSTRAINTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     begin(EARLY)
-    block, split = tl.program_id(0) - THIN * PIECES, tl.program_id(1)
+    program, split = tl.program_id(0), tl.program_id(1)
     R: tl.constexpr = R0 + R1 + R2
     DOT_ROWS: tl.constexpr = max(16, ROWS)
-    if THIN > 0:
-        part, piece = block + THIN * PIECES, split * PIECES + tl.program_id(0) % PIECES
-        if part < PIECES:
+    if THIN > 0:  # else tl.dot must not be compiled: it is a T4's kernel, too
+        piece = split * PIECES + program % PIECES
+        if program < PIECES:
             _adapter(x, t, a0, piece, rows, thin_turns, K, R0, 0, R, x_step, R_BLOCK, DOT_ROWS, WIDTH, EARLY)
-        elif part < 2 * PIECES and THIN > 1:
+        elif program < 2 * PIECES and THIN > 1:
             _adapter(x, t, a1, piece, rows, thin_turns, K, R1, R0, R, x_step, R_BLOCK, DOT_ROWS, WIDTH, EARLY)
-        elif part < 3 * PIECES and THIN > 2:
+        elif program < 3 * PIECES and THIN > 2:
             _adapter(x, t, a2, piece, rows, thin_turns, K, R2, R0 + R1, R, x_step, R_BLOCK, DOT_ROWS, WIDTH, EARLY)
-    if block >= 0:
+    if program >= THIN * PIECES:
+        block = program - THIN * PIECES
         w, absmax, outer, offset, N, first = w0, absmax0, outer0, offset0, N0, 0
         blocks0, blocks1 = tl.cdiv(N0, COLUMNS), tl.cdiv(N1, COLUMNS)
         if block >= blocks0:

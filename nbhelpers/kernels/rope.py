@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import begin, early, wait
 from .sizes import power_of_2
 from .storage import may_overwrite, overwritten
 
@@ -37,11 +36,9 @@ def _rotate(
     q, k, q_out, k_out, cos, sin,
     qb, qh, qs, kb, kh, ks, qob, qoh, qos, kob, koh, kos, cb, cs, sb, ss,
     SIGN: tl.constexpr, HALF: tl.constexpr, QH: tl.constexpr, KH: tl.constexpr,
-    QH_BLOCK: tl.constexpr, KH_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    QH_BLOCK: tl.constexpr, KH_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Strides: b of the batch, h of a head, s of a position; of the input, of the output, of cos (c*) and sin (s*)."""
-    begin(EARLY)
-    wait(EARLY)
     t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i = tl.arange(0, HALF_BLOCK)[None, :]
     c = tl.load(cos + b * cb + t * cs + i, i < HALF, 0.0).to(tl.float32)
@@ -61,13 +58,11 @@ def rotate(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, cos: Tensor, sin:
     tables = [step for t in (cos, sin) for step in (t.stride(0) if t.shape[0] > 1 else 0, t.stride(1))]
     heads_block, half_block = power_of_2(q_heads), power_of_2(half)
     # 16 numbers a thread where there are tokens enough to fill the device, else 8: a decoder waits for one program
-    few = batch * tokens <= 256
-    elements = 256 if few else 512
+    elements = 512 if batch * tokens > 256 else 256
     _rotate[(tokens, batch)](
         q, k, q_out, k_out, cos, sin, *steps, *tables, sign, half, q_heads, k.shape[1],
         heads_block, power_of_2(k.shape[1]), half_block,
         num_warps=min(8, max(1, heads_block * half_block // elements)),
-        **early(q.device, few),
     )  # fmt: skip
 
 

@@ -20,15 +20,19 @@ def power_of_2(n: int) -> int:
 
 
 @cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The card's compute capability; (0, 0) where there is none."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
 def tensor_cores(device: torch.device) -> bool:
     """Whether Triton's tl.dot has tensor cores there: from Ampere on; below, it becomes scalar multiplications."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return capability(device) >= (8, 0)
 
 
-@cache
 def turing(device: torch.device) -> bool:
     """Whether the card has tensor cores at all that inline PTX can use: a T4's, or later ones."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 5)
+    return capability(device) >= (7, 5)
 
 
 def three(values, filler) -> tuple:
