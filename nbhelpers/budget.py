@@ -244,15 +244,16 @@ class Resident:
         return self.weights + self.adapters + self.gradients + self.optimizer + self.dequantized
 
 
-JOINED_BYTES = 128_000_000  # kernels.lora_linear's: 4-bit matrices that are made dense together
+DENSE_BYTES = 2**27  # kernels.lora_linear's: of 4-bit matrices this much is made dense at a time
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def dense_bytes(a: Architecture, width: int = 2) -> int:
-    """The buffer in which the kernels make 4-bit matrices dense: the largest one, or several if they are small."""
+    """The buffer in which the kernels make 4-bit matrices dense: the largest one or a piece of it, or several if they
+    are small."""
     sizes = {m.name: m.out_features * m.in_features * width for m in a.linears()}
     joined = [sum(sizes.get(name, 0) for name in names) for names in TOGETHER]
-    return max(*sizes.values(), *(size for size in joined if size <= JOINED_BYTES))
+    return max(min(max(sizes.values()), DENSE_BYTES), *(size for size in joined if size <= DENSE_BYTES), 0)
 
 
 OPTIMIZER_BYTES = {"adamw_8bit": 2.04, "adamw": 8.0}  # a trained number: two moments, and 8-bit's scale of each 256

@@ -62,18 +62,12 @@ def run(
     accumulation: what the mean-type losses are divided by; num_items: the tokens that DAPO divides by.
     backward: called with each micro-batch's scalar, e.g. accelerator.backward; None: no gradients.
 
-    If memory runs out on the way, the batch is computed again in smaller parts (`LeanStep.shrink`).
+    If memory runs out on the way, the batch is computed again in smaller parts (`LeanStep.retried`).
 
     Where beta is 0 a completion without advantage (all of its group got the same reward) has no gradient: it is not
     computed when there is a backward, and its log-probabilities stay those of the rollout.
     """
-    while True:
-        try:
-            return _run(step, batch, settings, accumulation, num_items, backward)
-        except torch.OutOfMemoryError:
-            if not step.can_shrink:
-                raise
-        step.shrink()  # not in the except: there the error still holds on to all that was computed
+    return step.retried(lambda: _run(step, batch, settings, accumulation, num_items, backward))
 
 
 def _run(step, batch, settings, accumulation, num_items, backward) -> Outcome:

@@ -88,14 +88,20 @@ class LeanStep:
             room = min(room, self.budget_gb * GB - allocated + self.asleep)
         return room * self.share - coming
 
-    @property
-    def can_shrink(self) -> bool:
-        """Whether `shrink` is a way out: not if it would lose the gradients of an earlier batch, nor a fourth time."""
-        return self._began != "dirty" and self.share > 0.55
+    def retried(self, call: Callable):
+        """call(); if memory runs out in its `differentiate` or `score`, once more in less room from then on.
 
-    def shrink(self) -> None:
-        """After running out of memory in `differentiate` or `score`: make ready to do it again, in less room from now
-        on."""
+        The error goes through where doing it again would lose the gradients of an earlier batch, and the fourth time.
+        """
+        while True:
+            try:
+                return call()
+            except torch.OutOfMemoryError:
+                if self._began == "dirty" or self.share < 0.55:
+                    raise
+            self._shrink()  # not in the except: there the error still holds on to all that was computed
+
+    def _shrink(self) -> None:
         self.share *= 0.8
         if self._began == "clean":
             for parameter in self.trained:
@@ -166,11 +172,15 @@ class LeanStep:
         completions = {i: torch.zeros(completion_length, dtype=torch.long) for i in range(rows)}
         every = [Row(i, i // num_generations, prompt_length, completion_length) for i in range(rows)]
         batch = Rows(every, [torch.zeros(prompt_length, dtype=torch.long)] * (every[-1].prompt + 1), completions)
-        parts = self.plan(every)
-        largest = max(parts, key=lambda part: part.peak)
-        batch.rows = [every[i] for i in largest.rows]
         grads = [p.grad for p in self.trained]
-        self.differentiate(batch, lambda logps, entropies, packed: logps.sum() * 0.0)
+
+        def largest() -> list[Part]:
+            parts = self.plan(every)
+            batch.rows = [every[i] for i in max(parts, key=lambda part: part.peak).rows]
+            self.differentiate(batch, lambda logps, entropies, packed: logps.sum() * 0.0)
+            return parts
+
+        parts = self.retried(largest)
         for parameter, grad in zip(self.trained, grads, strict=True):
             parameter.grad = grad
         return parts

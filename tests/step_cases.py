@@ -138,7 +138,7 @@ def compare(pair, batch, **settings):
         configure(one, **settings)
         results.append(gradients(one, batch, settings.get("accumulation", 1)))
     (wanted_loss, wanted), (got_loss, got) = results
-    assert got_loss == pytest.approx(wanted_loss, rel=1e-5, abs=1e-7)
+    assert got_loss == pytest.approx(wanted_loss, rel=1e-5, abs=1e-6)  # a sum of fp32 losses of 0.4 that may cancel
     assert difference(got, wanted) < 1e-5
     return [{name: list(values) for name, values in one._metrics["train"].items()} for one in pair]
 

@@ -329,6 +329,21 @@ class TestLoraMLP:
             same(*[run(b, kernels.lora_mlp, x, [*gate_up, down], *rest) for b in ("triton", "torch")], TOLERANCE[dtype])
 
     @pytest.mark.parametrize("packed", [False, True])
+    def test_weights_undone_in_pieces(self, packed, monkeypatch):
+        """Of at most DENSE_BYTES each: Phi-4's 35,840 rows never lie there at once."""
+        module, sizes = sys.modules["nbhelpers.kernels.lora_linear"], []
+        scratch = module.scratch
+        monkeypatch.setattr(module, "DENSE_BYTES", 64 * 64 * 4)  # 64 rows of gate and up, a block's 64 of down
+        monkeypatch.setattr(module, "scratch", lambda shape, *rest: sizes.append(shape) or scratch(shape, *rest))
+        gate_up, down = self.parts(64, 200, packed, quantised=True)
+        x = torch.randn(5, 64)
+        rest = (gate_up, down, torch.randn(5, 64))
+        same(*[run(b, kernels.lora_mlp, x, [*gate_up, down], *rest) for b in ("triton", "torch")], TOLERANCE[x.dtype])
+        each = 2 * [(64, 64)] + [(64, 64), (8, 64)] if not packed else 6 * [(64, 64)] + [(16, 64)]
+        both = each if packed else 2 * each
+        assert sizes == both + 2 * [(64, 200)] + both  # forward's down, backward's down
+
+    @pytest.mark.parametrize("packed", [False, True])
     def test_a_backward_without_the_value(self, packed):
         """value=False: other numbers, the same gradients."""
         gate_up, down = self.parts(64, 96, packed, quantised=True)

@@ -97,6 +97,24 @@ def test_a_rehearsal_leaves_no_trace():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_rehearsal_that_runs_out_of_memory_is_done_again_in_less_room(monkeypatch, capsys):
+    model = make_model()
+    one = step.LeanStep(model, budget_gb=3e-4)
+    planned, backward, calls = one.rehearse(4, 2, 6, 10), one.decoder._differentiate, []
+
+    def short_of_memory(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError
+        backward(*arguments)
+
+    monkeypatch.setattr(one.decoder, "_differentiate", short_of_memory)
+    smaller = one.rehearse(4, 2, 6, 10)
+    assert "Out of memory" in capsys.readouterr().out and one.share == 0.8
+    assert max(part.peak for part in smaller) < max(part.peak for part in planned)
+    assert all(p.grad is None for p in model.parameters())
+
+
 @pytest.mark.parametrize("config, why", [
     ({"attention_dropout": 0.1}, "dropout"),
     ({"hidden_act": "gelu"}, "activation is gelu"),

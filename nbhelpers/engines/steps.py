@@ -7,6 +7,7 @@ granted (tensors, adapter, filters of the sampling) is compared before each gene
 """
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 
@@ -27,6 +28,12 @@ def batch_for(rows: int, most: int) -> int:
     return min(next(size for size in BATCHES if size >= rows), most)
 
 
+@cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all captures of all engines: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
 class Steps:
     """The state of up to `rows` rows, and the step that moves the first B of them on by a token."""
 
@@ -42,8 +49,7 @@ class Steps:
         self.asynchronous = self.captures = device.type == "cuda"  # captures = False: the same steps without graphs
         self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.captures else None
-        # one stream for all captures: cuBLAS keeps a workspace for every stream that it has seen
-        self._aside = torch.cuda.Stream(device) if self.captures else None
+        self._aside = _aside(device) if self.captures else None
         self._addresses = decoder.addresses()
 
     def prepare(self, decoder: Decoder, sampling: Sampling) -> None:

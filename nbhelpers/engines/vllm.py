@@ -24,11 +24,12 @@ from .. import host
 from ..presets import GB
 from .base import LENGTH, STOP_STRING, Completion, Engine, Sampling, Writer, check, inference
 from .decoder import plain, why_not
-from .graph import KV_SHARE, free_bytes
+from .graph import free_bytes
 from .steps import BATCHES
 
 TESTED = ("0.26", "0.27")  # from, up to but not including
 BLOCK = 16  # tokens that vLLM gives memory to at once
+KV_SHARE = 0.6  # of what is free; vLLM's activations, graphs and LoRA buffers are in the rest
 PREFILL_TOKENS = 2048  # computed at once: more would be little faster, and its activations are memory
 ENVIRONMENT = {  # read by vLLM when it is imported; what the user has set stays
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # another process could not share the weights
