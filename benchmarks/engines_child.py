@@ -257,8 +257,8 @@ def grpo(job: dict, row) -> None:
     generated, trained = [], []
     with tempfile_folder() as folder, peak_driver() as peak:
         args = LeanGRPOConfig(folder, max_steps=job["steps"], gradient_checkpointing=False, **settings)
-        # the cap counts what torch holds, the budget what it gives out: the graphs' pool and fragments lie between them
-        extra = {"budget_gb": budget - 0.25} if torch.cuda.is_available() else {}
+        # the cap counts what torch holds, the budget what it gives out: the graphs' pool lies between them
+        extra = {"budget_gb": budget - 0.1} if torch.cuda.is_available() else {}
         trainer = LeanGRPOTrainer(model, args=args, engine="graph", **parts, **extra)
         trainer.engine.generate = watched(trainer.engine.generate, generated)
         trainer._compute_loss = watched(trainer._compute_loss, trained)

@@ -24,6 +24,7 @@ INSTALL = {
     "math-verify": 'pip install "math-verify>=0.9,<0.10"',
     "gguf": 'pip install "gguf>=0.17,<1"',
 }
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # how torch is to allocate; the old name too
 GET_A_GPU = "On Colab: Runtime > Change runtime type > T4 GPU; on Kaggle: Settings > Accelerator"
 
 
@@ -70,6 +71,18 @@ def card(index: int | None = None) -> Card | None:
     found = cards()
     index = int(os.environ.get("LOCAL_RANK", 0)) if index is None else index
     return found[index] if index < len(found) else None
+
+
+def grow_blocks(yes: bool = True) -> None:
+    """Have torch's CUDA allocator let its blocks grow ("expandable segments") rather than lay new ones beside them.
+
+    Generation and training take turns in the same memory; what one leaves free lies in one piece for the other then.
+    vLLM's sleep cannot work with it. Where the user has set PYTORCH_ALLOC_CONF, that stays.
+    """
+    import torch
+
+    if torch.cuda.is_available() and not any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
+        torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{yes}")
 
 
 def card_gb() -> float | None:

@@ -145,7 +145,10 @@ class LeanGRPOTrainer(ResumingTrainer):
         if engine == "vllm":  # takes its memory once and for all
             known["rows"] = args.per_device_train_batch_size * args.steps_per_generation
             known["max_length"] = self._longest_prompt() + self.max_completion_length
-        return engines.choose(engine, model, self._tokenizer, budget_gb=self.budget_gb, **known)
+        chosen = engines.choose(engine, model, self._tokenizer, budget_gb=self.budget_gb, **known)
+        if chosen.name != "vllm":
+            host.grow_blocks()
+        return chosen
 
     def _step_of(self, model):
         step = super()._step_of(model)

@@ -112,3 +112,19 @@ def test_where(monkeypatch):
     assert host.where() == "Kaggle"
     monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
     assert host.where() == "Colab"
+
+
+def test_blocks_grow_unless_the_user_says_how_to_allocate(monkeypatch):
+    for name in host.ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    said = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", said.append)
+    host.grow_blocks()
+    assert said == []  # no GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    host.grow_blocks()
+    host.grow_blocks(False)
+    assert said == ["expandable_segments:True", "expandable_segments:False"]
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    host.grow_blocks()
+    assert len(said) == 2

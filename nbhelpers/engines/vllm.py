@@ -76,6 +76,7 @@ class VLLMEngine(Engine):
             os.environ.setdefault(name, value)
         if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
             raise ValueError("VLLM_ENABLE_V1_MULTIPROCESSING=1 puts vLLM into another process: unset it")
+        host.grow_blocks(False)
         from . import vllm_lora, vllm_model
 
         self.model, self.tokenizer = model, tokenizer
@@ -182,7 +183,7 @@ def cannot(model: nn.Module) -> str | None:
     if len(found) > 1 or not found <= {torch.bfloat16, torch.float16}:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
         return f"its base weights are in {names}, and vLLM computes in one 16-bit type"
-    for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+    for variable in host.ALLOCATOR_VARIABLES:
         if "expandable_segments:True" in os.environ.get(variable, ""):
             return f"{variable} has expandable_segments:True, which vLLM's sleep cannot work with; unset it"
     distributed = torch.distributed
