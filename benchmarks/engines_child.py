@@ -237,22 +237,18 @@ def grpo(job: dict, row) -> None:
     """`steps` whole steps of LeanGRPOTrainer, G=8, a prompt of 256 tokens, in a process that may take `cap` GB in all.
 
     generating_s and training_s (forward and backward) are the last step's."""
+    from nbhelpers import host
     from nbhelpers.trainer import LeanGRPOConfig, LeanGRPOTrainer
 
     cap = job["cap"]
     if torch.cuda.is_available():
         if job.get("t4"):
-            from triton.runtime import driver
-
-            driver.active.get_current_target()  # now: later it would compile for what the next line says
-            torch.cuda.get_device_capability = lambda *_: (7, 5)
-            torch.backends.cuda.enable_flash_sdp(False)
-            torch.backends.cuda.enable_cudnn_sdp(False)
+            play_t4()
         torch.zeros(1, device="cuda") @ torch.zeros(1, device="cuda")
         context = driver_gb()
         budget = cap - context - 0.15  # Triton's and cuBLAS's own modules come on top
         torch.cuda.set_per_process_memory_fraction(budget * GB / torch.cuda.mem_get_info()[1])
-    model = build(job, torch.float16 if job.get("t4") and torch.cuda.is_available() else None)
+    model = build(job, host.compute_dtype())
     settings, parts, times = grpo_steps(job.get("quick"), job["context"])
     generated, trained = [], []
     with tempfile_folder() as folder, peak_driver() as peak:
@@ -265,10 +261,25 @@ def grpo(job: dict, row) -> None:
         trainer.train()
     setting = f"{job['context'] // 1024}K{'-t4' if job.get('t4') else ''}"
     written = {"generating_s": round(generated[-1], 3), "training_s": round(trained[-1], 3), "steps": len(times)}
+    written["dtype"] = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
     if torch.cuda.is_available():
         written["allocator_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
     row(f"{setting}/step_time", statistics.median(times[1:]), "s", "ours", first_step_s=round(times[0], 2), **written)
     row(f"{setting}/step_peak_driver", peak[0], "GB", "ours", cap=cap)
+
+
+def play_t4() -> None:
+    """From now on this card says that it is a T4, to torch and to us: fp16, no `tl.dot`, memory-efficient attention."""
+    from triton.runtime import driver
+
+    from nbhelpers import host
+
+    driver.active.get_current_target()  # first: later Triton would compile for what the next lines say
+    card = host.Card("Tesla T4 (played)", torch.cuda.mem_get_info()[1], (7, 5))
+    host.cards = lambda: [card]
+    torch.cuda.get_device_capability = lambda *_: card.capability
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def tempfile_folder():

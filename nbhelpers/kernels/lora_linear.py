@@ -13,10 +13,10 @@ all layers share, and x A^T (r columns) is computed again.
 Layers that read the same x (Q, K and V; gate and up) are one layer with the outputs side by side, y [N, sum of out]:
 their A's and B's are stacked (adapters.py), their 4-bit weights undone one below the other and multiplied in one
 product. So each of the lines above is one product whatever the number of layers, and dx is rounded twice, not once a
-layer. Only weights that are there in 16 bits, or together too large, are multiplied one by one, and a large one in pieces of its rows. The thin product goes
-first everywhere, so that the wide one adds to it on its way out and no separate pass over y or dx is needed. An RMSNorm
-in front can be folded in: then x is what comes before the norm, which somebody keeps anyway, and the normed rows are
-computed again in the backward.
+layer. Only weights that are there in 16 bits, or together too large, are multiplied one by one, and a large one in
+pieces of its rows. The thin product goes first everywhere, so that the wide one adds to it on its way out and no
+separate pass over y or dx is needed. An RMSNorm in front can be folded in: then x is what comes before the norm, which
+somebody keeps anyway, and the normed rows are computed again in the backward.
 """
 
 import torch
@@ -77,7 +77,7 @@ def products(parts, dtype, device):
 
 
 def pieces(part, dtype, device):
-    """(first row, W's rows from there on [rows, in] in `dtype`): all of a 16-bit weight, an NF4 one bit by bit."""
+    """(first row, W's rows from there on [rows, in] in `dtype`): all of a 16-bit weight, an NF4 one in pieces."""
     state = part.quant_state
     if state is None:
         yield 0, part.weight.detach().to(dtype)
