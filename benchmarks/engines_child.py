@@ -233,6 +233,14 @@ def transformers(job: dict, row) -> None:
     row("driver", driver_gb(), "GB", "transformers")
 
 
+KEPT = {  # of the last step's log
+    "completions/mean_length": "completion",
+    "sampling/sampling_logp_difference/mean": "logp_difference",
+    "sampling/importance_sampling_ratio/mean": "importance_sampling_ratio",
+    "skipped_steps": "skipped_steps",
+}
+
+
 def grpo(job: dict, row) -> None:
     """`steps` whole steps of LeanGRPOTrainer, G=8, a prompt of 256 tokens, in a process that may take `cap` GB in all.
 
@@ -262,6 +270,8 @@ def grpo(job: dict, row) -> None:
     setting = f"{job['context'] // 1024}K{'-t4' if job.get('t4') else ''}"
     written = {"generating_s": round(generated[-1], 3), "training_s": round(trained[-1], 3), "steps": len(times)}
     written["dtype"] = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
+    last = trainer.state.log_history[-2]  # -1: the whole run's
+    written |= {name: last[key] for key, name in KEPT.items()}
     if torch.cuda.is_available():
         written["allocator_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
     row(f"{setting}/step_time", statistics.median(times[1:]), "s", "ours", first_step_s=round(times[0], 2), **written)

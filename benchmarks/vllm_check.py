@@ -225,8 +225,8 @@ class Check:
             self.row(f"batch-{batch}/step", 1000 * (min(times) - prefill) / (COMPLETION - 1), "ms", first_s=prefill)
 
     def grpo(self) -> None:
-        """The first step's loss is 0 when the engine's policy is the trained one; with TRL's default correction, and
-        with the one by token. The project's own decoder beside it shows what rounding alone does.
+        """The first step's loss is 0 when the engine's policy is the trained one; with our default correction, by
+        token, and with TRL's. The project's own decoder beside it shows what rounding alone does.
 
         loss_type="grpo" is a mean over completions, whose advantages add up to 0; the default, dapo, is one over tokens
         and not 0 as soon as one completion is shorter than another."""
@@ -235,25 +235,24 @@ class Check:
         graph = GraphEngine(self.model, max_rows=8)
         # what training may add to the weights: less than the keys and values that sleep meanwhile
         budget = torch.cuda.memory_allocated() / GB - self.engine.kv_bytes / GB + 3.0
-        for mode in (None, "token_truncate"):
+        for mode in ("token_truncate", "sequence_mask"):
             self._steps("vllm", self.engine, mode, budget)
             self._steps("graph", graph, mode, None)
 
-    def _steps(self, who: str, engine, mode: str | None, budget: float | None) -> None:
+    def _steps(self, who: str, engine, mode: str, budget: float | None) -> None:
         from datasets import Dataset
 
         from nbhelpers import smoke
         from nbhelpers.trainer import LeanGRPOConfig, LeanGRPOTrainer
 
         data = Dataset.from_dict({"prompt": [chr(97 + i % 26) * 150 for i in range(32)]})
-        more = {} if mode is None else {"vllm_importance_sampling_mode": mode}
         gc.collect()
         torch.cuda.empty_cache()
         with tempfile_folder() as folder, peak_driver() as peak:
             args = LeanGRPOConfig(
                 folder, max_steps=2, per_device_train_batch_size=8, num_generations=8, max_completion_length=256,
                 learning_rate=1e-6, optim="adamw_8bit", save_strategy="no", disable_tqdm=True,
-                loss_type="grpo", **more,
+                loss_type="grpo", vllm_importance_sampling_mode=mode,
             )  # fmt: skip
             trainer = LeanGRPOTrainer(
                 self.model, lambda completions, **_: [float(i % 3) for i in range(len(completions))], args, data,
@@ -266,7 +265,7 @@ class Check:
             seconds = time.perf_counter() - begun
         found = trainer.state.log_history[0]
         kept = {k.removeprefix("sampling/"): round(float(v), 5) for k, v in found.items() if "sampling" in k}
-        loss, mode = float(found["loss"]), mode or args.vllm_importance_sampling_mode
+        loss = float(found["loss"])
         self.row(f"colocated/first_loss_{mode}", loss, "", who, grad_norm=found.get("grad_norm"), **kept)
         self.judge(f"first loss, {who}, {mode}", abs(loss) < 0.005, f"{loss:.6f}; two steps in {seconds:.1f} s")
         if who == "vllm":

@@ -77,12 +77,15 @@ def grow_blocks(yes: bool = True) -> None:
     """Have torch's CUDA allocator let its blocks grow ("expandable segments") rather than lay new ones beside them.
 
     Generation and training take turns in the same memory; what one leaves free lies in one piece for the other then.
-    vLLM's sleep cannot work with it. Where the user has set PYTORCH_ALLOC_CONF, that stays.
+    vLLM's sleep cannot work with it: "no" is for good. Where the user has set PYTORCH_ALLOC_CONF, that stays.
     """
     import torch
 
     if torch.cuda.is_available() and not any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
-        torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{yes}")
+        setting = f"expandable_segments:{yes}"
+        torch._C._accelerator_setAllocatorSettings(setting)
+        if not yes:
+            os.environ[ALLOCATOR_VARIABLES[0]] = setting
 
 
 def card_gb() -> float | None:

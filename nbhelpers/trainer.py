@@ -38,6 +38,10 @@ class LeanGRPOConfig(trl.GRPOConfig):
 
     No gradient checkpointing: the lean step decides for each layer what to keep and what to compute again.
 
+    Where engine and trainer disagree about a token's probability, that token's loss is weighed by their ratio. TRL's
+    own default weighs a completion by the product of its tokens' ratios, which makes a factor of mere rounding: 0.3 to
+    1.9 in bf16 at 256 tokens (rows `first_loss_...` of benchmarks/results/vllm.json), next to nothing at 20,000.
+
     A checkpoint every 20 steps, the newest two kept: on a T4, where a step takes tens of seconds, a killed run costs
     minutes, and a LoRA's checkpoint is a few dozen MB. transformers' own default, 500, is longer than most runs here.
     The folder must outlive the machine: on Colab one on Google Drive, on Kaggle below /kaggle/working with
@@ -45,6 +49,7 @@ class LeanGRPOConfig(trl.GRPOConfig):
     """
 
     gradient_checkpointing: bool = False
+    vllm_importance_sampling_mode: str = "token_truncate"
     logging_steps: float = 1
     report_to: str | list[str] | None = "none"
     save_steps: float = 20
