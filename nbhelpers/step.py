@@ -16,7 +16,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from . import kernels
+from . import host, kernels
 from .attention import choose
 from .budget import TILES, CannotFit, Part, Work, count, dense_bytes
 from .decoder import Decoder, Layers, unsupported
@@ -81,11 +81,9 @@ class LeanStep:
         coming = self.pending + sum(p.numel() * p.element_size() for p in self.trained if p.grad is None)
         if self.device.type != "cuda":
             return float("inf") if self.budget_gb is None else self.budget_gb * GB * self.share
-        free, _ = torch.cuda.mem_get_info(self.device)
-        allocated, reserved = torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
-        room = (free + reserved - allocated) * (1 - RESERVE)
+        room = host.room(self.device, asleep=self.asleep) * (1 - RESERVE)
         if self.budget_gb is not None:
-            room = min(room, self.budget_gb * GB - allocated + self.asleep)
+            room = min(room, host.room(self.device, self.budget_gb, self.asleep))
         return room * self.share - coming
 
     def retried(self, call: Callable):

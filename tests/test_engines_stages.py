@@ -199,4 +199,3 @@ def test_the_default_budget(monkeypatch):
     assert graph_module.kv_budget(card, 3.5) == 1.75e9  # of 2.5
     assert graph_module.kv_budget(card, 2.0) == 0.7e9  # of 1.0
     assert graph_module.kv_budget(card, 0.5) == 0
-    assert graph_module.free_bytes(card, 100.0) == 4.5e9

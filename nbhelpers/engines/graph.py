@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .. import host
 from .base import Completion, Engine, Sampling, Writer, check, inference
 from .cache import KVCache
 from .decoder import Decoder, why_not
@@ -145,20 +146,9 @@ class GraphEngine(Engine):
 
 
 def kv_budget(device: torch.device, budget_gb: float | None = None) -> int:
-    """The default budget for keys and values, bytes."""
-    room = free_bytes(device, budget_gb)
+    """The default budget for keys and values, bytes; of 2 GB on a CPU."""
+    room = host.room(device, budget_gb) if device.type == "cuda" else 2e9
     return int(max(KV_SHARE * room, room - BESIDE_BYTES))
-
-
-def free_bytes(device: torch.device, budget_gb: float | None = None) -> int:
-    """What this process could still allocate on the card, of `budget_gb` GB in all if given; 2 GB on a CPU."""
-    if device.type != "cuda":
-        return 2 * 10**9
-    free, total = torch.cuda.mem_get_info(device)
-    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-    capped = torch.cuda.get_per_process_memory_fraction(device) * total - reserved
-    room = min(free, capped) + reserved - allocated
-    return max(0, int(room if budget_gb is None else min(room, budget_gb * 1e9 - allocated)))
 
 
 class _Generation:

@@ -24,7 +24,6 @@ from .. import host
 from ..presets import GB
 from .base import LENGTH, STOP_STRING, Completion, Engine, Sampling, Writer, check, inference
 from .decoder import plain, why_not
-from .graph import free_bytes
 from .steps import BATCHES
 
 TESTED = ("0.26", "0.27")  # from, up to but not including
@@ -81,7 +80,7 @@ class VLLMEngine(Engine):
 
         self.model, self.tokenizer = model, tokenizer
         inner = plain(model)
-        budget = kv_bytes if kv_bytes is not None else int(KV_SHARE * free_bytes(model.device, budget_gb))
+        budget = kv_bytes if kv_bytes is not None else int(KV_SHARE * host.room(model.device, budget_gb))
         self.max_length, self.kv_bytes = sizes(inner.config, inner.dtype, max_rows, max_length, budget)
         adapter = vllm_lora.settings(vllm_lora.adapted(inner))
         with tempfile.TemporaryDirectory() as folder, vllm_model.built_on(inner), _as_it_was():
