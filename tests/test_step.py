@@ -250,6 +250,47 @@ def test_a_gradient_that_is_not_finite_skips_the_update_and_names_the_layer(tmp_
             torch.testing.assert_close(parameter.detach(), before[name], rtol=0, atol=0)
 
 
+def halved(tmp_path, scale=None, **changes):
+    """A trainer of a model whose base is in fp16, as on a T4, with a loss scaler, which accelerate sets up on cards
+    only; without a scale one of the same numbers in fp32. One at a time: accelerate keeps the precision in a global."""
+    model = make_model()
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.half() if scale else parameter.data.half().float()
+    one = make_trainer(trainer.LeanGRPOTrainer, model, tmp_path, fp16=scale is not None, **changes)
+    if scale:
+        one.accelerator.native_amp, one.accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=scale)
+    return one
+
+
+def test_fp16_gradients_are_fp32s_times_the_scale(tmp_path):
+    batch, found = make_batch(), []
+    for scale in (1024.0, None):
+        one = halved(tmp_path, scale)
+        configure(one)
+        found.append(gradients(one, batch))
+    (loss, got), (wanted_loss, wanted) = found
+    assert {gradient.dtype for gradient in got.values()} == {torch.float32}
+    assert loss == pytest.approx(wanted_loss, abs=1e-3)
+    assert 1e-5 < difference({name: gradient / 1024 for name, gradient in got.items()}, wanted) < 0.01
+
+
+def test_a_run_in_fp16_trains_and_one_whose_loss_is_scaled_too_far_skips_and_says_so(tmp_path, capsys):
+    one = halved(tmp_path, 1024.0, max_steps=3)
+    before = {n: p.detach().clone() for n, p in one.model.named_parameters() if p.requires_grad}
+    one.train()
+    assert one.skipped_steps == 0 and one.accelerator.scaler.get_scale() == 1024.0
+    after = {n: p for n, p in one.model.named_parameters() if p.requires_grad}
+    assert all(p.dtype == torch.float32 and p.isfinite().all() and not torch.equal(p, before[n])
+               for n, p in after.items())  # fmt: skip
+
+    one = halved(tmp_path, 2.0**40, max_steps=3, max_skipped_steps=2)
+    with pytest.raises(FloatingPointError, match="2 times in a row"):
+        one.train()
+    assert f"fp16's loss scale is {2.0**40:g} and will be halved" in capsys.readouterr().out
+    assert one.accelerator.scaler.get_scale() == 2.0**39
+
+
 def test_a_run_that_cannot_fit_stops_before_its_first_step(tmp_path):
     one = make_trainer(trainer.LeanGRPOTrainer, make_model(), tmp_path, budget_gb=1e-5)
     with pytest.raises(step.CannotFit, match="needs"):
