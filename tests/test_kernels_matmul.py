@@ -343,6 +343,27 @@ class TestLoraMLP:
         both = each if packed else 2 * each
         assert sizes == both + 2 * [(64, 200)] + both  # forward's down, backward's down
 
+    @DTYPES
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_without_gradients_the_same_in_less_memory(self, packed, dtype, monkeypatch):
+        """The product of gate and up is written over gate."""
+        module, places = sys.modules["nbhelpers.kernels.lora_mlp"], []
+        forward = module.swiglu_forward
+
+        def spied(gate, up, *rest, **options):
+            h = forward(gate, up, *rest, **options)
+            places.append(h.data_ptr() == gate.data_ptr())
+            return h
+
+        monkeypatch.setattr(module, "swiglu_forward", spied)
+        gate_up, down = self.parts(64, 1100, packed, dtype=dtype, quantised=True)
+        x = torch.randn(2, 5, 64, dtype=dtype)
+        with kernels.use("triton"):
+            wanted = kernels.lora_mlp(x, gate_up, down, x)
+            with torch.no_grad():
+                got = kernels.lora_mlp(x, gate_up, down, x)
+        assert torch.equal(got, wanted.detach()) and places == [False, True]
+
     @pytest.mark.parametrize("packed", [False, True])
     def test_a_backward_without_the_value(self, packed):
         """value=False: other numbers, the same gradients."""

@@ -126,8 +126,8 @@ class Decoder:
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.dim, self.scale = attention.head_dim, attention.scaling
         self.dtype, self.device = self.embedding.weight.dtype, self.embedding.weight.device
-        # of one token's activations at their largest, in the MLP: gate, up and their product, and four hidden states
-        self.token_bytes = self.dtype.itemsize * (3 * config.intermediate_size + 4 * config.hidden_size)
+        # of one token's activations at their largest, in the MLP: gate and up, and four hidden states
+        self.token_bytes = self.dtype.itemsize * (2 * config.intermediate_size + 4 * config.hidden_size)
         self.vocabulary, self.limit = self.embedding.weight.shape[0], config.max_position_embeddings
 
     def addresses(self) -> tuple:

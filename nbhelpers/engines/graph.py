@@ -33,7 +33,7 @@ from .steps import BATCHES, CHUNK, LEFT, Steps, batch_for, to_host
 # Of what is free on the card when a generation begins, keys and values get this share, or all but BESIDE_BYTES if that
 # is more: activations of prompts, one dequantised weight and the graphs' own memory need at most that beside them.
 KV_SHARE, BESIDE_BYTES = 0.7, 0.8e9
-PREFILL_BYTES = 260e6  # what the activations of prompts computed together may take
+PREFILL_BYTES = 190e6  # what the activations of prompts computed together may take
 STAGE_TOKENS = 256  # a stage that would bring the longest text less far on is not worth computing all of them again
 
 

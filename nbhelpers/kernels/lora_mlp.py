@@ -14,6 +14,8 @@ I-wide tensor of the backward is written over another:
     h over dh, dg over g, du over u, in one launch (swiglu.py)
     dA, dB of down from h;  dA, dB of gate and up, and dx, from dg and du
 
+Where no gradient is wanted (a prompt is read, a layer's forward is done only for its output) h is written over g.
+
 fp16 ends at 65504, and h of a trained model may pass it: there h is kept divided by 16, and y is multiplied by 16 in
 the fp32 arithmetic of the residual addition, where it saturates instead of becoming infinite.
 """
@@ -34,7 +36,7 @@ FP16_MAX = 65504.0
 
 class LoraMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gate_up, down, residual, norm, dtype, value, *a_and_b):
+    def forward(ctx, x, gate_up, down, residual, norm, dtype, value, learns, *a_and_b):
         ctx.shrink = SHRINK_FP16 if dtype == torch.float16 else 1.0
         if norm is None:
             rows = x.reshape(-1, x.shape[-1])
@@ -42,11 +44,12 @@ class LoraMLP(torch.autograd.Function):
             x, rows, _ = norm_forward(x, *norm, residual)
             rows, residual = rows.view(-1, x.shape[-1]).to(dtype), x
         wide = project(rows, gate_up)  # g and u side by side
-        ctx.save_for_backward(x, wide, *a_and_b)
+        if learns:
+            ctx.save_for_backward(x, wide, *a_and_b)
         ctx.parts, ctx.norm = without_lora((*gate_up, down)), norm
         if not value:
             return torch.empty_like(rows if residual is None else residual).view(x.shape)
-        h = swiglu_forward(*wide.chunk(2, dim=1), ctx.shrink)
+        h = swiglu_forward(*wide.chunk(2, dim=1), ctx.shrink, over=not learns)
         if down.bias is not None:
             down = down._replace(bias=down.bias / ctx.shrink)
         y = project(h, (down,))
@@ -61,7 +64,7 @@ class LoraMLP(torch.autograd.Function):
     def backward(ctx, dy):
         x, wide, *a_and_b = ctx.saved_tensors
         *gate_up, down = with_lora(ctx.parts, a_and_b)
-        need_lora = any(ctx.needs_input_grad[7:])
+        need_lora = any(ctx.needs_input_grad[8:])
         dtype = wide.dtype
         rows = dy.reshape(-1, dy.shape[-1]).to(dtype)
 
@@ -90,7 +93,7 @@ class LoraMLP(torch.autograd.Function):
             if ctx.norm is not None:
                 dx, _ = norm_backward(dx, dy, x, ctx.norm[0], r, weight_grad=False)
                 dresidual = dx if ctx.needs_input_grad[3] else None
-        return dx, None, None, dresidual, None, None, None, *flat
+        return dx, None, None, dresidual, *[None] * 4, *flat
 
 
 def lora_mlp(x, gate_up, down, residual=None, norm=None, value=True):
@@ -98,4 +101,5 @@ def lora_mlp(x, gate_up, down, residual=None, norm=None, value=True):
     dtype = prepare(x, (*gate_up, down), norm)
     x = x.to(dtype) if norm is None else x
     a_and_b = [t for part in (*gate_up, down) for t in (part.lora_a, part.lora_b)]
-    return LoraMLP.apply(x, tuple(gate_up), down, residual, norm, dtype, value, *a_and_b)
+    learns = torch.is_grad_enabled()  # asked here: within forward it is always off
+    return LoraMLP.apply(x, tuple(gate_up), down, residual, norm, dtype, value, learns, *a_and_b)

@@ -172,7 +172,7 @@ def matmul_few_rows(x, weight, quant_state, bias=None):
     import bitsandbytes  # noqa: F401  (registers the operator)
 
     state, nested = quant_state, quant_state.state2
-    packed = _bytes(weight).view(-1, 1)
+    x, packed = x.contiguous(), _bytes(weight).view(-1, 1)
     if nested is None:
         return torch.ops.bitsandbytes.gemm_4bit(
             x, packed, state.shape, state.absmax, state.blocksize, state.quant_type, bias=bias

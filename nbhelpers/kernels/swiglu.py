@@ -38,13 +38,14 @@ def _store(pointer, value, mask):
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def _forward(g, u, h, width, blocks, g_step, u_step, keep, BLOCK: tl.constexpr):
+def _forward(g, u, h, width, blocks, g_step, u_step, h_step, keep, BLOCK: tl.constexpr):
+    """h may be g."""
     row = (tl.program_id(0) // blocks).to(tl.int64)  # not the other way round: a division in 64 bits is slow
     col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = col < width
     gate = _load(g + row * g_step + col, mask)
     up = _load(u + row * u_step + col, mask)
-    _store(h + row * width + col, gate * tl.sigmoid(gate) * up * keep, mask)
+    _store(h + row * h_step + col, gate * tl.sigmoid(gate) * up * keep, mask)
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -72,14 +73,15 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def forward(gate: Tensor, up: Tensor, shrink: float = 1.0) -> Tensor:
-    """h / shrink, [..., I] contiguous. No autograd."""
+def forward(gate: Tensor, up: Tensor, shrink: float = 1.0, over: bool = False) -> Tensor:
+    """h / shrink, [..., I] contiguous; over: written over gate [rows, I], with its strides. No autograd."""
     g, u = _rows(gate), _rows(up)
     rows, width = g.shape
-    h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    h = gate if over else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    steps = g.stride(0), u.stride(0), h.stride(0) if over else width
     blocks = ceil_div(width, BLOCK)
     if h.numel():
-        _forward[(rows * blocks,)](g, u, h, width, blocks, g.stride(0), u.stride(0), 1 / shrink, BLOCK, num_warps=4)
+        _forward[(rows * blocks,)](g, u, h, width, blocks, *steps, 1 / shrink, BLOCK, num_warps=4)
     return h
 
 
