@@ -219,11 +219,21 @@ def test_the_engine_writes_and_its_logprobs_are_the_policys(model, tokenizer, tm
 
 
 @pytest.mark.parametrize("engine", ["graph", "hf", None])
-def test_every_engine_trains(model, tokenizer, tmp_path, engine, capsys):
+def test_every_engine_trains(model, tokenizer, tmp_path, engine, capsys, monkeypatch):
+    grown = []
+    monkeypatch.setattr(host, "grow_blocks", lambda: grown.append(engine))
     run = make(model, tokenizer, tmp_path, [correctness, tag_count], engine=engine, top_p=0.9, top_k=40, min_p=0.01)
     assert run.train().global_step == 3
     assert (run.engine and run.engine.name) == engine
     assert ("engine: TRL's own" in capsys.readouterr().out) == (engine is None)
+    assert bool(grown) == (engine is not None)
+
+
+def test_vllms_memory_is_not_made_to_grow(model, tokenizer, tmp_path, monkeypatch):
+    engine = GraphEngine(model)
+    engine.name = "vllm"
+    monkeypatch.setattr(host, "grow_blocks", lambda: pytest.fail("vLLM's sleep cannot work with it"))
+    make(model, tokenizer, tmp_path, correctness, engine=engine)
 
 
 def test_a_seed_repeats_a_run(tokenizer, tmp_path):
