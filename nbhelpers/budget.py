@@ -253,7 +253,8 @@ def dense_bytes(a: Architecture, width: int = 2) -> int:
     are small."""
     sizes = {m.name: m.out_features * m.in_features * width for m in a.linears()}
     joined = [sum(sizes.get(name, 0) for name in names) for names in TOGETHER]
-    return max(min(max(sizes.values()), DENSE_BYTES), *(size for size in joined if size <= DENSE_BYTES), 0)
+    largest = min(max(sizes.values()), DENSE_BYTES)
+    return max(size for size in (largest, *joined) if size <= DENSE_BYTES)
 
 
 OPTIMIZER_BYTES = {"adamw_8bit": 2.04, "adamw": 8.0}  # a trained number: two moments, and 8-bit's scale of each 256

@@ -67,7 +67,9 @@ def run(
     Where beta is 0 a completion without advantage (all of its group got the same reward) has no gradient: it is not
     computed when there is a backward, and its log-probabilities stay those of the rollout.
     """
-    return step.retried(lambda: _run(step, batch, settings, accumulation, num_items, backward))
+    return step.retried(
+        lambda: _run(step, batch, settings, accumulation, num_items, backward), learns=backward is not None
+    )
 
 
 def _run(step, batch, settings, accumulation, num_items, backward) -> Outcome:

@@ -25,7 +25,7 @@ from .presets import GB, Architecture
 
 __all__ = ["CannotFit", "LeanStep", "unsupported"]
 
-RESERVE = 0.05  # of the free memory is left alone where no budget is given: other libraries, fragmentation
+RESERVE = 0.05  # of the free memory is left alone: other libraries, fragmentation
 Objective = Callable[[Tensor, Tensor, Packed], Tensor]
 
 
@@ -66,7 +66,6 @@ class LeanStep:
         self.budget_gb, self.temperature, self.share_prompts = budget_gb, temperature, share_prompts
         self.asleep = 0  # bytes that torch counts as allocated and a sleeping engine has handed back
         self.share = 1.0  # of the room that the plan counts with; less once memory has run out
-        self._began: str | None = None  # what is under way: "clean" if there were no gradients before
         self.pending = 0  # bytes that others will still take for good, such as an optimizer before its first update
         if any(p.dtype == torch.uint8 and p.is_cuda for p in model.parameters()) and kernels.fused is not None:
             from .kernels.lora_linear import scratch  # the kernels' buffer is made now, so that the budget sees it
@@ -81,32 +80,27 @@ class LeanStep:
         coming = self.pending + sum(p.numel() * p.element_size() for p in self.trained if p.grad is None)
         if self.device.type != "cuda":
             return float("inf") if self.budget_gb is None else self.budget_gb * GB * self.share
-        room = host.room(self.device, asleep=self.asleep) * (1 - RESERVE)
-        if self.budget_gb is not None:
-            room = min(room, host.room(self.device, self.budget_gb, self.asleep))
-        return room * self.share - coming
+        return host.room(self.device, self.budget_gb, self.asleep, RESERVE) * self.share - coming
 
-    def retried(self, call: Callable):
-        """call(); if memory runs out in its `differentiate` or `score`, once more in less room from then on.
+    def retried(self, call: Callable, learns: bool = True):
+        """call(); if memory runs out in its `differentiate` (learns) or `score`, once more in less room from then on.
 
         The error goes through where doing it again would lose the gradients of an earlier batch, and the fourth time.
         """
+        lost = learns and any(p.grad is not None for p in self.trained)
         while True:
             try:
                 return call()
             except torch.OutOfMemoryError:
-                if self._began == "dirty" or self.share < 0.55:
+                if lost or self.share < 0.55:
                     raise
-            self._shrink()  # not in the except: there the error still holds on to all that was computed
-
-    def _shrink(self) -> None:
-        self.share *= 0.8
-        if self._began == "clean":
-            for parameter in self.trained:
+            # not in the except: there the error still holds on to all that was computed
+            self.share *= 0.8
+            for parameter in self.trained if learns else ():
                 parameter.grad = None
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        print("Out of memory in training: this batch is computed again, in smaller parts from now on.")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            print("Out of memory in training: this batch is computed again, in smaller parts from now on.")
 
     def plan(self, rows: list[Row]) -> list[Part]:
         """How these rows would be cut now. CannotFit if not one of them fits."""
@@ -122,7 +116,6 @@ class LeanStep:
             loss is their sum. `packed.number` and `packed.column` say where each of the S tokens stands.
         backward: called with each scalar, e.g. accelerator.backward, which scales it for fp16.
         """
-        self._began = "clean" if all(p.grad is None for p in self.trained) else "dirty"
         self.parts = self.plan(batch.rows) if batch.rows else []
         for part in self.parts:
             packed = pack(batch, [batch.rows[i] for i in part.rows], self.device, self.share_prompts)
@@ -140,7 +133,6 @@ class LeanStep:
     @torch.no_grad()
     def score(self, batch: Rows, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies of the completions' tokens as padded [B, T] fp32, 0 elsewhere."""
-        self._began = "score"
         logps, entropies = (torch.zeros(shape, device=self.device) for _ in range(2))
         room = self.room()
         for rows, tile in self._forward_parts(batch.rows, room):

@@ -151,9 +151,8 @@ class Machine:
             self.set(register, c[i].view(np.uint32))
 
     def __getattr__(self, name):
-        if name in ("and", "or"):  # Python's own words
-            ufunc = {"and": np.bitwise_and, "or": np.bitwise_or}[name]
-            return lambda _, a, guard: self.set(a[0], ufunc(self.get(a[1]), self.get(a[2])))
+        if name == "and":  # a word of Python's own
+            return lambda _, a, guard: self.set(a[0], self.get(a[1]) & self.get(a[2]))
         raise AttributeError(f"no such instruction here: {name}")
 
 

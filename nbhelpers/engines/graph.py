@@ -120,7 +120,6 @@ class GraphEngine(Engine):
                         self._steps.cache.allocate(rows, length, budget)
                         _Generation(self._steps, going, sampling).run()
                     except torch.OutOfMemoryError:  # what is free lies in pieces; nothing that was written is lost
-                        self._steps.cache.free()
                         budget = min(budget, rows * length * self._steps.cache.token_bytes) * 7 // 8
             finally:
                 self._steps.cache.free()

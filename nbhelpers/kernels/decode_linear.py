@@ -18,9 +18,8 @@ import triton.language as tl
 
 from . import nf4_rows
 from .launch import begin, early, wait
-from .lora_linear import products
+from .lora_linear import project, without_lora
 from .lora_mlp import SHRINK_FP16
-from .nf4 import few_rows, matmul_few_rows
 from .sizes import tensor_cores, three
 
 TILE = 8192  # rows x ranks x columns that a program of the thin product multiplies at once
@@ -174,21 +173,8 @@ def _products(x, parts):
         y, t = nf4_rows.few_rows_product(x, parts)
         t = _thin_product(x, parts) if t is None else t
         return y.split([part.quant_state.shape[0] for part in parts], dim=2), t
-    y = []
-    for part in parts:
-        if part.quant_state is not None and few_rows(x, part.quant_state):
-            y.append(matmul_few_rows(x, part.weight, part.quant_state)[None])
-        else:
-            y.append(_dense_product(x, part)[None])
+    y = [project(x, [part._replace(bias=None)])[None] for part in without_lora(parts)]
     return y, _thin_product(x, parts)
-
-
-def _dense_product(x, part):
-    """x W^T, W undone from its 4 bits before."""
-    y = x.new_empty(x.shape[0], part.out_features)
-    for columns, weight in products([part], x.dtype, x.device):
-        torch.mm(x, weight.t(), out=y[:, columns])
-    return y
 
 
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}

@@ -28,8 +28,8 @@ from .rms_norm import forward as norm_forward
 from .sizes import ceil_div
 
 # NF4 weights are undone this much at a time: small ones side by side, a large one in pieces. So the scratch buffer is
-# no larger than this, where Phi-4's gate and up together would take 367 MB. Half of it makes short batches wait for
-# Python: 1,000 tokens through six layers of Phi-4 and back take 54 to 61 ms instead of 44 on an H200, 6,400 the same.
+# no larger than this, where Phi-4's gate and up together would take 367 MB. Smaller pieces are more launches, and short
+# batches would wait for Python.
 DENSE_BYTES = 2**27
 
 _scratch: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}

@@ -36,7 +36,7 @@ FP16_MAX = 65504.0
 
 class LoraMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gate_up, down, residual, norm, dtype, value, learns, *a_and_b):
+    def forward(ctx, x, gate_up, down, residual, norm, dtype, value, grad_enabled, *a_and_b):
         ctx.shrink = SHRINK_FP16 if dtype == torch.float16 else 1.0
         if norm is None:
             rows = x.reshape(-1, x.shape[-1])
@@ -44,12 +44,12 @@ class LoraMLP(torch.autograd.Function):
             x, rows, _ = norm_forward(x, *norm, residual)
             rows, residual = rows.view(-1, x.shape[-1]).to(dtype), x
         wide = project(rows, gate_up)  # g and u side by side
-        if learns:
+        if grad_enabled:
             ctx.save_for_backward(x, wide, *a_and_b)
         ctx.parts, ctx.norm = without_lora((*gate_up, down)), norm
         if not value:
             return torch.empty_like(rows if residual is None else residual).view(x.shape)
-        h = swiglu_forward(*wide.chunk(2, dim=1), ctx.shrink, over=not learns)
+        h = swiglu_forward(*wide.chunk(2, dim=1), ctx.shrink, over=not grad_enabled)
         if down.bias is not None:
             down = down._replace(bias=down.bias / ctx.shrink)
         y = project(h, (down,))
@@ -101,5 +101,5 @@ def lora_mlp(x, gate_up, down, residual=None, norm=None, value=True):
     dtype = prepare(x, (*gate_up, down), norm)
     x = x.to(dtype) if norm is None else x
     a_and_b = [t for part in (*gate_up, down) for t in (part.lora_a, part.lora_b)]
-    learns = torch.is_grad_enabled()  # asked here: within forward it is always off
-    return LoraMLP.apply(x, tuple(gate_up), down, residual, norm, dtype, value, learns, *a_and_b)
+    grad_enabled = torch.is_grad_enabled()  # asked here: within forward it is always off
+    return LoraMLP.apply(x, tuple(gate_up), down, residual, norm, dtype, value, grad_enabled, *a_and_b)

@@ -78,7 +78,7 @@ def forward(gate: Tensor, up: Tensor, shrink: float = 1.0, over: bool = False) -
     g, u = _rows(gate), _rows(up)
     rows, width = g.shape
     h = gate if over else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    steps = g.stride(0), u.stride(0), h.stride(0) if over else width
+    steps = (t.stride(0) for t in (g, u, _rows(h)))
     blocks = ceil_div(width, BLOCK)
     if h.numel():
         _forward[(rows * blocks,)](g, u, h, width, blocks, *steps, 1 / shrink, BLOCK, num_warps=4)
