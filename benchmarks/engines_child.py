@@ -105,53 +105,6 @@ def timed(call, *args) -> float:
     return time.perf_counter() - start
 
 
-def watched(call, seconds: list[float]):
-    """`call`, whose every duration is added to `seconds`."""
-
-    def timed_call(*args, **options):
-        wait()
-        start = time.perf_counter()
-        found = call(*args, **options)
-        wait()
-        seconds.append(time.perf_counter() - start)
-        return found
-
-    return timed_call
-
-
-def grpo_steps(quick: bool, context: int) -> tuple[dict, dict, list[float]]:
-    """The workload of the GRPO steps, ours and the peer's alike: (arguments for a GRPOConfig, arguments for a
-    GRPOTrainer, seconds of each step so far). G=8, one prompt of 256 tokens a step, `context` tokens in all."""
-    from datasets import Dataset
-    from transformers import TrainerCallback
-
-    from nbhelpers import smoke
-
-    times: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            wait()
-            times.append(-time.perf_counter())
-
-        def on_step_end(self, *_, **__):
-            wait()
-            times[-1] += time.perf_counter()
-
-    prompt, completion = (24, 8) if quick else (256, context - 256)
-    settings = {
-        "per_device_train_batch_size": 8, "num_generations": 8, "max_completion_length": completion,
-        "learning_rate": 1e-5, "optim": "adamw_8bit" if torch.cuda.is_available() else "adamw_torch",
-        "save_strategy": "no", "disable_tqdm": True,
-    }  # fmt: skip
-    parts = {
-        "reward_funcs": lambda completions, **_: [float(i % 3) for i in range(len(completions))],
-        "train_dataset": Dataset.from_dict({"prompt": [chr(97 + i % 26) * prompt for i in range(32)]}),
-        "processing_class": smoke.make_tokenizer(), "callbacks": [Clock()],
-    }  # fmt: skip
-    return settings, parts, times
-
-
 # ---- the cases ----
 
 
@@ -233,65 +186,6 @@ def transformers(job: dict, row) -> None:
     row("driver", driver_gb(), "GB", "transformers")
 
 
-KEPT = {  # of the last step's log
-    "completions/mean_length": "completion",
-    "sampling/sampling_logp_difference/mean": "logp_difference",
-    "sampling/importance_sampling_ratio/mean": "importance_sampling_ratio",
-    "skipped_steps": "skipped_steps",
-}
-
-
-def grpo(job: dict, row) -> None:
-    """`steps` whole steps of LeanGRPOTrainer, G=8, a prompt of 256 tokens, in a process that may take `cap` GB in all.
-
-    generating_s and training_s (forward and backward) are the last step's."""
-    from nbhelpers import host
-    from nbhelpers.trainer import LeanGRPOConfig, LeanGRPOTrainer
-
-    cap = job["cap"]
-    if torch.cuda.is_available():
-        if job.get("t4"):
-            play_t4()
-        torch.zeros(1, device="cuda") @ torch.zeros(1, device="cuda")
-        context = driver_gb()
-        budget = cap - context - 0.15  # Triton's and cuBLAS's own modules come on top
-        torch.cuda.set_per_process_memory_fraction(budget * GB / torch.cuda.mem_get_info()[1])
-    model = build(job, host.compute_dtype())
-    settings, parts, times = grpo_steps(job.get("quick"), job["context"])
-    generated, trained = [], []
-    with tempfile_folder() as folder, peak_driver() as peak:
-        args = LeanGRPOConfig(folder, max_steps=job["steps"], gradient_checkpointing=False, **settings)
-        # the cap counts what torch holds, the budget what it gives out: the graphs' pool lies between them
-        extra = {"budget_gb": budget - 0.1} if torch.cuda.is_available() else {}
-        trainer = LeanGRPOTrainer(model, args=args, engine="graph", **parts, **extra)
-        trainer.engine.generate = watched(trainer.engine.generate, generated)
-        trainer._compute_loss = watched(trainer._compute_loss, trained)
-        trainer.train()
-    setting = f"{job['context'] // 1024}K{'-t4' if job.get('t4') else ''}"
-    written = {"generating_s": round(generated[-1], 3), "training_s": round(trained[-1], 3), "steps": len(times)}
-    written["dtype"] = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
-    last = trainer.state.log_history[-2]  # -1: the whole run's
-    written |= {name: last[key] for key, name in KEPT.items()}
-    if torch.cuda.is_available():
-        written["allocator_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
-    row(f"{setting}/step_time", statistics.median(times[1:]), "s", "ours", first_step_s=round(times[0], 2), **written)
-    row(f"{setting}/step_peak_driver", peak[0], "GB", "ours", cap=cap)
-
-
-def play_t4() -> None:
-    """From now on this card says that it is a T4, to torch and to us: fp16, no `tl.dot`, memory-efficient attention."""
-    from triton.runtime import driver
-
-    from nbhelpers import host
-
-    driver.active.get_current_target()  # first: later Triton would compile for what the next lines say
-    card = host.Card("Tesla T4 (played)", torch.cuda.mem_get_info()[1], (7, 5))
-    host.cards = lambda: [card]
-    torch.cuda.get_device_capability = lambda *_: card.capability
-    torch.backends.cuda.enable_flash_sdp(False)
-    torch.backends.cuda.enable_cudnn_sdp(False)
-
-
 def tempfile_folder():
     import tempfile
 
@@ -336,6 +230,12 @@ def vllm(job: dict, row) -> None:
             seconds = statistics.median(timed(generate, batch, new) for _ in range(3))
             row(f"batch-{batch}/decode", batch * new / seconds, "tokens/s", "vllm", prompt=PROMPT, completion=new)
         row("driver", driver_gb(), "GB", "vllm", gpu_memory_utilization=0.5)
+
+
+def grpo(job: dict, row) -> None:
+    from benchmarks.engines_grpo import steps
+
+    steps(job, row)
 
 
 def trl(job: dict, row) -> None:

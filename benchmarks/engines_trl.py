@@ -12,8 +12,10 @@ import time
 
 import torch
 
-from benchmarks.engines_child import GB, checkpoint, driver_gb, grpo_steps, peak_driver, shape, tempfile_folder, watched
+from benchmarks.engines_child import GB, checkpoint, driver_gb, peak_driver, shape, tempfile_folder
+from benchmarks.engines_grpo import logged, watched, workload
 from nbhelpers import presets
+from nbhelpers.budget import Work
 
 WORK = 2.5  # GB of vLLM's share beside weights, keys and values: activations of 4096 tokens, its modules, some room
 QUICK = {"use_cpu": True, "bf16": False}  # no vLLM, no NF4: proves the rest
@@ -36,7 +38,7 @@ def steps(job: dict, row) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
     quick, context = job.get("quick"), job["context"]
-    settings, parts, times = grpo_steps(quick, context)
+    settings, parts, times = workload(quick, context)
     settings |= {"max_steps": 4, "logging_steps": 1} | (QUICK if quick else vllm_settings(job))
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
@@ -60,16 +62,14 @@ def steps(job: dict, row) -> None:
             trainer.train()
     seconds = {"generating_s": round(generated[-1], 3), "first_step_s": round(times[0], 2)}
     seconds |= {"syncing_s": round(synced[-1], 3)} if synced else {}
-    log = trainer.state.log_history[0]
-    seconds |= {name: round(float(log[key]), 4) for key, name in KEPT.items() if key in log}
+    seconds |= logged(trainer.state.log_history[0], KEPT)
     row(f"{context // 1024}K/step_time", statistics.median(times[1:]), "s", "trl", **seconds, **more)
     row(f"{context // 1024}K/step_peak_driver", peak[0], "GB", "trl", **more)
 
 
 def kv_token(job: dict) -> int:
     """Bytes of one token's keys and values, bf16."""
-    a = shape(job)
-    return 2 * a.num_hidden_layers * a.num_key_value_heads * a.head_dim * 2
+    return Work(shape(job)).kv(1) * shape(job).num_hidden_layers
 
 
 def vllm_settings(job: dict) -> dict:

@@ -1,0 +1,120 @@
+"""Whole GRPO steps for benchmarks/engines.py: the workload that ours and the peer's share, and ours.
+
+The peer's are in engines_trl.py.
+"""
+
+import statistics
+import time
+
+import torch
+
+from benchmarks.engines_child import GB, build, driver_gb, peak_driver, tempfile_folder, wait
+
+KEPT = {  # of the last step's log
+    "completions/mean_length": "completion",
+    "sampling/sampling_logp_difference/mean": "logp_difference",
+    "sampling/importance_sampling_ratio/mean": "importance_sampling_ratio",
+    "skipped_steps": "skipped_steps",
+}
+
+
+def watched(call, seconds: list[float]):
+    """`call`, whose every duration is added to `seconds`."""
+
+    def timed_call(*args, **options):
+        wait()
+        start = time.perf_counter()
+        found = call(*args, **options)
+        wait()
+        seconds.append(time.perf_counter() - start)
+        return found
+
+    return timed_call
+
+
+def logged(log: dict, names: dict[str, str]) -> dict:
+    """What of a step's log goes into a row, and under which name."""
+    return {name: round(float(log[key]), 4) for key, name in names.items() if key in log}
+
+
+def workload(quick: bool, context: int) -> tuple[dict, dict, list[float]]:
+    """The workload of the GRPO steps, ours and the peer's alike: (arguments for a GRPOConfig, arguments for a
+    GRPOTrainer, seconds of each step so far). G=8, one prompt of 256 tokens a step, `context` tokens in all."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    from nbhelpers import smoke
+
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            wait()
+            times.append(-time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            wait()
+            times[-1] += time.perf_counter()
+
+    prompt, completion = (24, 8) if quick else (256, context - 256)
+    settings = {
+        "per_device_train_batch_size": 8, "num_generations": 8, "max_completion_length": completion,
+        "learning_rate": 1e-5, "optim": "adamw_8bit" if torch.cuda.is_available() else "adamw_torch",
+        "save_strategy": "no", "disable_tqdm": True,
+    }  # fmt: skip
+    parts = {
+        "reward_funcs": lambda completions, **_: [float(i % 3) for i in range(len(completions))],
+        "train_dataset": Dataset.from_dict({"prompt": [chr(97 + i % 26) * prompt for i in range(32)]}),
+        "processing_class": smoke.make_tokenizer(), "callbacks": [Clock()],
+    }  # fmt: skip
+    return settings, parts, times
+
+
+def steps(job: dict, row) -> None:
+    """`steps` whole steps of LeanGRPOTrainer, G=8, a prompt of 256 tokens, in a process that may take `cap` GB in all.
+
+    generating_s and training_s (forward and backward) are the last step's."""
+    from nbhelpers import host
+    from nbhelpers.trainer import LeanGRPOConfig, LeanGRPOTrainer
+
+    cap = job["cap"]
+    if torch.cuda.is_available():
+        if job.get("t4"):
+            play_t4()
+        torch.zeros(1, device="cuda") @ torch.zeros(1, device="cuda")
+        context = driver_gb()
+        budget = cap - context - 0.15  # Triton's and cuBLAS's own modules come on top
+        torch.cuda.set_per_process_memory_fraction(budget * GB / torch.cuda.mem_get_info()[1])
+    model = build(job, host.compute_dtype())
+    settings, parts, times = workload(job.get("quick"), job["context"])
+    generated, trained = [], []
+    with tempfile_folder() as folder, peak_driver() as peak:
+        args = LeanGRPOConfig(folder, max_steps=job["steps"], **settings)
+        # the cap counts what torch holds, the budget what it gives out: the graphs' pool lies between them
+        extra = {"budget_gb": budget - 0.1} if torch.cuda.is_available() else {}
+        trainer = LeanGRPOTrainer(model, args=args, engine="graph", **parts, **extra)
+        trainer.engine.generate = watched(trainer.engine.generate, generated)
+        trainer._compute_loss = watched(trainer._compute_loss, trained)
+        trainer.train()
+    setting = f"{job['context'] // 1024}K{'-t4' if job.get('t4') else ''}"
+    written = {"generating_s": round(generated[-1], 3), "training_s": round(trained[-1], 3), "steps": len(times)}
+    written["dtype"] = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
+    written |= logged(trainer.state.log_history[-2], KEPT)  # -1: the whole run's
+    if torch.cuda.is_available():
+        written["allocator_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
+    row(f"{setting}/step_time", statistics.median(times[1:]), "s", "ours", first_step_s=round(times[0], 2), **written)
+    row(f"{setting}/step_peak_driver", peak[0], "GB", "ours", cap=cap)
+
+
+def play_t4() -> None:
+    """From now on this card says that it is a T4, to torch and to us: fp16, no `tl.dot`, memory-efficient attention."""
+    from triton.runtime import driver
+
+    from nbhelpers import host
+
+    driver.active.get_current_target()  # first: later Triton would compile for what the next lines say
+    card = host.Card("Tesla T4 (played)", torch.cuda.mem_get_info()[1], (7, 5))
+    host.cards = lambda: [card]
+    torch.cuda.get_device_capability = lambda *_: card.capability
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
