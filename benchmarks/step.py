@@ -1,8 +1,9 @@
 """The training half of a GRPO step against TRL's own, on identical tokens, weights and adapters.
 
     python benchmarks/step.py --first              about 90 s: is it right on this GPU, one small case
-    python benchmarks/step.py --only qwen2.5-1.5b llama-3.1-8b --minutes 9      two calls make the whole table
-    python benchmarks/step.py --only phi-4 --minutes 9 --merge benchmarks/results/step.json
+    python benchmarks/step.py --only qwen2.5-1.5b llama-3.1-8b --minutes 9 --out runs/a    two calls, and then one file
+    python benchmarks/step.py --only phi-4 --minutes 9 --out runs/b
+    python benchmarks/step.py --join runs/a/step.json runs/b/step.json
     python benchmarks/step.py --quick              tiny shapes on a CPU: does the script run at all?
 
 Random weights at the presets' real shapes, made and quantised to NF4 on the card; LoRA of rank 16 on all linear layers,
@@ -40,7 +41,8 @@ parser.add_argument("--jobs", nargs="*", help="of: check errors ours groups trl 
 parser.add_argument("--lengths", nargs="*", help="of: 1K 4K 20K")
 parser.add_argument("--margin", type=float, default=0.1, help="GB below a cell's goal that the step is given")
 parser.add_argument("--minutes", type=float, default=60, help="no job is started after that")
-parser.add_argument("--merge", help="a results file whose other rows are kept")
+parser.add_argument("--out", type=Path, help="where step.json is written, instead of benchmarks/results")
+parser.add_argument("--join", nargs="+", type=Path, help="measure nothing, put the rows of these files together")
 parser.add_argument("--job", nargs=3, help=argparse.SUPPRESS)  # preset, job, file for its rows: in a process of its own
 ARGS = parser.parse_args()
 if ARGS.quick:
@@ -543,7 +545,6 @@ def jobs():
 
 def main():
     start, rows = time.monotonic(), []
-    kept = json.loads(Path(ARGS.merge).read_text())["rows"] if ARGS.merge else []
     flags = [f"--{n}" for n in ("quick", "first") if getattr(ARGS, n)] + ["--margin", str(ARGS.margin)]
     lengths = ARGS.lengths or (["1K"] if ARGS.first else [])
     flags += ["--lengths", *lengths] if lengths else []
@@ -568,13 +569,11 @@ def main():
                 print("  stopped: --minutes is used up", flush=True)
             if file.exists():
                 rows += [json.loads(line) for line in file.read_text().splitlines()]
-            measured = {(r["what"], r["who"]) for r in rows}
-            everything = [r for r in kept if (r["what"], r["who"]) not in measured] + rows
-            if everything:
-                target = Path(folder) if ARGS.quick or ARGS.first else common.RESULTS
-                print(f"  {common.write('step', everything, target)}", flush=True)
+            if rows:
+                target = Path(folder) if ARGS.quick or ARGS.first else ARGS.out or common.RESULTS
+                print(f"  {common.write('step', rows, target)}", flush=True)
                 if os.environ.get("OUT") and not ARGS.quick:
-                    common.write("step", everything, Path(os.environ["OUT"]))
+                    common.write("step", rows, Path(os.environ["OUT"]))
     print(f"{time.monotonic() - start:.0f} s")
     if rows:
         print(common.table(rows))
@@ -584,5 +583,7 @@ if __name__ == "__main__":
     if ARGS.job:
         job = Job(*ARGS.job)
         getattr(job, job.kind)()
+    elif ARGS.join:
+        common.join("step", ARGS.join, ARGS.out or common.RESULTS)
     else:
         main()
