@@ -1,4 +1,4 @@
-"""The kernels around matrix products: references by gradcheck and against bitsandbytes, Triton's against those."""
+"""Linear layers and MLPs with a LoRA: references by gradcheck, Triton's against those."""
 
 import importlib.util
 import sys
@@ -7,12 +7,12 @@ import interpreter  # first: before anything that imports triton
 import pytest
 import torch
 import torch.nn.functional as F
+from matmul_cases import DTYPES, TOLERANCE, keeping, layer, run, same
 
 from nbhelpers import kernels
-from nbhelpers.kernels import Projection, reference
+from nbhelpers.kernels import reference
 
 no_triton = importlib.util.find_spec("triton") is None
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 # hidden and intermediate sizes of Qwen2.5-1.5B, Llama-3.1-8B and Phi-4, cut by 64, and primes
 SIZES = [(24, 140), (64, 224), (80, 280), (13, 29)]
 ROWS = [1, 7, 12]
@@ -23,70 +23,7 @@ def seed():
     torch.manual_seed(0)
 
 
-def nf4(weight, nested=True):
-    """(packed, quant_state) of a weight, by bitsandbytes."""
-    functional = pytest.importorskip("bitsandbytes").functional
-    return functional.quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=nested)
-
-
-def layer(inputs, outputs, dtype=torch.float32, r=3, quantised=False, bias=True, lora=True, master=None):
-    """A random frozen layer with a LoRA whose B is not zero."""
-    weight = torch.randn(outputs, inputs, dtype=torch.float64).mul_(inputs**-0.5).to(dtype)
-    weight, state = nf4(weight) if quantised else (weight, None)
-    a = torch.randn(r, inputs).mul_(inputs**-0.5).to(master or dtype).requires_grad_() if lora else None
-    b = torch.randn(outputs, r).mul_(0.3).to(master or dtype).requires_grad_() if lora else None
-    return Projection(weight, state, torch.randn(outputs).to(dtype) if bias else None, a, b, 0.7)
-
-
-def run(backend, function, x, parts, *rest):
-    """Outputs, and gradients of x and of every A and B, of one backend."""
-    leaf = x.detach().clone().requires_grad_()
-    with kernels.use(backend):
-        out = function(leaf * 1.0, *rest)
-    outs = out if isinstance(out, tuple) else (out,)
-    loss = sum((y.double() * torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)).sum() for y in outs)
-    loras = [t for p in parts for t in (p.lora_a, p.lora_b) if t is not None]
-    return [*outs, *torch.autograd.grad(loss, [leaf, *loras])]
-
-
-def same(got, wanted, tolerance):
-    for mine, theirs in zip(got, wanted, strict=True):
-        assert mine.shape == theirs.shape and mine.dtype == theirs.dtype
-        error = (mine.double() - theirs.double()).norm() / theirs.double().norm().clamp(min=1e-6)
-        assert error <= tolerance, f"relative error {error:.1e} > {tolerance:.0e}"
-
-
-def keeping(kept):
-    """What autograd keeps for the backward is also put into the list `kept`."""
-    return torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
-
-
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3}
-
-
 # ------------------------------------------------------------------------------------------------- the references
-
-
-# bitsandbytes 0.50's own CPU dequantisation is wrong where a row is not a whole number of blocks (its GPU one is not),
-# so it is the judge of whole blocks; of the others, the weight that went in
-WHOLE_BLOCKS = [(1, 64), (7, 64), (31, 128), (280, 320)]
-OTHERS = [(24, 140), (31, 96), (280, 80), (13, 29)]
-
-
-@pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize("shape", WHOLE_BLOCKS)
-def test_reference_dequantize_is_bitsandbytes(shape, nested):
-    packed, state = nf4(torch.randn(shape).half(), nested)
-    theirs = pytest.importorskip("bitsandbytes").functional.dequantize_4bit(packed, state)
-    assert torch.equal(reference.dequantize_nf4(packed, state, torch.float16), theirs)
-
-
-@pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize("shape", OTHERS)
-def test_reference_dequantize_of_broken_rows(shape, nested):
-    weight = torch.randn(shape)
-    dense = reference.dequantize_nf4(*nf4(weight, nested), torch.float32)
-    assert (dense - weight).norm() < 0.12 * weight.norm()
 
 
 def test_reference_lora_linear_gradcheck():
@@ -112,27 +49,6 @@ def test_reference_lora_mlp_gradcheck(packed):
 
     loras = [t for p in [*gate_up, down] for t in (p.lora_a, p.lora_b)]
     assert torch.autograd.gradcheck(function, (x, *loras))
-
-
-def test_reference_linear_logprob_gradcheck():
-    hidden = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
-    target = torch.tensor([0, 6, 3, -100, 2, 2])
-
-    def function(hidden, weight):  # three chunks: scratch for two tokens
-        return reference.linear_logprob(
-            hidden, weight, target, temperature=0.7, vocab_size=7, bias=torch.ones(9), scratch_bytes=72
-        )
-
-    assert torch.autograd.gradcheck(function, (hidden, weight))
-
-
-def test_reference_linear_logprob_is_log_softmax():
-    hidden, weight, target = torch.randn(2, 5, 8), torch.randn(11, 8), torch.randint(0, 10, (2, 5))
-    logp, entropy = kernels.linear_logprob(hidden, weight, target, temperature=0.7, vocab_size=10, entropy=True)
-    whole = F.log_softmax(hidden @ weight[:10].t() / 0.7, dim=-1)
-    torch.testing.assert_close(logp, whole.gather(-1, target[..., None]).squeeze(-1))
-    torch.testing.assert_close(entropy, -(whole.exp() * whole).sum(-1))
 
 
 # ------------------------------------------------------------------------- the hand-written backward, on plain torch
@@ -169,42 +85,6 @@ def test_a_weight_that_learns_is_refused(backend):
 
 
 # --------------------------------------------------------------------------------------------- Triton's, interpreted
-
-
-class TestDequantize:
-    __test__ = interpreter.ON
-
-    @pytest.mark.parametrize("nested", [True, False])
-    @pytest.mark.parametrize("shape", [*WHOLE_BLOCKS, *OTHERS])
-    @DTYPES  # the interpreter truncates to bf16 instead of rounding
-    def test_is_the_reference(self, shape, nested, dtype):
-        packed, state = nf4(torch.randn(shape).to(dtype), nested)
-        with kernels.use("triton"):
-            dense = kernels.dequantize_nf4(packed, state, dtype)
-        assert torch.equal(dense, reference.dequantize_nf4(packed, state, dtype))
-
-    def test_rows(self):
-        packed, state = nf4(torch.randn(150, 48))
-        whole = reference.dequantize_nf4(packed, state, torch.float32)
-        with kernels.use("triton"):
-            assert torch.equal(kernels.dequantize_nf4(packed, state, torch.float32, rows=(64, 107)), whole[64:107])
-            with pytest.raises(ValueError, match="does not begin a block"):
-                kernels.dequantize_nf4(packed, state, torch.float32, rows=(1, 107))
-
-    def test_into(self):
-        packed, state = nf4(torch.randn(12, 64))
-        out = torch.empty(12, 64, dtype=torch.float16)
-        with kernels.use("triton"):
-            assert kernels.dequantize_nf4(packed, state, torch.float16, out) is out
-            assert torch.equal(out, reference.dequantize_nf4(packed, state, torch.float16))
-            with pytest.raises(ValueError, match="out must be"):
-                kernels.dequantize_nf4(packed, state, torch.float32, out)
-
-    def test_fp4_is_refused(self):
-        functional = pytest.importorskip("bitsandbytes").functional
-        packed, state = functional.quantize_4bit(torch.randn(12, 64), quant_type="fp4")
-        with kernels.use("triton"), pytest.raises(ValueError, match="not NF4"):
-            kernels.dequantize_nf4(packed, state, torch.float32)
 
 
 class TestLoraLinear:
@@ -292,10 +172,7 @@ class TestLoraLinear:
         parts = [layer(64, 32, quantised=True) for _ in range(3)]
         x = torch.randn(100, 64, requires_grad=True)
         kept = []
-        with (
-            torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
-            kernels.use("triton"),
-        ):
+        with keeping(kept), kernels.use("triton"):
             kernels.lora_linear_group(x, parts)
         leaves = {t.data_ptr() for p in parts for t in (p.lora_a, p.lora_b)}
         assert [t.data_ptr() for t in kept if t.data_ptr() not in leaves] == [x.data_ptr()]
@@ -398,10 +275,7 @@ class TestLoraMLP:
     def test_keeps_x_gate_and_up(self):
         gate_up, down = self.parts(64, 96, False, quantised=True)
         kept = []
-        with (
-            torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
-            kernels.use("triton"),
-        ):
+        with keeping(kept), kernels.use("triton"):
             kernels.lora_mlp(torch.randn(100, 64, requires_grad=True), gate_up, down)
         assert sum(t.numel() for t in kept if t.shape[0] == 100) == 100 * (64 + 96 + 96)
 
@@ -423,103 +297,6 @@ class TestLoraMLP:
         out = [run(b, kernels.lora_mlp, x, [*gate_up, down], gate_up, down, residual)[0] for b in ("triton", "torch")]
         assert out[0].isfinite().all()
         same(out[:1], out[1:], 3e-3)
-
-
-class TestLinearLogprob:
-    __test__ = interpreter.ON
-
-    @staticmethod
-    def both(hidden, weight, target, of_weight=False, **options):
-        results = []
-        for backend in ("triton", "torch"):
-            h, w = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_(of_weight)
-            with kernels.use(backend):
-                logp, entropy = kernels.linear_logprob(h * 1.0, w, target, entropy=True, **options)
-            assert logp.dtype == entropy.dtype == torch.float32 and not (backend == "triton" and entropy.requires_grad)
-            loss = (logp.masked_fill(logp.isinf(), 0) * torch.linspace(-1, 2, logp.numel()).view(logp.shape)).sum()
-            results.append([logp, entropy, *torch.autograd.grad(loss, [h, w] if of_weight else [h])])
-        return results
-
-    @DTYPES
-    @pytest.mark.parametrize("of_weight", [False, True])
-    @pytest.mark.parametrize("rows, hidden, words", [(1, 24, 151), (11, 64, 128), (7, 13, 4099)])
-    def test_dense(self, rows, hidden, words, of_weight, dtype):
-        h, w = torch.randn(rows, hidden, dtype=dtype), torch.randn(words, hidden, dtype=dtype)
-        target = torch.randint(0, words, (rows,))
-        same(*self.both(h, w, target, of_weight, temperature=0.8), 1e-5 if dtype == torch.float32 else 5e-3)
-
-    @DTYPES
-    @pytest.mark.parametrize("of_weight", [False, True])
-    def test_chunks_padding_ignored_and_bias(self, of_weight, dtype):
-        h, w = torch.randn(3, 5, 16, dtype=dtype), torch.randn(40, 16, dtype=dtype)
-        target = torch.randint(0, 37, (3, 5))
-        target[0, 0] = target[2, 1] = -100
-        # scratch for four tokens of 37 words: the last chunk is shorter
-        options = {"vocab_size": 37, "bias": torch.randn(40).to(dtype), "scratch_bytes": 4 * 37 * dtype.itemsize}
-        mine, theirs = self.both(h, w, target, of_weight, **options)
-        assert mine[0][0, 0] == 0 and (mine[2][0, 0] == 0).all()
-        if of_weight:
-            assert (mine[3][37:] == 0).all()
-        same(mine, theirs, 1e-5 if dtype == torch.float32 else 5e-3)
-
-    @DTYPES
-    @pytest.mark.parametrize("tile", [None, (4, 13), (2, 300)])
-    def test_without_gradient_in_tiles(self, monkeypatch, tile, dtype):
-        module = sys.modules["nbhelpers.kernels.linear_logprob"]
-        monkeypatch.setattr(module, "FORWARD_TOKENS", 3)
-        h, w, target = torch.randn(10, 16).to(dtype), torch.randn(300, 16).to(dtype), torch.randint(0, 290, (10,))
-        options = {"vocab_size": 290, "bias": torch.randn(300).to(dtype), "entropy": True}
-        with torch.no_grad():
-            mine = module.linear_logprob(h, w, target, scratch_bytes=3 * 128 * dtype.itemsize, tile=tile, **options)
-            theirs = reference.linear_logprob(h, w, target, **options)
-        same(mine, theirs, 1e-5 if dtype == torch.float32 else 5e-3)
-
-    @DTYPES
-    def test_nf4_head_in_slices(self, monkeypatch, dtype):
-        monkeypatch.setattr(sys.modules["nbhelpers.kernels.linear_logprob"], "SLICE_WORDS", 64)
-        h, target = torch.randn(9, 32, dtype=dtype), torch.randint(0, 200, (9,))
-        packed, state = nf4(torch.randn(210, 32).to(dtype))
-        options = {"quant_state": state, "vocab_size": 205, "scratch_bytes": 5 * 64 * dtype.itemsize}
-        same(*self.both(h, packed, target, **options), 1e-5 if dtype == torch.float32 else 5e-3)
-
-    @pytest.mark.parametrize("of_weight", [False, True])
-    def test_a_head_in_another_dtype(self, of_weight):
-        h, w, target = torch.randn(5, 16).half(), torch.randn(70, 16), torch.randint(0, 70, (5,))
-        mine, theirs = self.both(h, w, target, of_weight)
-        same(mine, theirs, 5e-3)
-
-    def test_fp16_large_activations(self):
-        """Hidden states of 1e3 to 3e4: stock fp16 logits are infinite, these are right."""
-        h = torch.randn(6, 64).half() * torch.tensor([1e3, 3e3, 1e4, 1.0, 1e-3, 1e4])[:, None].half()
-        w, target = torch.randn(50, 64).half(), torch.randint(0, 50, (6,))
-        assert not F.linear(h, w).isfinite().all(), "the planted activations are too small to show anything"
-        mine, theirs = self.both(h, w, target)
-        assert all(t.isfinite().all() for t in mine)
-        same(mine[:1], theirs[:1], 1e-3)
-
-    def test_fp16_small_gradients_do_not_vanish(self):
-        """A mean over 32,768 tokens makes g 3e-5, and p of a rare word is 1e-5: their product is zero in fp16."""
-        h, w, target = torch.randn(4, 32).half() * 0.01, torch.randn(5000, 32).half(), torch.randint(0, 5000, (4,))
-        grads = []
-        for backend, dtype in (("triton", torch.float16), ("torch", torch.float64)):
-            leaf = h.to(dtype).requires_grad_()
-            with kernels.use(backend):
-                logp = kernels.linear_logprob(leaf, w.to(dtype), target)
-            grads.append(torch.autograd.grad(logp, [leaf], torch.full_like(logp, 3e-2))[0].double())
-        assert (grads[0] - grads[1]).norm() / grads[1].norm() < 2e-3
-
-    def test_a_second_backward_raises(self):
-        h, w = torch.randn(3, 8, requires_grad=True), torch.randn(20, 8)
-        with kernels.use("triton"):
-            logp = kernels.linear_logprob(h, w, torch.tensor([1, 2, 3])).sum()
-        logp.backward(retain_graph=True)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            logp.backward()
-
-    def test_without_gradient_keeps_nothing(self):
-        h, w = torch.randn(3, 8, requires_grad=True), torch.randn(20, 8)
-        with kernels.use("triton"), torch.no_grad():
-            assert not kernels.linear_logprob(h, w, torch.tensor([1, 2, 3])).requires_grad
 
 
 @pytest.mark.skipif(interpreter.ON, reason="already inside")
