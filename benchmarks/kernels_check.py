@@ -3,8 +3,9 @@
 Every output and every gradient of a kernel and of stock code is compared with the same computation in fp64; the error
 is |x - x64| / |x64|. An operation passes if the largest of its errors is no larger than the largest of stock's; NF4 if
 it is bit for bit bitsandbytes'. 1 % is allowed for ties: where both round once, in another order, either may be luckier
-by some 0.1 %. `linear_logprob` is allowed 5 %: the gradient of the hidden states is formed in the forward, before the
-upstream gradient is known, and is rounded once more when that is multiplied in.
+by some 0.1 %. Two are allowed 5 %. `linear_logprob`: the gradient of the hidden states is formed in the forward, before
+the upstream gradient is known, and is rounded once more when that is multiplied in. Weights too large to be undone
+whole (Phi-4's gate and up): the gradient of their input is rounded once for each piece.
 """
 
 from functools import partial
@@ -15,8 +16,9 @@ import torch.nn.functional as F
 from benchmarks import kernels_cases as cases
 from nbhelpers import kernels, patch
 from nbhelpers.kernels import reference
+from nbhelpers.kernels.lora_linear import DENSE_BYTES
 
-ALLOWED, ALLOWED_LOGPROB = 1.01, 1.05
+ALLOWED, ALLOWED_LOGPROB, ALLOWED_PIECES = 1.01, 1.05, 1.05
 
 
 def relative(x, exact):
@@ -137,7 +139,8 @@ def lora(check, shape, tokens, dtype, device):
                 results.append(outputs_and_grads(case.contestants[who], [x], [x, *loras]))
         x64 = x.detach().double().requires_grad_()
         results.append(outputs_and_grads(exact, [x64], [x64, *wide], dtype))
-        check.no_worse(f"{shape.name}/{name}/{tokens} rows", *results)
+        in_pieces = any(p.out_features * p.in_features * dtype.itemsize > DENSE_BYTES for p in mine)
+        check.no_worse(f"{shape.name}/{name}/{tokens} rows", *results, ALLOWED_PIECES if in_pieces else None)
 
 
 def logprob(check, tokens, hidden, words, dtype, device):

@@ -94,13 +94,13 @@ def pieces(part, dtype, device):
 
 def project(x, parts):
     """y [N, sum of out] of all parts side by side. x [N, in]. No autograd in here."""
-    bias = _stack_bias(parts, x.dtype)
     a, b = stack_adapters(parts, x.dtype)
     if all(part.quant_state is not None and few_rows(x, part.quant_state) for part in parts):
-        y = [matmul_few_rows(x, part.weight, part.quant_state) for part in parts]
+        biases = [_stack_bias([part], x.dtype) for part in parts]  # added before the product is rounded
+        y = [matmul_few_rows(x, p.weight, p.quant_state, bias) for p, bias in zip(parts, biases, strict=True)]
         y = torch.cat(y, dim=1) if len(y) > 1 else y[0]
-        y = y if bias is None else y.add_(bias)
         return y if a is None else y.addmm_(x @ a.t(), b.t())
+    bias = _stack_bias(parts, x.dtype)
     if a is None:
         y = x.new_empty(x.shape[0], sum(part.out_features for part in parts))
     else:
