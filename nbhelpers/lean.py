@@ -176,6 +176,8 @@ class LeanStepTrainer(trl.GRPOTrainer):
         """
         if not torch.cuda.is_available() and self.budget_gb is None:
             return
+        if self.accelerator.num_processes > 1:  # what carries gradients takes its memory when it is first used
+            self.accelerator.reduce(torch.zeros(1, device=self.accelerator.device))
         step = self._step_of(self.model)
         step.rehearse(
             self.args.per_device_train_batch_size, self.num_generations, self._longest_prompt(),
