@@ -53,13 +53,13 @@ def jobs(args) -> list[dict]:
             found.append({**base, "kind": "ready", "triton_cache": "cold"})
             found.append({**base, "kind": "ready", "triton_cache": "warm"})
         if "decode" in args.only:
-            found.append({**base, "kind": "decode", "batches": args.batches, "profile": args.profile})
+            found.append({**base, "kind": "decode", "batches": args.batches, "profile": args.profile, "t4": args.t4})
         if "transformers" in args.only:
             found.append({**base, "kind": "transformers", "batches": [b for b in args.batches if b <= 32]})
         if "grpo" in args.only:
             cap = args.cap or CAPS[model]
             found.append({**base, "kind": "grpo", "cap": cap, "t4": args.t4, "context": args.context,
-                          "steps": args.steps})  # fmt: skip
+                          "steps": args.steps, "gpus": args.gpus})  # fmt: skip
         if args.vllm:
             found.append({**base, "kind": "vllm", "batches": args.batches})
     for model in (args.models or TRL) if args.trl else ():
@@ -77,7 +77,11 @@ def run(job: dict, folder: Path, seconds: int) -> list[dict]:
         if job["triton_cache"] == "cold":
             shutil.rmtree(cache, ignore_errors=True)
         environment["TRITON_CACHE_DIR"] = str(cache)
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps({**job, "out": str(out)})]
+    launcher, gpus = [sys.executable], job.get("gpus", 1)
+    if gpus > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))
+    command = [*launcher, str(Path(__file__).resolve()), "--child", json.dumps({**job, "out": str(out)})]
     started = time.perf_counter()
     seconds *= 1 + (job["kind"] in ("vllm", "trl"))  # vLLM alone takes two minutes or more to start
     process = subprocess.Popen(command, env=environment, process_group=0)
@@ -106,7 +110,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--vllm", action="store_true")
-    parser.add_argument("--t4", action="store_true", help="GRPO steps in fp16, as a T4 would")
+    parser.add_argument("--t4", action="store_true", help="decode and GRPO steps in fp16, as a T4 would")
+    parser.add_argument("--gpus", type=int, default=1, help="processes of a GRPO step, each with a GPU and 8 texts")
     parser.add_argument("--trl", action="store_true", help=f"of {', '.join(TRL)} unless --models says otherwise")
     parser.add_argument("--models", nargs="*", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--batches", nargs="*", type=int, default=[8, 32, 128])

@@ -71,21 +71,23 @@ def workload(quick: bool, context: int) -> tuple[dict, dict, list[float]]:
 
 
 def steps(job: dict, row) -> None:
-    """`steps` whole steps of LeanGRPOTrainer, G=8, a prompt of 256 tokens, in a process that may take `cap` GB in all.
+    """`steps` whole steps of LeanGRPOTrainer, G=8, a prompt of 256 tokens, in a process that may take `cap` GB in all;
+    or as many such processes as there are `gpus`, each with a prompt of its own.
 
     generating_s and training_s (forward and backward) are the last step's."""
-    from nbhelpers import host
+    from accelerate import PartialState
+
     from nbhelpers.trainer import LeanGRPOConfig, LeanGRPOTrainer
 
-    cap = job["cap"]
+    cap, gpus = job["cap"], job.get("gpus", 1)
     if torch.cuda.is_available():
-        if job.get("t4"):
-            play_t4()
         torch.zeros(1, device="cuda") @ torch.zeros(1, device="cuda")
+        if gpus > 1:
+            PartialState().wait_for_everyone()  # NCCL's memory is not torch's
         context = driver_gb()
         budget = cap - context - 0.15  # Triton's and cuBLAS's own modules come on top
         torch.cuda.set_per_process_memory_fraction(budget * GB / torch.cuda.mem_get_info()[1])
-    model = build(job, host.compute_dtype())
+    model = build(job)
     settings, parts, times = workload(job.get("quick"), job["context"])
     generated, trained = [], []
     with tempfile_folder() as folder, peak_driver() as peak:
@@ -96,25 +98,15 @@ def steps(job: dict, row) -> None:
         trainer.engine.generate = watched(trainer.engine.generate, generated)
         trainer._compute_loss = watched(trainer._compute_loss, trained)
         trainer.train()
-    setting = f"{job['context'] // 1024}K{'-t4' if job.get('t4') else ''}"
+    setting = f"{job['context'] // 1024}K{'-t4' if job.get('t4') else ''}{f'-{gpus}-gpus' if gpus > 1 else ''}"
     written = {"generating_s": round(generated[-1], 3), "training_s": round(trained[-1], 3), "steps": len(times)}
     written["dtype"] = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
     written |= logged(trainer.state.log_history[-2], KEPT)  # -1: the whole run's
+    if gpus > 1:  # each learned from all of them: the adapters must be the same in the end
+        sums = torch.stack([p.double().sum() for p in model.parameters() if p.requires_grad])
+        ends = trainer.accelerator.gather(sums).view(gpus, -1)
+        written["same_adapter"] = bool((ends == ends[0]).all())
     if torch.cuda.is_available():
         written["allocator_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
     row(f"{setting}/step_time", statistics.median(times[1:]), "s", "ours", first_step_s=round(times[0], 2), **written)
     row(f"{setting}/step_peak_driver", peak[0], "GB", "ours", cap=cap)
-
-
-def play_t4() -> None:
-    """From now on this card says that it is a T4, to torch and to us: fp16, no `tl.dot`, memory-efficient attention."""
-    from triton.runtime import driver
-
-    from nbhelpers import host
-
-    driver.active.get_current_target()  # first: later Triton would compile for what the next lines say
-    card = host.Card("Tesla T4 (played)", torch.cuda.mem_get_info()[1], (7, 5))
-    host.cards = lambda: [card]
-    torch.cuda.get_device_capability = lambda *_: card.capability
-    torch.backends.cuda.enable_flash_sdp(False)
-    torch.backends.cuda.enable_cudnn_sdp(False)

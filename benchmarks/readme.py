@@ -86,11 +86,12 @@ def loader() -> str:
 
 def kernels() -> str:
     results = Results("kernels")
-    rows = []
+    rows, keys = [], []
     for name, title in MODELS.items():
         key = f"{name}/decoder_layer"
         for metric, unit, digits in (("forward+backward", "ms", 1), ("saved", "GB", 2), ("peak", "GB", 2)):
             ours, stock = results(f"{key}/{metric}"), results(f"{key}/{metric}", "stock")
+            keys.append((f"{key}/{metric}", "ours"))
             values = [number(ours, digits), number(stock, digits), ratio(ours, stock)]
             rows.append([f"{title}, one layer, {metric} ({unit})", *values])
     key = "llama-3.1-8b/linear_logprob 32768x128256/forward+backward"
@@ -100,7 +101,7 @@ def kernels() -> str:
             f"log-probabilities of 32,768 tokens x 128,256 words, forward+backward{metric.replace('/', ' ')} ({unit})"
         )
         rows.append([label, number(ours, digits), f"{number(trl, digits)} (TRL)", ratio(ours, trl)])
-    return f"{table(['', 'ours', 'stock', 'ratio'], rows)}\n\n{results.source()}"
+    return f"{table(['', 'ours', 'stock', 'ratio'], rows)}\n\n{results.source(*keys)}"
 
 
 def step() -> str:
@@ -143,7 +144,7 @@ def whole() -> str:
     rows, keys = [], []
     for setting, who, said in (
         ("1K", "ours", ""), ("1K", "trl", ", TRL with vLLM"), ("1K-t4", "ours", ", as a T4 would"),
-        ("20K", "ours", ", 8 x 20K tokens"),
+        ("1K-t4-2-gpus", "ours", ", as two T4s would, 16 x 1K"), ("20K", "ours", ", 8 x 20K tokens"),
     ):  # fmt: skip
         for name, title in MODELS.items():
             key, time = (f"{name}/{setting}/step_peak_driver", who), (f"{name}/{setting}/step_time", who)
