@@ -5,7 +5,8 @@
     export.gguf(model, tokenizer, "my-reasoner.gguf")          # for llama.cpp, Ollama, LM Studio
     export.push("my-reasoner", "me/my-reasoner")
 
-Each of them is written beside its place and renamed into it, so it is complete or not there.
+Each of them is written beside its place and renamed into it, so it is complete or not there. Of several processes that
+train together (torchrun) the first one writes, and the others go on at once.
 """
 
 import copy
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nbhelpers import adapter, checkpoint
+from nbhelpers import adapter, checkpoint, host
 from nbhelpers.merge import Folder, Merged
 from nbhelpers.presets import GB
 
@@ -45,6 +46,8 @@ def save(model, tokenizer, folder: str | Path) -> Path:
     `loader.load(folder)` loads it onto its base. FileExistsError if `folder` holds something beside a model, the
     checkpoints of a run for instance; ValueError if an adapter would take the place of its own base.
     """
+    if not host.is_first_process():
+        return Path(folder)
     if adapter.loras(model):
         _not_the_base(model, folder)
     with _whole(folder) as new:
@@ -74,6 +77,8 @@ def merged(model, tokenizer, folder: str | Path, dtype: str = "bfloat16") -> Pat
 
     if dtype not in ("bfloat16", "float16"):
         raise ValueError(f'dtype={dtype!r}: it is "bfloat16" or "float16"')
+    if not host.is_first_process():
+        return Path(folder)
     _not_the_base(model, folder)
     tensors, kind = Merged(model), getattr(torch, dtype)
     print(f"merged into {tensors.source}")
@@ -122,6 +127,8 @@ def gguf(model_or_folder, tokenizer, file: str | Path, quantization: str = "q8_0
     from nbhelpers import gguf_file
 
     is_folder, file = isinstance(model_or_folder, (str, Path)), Path(file)
+    if not host.is_first_process():
+        return file
     tensors = Folder(model_or_folder) if is_folder else Merged(model_or_folder)
     print(f"from {tensors.source}" if is_folder else f"merged into {tensors.source}")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -147,6 +154,8 @@ def push(folder: str | Path, repo_id: str, private: bool = True, token: str | No
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
+    if not host.is_first_process():
+        return f"{huggingface_hub.constants.ENDPOINT}/{repo_id}"
     folder = Path(folder)
     if not any((folder / name).exists() for name in _MODELS):
         raise FileNotFoundError(f"{folder} is no folder that export.save or export.merged wrote")

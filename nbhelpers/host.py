@@ -83,6 +83,11 @@ def device():
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cards() else torch.device("cpu")
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one of several (RANK, as torchrun and accelerate set it) that writes results."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def card(index: int | None = None) -> Card | None:
     """The GPU `index`, by default the one that `device()` names; None without a GPU."""
     found = cards()

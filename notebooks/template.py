@@ -78,7 +78,10 @@ memory.plan(preset)
 # linear layer, together around a percent of the model.
 
 # %%
+import torch
+
 replay.instead_of(preset)  # only without a GPU: a recorded run, marked as one, and a stop
+torch.manual_seed(SEED)  # the first numbers of a LoRA are drawn
 model, tokenizer = loader.load(preset)
 
 # %% [markdown]
@@ -155,8 +158,6 @@ rewards.check([correct, in_form], task)
 # every advantage is 0 and the group teaches nothing.
 
 # %%
-import torch
-
 size = preset.num_generations
 question, gold = example["prompt"][-1]["content"], [example["answer"]] * size
 group = evaluate.ask(

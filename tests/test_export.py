@@ -95,6 +95,18 @@ def test_a_saved_adapter_comes_back_with_its_tokenizer_and_names_no_folder(base,
     assert (out / "base.json").exists() and [path.name for path in out.parent.iterdir()] == ["my-reasoner"]
 
 
+def test_of_several_processes_the_first_one_writes(base, tmp_path, monkeypatch):
+    model, tokenizer = trained(base("llama"))
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setenv("RANK", "1")
+    for write in (export.save, export.merged, export.gguf):
+        assert write(model, tokenizer, tmp_path / "out") == tmp_path / "out"
+    assert export.push(tmp_path / "out", "me/mine").endswith("/me/mine")
+    assert sorted(tmp_path.iterdir()) == before
+    monkeypatch.setenv("RANK", "0")
+    assert (export.save(model, tokenizer, tmp_path / "out") / "adapter_config.json").exists()
+
+
 def test_somebody_elses_folder_is_left_alone(base, tmp_path):
     model, tokenizer = trained(base("llama"))
     (tmp_path / "photos").mkdir()

@@ -1,8 +1,12 @@
-"""Model notebooks as a reader runs them, in smoke mode: stopped and gone on with, killed and run again from the top."""
+"""Model notebooks as a reader runs them, in smoke mode: stopped and gone on with, killed and run again from the top.
+
+And as a script in two processes, as for two GPUs.
+"""
 
 import json
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +14,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import DeadKernelError
+from nbconvert import PythonExporter
 
 from nbhelpers import presets
 
@@ -94,3 +99,29 @@ def test_killed_and_run_again_from_the_top(tmp_path):
     said, report = execute("qwen2.5-1.5b", tmp_path, steps=24)
     assert re.search(r"Goes on from \S+, after step 20\.", said), said
     assert report["steps"] == list(range(1, 25)) and report["reached"] == 24
+
+
+def two_processes(folder: Path, out: str, steps: int) -> tuple[str, bytes]:
+    """Run a notebook as a script in two processes; what the first one said, and the adapter that it exported."""
+    code, _ = PythonExporter().from_filename(MODELS / "qwen2.5-1.5b.ipynb")
+    rewards = "[lambda completions, **_: [len(str(text)) % 3.0 for text in completions]]"  # that differ in a group
+    for old, new in (
+        ("STEPS = None", f"STEPS = {steps}"), ('OUT = f"runs/{PRESET}"', f"OUT = {out!r}"),
+        ("save_steps=20", "save_steps=2"), ("reward_funcs=[correct, in_form]", f"reward_funcs={rewards}"),
+    ):  # fmt: skip
+        assert code.count(old) == 1, old
+        code = code.replace(old, new)
+    (folder / "script.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+               "--local-ranks-filter=0", "script.py"]  # fmt: skip
+    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
+    return ran.stdout, (folder / out / "reasoner" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_script_of_two_processes_goes_on_exactly(tmp_path):
+    _, begun = two_processes(tmp_path, "stopped", steps=2)
+    said, resumed = two_processes(tmp_path, "stopped", steps=4)
+    assert said.count("Goes on from stopped/checkpoint-2, after step 2.") == 1, said
+    _, whole = two_processes(tmp_path, "whole", steps=4)
+    assert begun != resumed == whole
