@@ -6,6 +6,7 @@ Model text is hostile: nothing here takes more than linear time in it.
 import re
 from decimal import Decimal
 
+_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # an escaped brace is none
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 
 
@@ -42,10 +43,10 @@ def extract_answer(text: str) -> str | None:
 def extract_boxed(text: str) -> str | None:
     """What stands in the last `\\boxed{...}` of a text, without the white space around it.
 
-    Of nested boxes it is the innermost. The box must be closed.
+    Of nested boxes it is the innermost. The box must be closed: one that was cut off is no answer.
 
     Args:
-        text (`str`): What the model wrote.
+        text (`str`): What the model wrote, or a data set's solution.
 
     Returns:
         `str` or `None`
@@ -54,13 +55,15 @@ def extract_boxed(text: str) -> str | None:
     >>> extract_boxed(r"so \\boxed{9}, no: \\boxed{\\frac{99}{10}}.")
     '\\\\frac{99}{10}'
     """
-    _, found, rest = text.rpartition(r"\boxed{")
-    depth = 1 if found else 0
-    for match in re.finditer(r"[{}]", rest) if found else ():
-        depth += 1 if match[0] == "{" else -1
-        if depth == 0:
-            return rest[: match.start()].strip()
-    return None
+    start, end, depth = None, None, 0
+    for match in _BRACE.finditer(text):
+        token = match[0]
+        if token.startswith(r"\boxed"):
+            start, end, depth = match.end(), None, 1
+        elif token in ("{", "}"):
+            depth += 1 if token == "{" else -1
+            end = match.start() if depth == 0 and end is None else end
+    return None if start is None or end is None else text[start:end].strip()
 
 
 def formatted(text: str) -> bool:

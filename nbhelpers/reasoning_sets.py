@@ -5,15 +5,14 @@ configs in the table are those of the data sets' cards; read here were rows of t
 itself. The real sets on the hub have not been run.
 """
 
-import re
 from dataclasses import dataclass
 
+from nbhelpers.answers import extract_boxed
 from nbhelpers.questions import SYSTEM_PROMPT, Task, Unusable, collect, split, text_of
 from nbhelpers.sources import open_source
 
 _USER, _ASSISTANT = ("user", "human"), ("assistant", "gpt")
 _UNKNOWN = ("proof", "notfound")  # what NuminaMath, and so its heirs, write where there is no final answer
-_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -86,30 +85,11 @@ def reasoning(
     return split(name, rows, dropped, test_share)
 
 
-def last_boxed(text: str) -> str | None:
-    r"""What stands in the last complete \boxed{...} of a text, None without one; one pass, whatever the text.
-
-    Example:
-    >>> last_boxed(r"so \boxed{3}, no: \boxed{\frac{1}{2}}")
-    '\\frac{1}{2}'
-    """
-    opened: list[int] = []  # where each open brace's content begins; 0 for a brace that is not a box
-    best = (0, 0)
-    for match in _BRACE.finditer(text):
-        token = match.group()
-        if token == "}":
-            start = opened.pop() if opened else 0
-            best = max(best, (start, match.start()))
-        elif token[-1] == "{" and token != r"\{":
-            opened.append(match.end() if len(token) > 1 else 0)
-    return text[slice(*best)].strip() if best[0] else None
-
-
 def _read(row: dict, spec: ReasoningSet) -> tuple[str, str]:
     question = _turn(row[spec.question], _USER, spec.question).removeprefix(spec.instruction).strip()
     for column in spec.answer:
         text = _turn(row[column], _ASSISTANT, column)
-        answer = last_boxed(text) if spec.boxed else text
+        answer = extract_boxed(text) if spec.boxed else text
         if answer and answer.lower() not in _UNKNOWN:
             return question, answer
     raise Unusable(rf"no \boxed{{...}} in its {' or '.join(spec.answer)}" if spec.boxed else "no answer to check")

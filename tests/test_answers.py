@@ -104,6 +104,13 @@ def test_formatted(text, right):
         (r"\boxed{9.9}", "9.9"),
         (r"\boxed{ \frac{1}{2} } and more }", r"\frac{1}{2}"),
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),  # an escaped brace closes nothing
+        (r"\boxed {7}", "7"),
+        (r"a \\ \boxed{6}", "6"),
+        (r"\\boxed{5}", None),  # a line break and a word
+        (r"{ \boxed{3}", "3"),
+        (r"} \boxed{3} }", "3"),
+        (r"\boxed{\text{\boxed{4}}}", "4"),
         (r"\boxed{1} \boxed{2}", "2"),
         (r"\boxed{\boxed{1}}", "1"),
         (r"\boxed{}", ""),

@@ -1,13 +1,11 @@
 """The loaders of the reasoning sets, on rows of the same schemas written here; the real sets are not in a test."""
 
-import time
-
 import pandas
 import pytest
 from datasets import Dataset
 
 from nbhelpers import smoke, tasks
-from nbhelpers.reasoning_sets import SETS, last_boxed
+from nbhelpers.reasoning_sets import SETS
 
 
 def chat(question, answer, keys=("from", "value")):
@@ -139,27 +137,3 @@ def test_long_prompts_are_left_out(tmp_path):
     assert len(pairs(task)) == 2 and task.dropped == [
         "left out 1 row (row 3) of x.parquet: the prompt is longer than 300 tokens"
     ]
-
-
-@pytest.mark.parametrize(
-    "text, wanted",
-    [
-        ("", None), ("7", None), (r"\boxed{7}", "7"), (r"\boxed {7}", "7"), (r"\boxed{ }", ""), (r"\boxed{7", None),
-        (r"\boxed{1} and \boxed{2}", "2"), (r"\boxed{1} and \boxed{2", "1"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-        (r"{ \boxed{3}", "3"), (r"} \boxed{3} }", "3"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."), (r"\boxed{\text{\boxed{4}}}", "4"), (r"\\boxed{5}", None),
-        (r"a \\ \boxed{6}", "6"), (r"\boxed 7", None),
-    ],
-)  # fmt: skip
-def test_the_last_box(text, wanted):
-    assert last_boxed(text) == wanted
-
-
-@pytest.mark.parametrize(
-    "part", [r"\boxed{", r"\boxed", r"\boxed ", "{", "}", "\\", r"\boxed{1}", "{}", r"\boxed{{}", " "]
-)
-def test_a_hostile_solution_takes_no_time(part):
-    text = r"\boxed" + part * (100_000 // len(part))
-    started = time.perf_counter()
-    last_boxed(text)
-    assert time.perf_counter() - started < 0.2

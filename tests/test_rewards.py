@@ -147,6 +147,8 @@ HOSTILE = {
     "commas": "1,",
     "groups": "123,",
     "boxes": r"\boxed{",
+    "half boxes": r"\boxed ",
+    "backslashes": "\\",
     "braces": "{",
     "spaces": " ",
     "words": "a ",
