@@ -1,12 +1,15 @@
-"""The quickstart on a CPU: three seeds as it stands, and one with the model in NF4 with LoRA, as large models learn.
+"""Does a model learn? The quickstart from its first cell to its last, as a script, on this machine.
 
-    python benchmarks/quickstart.py
+    python benchmarks/quickstart.py        on a CPU: three seeds, and once in NF4 with LoRA, as large models learn
+                                           on a GPU: as it stands and in NF4 with LoRA, then that as a T4 would (fp16)
 
-Runs notebooks/00_quickstart.ipynb in a fresh process each time, on 512 held-out pairs at temperature 1, and writes
-benchmarks/results/quickstart.json. `seconds` is GRPO alone, `run_seconds` the whole notebook.
+Runs the cells of notebooks/00_quickstart.ipynb in a fresh process each time, on 512 held-out pairs at temperature 1,
+and writes benchmarks/results/quickstart.json, on a GPU quickstart_gpu.json. `seconds` is GRPO alone, `run_seconds` the
+whole notebook.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,20 +17,35 @@ import time
 from pathlib import Path
 
 import common
+import torch
 
 ROOT = Path(__file__).parents[1]
-RUNS = {
-    **{f"seed-{seed}": [f"SEED={seed}"] for seed in (0, 1, 2)},
-    "nf4-lora-16": ["QUANTIZATION=nf4", "LORA_RANK=16", "LEARNING_RATE=0.003"],
-}
+NOTEBOOK = ROOT / "notebooks" / "00_quickstart.ipynb"
+LORA = 'QUANTIZATION, LORA_RANK, LEARNING_RATE = "nf4", 16, 0.003'
+ON_CPU = {**{f"seed-{seed}": f"SEED = {seed}" for seed in (0, 1, 2)}, "nf4-lora-16": LORA}
+ON_GPU = {"gpu": "", "gpu-nf4-lora-16": LORA, "gpu-nf4-lora-16-t4": LORA}
+T4 = "from benchmarks.engines_child import play_t4\n\nplay_t4()"
 
 
-def rows_of(name: str, parameters: list[str]) -> list[dict]:
+def script(parameters: str, folder: str) -> str:
+    """The notebook's code, but for its install cell, with other parameters and results in `folder`."""
+    parts = []
+    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
+        tags = cell["metadata"].get("tags", ())
+        if cell["cell_type"] == "code" and "install" not in tags:
+            parts.append("".join(cell["source"]))
+        if "parameters" in tags:
+            parts.append(f"import torch\n\n{parameters}\nOUT = {folder!r}\ntorch.manual_seed(SEED)  # a LoRA is drawn")
+    return "\n\n".join(parts)
+
+
+def rows_of(name: str, parameters: str) -> list[dict]:
     """Run the notebook once and read its report.json."""
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "notebooks/run.py", "notebooks/00_quickstart.ipynb", out]
+        file = Path(out, "script.py")
+        file.write_text(f"{T4}\n\n" * name.endswith("-t4") + script(parameters, out))
         started = time.time()
-        subprocess.run(command + [f"--set={p}" for p in parameters], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, file], cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": _path()})
         seconds = time.time() - started
         report = json.loads(Path(out, "report.json").read_text())
     rows = [
@@ -46,11 +64,15 @@ def rows_of(name: str, parameters: list[str]) -> list[dict]:
     return rows
 
 
+def _path() -> str:
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
 def main() -> None:
-    rows = []
-    for name, parameters in RUNS.items():
+    rows, gpu = [], torch.cuda.is_available()
+    for name, parameters in (ON_GPU if gpu else ON_CPU).items():
         rows += rows_of(name, parameters)
-        common.write("quickstart", rows)
+        common.write("quickstart_gpu" if gpu else "quickstart", rows)
     print(common.table(rows))
 
 

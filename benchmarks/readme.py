@@ -33,7 +33,7 @@ class Results:
     def source(self, *keys: tuple[str, str]) -> str:
         """On what it was measured, and by which calls: the file's own, or those that rows (what, who) came from."""
         host = self.document["host"]
-        machine = host.get("gpu") or f"{host['cores']} cores of a {host['cpu']}"
+        machine = host.get("gpu") or f"{host['cores']} cores ({host['cpu']})"
         packages = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "vllm")
         versions = ", ".join(f"{name} {host[name]}" for name in packages if name in host)
         own = f"{self.document['date']}, {self.document['command']}"
@@ -57,16 +57,20 @@ def ratio(ours: float | None, theirs: float | None) -> str:
 
 
 def quickstart() -> str:
-    results = Results("quickstart")
-    names = {"seed-0": "seed 0", "seed-1": "seed 1", "seed-2": "seed 2", "nf4-lora-16": "4-bit, LoRA r=16"}
+    cpu, gpu = Results("quickstart"), Results("quickstart_gpu")
     rows = []
-    for name, title in names.items():
+    for results, name, title in (
+        (cpu, "seed-0", "CPU, seed 0"), (cpu, "seed-1", "CPU, seed 1"), (cpu, "seed-2", "CPU, seed 2"),
+        (cpu, "nf4-lora-16", "CPU, 4-bit, LoRA r=16"), (gpu, "gpu", "GPU"),
+        (gpu, "gpu-nf4-lora-16", "GPU, 4-bit, LoRA r=16"),
+        (gpu, "gpu-nf4-lora-16-t4", "GPU, 4-bit, LoRA r=16, as a T4 would"),
+    ):  # fmt: skip
         shares = ("accuracy_before", "accuracy_after", "format_before", "format_after")
         values = [f"{results(f'workshop/{name}/{share}'):.1%}" for share in shares]
         probes = [f"{results(f'workshop/{name}/probe_{when}'):g}" for when in ("before", "after")]
         rows.append([title, *values, " → ".join(probes), number(results(f"workshop/{name}/seconds"), 0, " s")])
     header = ["", "right before", "right after", "in form before", "in form after", "9.11 or 9.9?", "GRPO took"]
-    return f"{table(header, rows)}\n\n{results.source()}"
+    return f"{table(header, rows)}\n\nCPU: {cpu.source()} GPU: {gpu.source()}"
 
 
 def loader() -> str:
