@@ -22,17 +22,17 @@ PROMPT, COMPLETION = 200, 512
 
 def main(job: dict) -> None:
     rows: list[dict] = []
-    first = os.environ.get("RANK", "0") == "0"  # of several processes one writes
 
     def row(metric, value, unit, who="graph", **more):
         rows.append(common.row(f"{job['model']}/{metric}", who, round(value, 4), unit, **more))
-        if not first:
+        if not host.is_first_process():
             return
         Path(job["out"]).write_text(json.dumps(rows))
         print(f"{job['model']}/{metric} {who} {value:,.3f} {unit} {more or ''}", flush=True)
 
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if job.get("gpus", 1) > 1:  # else not: vLLM looks whether somebody has begun with CUDA
+            torch.cuda.set_device(host.device())
         if job.get("t4"):
             play_t4()
     try:
