@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_panel import ARGS, GOOD, SAMPLES, logs, newest, picture, run, shown  # noqa: F401
+from panel_cases import ARGS, GOOD, SAMPLES, logs, newest, picture, run, shown  # noqa: F401
 
 from nbhelpers import host, panel, presets, replay
 from nbhelpers.evaluate import Answer, Decoding
