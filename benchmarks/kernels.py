@@ -5,7 +5,7 @@
     python benchmarks/kernels.py --quick   tiny shapes on a CPU, Triton interpreted: does the script run at all?
 
 Writes benchmarks/results/kernels.json (and $OUT/kernels.json), after each section, so that a crash loses little. With
---only SECTION ... the other rows of a file from the same host stay.
+--only SECTION ... the other rows of a file from the same host stay; --join FILE ... puts files together.
 
 How it measures. Training (8 x 1,024 tokens): CUDA events around one call, the L2 cache overwritten before each, the
 median. `forward` is without autograd; `forward+backward` takes both, since backward alone cannot be repeated where it
@@ -26,19 +26,18 @@ import argparse
 import os
 import sys
 import time
-import traceback
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import common  # noqa: F401  (first: it takes this folder off the import path)
+from benchmarks import common
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--check", action="store_true")
 parser.add_argument("--quick", action="store_true")
 parser.add_argument("--profile", action="store_true")
+parser.add_argument("--join", nargs="+", type=Path, help="measure nothing, put the rows of these files together")
 parser.add_argument("--only", nargs="*", help="sections: check elementwise lora few_rows logprob layer profile")
 ARGS = parser.parse_args()
 if ARGS.quick:
@@ -49,91 +48,31 @@ import torch  # noqa: E402
 from benchmarks import kernels_cases as cases  # noqa: E402
 from benchmarks.kernels_measure import (  # noqa: E402
     DEVICE,
+    DTYPE,
+    FAILED,
+    GRAPH,
     ROWS,
+    attempt,
+    autocast,
     bandwidth,
+    decode_rows,
     graph_milliseconds,
     kernel_times,
     milliseconds,
     peak_gb,
     row,
+    train_rows,
     wall_milliseconds,
     write,
 )
 from nbhelpers import kernels, patch  # noqa: E402
 
-DTYPE = torch.float32 if ARGS.quick else torch.bfloat16
 MODELS = cases.QUICK if ARGS.quick else cases.MODELS
 BATCH, LENGTH, FEW = (2, 4, 2) if ARGS.quick else (8, 1024, 8)
-FAILED: list[str] = []
-
-
-def attempt(what, function, *args):
-    """function(*args), or None after its failure has been printed and remembered."""
-    try:
-        return function(*args)
-    except Exception:
-        FAILED.append(what)
-        print(f"FAILED {what}\n{traceback.format_exc()}", flush=True)
 
 
 def compiled(function):
     return torch.compile(function, dynamic=False, backend="eager" if ARGS.quick else "inductor")
-
-
-def autocast(enabled):
-    return torch.autocast(DEVICE.type, DTYPE) if enabled and not ARGS.quick else nullcontext()
-
-
-def both(contestant, case, grads, with_autocast=False):
-    """Forward and backward once."""
-    with autocast(with_autocast):
-        outs = contestant(*case.inputs)
-    outs = outs if isinstance(outs, tuple) else (outs,)
-    learn = [t for t in [*case.inputs, *case.parameters] if t.requires_grad]
-    return torch.autograd.grad(outs, learn, grads)
-
-
-GRAPH = {"method": "cuda graph"}
-
-
-def train_rows(name, case, speed, with_autocast=False, graph=False):
-    """forward, forward+backward and peak of every contestant of a case; graph: forward+backward as a graph's replay."""
-    for who, contestant in case.contestants.items():
-
-        def measure(who=who, contestant=contestant):
-            with torch.no_grad(), autocast(with_autocast):
-                row(f"{name}/forward", who, milliseconds(lambda: contestant(*case.inputs)), "ms")
-                row(f"{name}/forward/peak", who, peak_gb(lambda: contestant(*case.inputs))[0], "GB")
-                outs = contestant(*case.inputs)
-            outs = outs if isinstance(outs, tuple) else (outs,)
-            grads = [torch.randn_like(y) for y in outs]  # of its own: Liger writes over them
-            del outs
-            step = partial(both, contestant, case, grads, with_autocast)
-            row(f"{name}/forward+backward/peak", who, peak_gb(step)[0], "GB")
-            if not graph:
-                row(f"{name}/forward+backward", who, milliseconds(step), "ms")
-                return
-            if who == "ours":
-                row(f"{name}/forward+backward/eager_launch", who, milliseconds(step), "ms")
-            row(f"{name}/forward+backward", who, graph_milliseconds(step, cold=True), "ms", **GRAPH)
-
-        attempt(f"{name} {who}", measure)
-    if case.bytes_forward:
-        row(f"{name}/forward", "floor", case.bytes_forward / speed * 1e3, "ms")
-        row(f"{name}/forward+backward", "floor", case.bytes_both / speed * 1e3, "ms")
-
-
-def decode_rows(name, case, speed, cold=False):
-    """Time of one call at 8 rows, in a CUDA graph."""
-    inputs = [t.detach() for t in case.inputs]
-    for who, contestant in case.contestants.items():
-
-        def measure(who=who, contestant=contestant):
-            with torch.no_grad():
-                row(f"{name}/decode", who, graph_milliseconds(lambda: contestant(*inputs), cold), "ms", **GRAPH)
-
-        attempt(f"{name} decode {who}", measure)
-    row(f"{name}/decode", "floor", case.bytes_forward / speed * 1e3, "ms")
 
 
 # ------------------------------------------------------------------------------------------------------- sections
@@ -373,6 +312,9 @@ SECTIONS = {"elementwise": elementwise, "lora": lora, "few_rows": few_rows, "log
 
 
 def main():
+    if ARGS.join:
+        common.join("kernels", ARGS.join)
+        return
     torch.manual_seed(0)
     wanted = set(ARGS.only or SECTIONS.keys() - {"profile"})
     wanted |= {name for name in ("check", "profile") if vars(ARGS)[name] or ARGS.quick}

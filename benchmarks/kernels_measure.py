@@ -7,6 +7,9 @@ import json
 import os
 import statistics
 import time
+import traceback
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +17,9 @@ import torch
 from benchmarks import common
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 ROWS: list[dict] = []
+FAILED: list[str] = []
 
 
 def row(what, who, value, unit, **more):
@@ -151,3 +156,68 @@ def bandwidth():
     speed = 2 * source.numel() / milliseconds(lambda: target.copy_(source)) * 1e3
     row("host/copy/bandwidth", "copy", speed / 1e12, "TB/s")
     return speed
+
+
+def attempt(what, function, *args):
+    """function(*args), or None after its failure has been printed and remembered."""
+    try:
+        return function(*args)
+    except Exception:
+        FAILED.append(what)
+        print(f"FAILED {what}\n{traceback.format_exc()}", flush=True)
+
+
+def autocast(enabled):
+    return torch.autocast(DEVICE.type, DTYPE) if enabled and DEVICE.type == "cuda" else nullcontext()
+
+
+def both(contestant, case, grads, with_autocast=False):
+    """Forward and backward once."""
+    with autocast(with_autocast):
+        outs = contestant(*case.inputs)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    learn = [t for t in [*case.inputs, *case.parameters] if t.requires_grad]
+    return torch.autograd.grad(outs, learn, grads)
+
+
+GRAPH = {"method": "cuda graph"}
+
+
+def train_rows(name, case, speed, with_autocast=False, graph=False):
+    """forward, forward+backward and peak of every contestant of a case; graph: forward+backward as a graph's replay."""
+    for who, contestant in case.contestants.items():
+
+        def measure(who=who, contestant=contestant):
+            with torch.no_grad(), autocast(with_autocast):
+                row(f"{name}/forward", who, milliseconds(lambda: contestant(*case.inputs)), "ms")
+                row(f"{name}/forward/peak", who, peak_gb(lambda: contestant(*case.inputs))[0], "GB")
+                outs = contestant(*case.inputs)
+            outs = outs if isinstance(outs, tuple) else (outs,)
+            grads = [torch.randn_like(y) for y in outs]  # of its own: Liger writes over them
+            del outs
+            step = partial(both, contestant, case, grads, with_autocast)
+            row(f"{name}/forward+backward/peak", who, peak_gb(step)[0], "GB")
+            if not graph:
+                row(f"{name}/forward+backward", who, milliseconds(step), "ms")
+                return
+            if who == "ours":
+                row(f"{name}/forward+backward/eager_launch", who, milliseconds(step), "ms")
+            row(f"{name}/forward+backward", who, graph_milliseconds(step, cold=True), "ms", **GRAPH)
+
+        attempt(f"{name} {who}", measure)
+    if case.bytes_forward:
+        row(f"{name}/forward", "floor", case.bytes_forward / speed * 1e3, "ms")
+        row(f"{name}/forward+backward", "floor", case.bytes_both / speed * 1e3, "ms")
+
+
+def decode_rows(name, case, speed, cold=False):
+    """Time of one call at 8 rows, in a CUDA graph."""
+    inputs = [t.detach() for t in case.inputs]
+    for who, contestant in case.contestants.items():
+
+        def measure(who=who, contestant=contestant):
+            with torch.no_grad():
+                row(f"{name}/decode", who, graph_milliseconds(lambda: contestant(*inputs), cold), "ms", **GRAPH)
+
+        attempt(f"{name} decode {who}", measure)
+    row(f"{name}/decode", "floor", case.bytes_forward / speed * 1e3, "ms")
