@@ -37,7 +37,6 @@ from benchmarks import common, engines_child  # noqa: E402
 MODELS = ("qwen2.5-1.5b", "llama-3.1-8b", "phi-4")
 TRL = MODELS[:1]
 ENVIRONMENT = {  # of a case; what the user has set stays
-    "CUDA_VISIBLE_DEVICES": "0",  # TRL refuses a process that sees several GPUs
     "VLLM_HOST_IP": "127.0.0.1",  # the machine may have no network
     "VLLM_NO_USAGE_STATS": "1",
 }
@@ -71,17 +70,16 @@ def run(job: dict, folder: Path, seconds: int) -> list[dict]:
     """One job in a process of its own; a failure is printed, and gives no rows."""
     out = folder / "rows.json"
     out.unlink(missing_ok=True)
-    environment = ENVIRONMENT | dict(os.environ)
+    gpus = job.get("gpus", 1)  # and no more are seen: TRL refuses one process that sees several
+    environment = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))} | os.environ
     if "triton_cache" in job:
         cache = folder / f"triton-{job['model']}"
         if job["triton_cache"] == "cold":
             shutil.rmtree(cache, ignore_errors=True)
         environment["TRITON_CACHE_DIR"] = str(cache)
-    launcher, gpus = [sys.executable], job.get("gpus", 1)
-    if gpus > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
-        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))
-    command = [*launcher, str(Path(__file__).resolve()), "--child", json.dumps({**job, "out": str(out)})]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
+    child = json.dumps({**job, "out": str(out)})
+    command = [sys.executable, *launcher, str(Path(__file__).resolve()), "--child", child]
     started = time.perf_counter()
     seconds *= 1 + (job["kind"] in ("vllm", "trl"))  # vLLM alone takes two minutes or more to start
     process = subprocess.Popen(command, env=environment, process_group=0)
