@@ -9,7 +9,6 @@ whole notebook.
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -42,10 +41,9 @@ def script(parameters: str, folder: str) -> str:
 def rows_of(name: str, parameters: str) -> list[dict]:
     """Run the notebook once and read its report.json."""
     with tempfile.TemporaryDirectory() as out:
-        file = Path(out, "script.py")
-        file.write_text(f"{T4}\n\n" * name.endswith("-t4") + script(parameters, out))
+        code = f"{T4}\n\n" * name.endswith("-t4") + script(parameters, out)
         started = time.time()
-        subprocess.run([sys.executable, file], cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": _path()})
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
         seconds = time.time() - started
         report = json.loads(Path(out, "report.json").read_text())
     rows = [
@@ -62,10 +60,6 @@ def rows_of(name: str, parameters: str) -> list[dict]:
     for what in ("probe_before", "probe_after"):
         rows.append(common.row(f"workshop/{name}/{what}", "ours", float(report[what] or "nan"), "answer"))
     return rows
-
-
-def _path() -> str:
-    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
 def main() -> None:
