@@ -40,7 +40,7 @@ class LeanGRPOConfig(trl.GRPOConfig):
 
     Where engine and trainer disagree about a token's probability, that token's loss is weighed by their ratio. TRL's
     own default weighs a completion by the product of its tokens' ratios, which makes a factor of mere rounding: 0.3 to
-    1.9 in bf16 at 256 tokens (rows `first_loss_...` of benchmarks/results/vllm.json), next to nothing at 20,000.
+    1.9 in bf16 at 256 tokens (rows `first_loss_...` of benchmarks/results/vllm.json), and worse the longer the text.
 
     A checkpoint every 20 steps, the newest two kept: on a T4, where a step takes tens of seconds, a killed run costs
     minutes, and a LoRA's checkpoint is a few dozen MB. transformers' own default, 500, is longer than most runs here.
