@@ -6,6 +6,7 @@ import sys
 import textwrap
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -160,7 +161,10 @@ def test_without_math_verify_the_line_to_install_it_is_given(monkeypatch, worker
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_the_stop_button_ends_the_process_and_leaves_the_worker_usable():
+def test_the_stop_button_ends_the_process_and_leaves_the_worker_usable(request):
+    # as in a notebook's kernel; what a shell starts in the background inherits that SIGINT is ignored
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     worker = Worker(seconds=60.0)
     worker.equal([("1/2", "0.5")])
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
