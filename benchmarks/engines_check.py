@@ -80,7 +80,8 @@ def same_weights(device, dtype) -> tuple[bool, str]:
     """Unit vectors pick single weights out of the few-row product: bit for bit those of the dequantisation?"""
     from bitsandbytes.functional import quantize_4bit
 
-    from nbhelpers.kernels import Projection, nf4_rows
+    from nbhelpers.kernels import Projection
+    from nbhelpers.kernels.triton import nf4_few_rows
 
     generator = torch.Generator(device).manual_seed(0)
     for nested in (True, False):
@@ -93,8 +94,8 @@ def same_weights(device, dtype) -> tuple[bool, str]:
             if not ampere and dtype != torch.float16:
                 continue
             for first in range(0, 1536, rows):
-                with mock.patch.object(nf4_rows, "tensor_cores", lambda device, answer=ampere: answer):
-                    y, _ = nf4_rows.few_rows_product(units[first : first + rows], tuple(parts))
+                with mock.patch.object(nf4_few_rows, "tensor_cores", lambda device, answer=ampere: answer):
+                    y, _ = nf4_few_rows.few_rows_product(units[first : first + rows], tuple(parts))
                 if not torch.equal(y.sum(0), wanted[:, first : first + rows].t().float()):
                     return False, f"nested={nested}, {rows} rows, {ampere=}: other weights from {first} on"
     return True, "bit for bit those of nf4.py"

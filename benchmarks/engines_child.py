@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import common
-from nbhelpers import host, presets
+from nbhelpers import architecture, gpu, host, presets
 
-GB = presets.GB
+GB = architecture.GB
 PROMPT, COMPLETION = 200, 512
 
 
@@ -32,7 +32,7 @@ def main(job: dict) -> None:
 
     if torch.cuda.is_available():
         if job.get("gpus", 1) > 1:  # else not: vLLM looks whether somebody has begun with CUDA
-            torch.cuda.set_device(host.device())
+            torch.cuda.set_device(gpu.device())
         if job.get("t4"):
             play_t4()
     try:
@@ -49,7 +49,7 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def shape(job: dict) -> presets.Architecture:
+def shape(job: dict) -> architecture.Architecture:
     architecture = presets.get(job["model"]).architecture
     if not job.get("quick"):
         return architecture
@@ -60,7 +60,7 @@ def shape(job: dict) -> presets.Architecture:
 def build(job: dict):
     from benchmarks.random_model import make
 
-    return make(shape(job), device(), host.compute_dtype())
+    return make(shape(job), device(), gpu.compute_dtype())
 
 
 def prompts_of(job: dict, n: int) -> list[list[int]]:
@@ -118,8 +118,8 @@ def play_t4() -> None:
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")  # 8 MB, as torch gives a T4; an H200 gets 33
     driver.active.get_current_target()  # first: later Triton would compile for what the next lines say
-    card = host.Card("Tesla T4 (played)", torch.cuda.mem_get_info()[1], (7, 5))
-    host.cards = lambda: [card] * torch.cuda.device_count()
+    card = gpu.Card("Tesla T4 (played)", torch.cuda.mem_get_info()[1], (7, 5))
+    gpu.cards = lambda: [card] * torch.cuda.device_count()
     torch.cuda.get_device_capability = lambda *_: card.capability
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)

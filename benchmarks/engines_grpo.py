@@ -43,7 +43,7 @@ def workload(quick: bool, context: int) -> tuple[dict, dict, list[float]]:
     from datasets import Dataset
     from transformers import TrainerCallback
 
-    from nbhelpers import smoke
+    from nbhelpers.models import smoke
 
     times: list[float] = []
 
@@ -77,7 +77,7 @@ def steps(job: dict, row) -> None:
     generating_s and training_s (forward and backward) are the last step's."""
     from accelerate import PartialState
 
-    from nbhelpers.trainer import LeanGRPOConfig, LeanGRPOTrainer
+    from nbhelpers.training.trainer import LeanGRPOConfig, LeanGRPOTrainer
 
     cap, gpus = job["cap"], job.get("gpus", 1)
     if torch.cuda.is_available():

@@ -15,7 +15,7 @@ import torch
 from benchmarks.engines_child import GB, checkpoint, driver_gb, peak_driver, shape, tempfile_folder
 from benchmarks.engines_grpo import logged, watched, workload
 from nbhelpers import presets
-from nbhelpers.budget import Work
+from nbhelpers.memory.micro_batches import Work
 
 WORK = 2.5  # GB of vLLM's share beside weights, keys and values: activations of 4096 tokens, its modules, some room
 QUICK = {"use_cpu": True, "bf16": False}  # no vLLM, no NF4: proves the rest

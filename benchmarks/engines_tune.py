@@ -22,10 +22,11 @@ from itertools import product  # noqa: E402
 
 import torch  # noqa: E402
 
-from nbhelpers.kernels import Projection, nf4_rows  # noqa: E402
+from nbhelpers.kernels import Projection
+from nbhelpers.kernels.triton import nf4_few_rows  # noqa: E402
 
-attention = import_module("nbhelpers.kernels.decode_attention")
-linear = import_module("nbhelpers.kernels.decode_linear")
+attention = import_module("nbhelpers.kernels.triton.decode_attention")
+linear = import_module("nbhelpers.kernels.triton.decode_linear")
 GROUPS = {  # outputs of the parts, inputs
     "1.5b qkv": ((1536, 256, 256), 1536), "1.5b o": ((1536,), 1536),
     "1.5b gate+up": ((8960, 8960), 1536), "1.5b down": ((1536,), 8960),
@@ -81,7 +82,7 @@ def products(warm, mine):
 
             found = {}
             for splits, columns, warps in product((4, 8, 16), (16, 32, 64), (1, 2, 4)):
-                nf4_rows.MOST_SPLITS, linear.OUT_COLUMNS, linear.OUT_WARPS = splits, columns, warps
+                nf4_few_rows.MOST_SPLITS, linear.OUT_COLUMNS, linear.OUT_WARPS = splits, columns, warps
                 if not mine():
                     continue
                 if warm:

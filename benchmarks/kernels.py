@@ -65,7 +65,8 @@ from benchmarks.kernels_measure import (  # noqa: E402
     wall_milliseconds,
     write,
 )
-from nbhelpers import kernels, patch  # noqa: E402
+from nbhelpers import kernels
+from nbhelpers.models import patch  # noqa: E402
 
 MODELS = cases.QUICK if ARGS.quick else cases.MODELS
 BATCH, LENGTH, FEW = (2, 4, 2) if ARGS.quick else (8, 1024, 8)
@@ -136,7 +137,7 @@ def lora(speed):
 
 def few_rows(_):
     """What nf4.few_rows goes by: bitsandbytes' fused product against dequantising and cuBLAS."""
-    from nbhelpers.kernels.nf4 import matmul_few_rows
+    from nbhelpers.kernels.triton.nf4 import matmul_few_rows
 
     def dense(x, w, out):
         return x @ kernels.dequantize_nf4(w, w.quant_state, DTYPE, out).t()
@@ -222,7 +223,7 @@ TILES = ((1024, 128_256), (2048, 64_128), (4096, 32_064), (8192, 16_032), (4096,
 
 
 def logprob_tile(name, data, tile):
-    from nbhelpers.kernels.linear_logprob import linear_logprob
+    from nbhelpers.kernels.triton.linear_logprob import linear_logprob
 
     with torch.no_grad():
         time_it = partial(linear_logprob, *data, temperature=0.9, tile=tile)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nbhelpers import kernels, linears
+from nbhelpers import kernels
+from nbhelpers.models import projection
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def lora(shape, tokens, dtype, device, lora_dtype, compiled=None):
     """{kernel: Case} of the products with LoRA, and {name: Projection}. Stock (eager) is peft on bitsandbytes."""
     layers = add_lora(Linears(shape, dtype, device), NAMES, lora_dtype).base_model.model.layers
     q, k, v, gate, up, down = (layers[name] for name in NAMES)
-    parts = {name: linears.projection(layers[name]) for name in NAMES}
+    parts = {name: projection.projection(layers[name]) for name in NAMES}
     assert not any(isinstance(part, str) for part in parts.values()), parts
     x = torch.randn(tokens, shape.hidden, dtype=dtype, device=device, requires_grad=True)
 

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import kernels_cases as cases
-from nbhelpers import kernels, patch
+from nbhelpers import kernels
 from nbhelpers.kernels import reference
-from nbhelpers.kernels.lora_linear import DENSE_BYTES
+from nbhelpers.kernels.triton.lora_linear import DENSE_BYTES
+from nbhelpers.models import patch
 
 ALLOWED, ALLOWED_LOGPROB, ALLOWED_PIECES = 1.01, 1.05, 1.05
 

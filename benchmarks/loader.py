@@ -29,13 +29,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
 import torch
 
-from nbhelpers import presets, smoke
+from nbhelpers import architecture, presets
+from nbhelpers.models import smoke
 
 MODELS = ("qwen2.5-1.5b", "llama-3.1-8b", "phi-4")
-GB = presets.GB
+GB = architecture.GB
 
 
-def tensors(architecture: presets.Architecture) -> dict[str, tuple[int, ...]]:
+def tensors(architecture: architecture.Architecture) -> dict[str, tuple[int, ...]]:
     """{name: shape} of a checkpoint."""
     a = architecture
     found = {"model.embed_tokens.weight": (a.vocab_size, a.hidden_size)}
@@ -54,7 +55,7 @@ def tensors(architecture: presets.Architecture) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def make_checkpoint(architecture: presets.Architecture, folder: Path, shard_bytes: float) -> int:
+def make_checkpoint(architecture: architecture.Architecture, folder: Path, shard_bytes: float) -> int:
     """Random weights straight to disk, made on the GPU if there is one; returns the bytes of the largest shard."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder.mkdir(parents=True)
@@ -140,10 +141,11 @@ def child(job: dict) -> dict:
     from bitsandbytes.functional import quantize_4bit
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from nbhelpers import loader, quantize
+    from nbhelpers import loader
+    from nbhelpers.models import quantize
 
     preset = presets.get(job["preset"])
-    preset = replace(preset, hub_id=job["folder"], architecture=presets.Architecture(**job["architecture"]))
+    preset = replace(preset, hub_id=job["folder"], architecture=architecture.Architecture(**job["architecture"]))
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
     dtype = torch.bfloat16
@@ -229,7 +231,8 @@ def measure(name: str, folder: Path, quick: bool) -> list[dict]:
 
 def quality(name: str, source: str, test: list[torch.Tensor], calibration: list | None) -> list[dict]:
     """KL to 16 bits of nf4 and dynamic, and how many bytes dynamic took."""
-    from nbhelpers import loader, quantize
+    from nbhelpers import loader
+    from nbhelpers.models import quantize
 
     def load(quantization: str):
         model, _ = loader.load(
@@ -274,7 +277,8 @@ def random_model(folder: Path, quick: bool, planted: int) -> list[torch.Tensor]:
 
 def workshop_test(count: int = 32, length: int = 24) -> tuple[list, list[torch.Tensor]]:
     """(calibration prompts, test tokens) for the workshop model: its own questions, and its own answers to others."""
-    from nbhelpers import chat, loader
+    from nbhelpers import loader
+    from nbhelpers.models import chat
 
     generator = random.Random(0)
 

@@ -3,10 +3,11 @@
 import torch
 from torch import nn
 
-from nbhelpers import adapter, presets, quantize
+from nbhelpers import architecture
+from nbhelpers.models import adapter, quantize
 
 
-def make(architecture: presets.Architecture, device, dtype, rank: int = 16, quantise: bool = True) -> nn.Module:
+def make(architecture: architecture.Architecture, device, dtype, rank: int = 16, quantise: bool = True) -> nn.Module:
     """NF4 with double quantisation, and a LoRA of `rank` on all linear layers whose B is not zero; in eval mode.
 
     rank 0: no LoRA. quantise=False leaves the weights in `dtype`.

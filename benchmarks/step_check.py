@@ -66,8 +66,8 @@ def reference(job, model, batch):
     from transformers import AutoModelForCausalLM
 
     from nbhelpers import grpo
-    from nbhelpers.adapter import attach
     from nbhelpers.kernels.reference import dequantize_nf4
+    from nbhelpers.models.adapter import attach
 
     inner = model.get_base_model()
     with init_empty_weights(include_buffers=False):
@@ -103,13 +103,13 @@ def reference(job, model, batch):
 
 def check(job):
     """Every way of attention, every state of the layers: gradients against one another; bytes against the plan."""
-    from nbhelpers import attention
-    from nbhelpers.decoder import Layers
-    from nbhelpers.packing import pack, unpad
+    from nbhelpers.training import packed_attention
+    from nbhelpers.training.layerwise import Layers
+    from nbhelpers.training.packing import pack, unpad
 
     if job.cuda:
         for way, dtype in (("flash", torch.bfloat16), ("efficient", torch.float16), ("efficient", torch.bfloat16)):
-            wrong = attention.check(way, job.device, dtype)
+            wrong = packed_attention.check(way, job.device, dtype)
             print(f"  attention {way} {dtype}: {wrong or 'right'}", flush=True)
     count = 2 if job.quick else 6
     model = job.model(layers=count)

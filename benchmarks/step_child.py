@@ -14,9 +14,9 @@ from dataclasses import replace
 import torch
 
 from benchmarks import common, random_model
-from nbhelpers import memory, presets
+from nbhelpers import architecture, memory, presets
 
-GB = presets.GB
+GB = architecture.GB
 LENGTHS = {"1K": 1024, "4K": 4096, "20K": 20480}
 GOALS = {"qwen2.5-1.5b": (2.0, 2.2, 3.0), "llama-3.1-8b": (7.4, 7.8, 9.4), "phi-4": (11.5, 12.0, 14.0)}
 CAPS = {"qwen2.5-1.5b": 5, "llama-3.1-8b": 15}  # GB of the whole process at 20K
@@ -143,14 +143,14 @@ class Job:
         return seconds * times, peak
 
     def lean(self, model, budget_gb=None, **options):
-        from nbhelpers.step import LeanStep
+        from nbhelpers.training.lean_step import LeanStep
 
         context = (lambda: torch.autocast("cuda", dtype=self.dtype)) if self.cuda else None
         options |= {"autocast": context} if context else {}
         return LeanStep(model, budget_gb if self.cuda else None, **options)
 
     def run_ours(self, step, batch, backward=None):
-        from nbhelpers import objective
+        from nbhelpers.training import objective
 
         for parameter in step.trained:
             parameter.grad = None

@@ -7,7 +7,7 @@ def trainer(job, model):
     import trl
     from datasets import Dataset
 
-    from nbhelpers import smoke
+    from nbhelpers.models import smoke
 
     args = trl.GRPOConfig(
         tempfile.mkdtemp(), per_device_train_batch_size=job.group, num_generations=job.group, loss_type="grpo",

@@ -242,8 +242,8 @@ class Check:
     def _steps(self, who: str, engine, mode: str, budget: float | None) -> None:
         from datasets import Dataset
 
-        from nbhelpers import smoke
-        from nbhelpers.trainer import LeanGRPOConfig, LeanGRPOTrainer
+        from nbhelpers.models import smoke
+        from nbhelpers.training.trainer import LeanGRPOConfig, LeanGRPOTrainer
 
         data = Dataset.from_dict({"prompt": [chr(97 + i % 26) * 150 for i in range(32)]})
         gc.collect()

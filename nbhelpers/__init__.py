@@ -14,18 +14,23 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # On some CPUs bitsandbytes warns, whenever it is imported, that it lacks a package which would look for a hub.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-_MODULES = ("compare", "countdown", "engines", "evaluate", "export", "grpo", "guard", "host", "hub", "install")
-_MODULES += ("kernels", "loader", "memory", "panel", "patch", "presets", "quantize", "replay", "rewards", "step")
-_MODULES += ("tasks",)
-_NAMES = {"LeanGRPOConfig": "trainer", "LeanGRPOTrainer": "trainer"}
+_ROOMS = ("engines", "evaluate", "export", "kernels", "loader", "memory", "panel", "rewards", "tasks")
+_ROOMS += ("grpo", "host", "install", "presets")
+_MODULES = {room: room for room in _ROOMS} | {  # and what the notebooks ask for that lies inside a room
+    "compare": "evaluate.compare",
+    "hub": "loader.hub",
+    "quantize": "models.quantize",
+    "replay": "panel.replay",
+}
+_NAMES = {"LeanGRPOConfig": "training.trainer", "LeanGRPOTrainer": "training.trainer"}
 __all__ = [*_MODULES, *_NAMES]
 
 
 def __getattr__(name: str):
     if name in _MODULES:
-        return import_module(f"{__name__}.{name}")
+        return import_module(f"{__name__}.{_MODULES[name]}")
     if name in _NAMES:
         return getattr(import_module(f"{__name__}.{_NAMES[name]}"), name)
     raise AttributeError(f"nbhelpers has no {name!r}; it has {', '.join(__all__)}")

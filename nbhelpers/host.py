@@ -8,12 +8,11 @@ import os
 import platform
 import sys
 import warnings
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from nbhelpers import presets
-from nbhelpers.presets import GB
+from nbhelpers import gpu, presets
+from nbhelpers.architecture import GB
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "vllm")
 INSTALL = {
@@ -24,7 +23,6 @@ INSTALL = {
     "math-verify": 'pip install "math-verify>=0.9,<0.10"',
     "gguf": 'pip install "gguf>=0.17,<1"',
 }
-ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # how torch is to allocate; the old name too
 GET_A_GPU = "On Colab: Runtime > Change runtime type > T4 GPU; on Kaggle: Settings > Accelerator"
 
 
@@ -32,87 +30,14 @@ class CannotRun(RuntimeError):
     """This machine cannot do what was asked; the message says what it lacks and what to change."""
 
 
-@dataclass(frozen=True)
-class Card:
-    """One GPU. `total` in bytes; `capability` is CUDA's, (7, 5) for a T4."""
-
-    name: str
-    total: int
-    capability: tuple[int, int]
-
-
-def cards() -> list[Card]:
-    """The CUDA GPUs that this process sees; empty without any."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return []
-    properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return [Card(p.name, p.total_memory, (p.major, p.minor)) for p in properties]
-
-
-def free_bytes(index: int) -> int:
-    """Bytes free on GPU `index`, whoever uses the rest. Ask for your own card only: it wakes the card up, which takes
-    some hundred MB of it."""
-    import torch
-
-    return torch.cuda.mem_get_info(index)[0]
-
-
-def room(device, budget_gb: float | None = None, asleep: int = 0, reserve: float = 0.0) -> float:
-    """Bytes that this process could still allocate on a CUDA device: what is free, within its share of the card
-    (torch.cuda.set_per_process_memory_fraction), and what torch has reserved and does not use.
-
-    budget_gb: what torch may allocate in this process in all, GB.
-    asleep: bytes that torch counts as allocated and a sleeping engine has handed back.
-    reserve: share of what is free that is left alone; a budget below it is not cut.
-    """
-    import torch
-
-    free, total = torch.cuda.mem_get_info(device)
-    reserved, allocated = torch.cuda.memory_reserved(device) - asleep, torch.cuda.memory_allocated(device) - asleep
-    capped = torch.cuda.get_per_process_memory_fraction(device) * total - reserved
-    left = (min(free, capped) + reserved - allocated) * (1 - reserve)
-    return max(0.0, left if budget_gb is None else min(left, budget_gb * GB - allocated))
-
-
-def device():
-    """The torch.device that this process works on: its own GPU of several (LOCAL_RANK), or the CPU."""
-    import torch
-
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cards() else torch.device("cpu")
-
-
 def is_first_process() -> bool:
     """Whether this process is the one of several (RANK, as torchrun and accelerate set it) that writes results."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def card(index: int | None = None) -> Card | None:
-    """The GPU `index`, by default the one that `device()` names; None without a GPU."""
-    found = cards()
-    index = int(os.environ.get("LOCAL_RANK", 0)) if index is None else index
-    return found[index] if index < len(found) else None
-
-
-def grow_blocks(yes: bool = True) -> None:
-    """Have torch's CUDA allocator let its blocks grow ("expandable segments") rather than lay new ones beside them.
-
-    Generation and training take turns in the same memory; what one leaves free lies in one piece for the other then.
-    vLLM's sleep cannot work with it: "no" is for good. Where the user has set PYTORCH_ALLOC_CONF, that stays.
-    """
-    import torch
-
-    if torch.cuda.is_available() and not any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
-        setting = f"expandable_segments:{yes}"
-        torch._C._accelerator_setAllocatorSettings(setting)
-        if not yes:
-            os.environ[ALLOCATOR_VARIABLES[0]] = setting
-
-
 def card_gb() -> float | None:
     """GB of this process's GPU, as `Preset.on_card` wants it; None without a GPU."""
-    here = card()
+    here = gpu.card()
     return here.total / GB if here else None
 
 
@@ -121,19 +46,6 @@ def cpu() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
-
-
-def compute_dtype():
-    """The torch.dtype to compute in: bfloat16 from compute capability 8.0, float16 below (a T4), float32 on a CPU.
-
-    torch.cuda.is_bf16_supported() is not asked: it says yes on a T4, where bf16 is emulated.
-    """
-    import torch
-
-    here = card()
-    if here is None:
-        return torch.float32
-    return torch.bfloat16 if here.capability >= (8, 0) else torch.float16
 
 
 def versions() -> dict[str, str]:
@@ -157,7 +69,7 @@ def where() -> str:
 def require(package: str) -> None:
     """CannotRun, with the line that installs it, if `package` is missing or this GPU is too old for it."""
     if package == "vllm":
-        here = card()
+        here = gpu.card()
         if here is None or here.capability < (8, 0):
             has = "no CUDA GPU" if here is None else f"a {here.name} (compute capability {_dots(here)})"
             raise CannotRun(
@@ -190,16 +102,16 @@ def report(preset: "presets.Preset | None" = None) -> None:
     Raises CannotRun when it cannot, with the remedy. Without a GPU a 4-bit preset is only warned about: it is
     hopelessly slow there, and it works.
     """
-    found, own = cards(), int(os.environ.get("LOCAL_RANK", 0))
-    here = card(own)
-    free = f", {free_bytes(own) / GB:.1f} free" if here else ""
+    found, own = gpu.cards(), int(os.environ.get("LOCAL_RANK", 0))
+    here = gpu.card(own)
+    free = f", {gpu.free_bytes(own) / GB:.1f} free" if here else ""
     ram = _ram_bytes()
     memory = f" · {ram / GB:.1f} GB of host memory" if ram else ""
     print(f"{where()} · {platform.system()} · {os.cpu_count()} CPU cores{memory}")
-    for index, gpu in enumerate(found):
+    for index, each in enumerate(found):
         print(
-            f"GPU {index}: {gpu.name} · {gpu.total / GB:.1f} GB{free if index == own else ''} · "
-            f"compute capability {_dots(gpu)} · computes in {str(compute_dtype()).removeprefix('torch.')}"
+            f"GPU {index}: {each.name} · {each.total / GB:.1f} GB{free if index == own else ''} · "
+            f"compute capability {_dots(each)} · computes in {str(gpu.compute_dtype()).removeprefix('torch.')}"
         )
     if not found:
         print("no CUDA GPU: computes in float32 on the CPU")
@@ -226,7 +138,7 @@ def report(preset: "presets.Preset | None" = None) -> None:
 
 def needs_gpu(preset: "presets.Preset") -> bool:
     """Whether training this here would be hopelessly slow: a real model, and no GPU."""
-    return not preset.smoke and preset.architecture.parameters() > 100e6 and card() is None
+    return not preset.smoke and preset.architecture.parameters() > 100e6 and gpu.card() is None
 
 
 def warn_slow(what: str) -> None:
@@ -237,7 +149,7 @@ def warn_slow(what: str) -> None:
     )
 
 
-def _dots(gpu: Card) -> str:
+def _dots(gpu: gpu.Card) -> str:
     return ".".join(map(str, gpu.capability))
 
 

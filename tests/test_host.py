@@ -6,8 +6,9 @@ import warnings
 import pytest
 import torch
 
-from nbhelpers import host, presets
-from nbhelpers.host import CannotRun, Card
+from nbhelpers import gpu, host, presets
+from nbhelpers.gpu import Card
+from nbhelpers.host import CannotRun
 
 T4 = Card("Tesla T4", 15_828_320_256, (7, 5))
 A100 = Card("NVIDIA A100-SXM4-40GB", 42_298_834_944, (8, 0))
@@ -20,28 +21,28 @@ def gpus(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
 
     def use(*cards):
-        monkeypatch.setattr(host, "cards", lambda: list(cards))
-        monkeypatch.setattr(host, "free_bytes", lambda index: cards[index].total - 10**9)
+        monkeypatch.setattr(gpu, "cards", lambda: list(cards))
+        monkeypatch.setattr(gpu, "free_bytes", lambda index: cards[index].total - 10**9)
 
     use()
     return use
 
 
 def test_the_dtype_is_the_one_the_card_really_has(gpus):
-    assert host.compute_dtype() is torch.float32
+    assert gpu.compute_dtype() is torch.float32
     gpus(T4)
-    assert host.compute_dtype() is torch.float16  # never an emulated bf16
+    assert gpu.compute_dtype() is torch.float16  # never an emulated bf16
     gpus(A100)
-    assert host.compute_dtype() is torch.bfloat16
+    assert gpu.compute_dtype() is torch.bfloat16
 
 
 def test_each_rank_has_its_own_card(gpus, monkeypatch):
     gpus(T4, A100)
-    assert host.card() == T4 and host.device() == torch.device("cuda", 0)
+    assert gpu.card() == T4 and gpu.device() == torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert host.card() == A100 and host.device() == torch.device("cuda", 1)
+    assert gpu.card() == A100 and gpu.device() == torch.device("cuda", 1)
     gpus()
-    assert host.card() is None and host.device() == torch.device("cpu")
+    assert gpu.card() is None and gpu.device() == torch.device("cpu")
 
 
 def test_report_names_everything(gpus, capsys):
@@ -120,27 +121,27 @@ def test_the_room_on_a_card(monkeypatch):
     for name, value in {"mem_get_info": (4e9, 15e9), "memory_reserved": 6e9, "memory_allocated": 5e9}.items():
         monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: share)
-    assert host.room("cuda") == host.room("cuda", asleep=2 * 10**9) == host.room("cuda", 100.0) == 5e9
-    assert host.room("cuda", 7.0) == 2e9 and host.room("cuda", 7.0, 2 * 10**9) == 4e9
-    assert host.room("cuda", 3.0) == 0
+    assert gpu.room("cuda") == gpu.room("cuda", asleep=2 * 10**9) == gpu.room("cuda", 100.0) == 5e9
+    assert gpu.room("cuda", 7.0) == 2e9 and gpu.room("cuda", 7.0, 2 * 10**9) == 4e9
+    assert gpu.room("cuda", 3.0) == 0
     share = 0.5  # 7.5 GB for this process
-    assert host.room("cuda") == 2.5e9 and host.room("cuda", asleep=2 * 10**9) == 4.5e9
+    assert gpu.room("cuda") == 2.5e9 and gpu.room("cuda", asleep=2 * 10**9) == 4.5e9
 
 
 def test_blocks_grow_unless_the_user_says_how_to_allocate(monkeypatch):
-    for name in host.ALLOCATOR_VARIABLES:
+    for name in gpu.ALLOCATOR_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     said = []
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", said.append)
-    host.grow_blocks()
+    gpu.grow_blocks()
     assert said == []  # no GPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with monkeypatch.context() as patch:
         patch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
-        host.grow_blocks()
+        gpu.grow_blocks()
     assert said == []
     monkeypatch.setattr(host.os, "environ", dict(host.os.environ))
-    host.grow_blocks()
-    host.grow_blocks(False)
-    host.grow_blocks()  # vLLM is there already
+    gpu.grow_blocks()
+    gpu.grow_blocks(False)
+    gpu.grow_blocks()  # vLLM is there already
     assert said == ["expandable_segments:True", "expandable_segments:False"]

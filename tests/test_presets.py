@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nbhelpers import presets
-from nbhelpers.presets import Architecture
+from nbhelpers import architecture, presets
+from nbhelpers.architecture import Architecture
 
 PACKAGE = Path(presets.__file__).parent
 # as published with each checkpoint (the totals of its tensors)
@@ -63,7 +63,7 @@ def test_nf4_bytes_are_what_bitsandbytes_takes(shape):
 
     packed, state = quantize_4bit(torch.randn(shape), quant_type="nf4", compress_statistics=True)
     parts = (packed, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
-    assert presets.nf4_bytes(*shape) == sum(part.nbytes for part in parts)
+    assert architecture.nf4_bytes(*shape) == sum(part.nbytes for part in parts)
 
 
 def test_bytes_of_known_models():

@@ -33,10 +33,10 @@ def choose(
     completion, which vllm has to know beforehand, None for what fits; budget_gb: what torch may allocate in this
     process in all, GB (10^9 bytes), None for what the card has.
     """
-    from .decoder import why_not
+    from .cuda_graphs import BATCHES
+    from .forward import why_not
     from .graph import GraphEngine
     from .hf import HFEngine
-    from .steps import BATCHES
 
     if isinstance(engine, Engine):
         return engine

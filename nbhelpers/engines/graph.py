@@ -23,12 +23,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .. import host
+from nbhelpers import gpu
+
 from .base import Completion, Engine, Sampling, Writer, check, inference
-from .cache import KVCache
-from .decoder import Decoder, why_not
+from .cuda_graphs import BATCHES, CHUNK, LEFT, Steps, batch_for, to_host
+from .forward import Decoder, why_not
+from .kv_cache import KVCache
 from .sampler import sample
-from .steps import BATCHES, CHUNK, LEFT, Steps, batch_for, to_host
 
 # Of what is free on the card when a generation begins, keys and values get this share, or all but BESIDE_BYTES if that
 # is more: activations of prompts, one dequantised weight and the graphs' own memory need at most that beside them.
@@ -146,7 +147,7 @@ class GraphEngine(Engine):
 
 def kv_budget(device: torch.device, budget_gb: float | None = None) -> int:
     """The default budget for keys and values, bytes; of 2 GB on a CPU."""
-    room = host.room(device, budget_gb) if device.type == "cuda" else 2e9
+    room = gpu.room(device, budget_gb) if device.type == "cuda" else 2e9
     return int(max(KV_SHARE * room, room - BESIDE_BYTES))
 
 

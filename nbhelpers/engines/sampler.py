@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..kernels import draw
+from nbhelpers.kernels import draw
+
 from .base import Sampling
 
 

@@ -1,6 +1,6 @@
 """Fused operations of a decoder layer. One name for each, two implementations, chosen by where the tensors lie.
 
-`fused` (Triton, one file a kernel) serves tensors on a CUDA device when triton is installed; `reference` (the same
+`triton` (Triton, one file a kernel) serves tensors on a CUDA device when triton is installed; `reference` (the same
 functions in plain torch, differentiated by autograd) serves everything else, so a CPU always works.
 
     with kernels.use("torch"):      # or "triton": a test or a benchmark decides for itself
@@ -19,9 +19,9 @@ from . import reference
 from .reference import Projection
 
 if find_spec("triton"):
-    from . import fused
+    from . import triton
 else:  # macOS, Windows
-    fused = None
+    triton = None
 
 __all__ = [
     "Projection",
@@ -54,7 +54,7 @@ def use(backend: str | None):
     global _forced
     if backend not in ("torch", "triton", None):
         raise ValueError(f'backend is "torch", "triton" or None, not {backend!r}')
-    if backend == "triton" and fused is None:
+    if backend == "triton" and triton is None:
         raise RuntimeError("triton is not installed here: pip install triton (Linux only)")
     before, _forced = _forced, backend
     try:
@@ -64,10 +64,10 @@ def use(backend: str | None):
 
 
 def _for(x: Tensor):
-    """The module that serves x: `fused` or `reference`."""
+    """The module that serves x: `triton` or `reference`."""
     if _forced is not None:
-        return fused if _forced == "triton" else reference
-    return fused if x.is_cuda and fused is not None else reference
+        return triton if _forced == "triton" else reference
+    return triton if x.is_cuda and triton is not None else reference
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from nbhelpers import smoke, tasks
+from nbhelpers import tasks
+from nbhelpers.models import smoke
 
 RIGHT_SHARE = 0.30  # how often the corpus compares decimals by place value
 TAGGED_SHARE = 0.86  # how often it answers in the format when the system prompt asks for it

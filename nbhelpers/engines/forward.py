@@ -1,0 +1,179 @@
+"""The training model's own modules, walked layer by layer: Qwen2, Llama, Mistral and Phi3.
+
+    x = embed(tokens)                                        [B, S, H]
+    for each layer:
+        q, k, v = linear(norm(x))                            [B, heads, S, D]
+        x = x + linear(attend(q, k, v))                      attend is the caller's: it rotates, and owns the cache
+        x = x + down(silu(gate(norm(x))) * up(norm(x)))
+    logits = head(norm(x))                                   fp32 [..., V]
+
+Nothing is copied: the 4-bit weights with their scales, LoRA's A and B, norms, embedding and head are the tensors that
+training reads and writes. An adapter that is switched off leaves its term out.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nbhelpers import kernels
+from nbhelpers.kernels import Projection
+from nbhelpers.models.patch import SILU, SUPPORTED
+from nbhelpers.models.projection import projection
+
+CLASSES = tuple(f"{name}ForCausalLM" for name in SUPPORTED)
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The transformers model inside peft's wrapper, or the model itself."""
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def why_not(model: nn.Module) -> str | None:
+    """The reason why this model cannot be walked; None if it can."""
+    inner = plain(model)
+    config = inner.config
+    if type(inner).__name__ not in CLASSES:  # a subclass may do something else
+        return f"{type(inner).__name__} is not one of {', '.join(CLASSES)}"
+    if config.hidden_act not in SILU:
+        return f"its activation is {config.hidden_act}, not silu"
+    if (rope := config.rope_parameters["rope_type"]) in ("dynamic", "longrope"):
+        return f"its rotary embedding ({rope}) changes with the length of the text"
+    if type(inner.get_input_embeddings()) is not nn.Embedding:
+        return "its embedding is wrapped or quantised"
+    if {p.device for p in inner.parameters()} != {inner.device}:
+        return "it is spread over several devices"
+    return None
+
+
+class Group(NamedTuple):
+    """Linear layers that read the same input: as tensors for the kernels, or as modules to call if one is not plain."""
+
+    modules: tuple[nn.Module, ...]
+    parts: tuple[Projection, ...] | None
+
+    @classmethod
+    def of(cls, *modules: nn.Module) -> "Group":
+        parts = tuple(_part(module) for module in modules)
+        return cls(modules, None if any(isinstance(part, str) for part in parts) else parts)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.parts is None:
+            return tuple(module(x).to(x.dtype) for module in self.modules)
+        # one token a row: a step of decoding; more: a prompt
+        return (kernels.decode_linear if x.shape[-2] == 1 else kernels.lora_linear_group)(x, self.parts)
+
+    def addresses(self) -> tuple:
+        """What a captured graph has taken for granted."""
+        if self.parts is None:
+            return tuple(map(id, self.modules))
+        tensors = [(p.weight, p.bias, p.lora_a, p.lora_b) for p in self.parts]
+        return tuple(None if t is None else t.data_ptr() for four in tensors for t in four) + tuple(
+            part.scale for part in self.parts
+        )
+
+
+def _part(module: nn.Module) -> Projection | str:
+    """`linears.projection`, and a plain layer whose own weight is being trained too: no gradient is wanted here."""
+    if type(module) is nn.Linear and module.weight.requires_grad and "forward" not in module.__dict__:
+        return Projection(module.weight.detach(), None, None if module.bias is None else module.bias.detach())
+    return projection(module)
+
+
+class Layer(NamedTuple):
+    norm: nn.Module
+    qkv: Group
+    out: Group
+    mlp_norm: nn.Module
+    gate_up: Group
+    down: Group
+    window: int | None  # positions that a token looks back to, None: all
+
+
+def _layer(layer: nn.Module, config) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    if config.model_type == "phi3":
+        qkv, gate_up = (attention.qkv_proj,), (mlp.gate_up_proj,)
+    else:
+        qkv, gate_up = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
+    # as in their forwards: Qwen2 by layer, Mistral and Phi3 for all layers, Llama never
+    window = {"qwen2": lambda: attention.sliding_window, "llama": lambda: None}.get(
+        config.model_type, lambda: config.sliding_window
+    )()
+    return Layer(
+        layer.input_layernorm, Group.of(*qkv), Group.of(attention.o_proj), layer.post_attention_layernorm,
+        Group.of(*gate_up), Group.of(mlp.down_proj), window,
+    )  # fmt: skip
+
+
+class Decoder:
+    """A view of one model, to be made anew (milliseconds) when adapters may have been attached, disabled or merged.
+
+    Call it within `base.inference(model)`: LoRA's dropout is off then, and no autocast recasts the weights.
+    """
+
+    def __init__(self, model: nn.Module):
+        inner = plain(model)
+        config = inner.config
+        self.inner, self.embedding = inner.model, inner.model.embed_tokens
+        self.layers = [_layer(layer, config) for layer in inner.model.layers]
+        self.head = Group.of(inner.get_output_embeddings())
+        attention = inner.model.layers[0].self_attn
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.dim, self.scale = attention.head_dim, attention.scaling
+        self.dtype, self.device = self.embedding.weight.dtype, self.embedding.weight.device
+        # of one token's activations at their largest, in the MLP: gate and up, and four hidden states
+        self.token_bytes = self.dtype.itemsize * (2 * config.intermediate_size + 4 * config.hidden_size)
+        self.vocabulary, self.limit = self.embedding.weight.shape[0], config.max_position_embeddings
+
+    def addresses(self) -> tuple:
+        """Changes when a graph captured before is no longer this model: other tensors, another adapter or scale."""
+        norms = [norm.weight.data_ptr() for layer in self.layers for norm in (layer.norm, layer.mlp_norm)]
+        groups = [g for layer in self.layers for g in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        norms += [self.inner.norm.weight.data_ptr(), self.embedding.weight.data_ptr()]
+        return (*norms, *(g.addresses() for g in [*groups, self.head]))
+
+    def hidden(self, tokens: Tensor, positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+        """tokens, positions int64 [B, S] -> the normed hidden states of the last layer [B, S, H].
+
+        attend(i, q, k, v, (cos, sin), window) gets layer i's q [B, heads, S, D], k, v [B, kv heads, S, D] and the
+        tables [1 or B, S, R] to rotate q and k with; it returns [B, S, heads * D].
+        """
+        x = F.embedding(tokens, self.embedding.weight)
+        tables = self.inner.rotary_emb(x, positions)
+        for i, layer in enumerate(self.layers):
+            (y,) = layer.out(attend(i, *self._heads(layer.qkv(_normed(layer.norm, x))), tables, layer.window))
+            x, y = kernels.rms_norm(y, layer.mlp_norm.weight, layer.mlp_norm.variance_epsilon, x)
+            x = _mlp(layer, y, x)
+        return _normed(self.inner.norm, x)
+
+    def _heads(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """q, k, v [B, heads, S, D] of the three projections, or of Phi3's one, as views."""
+        if len(outputs) == 1:
+            outputs = outputs[0].split([n * self.dim for n in (self.heads, self.kv_heads, self.kv_heads)], dim=-1)
+        return tuple(y.unflatten(-1, (-1, self.dim)).transpose(1, 2) for y in outputs)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [B, H] -> fp32 [B, V]; on a GPU not rounded to 16 bits on the way (a step of 0.06 at 16 in bf16)."""
+        parts = self.head.parts
+        exact = parts and parts[0].quant_state is None and parts[0].lora_a is None and parts[0].bias is None
+        if exact and hidden.is_cuda and hidden.dtype != torch.float32 and parts[0].weight.dtype == hidden.dtype:
+            return torch.mm(hidden, parts[0].weight.t(), out_dtype=torch.float32)
+        return self.head(hidden[:, None])[0][:, 0].float()
+
+
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    return kernels.rms_norm(x, norm.weight, norm.variance_epsilon)
+
+
+def _mlp(layer: Layer, x: Tensor, residual: Tensor) -> Tensor:
+    if layer.gate_up.parts is not None and layer.down.parts is not None:
+        mlp = kernels.decode_mlp if x.shape[-2] == 1 else kernels.lora_mlp
+        return mlp(x, layer.gate_up.parts, layer.down.parts[0], residual)
+    wide = layer.gate_up(x)
+    (y,) = layer.down(kernels.swiglu(*wide) if len(wide) == 2 else kernels.swiglu_packed(*wide))
+    return residual + y

@@ -1,0 +1,148 @@
+"""vLLM's model, built on the training model's own tensors: no weight is copied, none exists twice.
+
+vLLM asks its quantisation config how to make each linear layer, and its loader to fill them; here both are ours, by
+vLLM's public registrations. A layer of vLLM that stands for several of ours (qkv_proj, gate_up_proj) takes each matrix
+where it lies, NF4 or 16 bits, and computes one after the other, as vLLM's own bitsandbytes layer does with the parts of
+its one matrix. So the training model stays as it was: nothing is fused, moved or packed anew.
+
+Imports vLLM: only vllm.py imports this, when an engine is made.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+from nbhelpers.models.quantize import is_nf4
+
+NAME = "nbhelpers"  # of the quantisation method and of the load format
+_trained: list[nn.Module] = []  # the transformers model that vLLM is being built on, while it is
+
+
+@contextmanager
+def built_on(model: nn.Module) -> Iterator[None]:
+    """Within, vLLM builds its model on the tensors of `model`, a transformers causal language model."""
+    _trained.append(model)
+    try:
+        yield
+    finally:
+        _trained.pop()
+
+
+def linear(module: nn.Module) -> nn.Module:
+    """The linear layer itself, without the LoRA around it."""
+    return module.base_layer if "base_layer" in module._modules else module
+
+
+def parts_of(prefix: str, packed: dict[str, list[str]]) -> list[str]:
+    """The training model's layers that vLLM's layer `prefix` stands for, in its order.
+
+    packed: vLLM's {"qkv_proj": ["q_proj", "k_proj", "v_proj"], ...}; Phi3's own are fused already.
+    """
+    owner, _, leaf = prefix.rpartition(".")
+    return [f"{owner}.{name}" for name in packed.get(leaf, [leaf])]
+
+
+def shared(parameter: Tensor) -> nn.Parameter:
+    """A parameter on the same storage, without a gradient."""
+    return nn.Parameter(parameter.data, requires_grad=False)
+
+
+class SharedLinear(LinearMethodBase):
+    """What vLLM asks of a linear layer, answered with the training model's layers."""
+
+    def __init__(self, parts: list[nn.Module]):
+        self.parts = parts
+
+    def create_weights(self, layer: nn.Module, *_, **__) -> None:
+        for i, part in enumerate(self.parts):  # parameters, so that vLLM sees where and how large they are
+            layer.register_parameter(f"weight_{i}" if i else "weight", shared(part.weight))
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., in] -> [..., out of all parts]. vLLM's own `bias` is None (`load_weights`): the parts add theirs."""
+        outputs = [_product(x, part) for part in self.parts]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+def _product(x: Tensor, part: nn.Module) -> Tensor:
+    if not is_nf4(part):
+        return F.linear(x, part.weight, part.bias)
+    from bitsandbytes import matmul_4bit
+
+    return matmul_4bit(x, part.weight.data.t(), part.weight.quant_state, bias=part.bias)
+
+
+class SharedTable(UnquantizedEmbeddingMethod):
+    """The embedding, or the output head: its rows without vLLM's padding to 64, which nothing looks at."""
+
+    def __init__(self, table: nn.Module):
+        self.table = table
+
+    def create_weights(self, layer: nn.Module, *_, **__) -> None:
+        layer.register_parameter("weight", shared(self.table.weight))
+
+
+@register_quantization_config(NAME)
+class SharedWeights(QuantizationConfig):
+    """Each layer of the model that is trained, in whatever precision it is there."""
+
+    def get_name(self) -> str:
+        return NAME
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict) -> "SharedWeights":
+        return cls()
+
+    def get_quant_method(self, layer: nn.Module, prefix: str):
+        model = _trained[-1]
+        if isinstance(layer, LinearBase):
+            names = parts_of(prefix, self.packed_modules_mapping)
+            return SharedLinear([linear(model.get_submodule(name)) for name in names])
+        if isinstance(layer, ParallelLMHead):
+            return SharedTable(model.get_output_embeddings())
+        if isinstance(layer, VocabParallelEmbedding):
+            return SharedTable(model.get_input_embeddings())
+        return None
+
+
+@register_model_loader(NAME)
+class SharedLoader(BaseModelLoader):
+    """Reads nothing: the layers have their tensors already, the norms get theirs here."""
+
+    def download_model(self, model_config) -> None:
+        pass
+
+    def load_weights(self, model: nn.Module, model_config) -> None:
+        ours = _trained[-1]
+        for name, module in model.named_modules():
+            if isinstance(module, LinearBase):
+                module.register_parameter("bias", None)  # the parts add theirs
+            elif not isinstance(module, VocabParallelEmbedding):
+                for leaf, parameter in list(module.named_parameters(recurse=False)):
+                    found = getattr(ours.get_submodule(name), leaf)
+                    if found.shape != parameter.shape:
+                        raise ValueError(f"{name}.{leaf} is {tuple(found.shape)}, vLLM's {tuple(parameter.shape)}")
+                    module.register_parameter(leaf, shared(found))

@@ -1,0 +1,107 @@
+"""The GPU of this process: which it is, what it computes in, how much of its memory is free."""
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+from nbhelpers.architecture import GB
+
+if TYPE_CHECKING:
+    import torch
+
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # how torch is to allocate; the old name too
+
+
+@dataclass(frozen=True)
+class Card:
+    """One GPU. `total` in bytes; `capability` is CUDA's, (7, 5) for a T4."""
+
+    name: str
+    total: int
+    capability: tuple[int, int]
+
+
+def cards() -> list[Card]:
+    """The CUDA GPUs that this process sees; empty without any."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [Card(p.name, p.total_memory, (p.major, p.minor)) for p in properties]
+
+
+def free_bytes(index: int) -> int:
+    """Bytes free on GPU `index`, whoever uses the rest. Ask for your own card only: it wakes the card up, which takes
+    some hundred MB of it."""
+    import torch
+
+    return torch.cuda.mem_get_info(index)[0]
+
+
+def room(device, budget_gb: float | None = None, asleep: int = 0, reserve: float = 0.0) -> float:
+    """Bytes that this process could still allocate on a CUDA device: what is free, within its share of the card
+    (torch.cuda.set_per_process_memory_fraction), and what torch has reserved and does not use.
+
+    budget_gb: what torch may allocate in this process in all, GB.
+    asleep: bytes that torch counts as allocated and a sleeping engine has handed back.
+    reserve: share of what is free that is left alone; a budget below it is not cut.
+    """
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    reserved, allocated = torch.cuda.memory_reserved(device) - asleep, torch.cuda.memory_allocated(device) - asleep
+    capped = torch.cuda.get_per_process_memory_fraction(device) * total - reserved
+    left = (min(free, capped) + reserved - allocated) * (1 - reserve)
+    return max(0.0, left if budget_gb is None else min(left, budget_gb * GB - allocated))
+
+
+def device():
+    """The torch.device that this process works on: its own GPU of several (LOCAL_RANK), or the CPU."""
+    import torch
+
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cards() else torch.device("cpu")
+
+
+def card(index: int | None = None) -> Card | None:
+    """The GPU `index`, by default the one that `device()` names; None without a GPU."""
+    found = cards()
+    index = int(os.environ.get("LOCAL_RANK", 0)) if index is None else index
+    return found[index] if index < len(found) else None
+
+
+@cache
+def capability(device: "torch.device") -> tuple[int, int]:
+    """The card's compute capability; (0, 0) where there is none."""
+    import torch
+
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def compute_dtype():
+    """The torch.dtype to compute in: bfloat16 from compute capability 8.0, float16 below (a T4), float32 on a CPU.
+
+    torch.cuda.is_bf16_supported() is not asked: it says yes on a T4, where bf16 is emulated.
+    """
+    import torch
+
+    here = card()
+    if here is None:
+        return torch.float32
+    return torch.bfloat16 if here.capability >= (8, 0) else torch.float16
+
+
+def grow_blocks(yes: bool = True) -> None:
+    """Have torch's CUDA allocator let its blocks grow ("expandable segments") rather than lay new ones beside them.
+
+    Generation and training take turns in the same memory; what one leaves free lies in one piece for the other then.
+    vLLM's sleep cannot work with it: "no" is for good. Where the user has set PYTORCH_ALLOC_CONF, that stays.
+    """
+    import torch
+
+    if torch.cuda.is_available() and not any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
+        setting = f"expandable_segments:{yes}"
+        torch._C._accelerator_setAllocatorSettings(setting)
+        if not yes:
+            os.environ[ALLOCATOR_VARIABLES[0]] = setting

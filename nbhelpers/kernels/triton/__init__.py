@@ -1,0 +1,29 @@
+"""The Triton implementations under one roof, as `reference` is for torch."""
+
+from .decode_attention import decode_attention
+from .decode_linear import decode_linear, decode_mlp
+from .linear_logprob import linear_logprob
+from .lora_linear import lora_linear, lora_linear_group
+from .lora_mlp import lora_mlp
+from .nf4 import dequantize_nf4
+from .rms_norm import rms_norm
+from .rope import rope, rope_packed
+from .sampling import draw
+from .swiglu import swiglu, swiglu_packed
+
+__all__ = [
+    "decode_attention",
+    "decode_linear",
+    "decode_mlp",
+    "dequantize_nf4",
+    "draw",
+    "linear_logprob",
+    "lora_linear",
+    "lora_linear_group",
+    "lora_mlp",
+    "rms_norm",
+    "rope",
+    "rope_packed",
+    "swiglu",
+    "swiglu_packed",
+]

@@ -1,0 +1,152 @@
+"""Attention of one new token a row over its cache: memory-bound, so what counts is that K and V are read once.
+
+    o = softmax(scale q K^T) V        q [G, D] of the query heads that share a key head, K, V [positions, D]
+
+q and the new token's k are rotated to their position on the way in (rope.py), rounded as rope.py rounds them.
+
+The positions of a row are cut into splits, one program each, so that a few rows fill the card too ("flash-decoding");
+a second kernel joins the splits, each with the logarithm of its softmax's denominator:
+
+    o = sum_s exp(lse_s - max) o_s / sum_s exp(lse_s - max)
+
+The new token's K and V come as arguments; the first split counts them in and stores them. The cache's address and
+strides are read from a table, so a CUDA graph outlives the cache. A T4 has no tensor cores for Triton: there the
+products are multiplications and sums on fp32 registers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import begin, early, tensor_cores, wait
+
+TILE = 8192  # without tensor cores: query heads of a group x positions x D that a program multiplies at once
+BLOCK = 64  # with them: positions at once
+WARPS, STAGES = 2, 2
+PROGRAMS = 264  # as many as there should be at least, for a card of 40 to 140 multiprocessors
+MOST_SPLITS = 16
+
+
+@triton.jit
+def _rotated(at, d, real, cos, sin, HALF: tl.constexpr):
+    """What lies at `at`, channels d: those below 2 HALF rotated, rounded to its type."""
+    partner = tl.where(d < HALF, d + HALF, d - HALF)
+    turns = d < 2 * HALF
+    value = tl.load(at + d, real, 0.0).to(tl.float32)
+    other = tl.load(at + partner, real & turns, 0.0).to(tl.float32)
+    c, s = tl.load(cos + d % HALF, turns, 1.0).to(tl.float32), tl.load(sin + d % HALF, turns, 0.0).to(tl.float32)
+    return (value * c + tl.where(d < HALF, -other, other) * s).to(at.dtype.element_ty)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _attend(q, k, v, cos, sin, table, positions, out, lse, layer, scale, window, qb, qh, kb, kh, vb, vh, cb, sb,
+            KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
+            GROUP_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
+            DOT: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    begin(EARLY)
+    wait(EARLY)
+    row = (tl.program_id(0) // KV_HEADS).to(tl.int64)
+    head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
+    split = tl.program_id(1)
+    g, d, n = tl.arange(0, GROUP_BLOCK), tl.arange(0, D_BLOCK), tl.arange(0, BLOCK)
+    real_g, real_d = g < GROUP, d < D
+
+    address = tl.load(table).to(tl.pointer_type(k.dtype.element_ty))
+    layer_step, row_step, head_step = tl.load(table + 1), tl.load(table + 2), tl.load(table + 3)
+    keys = tl.multiple_of(address + layer * layer_step + row * row_step + head * head_step, 16)
+    values = tl.multiple_of(keys + layer_step // 2, 16)
+
+    cos += row * cb
+    sin += row * sb
+    at_q = q + row * qb + (head * GROUP + g[:, None]) * qh
+    query = _rotated(at_q, d[None, :], real_g[:, None] & real_d[None, :], cos, sin, HALF).to(tl.float32)
+    new_key = _rotated(k + row * kb + head * kh, d, real_d, cos, sin, HALF)
+    new_value = tl.load(v + row * vb + head * vh + d, real_d, 0.0)
+    position = tl.load(positions + row)
+
+    own = split == 0
+    tl.store(keys + position * D + d, new_key, real_d & own)
+    tl.store(values + position * D + d, new_value, real_d & own)
+    most = tl.where(own, tl.sum(query * new_key.to(tl.float32)[None, :], axis=1) * scale, float("-inf"))  # [G]
+    total = tl.where(own, 1.0, 0.0) + tl.zeros([GROUP_BLOCK], tl.float32)
+    result = tl.where(own, new_value.to(tl.float32)[None, :] + tl.zeros_like(query), 0.0)  # [G, D]
+
+    first = position * 0
+    if WINDOW:
+        first = tl.maximum(position - window + 1, 0)
+    share = tl.cdiv(tl.cdiv(position - first, SPLITS), BLOCK) * BLOCK
+    start = first + split * share
+    stop = tl.minimum(start + share, position)
+    for at in range(start, stop, BLOCK):
+        here = at + n
+        real = (here < stop)[:, None] & real_d[None, :]
+        key = tl.load(keys + here[:, None] * D + d[None, :], real, 0.0)
+        value = tl.load(values + here[:, None] * D + d[None, :], real, 0.0)
+        if DOT:
+            score = tl.dot(query.to(key.dtype), tl.trans(key), input_precision="ieee") * scale
+        else:
+            score = tl.sum(query[:, None, :] * key.to(tl.float32)[None, :, :], axis=2) * scale
+        score = tl.where((here < stop)[None, :], score, float("-inf"))  # [G, BLOCK]
+        more = tl.maximum(most, tl.max(score, axis=1))
+        old, weight = tl.exp(most - more), tl.exp(score - more[:, None])
+        total = total * old + tl.sum(weight, axis=1)
+        if DOT:
+            result = tl.dot(weight.to(value.dtype), value, result * old[:, None], input_precision="ieee")
+        else:
+            fresh = tl.sum(weight[:, :, None] * value.to(tl.float32)[None, :, :], axis=1)
+            result = result * old[:, None] + fresh
+        most = more
+
+    some = total > 0.0  # else the split had no position
+    result = result / tl.where(some, total, 1.0)[:, None]
+    slot = (row * KV_HEADS + head) * GROUP + g
+    at_out = out + (slot[:, None] * SPLITS + split) * D + d[None, :]
+    tl.store(at_out, result.to(out.dtype.element_ty), real_g[:, None] & real_d[None, :])
+    if SPLITS > 1:
+        tl.store(lse + slot * SPLITS + split, tl.where(some, most + tl.log(total), float("-inf")), real_g)
+
+
+@triton.jit
+def _join(parts, lse, out, D: tl.constexpr, SPLITS: tl.constexpr, D_BLOCK: tl.constexpr,
+          EARLY: tl.constexpr):  # fmt: skip
+    begin(EARLY)
+    wait(EARLY)
+    slot = tl.program_id(0).to(tl.int64)
+    s, d = tl.arange(0, SPLITS), tl.arange(0, D_BLOCK)
+    weight = tl.load(lse + slot * SPLITS + s)
+    weight = tl.exp(weight - tl.max(weight, axis=0))
+    part = tl.load(parts + (slot * SPLITS + s[:, None]) * D + d[None, :], (d < D)[None, :], 0.0)
+    joined = tl.sum(part * weight[:, None], axis=0) / tl.sum(weight, axis=0)
+    tl.store(out + slot * D + d, joined.to(out.dtype.element_ty), d < D)
+
+
+def splits_for(rows: int, kv_heads: int) -> int:
+    """A power of two: into how many programs the positions of a row and head are cut."""
+    return min(MOST_SPLITS, triton.next_power_of_2(triton.cdiv(PROGRAMS, rows * kv_heads)))
+
+
+def decode_attention(q, k, v, cos, sin, cache, table, layer, positions, longest, scale, window=None):
+    """See nbhelpers.kernels.decode_attention."""
+    rows, heads, _, dim = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+    q, k, v, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, cos, sin))
+    splits, dot = splits_for(rows, kv_heads), tensor_cores(q.device)
+    out = torch.empty(rows, 1, heads * dim, dtype=q.dtype, device=q.device)
+    parts = torch.empty(rows, heads, splits, dim, dtype=torch.float32, device=q.device) if splits > 1 else out
+    lse = torch.empty(rows, heads, splits, dtype=torch.float32, device=q.device) if splits > 1 else out
+    group_block, dim_block = triton.next_power_of_2(group), triton.next_power_of_2(dim)
+    if dot:
+        group_block, dim_block, block = max(16, group_block), max(16, dim_block), BLOCK
+    else:
+        block = max(8, min(64, TILE // (group_block * dim_block)))
+    _attend[(rows * kv_heads, splits)](
+        q, k, v, cos, sin, table, positions, parts, lse, layer, scale, window or 0,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        *(t.stride(0) if t.shape[0] > 1 else 0 for t in (cos, sin)),
+        kv_heads, group, dim, splits, window is not None, group_block, dim_block, block, cos.shape[-1] // 2, dot,
+        num_warps=WARPS, num_stages=STAGES if dot else 1, **early(q.device),
+    )  # fmt: skip
+    if splits > 1:
+        _join[(rows * heads,)](parts, lse, out, dim, splits, dim_block, num_warps=4, **early(q.device))
+    return out

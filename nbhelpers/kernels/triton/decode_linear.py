@@ -1,0 +1,241 @@
+"""Linear layers with LoRA for a step of decoding: few rows, no gradient, and as few launches as can be.
+
+    y_i = x W_i^T,  t_i = x A_i^T               [N, out_i], [N, r_i]    one launch for all NF4 parts (nf4_rows.py); or
+                                                                        bitsandbytes' few-row product or cuBLAS, and
+                                                                        one launch for all t_i
+    z_i = y_i + b_i + s_i t_i B_i^T             one launch for all parts; gate and up go through SwiGLU in it, and a
+                                                residual is added
+
+A step of a small model is bound by launches: PyTorch would need a dozen here (A's stacked and cast, a product with each
+B, ...). A and B are read where the optimizer writes them, in fp32. Both t and y come in splits of the inner sum, fp32
+[splits, N, width], and are added up by the last launch. Without tensor cores (T4) the thin products are sums on
+registers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import nf4_few_rows
+from .common import begin, early, tensor_cores, three, wait
+from .lora_linear import project, without_lora
+from .lora_mlp import SHRINK_FP16
+
+TILE = 8192  # rows x ranks x columns that a program of the thin product multiplies at once
+SPLIT, ROWS = 256, 4  # columns of a split of the thin product, and rows of one of its programs
+OUT_COLUMNS, OUT_WARPS = 32, 1  # of a program of the last launch
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _thin(x, a0, a1, a2, t, rows, x_step, K, R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
+          SPLIT: tl.constexpr, ROWS: tl.constexpr, R_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr):  # fmt: skip
+    part, split = tl.program_id(1), tl.program_id(2)
+    a, rank, first = a0, R0, 0
+    if part == 1:
+        a, rank, first = a1, R1, R0
+    if part == 2:
+        a, rank, first = a2, R2, R0 + R1
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    r, k = tl.arange(0, R_BLOCK), tl.arange(0, K_BLOCK)
+    total = tl.zeros([ROWS, R_BLOCK], tl.float32)
+    for start in range(0, SPLIT, K_BLOCK):
+        at = split * SPLIT + start + k
+        rows_x = tl.load(x + row[:, None] * x_step + at[None, :], (row < rows)[:, None] & (at < K)[None, :], 0.0)
+        rows_a = tl.load(a + r[:, None] * K + at[None, :], (r < rank)[:, None] & (at < K)[None, :], 0.0)
+        total += tl.sum(rows_x.to(tl.float32)[:, None, :] * rows_a.to(tl.float32)[None, :, :], axis=2)
+    out = (split * rows + row[:, None]) * (R0 + R1 + R2) + first + r[None, :]
+    tl.store(t + out, total, (row < rows)[:, None] & (r < rank)[None, :])
+
+
+@triton.jit
+def _sum(at, real, split_step, SPLITS: tl.constexpr):
+    """The splits of a tile added up."""
+    total = tl.load(at, real, 0.0).to(tl.float32)
+    for s in tl.static_range(1, SPLITS):
+        total += tl.load(at + s * split_step, real, 0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _delta(b, t, n, m, real_n, real_m, rows, first, rank, R: tl.constexpr, SPLITS: tl.constexpr, R_BLOCK: tl.constexpr,
+           DOT: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
+    """t_i B_i^T [ROWS, COLUMNS]; t_i begins at column `first` of the R in t."""
+    r = tl.arange(0, R_BLOCK)
+    thin = _sum(t + m[:, None] * R + first + r, real_m[:, None] & (r < rank), rows * R, SPLITS)  # [ROWS, R_BLOCK]
+    rows_b = tl.load(b + n[:, None] * rank + r, real_n[:, None] & (r < rank), 0.0)  # [COLUMNS, R_BLOCK]
+    if DOT:
+        return tl.dot(thin.to(dtype), tl.trans(rows_b.to(dtype)), input_precision="ieee")
+    return tl.sum(thin[:, None, :] * rows_b.to(tl.float32)[None, :, :], axis=2)
+
+
+@triton.jit
+def _within_fp16(value):
+    return tl.minimum(tl.maximum(value, -65504.0), 65504.0)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _add(y0, y1, y2, step0, step1, step2, split_step, bias0, bias1, bias2, b0, b1, b2, t, residual, out, rows,
+         N0, N1, N2, s0, s1, s2, alpha, R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
+         BIAS0: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, RESIDUAL: tl.constexpr, Y_SPLITS: tl.constexpr,
+         SPLITS: tl.constexpr, R_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+         DOT: tl.constexpr, DTYPE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    """out = [z_1, z_2, ..], or residual + alpha (y + s t B^T) + b of one part."""
+    begin(EARLY)
+    wait(EARLY)
+    block = tl.program_id(0)
+    y, step, bias, b, N, scale, rank, at_t, first, has = y0, step0, bias0, b0, N0, s0, R0, 0, 0, BIAS0
+    blocks0, blocks1 = tl.cdiv(N0, COLUMNS), tl.cdiv(N1, COLUMNS)
+    if block >= blocks0:
+        if block < blocks0 + blocks1:
+            y, step, bias, b, N, scale, rank, at_t, first, has = y1, step1, bias1, b1, N1, s1, R1, R0, N0, BIAS1
+            block -= blocks0
+        else:
+            y, step, bias, b, N, scale, rank, at_t, has = y2, step2, bias2, b2, N2, s2, R2, R0 + R1, BIAS2
+            first = N0 + N1
+            block -= blocks0 + blocks1
+    n, m = block * COLUMNS + tl.arange(0, COLUMNS), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    real_n, real_m = n < N, m < rows
+    real = real_m[:, None] & real_n[None, :]
+    value = _sum(y + m[:, None] * step + n[None, :], real, split_step, Y_SPLITS)
+    if R0 + R1 + R2 > 0:
+        value += scale * _delta(b, t, n, m, real_n, real_m, rows, at_t, rank, R0 + R1 + R2, SPLITS, R_BLOCK, DOT, DTYPE)
+    value = alpha * value + tl.load(bias + n, real_n & has, 0.0).to(tl.float32)[None, :]
+    if RESIDUAL:
+        value += tl.load(residual + m[:, None] * N + n[None, :], real, 0.0).to(tl.float32)
+        if out.dtype.element_ty == tl.float16:
+            value = _within_fp16(value)
+    tl.store(out + m[:, None] * (N0 + N1 + N2) + first + n[None, :], value.to(out.dtype.element_ty), real)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _gate(g, u, step, split_step, bias_g, bias_u, bg, bu, t, h, rows, N, sg, su, inverse,
+          RG: tl.constexpr, RU: tl.constexpr, FIRST: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr,
+          Y_SPLITS: tl.constexpr, SPLITS: tl.constexpr, R_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+          COLUMNS: tl.constexpr, DOT: tl.constexpr, DTYPE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    """h = silu(z_gate) * z_up * inverse; up's ranks begin at FIRST of the R in t."""
+    begin(EARLY)
+    wait(EARLY)
+    n, m = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    real_n, real_m = n < N, m < rows
+    real = real_m[:, None] & real_n[None, :]
+    gate = _sum(g + m[:, None] * step + n[None, :], real, split_step, Y_SPLITS)
+    up = _sum(u + m[:, None] * step + n[None, :], real, split_step, Y_SPLITS)
+    if RG > 0:
+        gate += sg * _delta(bg, t, n, m, real_n, real_m, rows, 0, RG, R, SPLITS, R_BLOCK, DOT, DTYPE)
+    if RU > 0:
+        up += su * _delta(bu, t, n, m, real_n, real_m, rows, FIRST, RU, R, SPLITS, R_BLOCK, DOT, DTYPE)
+    if BIAS:
+        gate += tl.load(bias_g + n, real_n, 0.0).to(tl.float32)[None, :]
+        up += tl.load(bias_u + n, real_n, 0.0).to(tl.float32)[None, :]
+    if h.dtype.element_ty == tl.float16:  # an infinite gate or up would make 0 * inf
+        gate, up = _within_fp16(gate), _within_fp16(up)
+    value = gate / (1.0 + tl.exp(-gate)) * up * inverse
+    if h.dtype.element_ty == tl.float16:
+        value = _within_fp16(value)
+    tl.store(h + m[:, None] * N + n[None, :], value.to(h.dtype.element_ty), real)
+
+
+# ------------------------------------------------------------------------------------------------- the three launches
+
+
+def _or_some(tensors, filler) -> list:
+    """The tensors; in the place of None any other of them (a kernel's branches want pointers of one type)."""
+    some = next((tensor for tensor in tensors if tensor is not None), filler)
+    return [(some if tensor is None else tensor).detach().contiguous() for tensor in tensors]
+
+
+def _rank(part) -> int:
+    return 0 if part.lora_a is None else part.lora_a.shape[0]
+
+
+def _thin_product(x, parts):
+    """t, fp32 [splits, N, sum of r]; where no part has a LoRA a tensor without elements."""
+    ranks = [_rank(part) for part in parts]
+    rows, width = x.shape
+    splits = triton.cdiv(width, SPLIT)
+    t = torch.empty(splits, rows, sum(ranks), dtype=torch.float32, device=x.device)
+    if t.numel():
+        some = next(part.lora_a for part in parts if part.lora_a is not None).detach()
+        a = [some if part.lora_a is None else part.lora_a.detach().contiguous() for part in parts]
+        r_block = triton.next_power_of_2(max(ranks))
+        k_block = max(16, min(SPLIT, TILE // (ROWS * r_block)))
+        _thin[(triton.cdiv(rows, ROWS), len(parts), splits)](
+            x, *three(a, some), t, rows, x.stride(0), width, *three(ranks, 0), SPLIT, ROWS, r_block, k_block,
+            num_warps=4,
+        )  # fmt: skip
+    return t
+
+
+def _products(x, parts):
+    """x W_i^T of every part, each [splits, N, out_i] with one stride between splits for all of them; and t."""
+    if nf4_few_rows.serves(x, parts):
+        y, t = nf4_few_rows.few_rows_product(x, parts)
+        t = _thin_product(x, parts) if t is None else t
+        return y.split([part.quant_state.shape[0] for part in parts], dim=2), t
+    y = [project(x, [part._replace(bias=None)])[None] for part in without_lora(parts)]
+    return y, _thin_product(x, parts)
+
+
+TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def _options(x, t, y, parts) -> dict:
+    """How the last launch reads t and y, and its tile."""
+    r_block, dot = triton.next_power_of_2(max(1, *map(_rank, parts))), tensor_cores(x.device)
+    # without tl.dot: one row while there are few, as they would wait for each other; later several, which share B
+    rows = 16 if dot else min(8, triton.next_power_of_2(triton.cdiv(x.shape[0], 16)))
+    return {
+        "Y_SPLITS": y[0].shape[0], "SPLITS": t.shape[0], "R_BLOCK": max(16, r_block) if dot else r_block, "DOT": dot,
+        "ROWS": rows, "COLUMNS": OUT_COLUMNS if dot else max(16, min(128, 4096 // (r_block * rows))),
+        "DTYPE": TYPES[x.dtype], "num_warps": OUT_WARPS if dot else 4, **early(x.device),
+    }  # fmt: skip
+
+
+def _finish(x, parts, residual=None, alpha=1.0):
+    """[z_1, z_2, ..] as one tensor [N, sum of out] in x's dtype, or residual + alpha (y + s t B^T) + b."""
+    y, t = _products(x, parts)
+    options, widths = _options(x, t, y, parts), [product.shape[2] for product in y]
+    out = torch.empty(x.shape[0], sum(widths), dtype=x.dtype if residual is None else residual.dtype, device=x.device)
+    bias, b = _or_some([part.bias for part in parts], t), _or_some([part.lora_b for part in parts], t)
+    blocks = sum(triton.cdiv(width, options["COLUMNS"]) for width in widths)
+    _add[(blocks, triton.cdiv(x.shape[0], options["ROWS"]))](
+        *three(y, y[0]), *three([product.stride(1) for product in y], 0), y[0].stride(0), *three(bias, bias[0]),
+        *three(b, b[0]), t, out if residual is None else residual, out, x.shape[0], *three(widths, 0),
+        *three([float(part.scale) for part in parts], 0.0), float(alpha), *three(list(map(_rank, parts)), 0),
+        *three([part.bias is not None for part in parts], False), residual is not None, **options,
+    )  # fmt: skip
+    return out
+
+
+def decode_linear(x, parts):
+    """See nbhelpers.kernels.decode_linear."""
+    out = _finish(x.reshape(-1, x.shape[-1]), parts)
+    widths = [(part.weight if part.quant_state is None else part.quant_state).shape[0] for part in parts]
+    return out.view(*x.shape[:-1], -1).split(widths, dim=-1)
+
+
+def decode_mlp(x, gate_up, down, residual):
+    """See nbhelpers.kernels.decode_mlp."""
+    shrink = SHRINK_FP16 if x.dtype == torch.float16 else 1.0
+    h = _gated(x.reshape(-1, x.shape[-1]), gate_up, 1.0 / shrink)
+    return _finish(h, (down,), residual.reshape(h.shape[0], -1).contiguous(), shrink).view(residual.shape)
+
+
+def _gated(x, parts, inverse):
+    """silu(gate) * up * inverse [N, I] of two projections, or of one with both (Phi-3)."""
+    y, t = _products(x, parts)
+    bias = [t if part.bias is None else part.bias.detach() for part in parts]
+    b = [t if part.lora_b is None else part.lora_b.detach().contiguous() for part in parts]
+    first = _rank(parts[0])
+    if len(parts) == 1:  # the second half of everything, but of t
+        first, y = 0, y[0].chunk(2, dim=2)
+        b, bias = ([both[0], both[0][len(both[0]) // 2 :]] if both[0] is not t else [t, t] for both in (b, bias))
+    width = y[0].shape[2]
+    h = torch.empty(x.shape[0], width, dtype=x.dtype, device=x.device)
+    options = _options(x, t, y, parts)
+    _gate[(triton.cdiv(width, options["COLUMNS"]), triton.cdiv(x.shape[0], options["ROWS"]))](
+        *y, y[0].stride(1), y[0].stride(0), *bias, *b, t, h, x.shape[0], width, float(parts[0].scale),
+        float(parts[-1].scale), inverse, _rank(parts[0]), _rank(parts[-1]), first, t.shape[2],
+        parts[0].bias is not None, **options,
+    )  # fmt: skip
+    return h

@@ -1,0 +1,105 @@
+"""The whole MLP of a decoder layer as one function, so that its widest tensors need not be kept twice.
+
+    g, u = gate(x), up(x)        h = silu(g) * u        y = residual + down(h)
+
+gate, up [H -> I] (or one gate_up [H -> 2 I]) and down [I -> H] are frozen linear layers with LoRA (lora_linear.py).
+With a norm folded in this is the second half of a decoder layer,
+
+    s = x + residual        y = s + mlp(rms_norm(s))
+
+Kept for the backward: x (with a norm s takes its place), g and u. h and the normed rows are computed again, and every
+I-wide tensor of the backward is written over another:
+
+    dh = dy W_down + ...         a new buffer, the only one
+    h over dh, dg over g, du over u, in one launch (swiglu.py)
+    dA, dB of down from h;  dA, dB of gate and up, and dx, from dg and du
+
+Where no gradient is wanted (a prompt is read, a layer's forward is done only for its output) h is written over g.
+
+fp16 ends at 65504, and h of a trained model may pass it: there h is kept divided by 16, and y is multiplied by 16 in
+the fp32 arithmetic of the residual addition, where it saturates instead of becoming infinite.
+"""
+
+import torch
+
+from .inplace import overwritten
+from .lora_linear import input_grad, lora_grads, normed, prepare, project, with_lora, without_lora
+from .lora_stack import stack_adapters
+from .rms_norm import backward as norm_backward
+from .rms_norm import forward as norm_forward
+from .swiglu import backward as swiglu_backward
+from .swiglu import forward as swiglu_forward
+
+SHRINK_FP16 = 16.0
+FP16_MAX = 65504.0
+
+
+class LoraMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gate_up, down, residual, norm, dtype, value, grad_enabled, *a_and_b):
+        ctx.shrink = SHRINK_FP16 if dtype == torch.float16 else 1.0
+        if norm is None:
+            rows = x.reshape(-1, x.shape[-1])
+        else:
+            x, rows, _ = norm_forward(x, *norm, residual)
+            rows, residual = rows.view(-1, x.shape[-1]).to(dtype), x
+        wide = project(rows, gate_up)  # g and u side by side
+        if grad_enabled:
+            ctx.save_for_backward(x, wide, *a_and_b)
+        ctx.parts, ctx.norm = without_lora((*gate_up, down)), norm
+        if not value:
+            return torch.empty_like(rows if residual is None else residual).view(x.shape)
+        h = swiglu_forward(*wide.chunk(2, dim=1), ctx.shrink, over=not grad_enabled)
+        if down.bias is not None:
+            down = down._replace(bias=down.bias / ctx.shrink)
+        y = project(h, (down,))
+        y = y.view(*x.shape[:-1], y.shape[-1])
+        if residual is not None:
+            y = torch.add(residual, y, alpha=ctx.shrink)
+        elif ctx.shrink != 1.0:
+            y.mul_(ctx.shrink)
+        return y.clamp_(-FP16_MAX, FP16_MAX) if y.dtype == torch.float16 else y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, wide, *a_and_b = ctx.saved_tensors
+        *gate_up, down = with_lora(ctx.parts, a_and_b)
+        need_lora = any(ctx.needs_input_grad[8:])
+        dtype = wide.dtype
+        rows = dy.reshape(-1, dy.shape[-1]).to(dtype)
+
+        a, b = stack_adapters([down], dtype)
+        u = None if a is None else rows @ b
+        dh = input_grad(rows, [down], a, u)
+        g, up = wide.chunk(2, dim=1)
+        again = need_lora and a is not None
+        swiglu_backward(dh, g, up, dg=g, du=up, h=dh if again else None, shrink=ctx.shrink)
+        overwritten(wide)
+        of_down = lora_grads(dh, rows, [down], a, u) if again else []  # dh holds h / shrink by now
+        if ctx.shrink != 1.0:
+            of_down = [grad.mul_(ctx.shrink) for grad in of_down]
+        del dh
+
+        a, b = stack_adapters(gate_up, dtype)
+        u = None if a is None else wide @ b  # wide holds dg and du by now
+        rows, r = normed(x, ctx.norm, dtype)
+        of_both = lora_grads(rows, wide, gate_up, a, u) if need_lora and a is not None else []
+        del rows
+        grads = iter([*of_both, *of_down])
+        flat = [next(grads, None) if tensor is not None and need_lora else None for tensor in a_and_b]
+        dx, dresidual = None, dy if ctx.needs_input_grad[3] else None
+        if ctx.needs_input_grad[0] or (ctx.norm is not None and ctx.needs_input_grad[3]):
+            dx = input_grad(wide, gate_up, a, u).view(x.shape)
+            if ctx.norm is not None:
+                dx, _ = norm_backward(dx, dy, x, ctx.norm[0], r, weight_grad=False)
+                dresidual = dx if ctx.needs_input_grad[3] else None
+        return dx, None, None, dresidual, *[None] * 4, *flat
+
+
+def lora_mlp(x, gate_up, down, residual=None, norm=None, value=True):
+    """See nbhelpers.kernels.lora_mlp."""
+    dtype = prepare(x, (*gate_up, down), norm)
+    x = x.to(dtype) if norm is None else x
+    a_and_b = [t for part in (*gate_up, down) for t in (part.lora_a, part.lora_b)]
+    grad_enabled = torch.is_grad_enabled()  # asked here: within forward it is always off
+    return LoraMLP.apply(x, tuple(gate_up), down, residual, norm, dtype, value, grad_enabled, *a_and_b)

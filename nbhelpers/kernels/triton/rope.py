@@ -1,0 +1,143 @@
+"""Rotary position embedding of Q and K, all heads in one launch, in place (Su et al., arXiv 2104.09864).
+
+    q1' = q1 cos - q2 sin          q2' = q2 cos + q1 sin
+
+for the halves q1 = q[..., :R/2], q2 = q[..., R/2:R] of each head; channels past R (partial rotary) are not touched.
+Backward: the inverse rotation, the same kernel with -sin. (With cos and sin scaled, as longrope does, it is the
+transpose, which is what a gradient needs.) Nothing but cos and sin is kept.
+
+q [B, heads, S, D], k [B, kv heads, S, D] with any strides; cos, sin [1 or B, S, R]. One program a token: cos and sin
+are read once for all its heads. `rope_packed` takes Q, K and V as one tensor [B, S, (heads + 2 kv heads) D], Phi-3's
+layout, and gives its gradient as one.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import power_of_2
+from .inplace import may_overwrite, overwritten
+
+
+@triton.jit
+def _rotate_heads(x, y, xh, yh, c, s, half, HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr):
+    head = tl.arange(0, HEADS_BLOCK)[:, None]
+    i = tl.arange(0, HALF_BLOCK)[None, :]
+    mask = (head < HEADS) & (i < half)
+    x1 = tl.load(x + head * xh + i, mask, 0.0).to(tl.float32)
+    x2 = tl.load(x + head * xh + half + i, mask, 0.0).to(tl.float32)
+    tl.store(y + head * yh + i, (x1 * c - x2 * s).to(y.dtype.element_ty), mask)
+    tl.store(y + head * yh + half + i, (x2 * c + x1 * s).to(y.dtype.element_ty), mask)
+
+
+@triton.jit
+def _rotate(
+    q, k, q_out, k_out, cos, sin,
+    qb, qh, qs, kb, kh, ks, qob, qoh, qos, kob, koh, kos, cb, cs, sb, ss,
+    SIGN: tl.constexpr, HALF: tl.constexpr, QH: tl.constexpr, KH: tl.constexpr,
+    QH_BLOCK: tl.constexpr, KH_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Strides: b of the batch, h of a head, s of a position; of the input, of the output, of cos (c*) and sin (s*)."""
+    t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    i = tl.arange(0, HALF_BLOCK)[None, :]
+    c = tl.load(cos + b * cb + t * cs + i, i < HALF, 0.0).to(tl.float32)
+    s = tl.load(sin + b * sb + t * ss + i, i < HALF, 0.0).to(tl.float32) * SIGN
+    _rotate_heads(q + b * qb + t * qs, q_out + b * qob + t * qos, qh, qoh, c, s, HALF, QH, QH_BLOCK, HALF_BLOCK)
+    _rotate_heads(k + b * kb + t * ks, k_out + b * kob + t * kos, kh, koh, c, s, HALF, KH, KH_BLOCK, HALF_BLOCK)
+
+
+def rotate(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:
+    """The rotation by sign * angle of q and k into q_out and k_out (which may be q and k). No autograd."""
+    batch, q_heads, tokens, _ = q.shape
+    half = cos.shape[-1] // 2
+    if not q.numel():
+        return
+    # a batch of one position table serves all: its batch stride is 0
+    steps = [t.stride(n) for t in (q, k, q_out, k_out) for n in (0, 1, 2)]
+    tables = [step for t in (cos, sin) for step in (t.stride(0) if t.shape[0] > 1 else 0, t.stride(1))]
+    heads_block, half_block = power_of_2(q_heads), power_of_2(half)
+    # 16 numbers a thread where there are tokens enough to fill the device, else 8: a decoder waits for one program
+    elements = 512 if batch * tokens > 256 else 256
+    _rotate[(tokens, batch)](
+        q, k, q_out, k_out, cos, sin, *steps, *tables, sign, half, q_heads, k.shape[1],
+        heads_block, power_of_2(k.shape[1]), half_block,
+        num_warps=min(8, max(1, heads_block * half_block // elements)),
+    )  # fmt: skip
+
+
+def _copy_rest(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, rotary: int) -> None:
+    """The channels that are not rotated, where some are not."""
+    if rotary < q.shape[-1]:
+        q_out[..., rotary:], k_out[..., rotary:] = q[..., rotary:], k[..., rotary:]
+
+
+def _adjacent(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin):
+        cos, sin = _adjacent(cos), _adjacent(sin)
+        # a copy where q or k is not ours to overwrite, or where both are the same tensor
+        alone = q.data_ptr() != k.data_ptr()
+        q, k = (t.detach() if may_overwrite(t) and t.stride(-1) == 1 and alone else t.clone() for t in (q, k))
+        rotate(q, k, q, k, cos, sin, 1.0)
+        overwritten(q, k)
+        ctx.save_for_backward(cos, sin)
+        return q, k
+
+    @staticmethod
+    def backward(ctx, dq, dk):
+        cos, sin = ctx.saved_tensors
+        dq, dk = _adjacent(dq), _adjacent(dk)
+        # not over dq and dk: they may belong to somebody else, and the bytes moved are the same. Laid out as a
+        # projection's output is, [B, S, heads, D], whose backward comes next.
+        q_out, k_out = (t.new_empty([t.shape[n] for n in (0, 2, 1, 3)]).transpose(1, 2) for t in (dq, dk))
+        _copy_rest(dq, dk, q_out, k_out, cos.shape[-1])
+        rotate(dq, dk, q_out, k_out, cos, sin, -1.0)
+        return q_out, k_out, None, None
+
+
+def _heads(qkv: Tensor, counts: list[int]) -> list[Tensor]:
+    """Q, K and V [B, heads, S, D] as views of qkv [B, S, (sum of counts) * D]."""
+    batch, tokens, width = qkv.shape
+    heads = qkv.view(batch, tokens, sum(counts), width // sum(counts)).transpose(1, 2)
+    first = [0, counts[0], counts[0] + counts[1]]
+    return [heads[:, start : start + count] for start, count in zip(first, counts, strict=True)]
+
+
+class _RopePacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, counts):
+        cos, sin = _adjacent(cos), _adjacent(sin)
+        qkv = qkv.detach() if may_overwrite(qkv) and qkv.is_contiguous() else qkv.contiguous().clone()
+        q, k, _ = _heads(qkv, counts)
+        rotate(q, k, q, k, cos, sin, 1.0)
+        overwritten(qkv)
+        ctx.save_for_backward(cos, sin)
+        ctx.counts = counts
+        return tuple(_heads(qkv, counts))
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv):
+        cos, sin = ctx.saved_tensors
+        dq, dk = _adjacent(dq), _adjacent(dk)
+        batch, _, tokens, width = dq.shape
+        grad = dq.new_empty(batch, tokens, sum(ctx.counts) * width)  # one tensor, as the projection's backward wants
+        q_out, k_out, v_out = _heads(grad, ctx.counts)
+        _copy_rest(dq, dk, q_out, k_out, cos.shape[-1])
+        v_out.copy_(dv)
+        rotate(dq, dk, q_out, k_out, cos, sin, -1.0)
+        return grad, None, None, None
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor):
+    """See nbhelpers.kernels.rope."""
+    return _Rope.apply(q, k, cos, sin)
+
+
+def rope_packed(qkv: Tensor, cos: Tensor, sin: Tensor, q_heads: int, kv_heads: int):
+    """See nbhelpers.kernels.rope_packed."""
+    return _RopePacked.apply(qkv, cos, sin, [q_heads, kv_heads, kv_heads])

@@ -1,0 +1,143 @@
+"""SwiGLU: h = silu(g) * u, silu(g) = g sigmoid(g) (Shazeer, arXiv 2002.05202).
+
+Backward, with a = sigmoid(g):
+
+    du = dh * g a          dg = dh * u * a (1 + g (1 - a))
+
+g, u, h [rows, I] in one dtype, arithmetic in fp32. The backward writes dg over g and du over u: of a layer's tensors
+these are the widest, and nobody else needs them (see `storage` for how that is made safe). It can also give h again,
+over dh, for a down projection that did not keep its input.
+
+fp16 ends at 65504: g, u and h saturate there, and h may be asked for divided by `shrink`, a power of two.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import ceil_div
+from .inplace import may_overwrite, overwritten, share_memory
+
+BLOCK = 1024  # 4 warps, one load of 16 bytes a thread and tensor
+
+
+@triton.jit
+def _load(pointer, mask):
+    value = tl.load(pointer, mask, 0.0).to(tl.float32)
+    if pointer.dtype.element_ty == tl.float16:  # an infinite factor would make 0 * inf
+        value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
+    return value
+
+
+@triton.jit
+def _store(pointer, value, mask):
+    if pointer.dtype.element_ty == tl.float16:
+        value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
+    tl.store(pointer, value.to(pointer.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def _forward(g, u, h, width, blocks, g_step, u_step, h_step, keep, BLOCK: tl.constexpr):
+    """h may be g."""
+    row = (tl.program_id(0) // blocks).to(tl.int64)  # not the other way round: a division in 64 bits is slow
+    col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    mask = col < width
+    gate = _load(g + row * g_step + col, mask)
+    up = _load(u + row * u_step + col, mask)
+    _store(h + row * h_step + col, gate * tl.sigmoid(gate) * up * keep, mask)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def _backward(dh, g, u, dg, du, h, width, blocks, dh_step, g_step, u_step, dg_step, du_step, h_step, keep,
+              AGAIN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """dg and du may be g and u; with AGAIN h is written too, and may be dh."""
+    row = (tl.program_id(0) // blocks).to(tl.int64)  # not the other way round: a division in 64 bits is slow
+    col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    mask = col < width
+    gate = _load(g + row * g_step + col, mask)
+    up = _load(u + row * u_step + col, mask)
+    grad = tl.load(dh + row * dh_step + col, mask, 0.0).to(tl.float32)
+    a = tl.sigmoid(gate)
+    silu = gate * a
+    # gradients are not saturated: a loss scaler has to see them overflow
+    tl.store(dg + row * dg_step + col, (grad * up * (a + silu * (1.0 - a))).to(dg.dtype.element_ty), mask)
+    tl.store(du + row * du_step + col, (grad * silu).to(du.dtype.element_ty), mask)
+    if AGAIN:
+        _store(h + row * h_step + col, silu * up * keep, mask)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """t as [rows, I] with adjacent channels: a view of t wherever its strides allow one."""
+    t = t.reshape(-1, t.shape[-1])
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def forward(gate: Tensor, up: Tensor, shrink: float = 1.0, over: bool = False) -> Tensor:
+    """h / shrink, [..., I] contiguous; over: written over gate [rows, I], with its strides. No autograd."""
+    g, u = _rows(gate), _rows(up)
+    rows, width = g.shape
+    h = gate if over else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    steps = (t.stride(0) for t in (g, u, _rows(h)))
+    blocks = ceil_div(width, BLOCK)
+    if h.numel():
+        _forward[(rows * blocks,)](g, u, h, width, blocks, *steps, 1 / shrink, BLOCK, num_warps=4)
+    return h
+
+
+def backward(dh: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor, h: Tensor | None = None, shrink: float = 1.0):
+    """Gradients of g and u into dg and du, and h / shrink into h if given; all [rows, I]. No autograd."""
+    rows, width = g.shape
+    blocks = ceil_div(width, BLOCK)
+    again, h = h is not None, dh if h is None else h
+    if rows * width:
+        _backward[(rows * blocks,)](
+            dh, g, u, dg, du, h, width, blocks, *(t.stride(0) for t in (dh, g, u, dg, du, h)), 1 / shrink, again, BLOCK,
+            num_warps=4,
+        )  # fmt: skip
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.reuse = may_overwrite(gate) and may_overwrite(up) and not share_memory(gate, up)
+        ctx.save_for_backward(gate, up)
+        return forward(gate, up)
+
+    @staticmethod
+    def backward(ctx, dh):
+        gate, up = ctx.saved_tensors
+        g, u = _rows(gate), _rows(up)
+        dg, du = (g, u) if ctx.reuse else (torch.empty(g.shape, dtype=g.dtype, device=g.device) for _ in range(2))
+        backward(_rows(dh), g, u, dg, du)
+        if ctx.reuse:
+            overwritten(gate, up)
+        return dg.view(gate.shape), du.view(up.shape)
+
+
+class _SwiGLUPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up):
+        ctx.reuse = may_overwrite(gate_up)
+        ctx.save_for_backward(gate_up)
+        return forward(*gate_up.chunk(2, dim=-1))
+
+    @staticmethod
+    def backward(ctx, dh):
+        (gate_up,) = ctx.saved_tensors
+        both = _rows(gate_up)
+        grad = both if ctx.reuse else torch.empty(both.shape, dtype=both.dtype, device=both.device)
+        backward(_rows(dh), *both.chunk(2, dim=-1), *grad.chunk(2, dim=-1))
+        if ctx.reuse:
+            overwritten(gate_up)
+        return grad.view(gate_up.shape)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """See nbhelpers.kernels.swiglu."""
+    return _SwiGLU.apply(gate, up)
+
+
+def swiglu_packed(gate_up: Tensor) -> Tensor:
+    """See nbhelpers.kernels.swiglu_packed."""
+    return _SwiGLUPacked.apply(gate_up)

@@ -1,0 +1,219 @@
+"""From a preset, a hub id or a folder to a checkpoint on this disk, refusing early what cannot be loaded.
+
+The config comes first (kilobytes), so a model that needs remote code, a licence or a larger card is refused before its
+weights are downloaded.
+"""
+
+import getpass
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+
+from nbhelpers import host, presets
+from nbhelpers.models import smoke
+from nbhelpers.presets import Preset
+
+from .shards import Shards
+
+_SMALL = ["*.json", "*.jinja", "*.model", "*.txt"]  # config, index, tokenizer
+_WEIGHTS = ["model*.safetensors"]  # not Mistral's consolidated.safetensors, not Llama's original/*.pth
+# what decides the shapes; the rest of a config.json changes with the version that wrote it
+_SHAPE_KEYS = (
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "vocab_size",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint: `id` is what a person calls it, `config` its config.json."""
+
+    id: str
+    folder: Path
+    config: dict
+    remote: bool = False
+    token: str | None = field(default=None, repr=False)  # nothing that is shown holds it
+
+    def config_hash(self) -> str:
+        shape = {key: self.config.get(key) for key in _SHAPE_KEYS}
+        return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
+
+    def prequantized(self) -> bool:
+        """Whether bitsandbytes wrote this checkpoint in 4 bits. ValueError for any other quantisation."""
+        found = self.config.get("quantization_config")
+        if not found:
+            return False
+        method = found.get("quant_method", "bitsandbytes" if "load_in_4bit" in found else "unknown")
+        if method != "bitsandbytes" or not found.get("load_in_4bit", found.get("_load_in_4bit")):
+            raise ValueError(
+                f"{self.id} is quantised with {method if method != 'bitsandbytes' else 'bitsandbytes in 8 bits'}; "
+                "only 16-bit checkpoints and bitsandbytes' 4 bits can be trained here: take the original model"
+            )
+        return True
+
+    def weights(self) -> Shards:
+        """The tensors, downloaded first if they are on the hub."""
+        if self.remote:
+            _download(self.id, _WEIGHTS, self.token)
+        return Shards(self.folder)
+
+
+def find(what: "Preset | str | Path", token: str | None = None) -> Source:
+    """The checkpoint that a preset, a preset's name, a hub id or a folder means; its weights are not fetched yet.
+
+    Raises ValueError (unknown name, remote code, unsupported quantisation, a garbled token), FileNotFoundError (no such
+    folder, no config), PermissionError (a licence to accept, a token to pass or one that is refused) and
+    ConnectionError (the hub is out of reach).
+    """
+    token = _checked_token(token)
+    preset = what if isinstance(what, Preset) else None
+    if preset is None and str(what) in presets.names() and not Path(what).is_dir():
+        preset = presets.get(str(what))
+    if preset is None:
+        source = _find(str(what), token)
+    elif Path(preset.hub_id).is_dir():  # the workshop model, in smoke too
+        source = _local(Path(preset.hub_id), preset.name)
+    elif preset.smoke:
+        source = _local(smoke.make(preset), preset.name)
+    else:
+        source = _find(preset.hub_id, token)
+    _check_code(source)
+    source.prequantized()
+    return source
+
+
+def _checked_token(token: str | None) -> str | None:
+    """Without the white space around it. ValueError for what no token holds, which the HTTP library would refuse in an
+    error that shows it whole."""
+    token = (token or "").strip()
+    if not re.fullmatch(r"[!-~]*", token):
+        raise ValueError("the token has a space, a line end or a special character in it: copy it once more, alone")
+    return token or None
+
+
+def _find(name: str, token: str | None) -> Source:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return _local(folder, name)
+    if folder.is_absolute() or name.startswith((".", "~")):
+        raise FileNotFoundError(f"there is no folder {name}")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        try:
+            presets.get(name)
+        except ValueError as error:
+            raise ValueError(f"{error}. Nor is it a folder here, nor a hub id (owner/model)") from None
+    folder = Path(_download(name, _SMALL, token))
+    return Source(name, folder, _config(folder), remote=True, token=token)
+
+
+def _local(folder: Path, name: str) -> Source:
+    return Source(name, folder, _config(folder))
+
+
+def _config(folder: Path) -> dict:
+    file = folder / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{folder} has no config.json, so it is not a model folder: point at the one that has")
+    return json.loads(file.read_text())
+
+
+def _check_code(source: Source) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    kind = source.config.get("model_type")
+    if kind in CONFIG_MAPPING_NAMES:  # an auto_map beside it (old Phi-3 files) is not needed and not run
+        return
+    if "auto_map" in source.config:
+        raise ValueError(
+            f"{source.id} needs code from its own repository (auto_map in its config): refused, nothing downloaded is "
+            f"ever run here. Take a model whose code is in transformers, such as one of {', '.join(presets.names())}"
+        )
+    raise ValueError(f"the installed transformers does not know model_type {kind!r} of {source.id}: pip install -U it")
+
+
+def _download(name: str, patterns: list[str], token: str | None) -> str:
+    """The folder of the hub's snapshot with the files of these patterns in it."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return huggingface_hub.snapshot_download(name, allow_patterns=patterns, token=token)
+    except errors.GatedRepoError:
+        raise PermissionError(_access(name)) from None
+    except errors.RepositoryNotFoundError:
+        raise ValueError(
+            f'the hub has no model {name!r}, or it is private: then pass loader.load(..., token="hf_..."). '
+            f"Presets: {', '.join(presets.names())}"
+        ) from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
+        raise ConnectionError(
+            f"the hub is out of reach and {name} is not in this machine's cache ({type(error).__name__}). Switch the "
+            'network on (Kaggle: Settings > Internet), or pass the folder of a copy: loader.load("path/to/model")'
+        ) from None
+    except errors.HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403):
+            raise
+        raise PermissionError(
+            f"the hub refuses your token ({error.response.status_code}): it may be cut off, expired, or of the "
+            "fine-grained kind without access to gated repositories. Make one of the kind Read at "
+            "https://huggingface.co/settings/tokens and pass it again (token=..., or HF_TOKEN)"
+        ) from None
+
+
+# ---- gated models ----
+
+
+def login(preset: Preset) -> None:
+    """Make the reader's token known to this process (HF_TOKEN) if the preset's model is gated; else nothing happens.
+
+    The token comes from the first that has one: Colab's secrets, Kaggle's secrets (both under the name HF_TOKEN), the
+    environment or an earlier `hf auth login`, a hidden prompt where somebody can type. It is neither returned nor
+    printed. Without one, what to do is printed; a copy that was downloaded before still loads.
+    """
+    if not preset.gated or Path(preset.hub_id).is_dir():
+        return
+    for place, found in _tokens():
+        if found and found.strip():
+            os.environ["HF_TOKEN"] = found.strip()  # where huggingface_hub looks
+            print(f"{preset.hub_id} is gated: your token comes from {place}")
+            return
+    print(f"no token found. {_access(preset.hub_id)}")
+
+
+def _access(name: str) -> str:
+    return (
+        f"{name} asks for its licence to be accepted. 1. Accept it at https://huggingface.co/{name} "
+        "2. Make a token at https://huggingface.co/settings/tokens "
+        '3. loader.load(preset, token="hf_..."), or set HF_TOKEN (on Colab and Kaggle: a secret of that name)'
+    )
+
+
+def _tokens() -> Iterator[tuple[str, str | None]]:
+    """(where, token or None), one place after the other; a place that refuses is passed over without its words."""
+    place = host.where()
+    if place == "Colab":
+        yield "Colab's secrets", _quietly(lambda: import_module("google.colab.userdata").get("HF_TOKEN"))
+    if place == "Kaggle":
+        yield (
+            "Kaggle's secrets",
+            _quietly(lambda: import_module("kaggle_secrets").UserSecretsClient().get_secret("HF_TOKEN")),
+        )
+    import huggingface_hub
+
+    yield "HF_TOKEN or an earlier login", _quietly(huggingface_hub.get_token)
+    if "ipykernel" in sys.modules or sys.stdin.isatty():  # headless kernels refuse to ask: NotImplementedError
+        yield "the prompt", _quietly(lambda: getpass.getpass("token of huggingface.co (hidden; Enter: none): "))
+
+
+def _quietly(ask) -> str | None:
+    """None where asking fails: no such secret, no access granted, nobody at the keyboard. A traceback could show it."""
+    try:
+        return ask()
+    except Exception:
+        return None

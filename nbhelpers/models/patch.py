@@ -1,0 +1,257 @@
+"""Put the fused kernels on one model instance, and take them off again.
+
+    report = with_kernels(model)     # Qwen2, Llama, Mistral, Phi3 of transformers; with or without peft and 4-bit
+    print(report)
+    report.undo()
+
+Each decoder layer, attention, MLP and RMSNorm of the instance gets a subclass of its own class, with another forward;
+the module objects, their names, parameters and hooks stay, so saving, loading, peft's switches, gradient checkpointing
+and generation work as before, and other models of the same class are untouched. Undo gives the old class back.
+
+What a linear layer is, plain, 4-bit, with LoRA, disabled or merged, is looked at in every forward. Where the kernels
+cannot serve it as it stands (LoRA dropout while training, DoRA, several adapters at once, hooks, ...) that module's own
+forward runs, and the report names it.
+
+In fp16 the residual stream saturates at 65504 and the MLP's product may reach 1e6 (`kernels.lora_mlp`), where stock
+transformers overflow to infinity.
+"""
+
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from torch import nn
+
+from nbhelpers import kernels
+
+from .projection import DROPOUT, compute_dtype, foldable, linears, projection, watched
+
+SUPPORTED = ("Qwen2", "Llama", "Mistral", "Phi3")
+SILU = ("silu", "swish")
+
+
+# --------------------------------------------------------------------------- the four modules of a decoder layer
+
+
+class _RMSNorm:
+    def forward(self, hidden_states, residual=None):
+        """y, or (sum, y) when a residual is given."""
+        return kernels.rms_norm(hidden_states, self.weight, self.variance_epsilon, residual)
+
+
+def _add_and_norm(x, residual, norm):
+    """x + residual, and the norm of it; in one launch unless somebody watches the norm."""
+    if watched(norm):
+        x = x + residual
+        return x, norm(x)
+    return norm(x, residual)
+
+
+class _MLP:
+    def groups(self):
+        """The linear layers, those that read the same input together."""
+        return (self.gate_proj, self.up_proj), (self.down_proj,)
+
+    def forward(self, x, residual=None, norm=None, value=True):
+        """The MLP's output, plus the residual if one is given; with a norm s + mlp(norm(s)) for s = x + residual.
+
+        value=False: only its backward is wanted, see kernels.lora_mlp.
+        """
+        first, (last,) = self.groups()
+        *gate_up, down = parts = tuple(projection(module) for module in (*first, last))
+        fused = self.config.hidden_act in SILU and not any(isinstance(part, str) for part in parts)
+        folded = None
+        if norm is not None:
+            if fused and foldable(norm, x, first):
+                folded = norm.weight, norm.variance_epsilon
+            else:
+                residual, x = _add_and_norm(x, residual, norm)
+        if fused:
+            x = x if folded else x.to(compute_dtype(x, first))
+            y = kernels.lora_mlp(x, tuple(gate_up), down, residual, folded, value)
+            return y if residual is not None or torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+        if self.config.hidden_act in SILU:
+            wide = linears(x, *first)
+            (y,) = linears(kernels.swiglu(*wide) if len(wide) == 2 else kernels.swiglu_packed(*wide), last)
+        else:
+            y = super().forward(x)
+        return y if residual is None else residual + y
+
+
+class _Phi3MLP(_MLP):
+    def groups(self):
+        return (self.gate_up_proj,), (self.down_proj,)
+
+
+class _Attention:
+    def groups(self):
+        """The linear layers, those that read the same input together."""
+        return (self.q_proj, self.k_proj, self.v_proj), (self.o_proj,)
+
+    def _rotated(self, outputs, cos, sin):
+        """Q, K and V [B, heads, S, D], Q and K rotated, from the first group's outputs: three, or one packed."""
+        if len(outputs) == 1:
+            heads = self.config.num_attention_heads, self.config.num_key_value_heads
+            return kernels.rope_packed(*outputs, cos, sin, *heads)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in outputs)
+        return *kernels.rope(q, k, cos, sin), v
+
+    def _window(self):
+        """How many positions a token looks back to, None for all."""
+        return None
+
+    def forward(
+        self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, norm=None, **kwargs
+    ):
+        first, last = self.groups()
+        q, k, v = self._rotated(linears(hidden_states, *first, norm=norm, packed=True), *position_embeddings)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        stock = sys.modules[self.stock.__module__]
+        attention = stock.ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, stock.eager_attention_forward
+        )
+        kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "sliding_window": self._window()}
+        out, weights = attention(self, q, k, v, attention_mask, scaling=self.scaling, **kwargs)
+        (out,) = linears(out.reshape(*hidden_states.shape[:-1], -1), *last)
+        return out, weights
+
+
+class _Qwen2Attention(_Attention):
+    def _window(self):
+        return self.sliding_window
+
+
+class _MistralAttention(_Attention):
+    def _window(self):
+        return self.config.sliding_window
+
+
+class _Phi3Attention(_MistralAttention):
+    def groups(self):
+        return (self.qkv_proj,), (self.o_proj,)
+
+
+class _Layer:
+    """Each half gets its norm handed in, to fold it; a half that is watched gets and gives what it does in stock."""
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        return self._mlp_half(self._attend(hidden_states, attention_mask, **kwargs), hidden_states)
+
+    def _attend(self, x, attention_mask, **kwargs):
+        if watched(self.self_attn):
+            return self.self_attn(hidden_states=self.input_layernorm(x), attention_mask=attention_mask, **kwargs)[0]
+        return self.self_attn(hidden_states=x, attention_mask=attention_mask, norm=self.input_layernorm, **kwargs)[0]
+
+    def _mlp_half(self, attended, residual):
+        if watched(self.mlp):
+            residual, normed = _add_and_norm(attended, residual, self.post_attention_layernorm)
+            return residual + self.mlp(normed)
+        return self.mlp(attended, residual, self.post_attention_layernorm)
+
+
+class _Phi3Layer(_Layer):
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        attended = self.resid_attn_dropout(self._attend(hidden_states, attention_mask, **kwargs))
+        if self.training and self.resid_mlp_dropout.p > 0:
+            residual, normed = _add_and_norm(attended, hidden_states, self.post_attention_layernorm)
+            return residual + self.resid_mlp_dropout(self.mlp(normed))
+        return self._mlp_half(attended, hidden_states)
+
+
+_ROLES = {"RMSNorm": _RMSNorm, "MLP": _MLP, "Attention": _Attention, "DecoderLayer": _Layer}
+FORWARDS = {f"{name}{role}": forward for name in SUPPORTED for role, forward in _ROLES.items()} | {
+    "Qwen2Attention": _Qwen2Attention,
+    "MistralAttention": _MistralAttention,
+    "Phi3Attention": _Phi3Attention,
+    "Phi3MLP": _Phi3MLP,
+    "Phi3DecoderLayer": _Phi3Layer,
+}
+
+
+@cache
+def _fused(stock: type) -> type | None:
+    """The subclass of a transformers class that has our forward; None for every other class."""
+    family = {f"transformers.models.{name.lower()}.modeling_{name.lower()}" for name in SUPPORTED}
+    if stock.__module__ not in family or stock.__name__ not in FORWARDS:
+        return None
+    # under its old name: wrapping policies (FSDP, device maps) and error messages look layers up by name
+    return type(stock.__name__, (FORWARDS[stock.__name__], stock), {"__module__": __name__, "stock": stock})
+
+
+# ------------------------------------------------------------------------------------------------- the door
+
+
+@dataclass
+class Report:
+    """What `with_kernels` did: `print(report)` to read it, `report.undo()` to take the kernels off again."""
+
+    model: str
+    modules: list[tuple[nn.Module, type]] = field(default_factory=list)  # swapped, with their stock classes
+    linears: int = 0  # linear layers that run in the kernels
+    left: Counter = field(default_factory=Counter)  # (name, why) -> how many run their own forward
+
+    def undo(self) -> None:
+        """Every swapped module gets its own class back; outputs are bit-identical to those before the swap."""
+        for module, stock in self.modules:
+            module.__class__ = stock
+        self.modules.clear()
+
+    def __str__(self) -> str:
+        if self.modules:
+            kinds = Counter(stock.__name__ for _, stock in self.modules)
+            swapped = ", ".join(f"{count} {name}" for name, count in kinds.items())
+            lines = [f"{self.model}: kernels in {swapped}; {self.linears} linear layers"]
+        else:
+            lines = [f"{self.model}: no kernels"]
+        lines += [f"  left alone: {count} {name}: {why}" for (name, why), count in self.left.items()]
+        return "\n".join(lines)
+
+
+def with_kernels(model: nn.Module) -> Report:
+    """Run this model's layers on the fused kernels, in place; a model of another architecture is left alone.
+
+    model: a transformers model, or peft's wrapper around one. Linear layers are looked at again in each forward, so
+    adapters may be attached, switched off or merged afterwards. The report tells how they stand now.
+    """
+    from peft import PeftModel
+
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    report = Report(type(inner).__name__)
+    for module in model.modules():
+        stock, fused = type(module), _fused(type(module))
+        if stock.__module__ == __name__:
+            report.left[stock.__name__, "already on the kernels"] += 1
+        elif fused is not None:
+            module.__class__ = fused
+            report.modules.append((module, stock))
+    if not report.modules and not report.left:
+        report.left[report.model, f"not an architecture that the kernels know ({', '.join(SUPPORTED)})"] += 1
+    for module, _ in report.modules:
+        if isinstance(module, _MLP) and module.config.hidden_act not in SILU:
+            report.left[type(module).__name__, f"its activation is {module.config.hidden_act}, not silu"] += 1
+        elif isinstance(module, (_MLP, _Attention)):
+            for group in module.groups():
+                _count(module, group, report)
+    return report
+
+
+def _count(parent: nn.Module, group, report: Report) -> None:
+    """Enter a group of linear layers in the report: they run in the kernels all together or not at all."""
+    names = {child: name for name, child in parent.named_children()}
+    whys = [why for module in group if isinstance(why := projection(module), str)]
+    if not whys and any(isinstance(m, nn.Dropout) for module in group for m in module.modules()):
+        whys = [DROPOUT]
+    if whys:
+        report.left[" + ".join(names[module] for module in group), whys[0]] += 1
+    else:
+        report.linears += len(group)
+
+
+def undo(model: nn.Module) -> None:
+    """Take the kernels off every module of this model, as `Report.undo` does, when the report is no longer at hand."""
+    for module in model.modules():
+        if type(module).__module__ == __name__:
+            module.__class__ = type(module).stock

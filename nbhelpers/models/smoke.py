@@ -1,0 +1,99 @@
+"""A small random model of a preset's architecture, a tokenizer and word problems, made on the spot: for CI, where
+wiring counts.
+
+The same preset gives the same weights every time, so an adapter trained on one can be loaded onto the next.
+"""
+
+import json
+import random
+import tempfile
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+
+from nbhelpers.architecture import Architecture
+from nbhelpers.presets import Preset
+
+DATASET = "smoke/gsm8k"  # the `dataset` of a smoke preset: `make_dataset`'s folder
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make(preset: Preset) -> Path:
+    """The folder of the preset's stand-in, in the system's temporary directory; made if it is not there yet."""
+    key = sha256(json.dumps(asdict(preset.architecture), sort_keys=True).encode()).hexdigest()[:8]
+    return _once(f"{preset.name}-{key}", "model.safetensors", lambda new: write(preset.architecture, new))
+
+
+def make_dataset() -> Path:
+    """A folder with train.jsonl (48 rows) and test.jsonl (16) in GSM8K's schema; made if it is not there yet."""
+    return _once("gsm8k", "test.jsonl", _write_problems)
+
+
+def _once(name: str, last: str, write_into) -> Path:
+    """The folder `name` in the system's temporary directory, written unless its file `last` is there."""
+    folder = Path(tempfile.gettempdir()) / "nbhelpers-smoke" / name
+    if not (folder / last).exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as new:  # another process may be making it as well
+            write_into(Path(new))
+            try:
+                Path(new).rename(folder)
+                Path(new).mkdir()  # for the context manager to remove
+            except OSError:  # the other one was first
+                pass
+    return folder
+
+
+def _write_problems(folder: Path) -> None:
+    rng = random.Random(0)
+    rows = {}
+    while len(rows) < 64:
+        boxes, each, gone = rng.randint(3, 40), rng.randint(6, 60), rng.randint(1, 17)
+        what = rng.choice(("pears", "bolts", "postcards", "seeds"))
+        question = f"A shop gets {boxes} boxes of {each} {what} and sells {gone} {what}. How many {what} are left?"
+        total = boxes * each
+        steps = f"It gets {boxes} x {each} = <<{boxes}*{each}={total}>>{total} {what}.\n"
+        steps += f"{total} - {gone} = <<{total}-{gone}={total - gone}>>{total - gone} are left."
+        rows[question] = {"question": question, "answer": f"{steps}\n#### {total - gone:,}"}
+    lines = [json.dumps(row) + "\n" for row in rows.values()]
+    (folder / "train.jsonl").write_text("".join(lines[:48]))
+    (folder / "test.jsonl").write_text("".join(lines[48:]))
+
+
+def write(architecture: Architecture, folder: str | Path, *, seed: int = 0, shard_bytes: int | None = None) -> Path:
+    """Random weights, config and tokenizer of `architecture` into `folder`, in shards of `shard_bytes` if given."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = make_tokenizer()
+    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    fields = architecture.config() | special
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    size = {"max_shard_size": shard_bytes} if shard_bytes else {}
+    model.save_pretrained(folder, **size)
+    tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+
+def make_tokenizer():
+    """One byte, one token: nothing to train, any text can be encoded, 259 tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
+    bytewise = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    bytewise.add_special_tokens(special)
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bytewise, eos_token="<|im_end|>", pad_token="<|pad|>", chat_template=CHATML,
+        padding_side="left", clean_up_tokenization_spaces=False,
+    )  # fmt: skip

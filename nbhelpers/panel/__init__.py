@@ -1,0 +1,174 @@
+"""What a person watches while a model trains: one place with the curves, the numbers and a few answers of the model.
+
+In a notebook it updates in place and needs no widget (see view.py). In a terminal it is one line for each logged step.
+The data behind it stays on the `Live` object, and `live.save("run.json")` records it for `replay.run`.
+"""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+
+from transformers.trainer_callback import TrainerCallback
+
+from nbhelpers import evaluate, host
+from nbhelpers.evaluate import Answer
+from nbhelpers.evaluate.compare import before_after as before_after  # the DESIGN's panel.before_after(before, after)
+from nbhelpers.rewards import Sample, formatted
+
+from . import display, history
+
+WORK = 20  # of this many seconds at most one goes into drawing
+RECORDED_PAIRS = 12  # of best and worst answers, over a run
+
+
+class Live(display.View, TrainerCallback):
+    """One updating output for a GRPO run: pass it to a trainer as `callbacks=[live]`.
+
+    Args:
+        total_steps (`int`, *optional*): Length of the run, for the time left; the trainer's own if not given.
+        every (`float`): Seconds between two drawings in a notebook. Where drawing is slow it is done less often. A
+            terminal gets a line for each logged step.
+        probes (`Sequence[evaluate.Answer]`): What `evaluate.ask` returned before the training. The same questions are
+            asked again while it trains, with the same prompts and the same decoding. That changes nothing in the run.
+        probe_every (`int`): Steps between two such askings.
+
+    Attributes:
+        history (`list[dict]`): One dict a logged step: `step`; `reward` and `reward_std` over all answers; by function
+            `rewards`, `stds`, and `within` and `between` groups (standard deviations, "total" among them); `format`;
+            `length`, `shortest`, `longest` (tokens); `clipped` (share of answers cut off), `clip_ratio` (share of
+            tokens); `zero_signal`; `kl`; `tokens` since the start; `speed` (tokens/s); `memory` (see
+            `history.memory_now`); `seconds` since the start. What was not logged is None or empty. After a resume the
+            steps of the earlier session are there too, without seconds.
+        samples (`list[rewards.Sample]`): The newest answers. They come from `state.samples`, which LeanGRPOTrainer
+            sets; with TRL's plain trainer there are none, and no format rate and no spread by group either.
+        probed (`dict[int, list[evaluate.Answer]]`): The probes' answers by step; 0 is before the training.
+        ended (`float`): Seconds that the run took; None until it ended.
+
+    Example:
+    ```python
+    live = panel.Live(probes=before)
+    trainer = LeanGRPOTrainer(..., callbacks=[live])
+    trainer.train()
+    live.figure().savefig("reward_curve.png")
+    ```
+    """
+
+    def __init__(
+        self,
+        total_steps: int | None = None,
+        every: float = 1.0,
+        *,
+        probes: Sequence[Answer] = (),
+        probe_every: int = 20,
+    ):
+        super().__init__()
+        if not all(isinstance(probe, Answer) for probe in probes):
+            raise ValueError("probes are what evaluate.ask returned: before = evaluate.ask(...); Live(probes=before)")
+        if probe_every < 1:
+            raise ValueError(f"probe_every={probe_every} is a number of steps, at least 1")
+        self.every, self.probes, self.probe_every = every, list(probes), probe_every
+        self.engine = None  # LeanGRPOTrainer's own, which asks the probes
+        self.samples: list[Sample] = []
+        self._wanted_steps = total_steps
+        self._pairs: dict[int, list[Sample]] = {}
+        self._date = date.today()
+        self._started = time.monotonic()
+        self._draw_again = 0.0  # not before this time
+        self._tokens, self._since = 0.0, self._started  # up to where the speed is known
+
+    # ---- what the trainer calls ----
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        self.history = [history.row_of(log) for log in state.log_history if "reward" in log]
+        self.samples, self.pair, self._pairs, self.ended, self.handles = [], [], {}, None, []
+        self.probed = {0: self.probes} if self.probes else {}
+        self.total_steps = self._wanted_steps or state.max_steps
+        self.first_step, self._date = state.global_step, date.today()
+        self._started = time.monotonic()
+        self._tokens, self._since = state.num_input_tokens_seen, self._started
+        self._draw_again = 0.0
+        if display.in_notebook():
+            self._draw()  # at once: a large model's first step takes a while
+
+    def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
+        if state.is_world_process_zero and self.probes and state.global_step % self.probe_every == 0:
+            start = time.monotonic()
+            self.probed[state.global_step] = evaluate.ask_again(model, processing_class, self.probes, self.engine)
+            self._since += time.monotonic() - start  # asking is no training: it does not count in the speed
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "reward" not in (logs or {}):
+            return  # the last log of a run holds its run time, not a step
+        now = time.monotonic()
+        row = history.row_of({**logs, "step": state.global_step})
+        row["seconds"], row["memory"] = now - self._started, history.memory_now()
+        if row["tokens"] is not None and now > self._since:
+            row["speed"] = (row["tokens"] - self._tokens) / (now - self._since)
+            self._tokens = row["tokens"]
+        self.samples = list(vars(state).get("samples", []))
+        if self.samples:
+            groups = history.groups_of(self.samples, args.num_generations)
+            row["format"] = sum(formatted(sample.completion) for sample in self.samples) / len(self.samples)
+            row["within"], row["between"] = history.spreads(groups, args.reward_weights)
+            self.pair, self.pair_step = history.best_and_worst(groups, args.reward_weights), state.global_step
+            if state.global_step % max(1, self.total_steps // RECORDED_PAIRS) == 0 or not self._pairs:
+                self._pairs[state.global_step] = self.pair
+        self.history.append(row)
+        if not display.in_notebook():
+            print(self.line(), flush=True)
+        elif time.monotonic() >= self._draw_again:
+            self._draw()
+        self._since = time.monotonic()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.ended = time.monotonic() - self._started
+            if display.in_notebook():
+                self._draw()
+            else:
+                print(self.line(), flush=True)
+
+    # ---- what it keeps ----
+
+    def save(self, path: str | Path, model: str) -> Path:
+        """Record the run as a small JSON file, which `replay.run(path)` shows again. `model`: its name, for people."""
+        if not self.history:
+            raise ValueError("nothing to record: no step was logged yet")
+        pairs = {**self._pairs, self.pair_step: self.pair}
+        recorded = {
+            "recorded_run": 1,
+            "model": model,
+            "hardware": history.hardware(),
+            "date": self._date.isoformat(),
+            "versions": host.versions(),
+            "total_steps": self.total_steps,
+            "seconds": self.ended if self.ended is not None else self.history[-1]["seconds"],
+            "history": self.history,
+            "pairs": {step: [asdict(sample) for sample in pair] for step, pair in pairs.items()},
+            "probed": {step: [asdict(answer) for answer in answers] for step, answers in self.probed.items()},
+        }
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(_rounded(recorded), ensure_ascii=True, separators=(",", ":"), allow_nan=False))
+        return path
+
+    def _draw(self) -> None:
+        start = time.monotonic()
+        self.show()
+        now = time.monotonic()
+        self._draw_again = now + max(self.every, WORK * (now - start))
+
+
+def _rounded(value):
+    """Four digits are enough to look at, and a quarter of the bytes; NaN and infinity are not JSON."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,125 @@
+"""What a run leaves behind: a dict for each logged step, from TRL's logs, the rollout and the machine.
+
+Plain numbers, so that a recorded run is a small JSON file.
+"""
+
+import math
+import os
+import platform
+from collections.abc import Sequence
+from statistics import fmean, stdev, variance
+
+from nbhelpers import gpu, host
+from nbhelpers.architecture import GB
+from nbhelpers.rewards import Sample
+
+# column of the history -> TRL's log key
+METRICS = {
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "length": "completions/mean_length",
+    "shortest": "completions/min_length",
+    "longest": "completions/max_length",
+    "clipped": "completions/clipped_ratio",
+    "clip_ratio": "clip_ratio/region_mean",
+    "zero_signal": "frac_reward_zero_std",
+    "kl": "kl",
+    "tokens": "num_tokens",
+}
+
+
+def row_of(log: dict) -> dict:
+    """One entry of the history from one log of TRL's; the rest is the panel's to fill in.
+
+    What is no finite number (a KL of infinity, say) counts as not logged: no axis can show it, and JSON has none.
+    """
+    values = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in log.items()
+    }
+    row = {"step": log["step"], **{name: values.get(key) for name, key in METRICS.items()}}
+    for column, end in (("rewards", "/mean"), ("stds", "/std")):
+        row[column] = {
+            key.removeprefix("rewards/").removesuffix(end): value
+            for key, value in values.items()
+            if key.startswith("rewards/") and key.endswith(end)
+        }
+    return {**row, "within": {}, "between": {}, "format": None, "speed": None, "memory": None, "seconds": None}
+
+
+# ---- groups ----
+
+
+def total(sample: Sample, weights: Sequence[float] | None = None) -> float:
+    """The reward that TRL computes with: the weighted sum over the functions that applied."""
+    weights = [1.0] * len(sample.rewards) if weights is None else weights
+    pairs = zip(weights, sample.rewards.values(), strict=True)
+    return sum(weight * value for weight, value in pairs if _known(value))
+
+
+def _known(value: float | None) -> bool:
+    """Whether a function applied (TRL turns None into NaN) and gave a number that can be counted with."""
+    return value is not None and math.isfinite(value)
+
+
+def groups_of(samples: list[Sample], num_generations: int) -> list[list[Sample]]:
+    """The answers to each prompt, which stand side by side; all together if they are not whole groups."""
+    if len(samples) % num_generations:
+        return [samples]
+    return [samples[i : i + num_generations] for i in range(0, len(samples), num_generations)]
+
+
+def spreads(groups: list[list[Sample]], weights: Sequence[float] | None = None) -> tuple[dict, dict]:
+    """Standard deviation of each reward function, and of the "total", within the groups and between them.
+
+    Within: the root of the mean variance; what GRPO learns from. Between: of the groups' means; how unequally hard the
+    questions are. Both with Bessel's correction; None where there is too little to tell.
+    """
+    within, between = {}, {}
+    for name in ("total", *(groups[0][0].rewards if groups and groups[0] else ())):
+        values = [[total(s, weights) if name == "total" else s.rewards.get(name) for s in group] for group in groups]
+        values = [[value for value in group if _known(value)] for group in values]
+        several = [variance(group) for group in values if len(group) > 1]
+        means = [fmean(group) for group in values if group]
+        within[name] = math.sqrt(fmean(several)) if several else None
+        between[name] = stdev(means) if len(means) > 1 else None
+    return within, between
+
+
+def best_and_worst(groups: list[list[Sample]], weights: Sequence[float] | None = None) -> list[Sample]:
+    """The best and the worst answer of the group in which they differ most; one answer if they differ in none."""
+    ranked = [sorted(group, key=lambda sample: total(sample, weights)) for group in groups if group]
+    if not ranked:
+        return []
+    widest = max(ranked, key=lambda group: total(group[-1], weights) - total(group[0], weights))
+    worst, best = widest[0], widest[-1]
+    return [best] if total(best, weights) == total(worst, weights) else [best, worst]
+
+
+# ---- the machine ----
+
+
+def memory_now() -> dict[str, float]:
+    """GB (10^9 bytes) now. With a GPU: `peak` that torch allocated, what it has `reserved`, what is `used` of the card
+    by everyone, as the driver counts, and the card's `total`; without: this process's `used` and the host's `total`."""
+    import torch
+
+    here = gpu.device()
+    if here.type == "cuda":
+        total_bytes = torch.cuda.get_device_properties(here).total_memory
+        return {
+            "peak": torch.cuda.max_memory_allocated(here) / GB,
+            "reserved": torch.cuda.memory_reserved(here) / GB,
+            "used": (total_bytes - gpu.free_bytes(here.index)) / GB,
+            "total": total_bytes / GB,
+        }
+    import psutil  # accelerate needs it too
+
+    return {"used": psutil.Process().memory_info().rss / GB, "total": psutil.virtual_memory().total / GB}
+
+
+def hardware() -> str:
+    """The machine in a few words: "Tesla T4, 15.8 GB", or "2 CPU cores (AMD EPYC)"."""
+    card = gpu.card()
+    if card is not None:
+        return f"{card.name}, {card.total / GB:.1f} GB"
+    return f"{os.cpu_count()} CPU cores ({host.cpu() or platform.machine()})"

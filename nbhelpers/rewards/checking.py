@@ -1,0 +1,343 @@
+"""Try rewards before any training: good, bad and dishonest answers in a table of scores, and warnings in plain words.
+
+What a reward pays for is what a model learns. A hole in it is found by the model within a few hundred steps, and by
+`check` within a second.
+"""
+
+import asyncio
+import html
+import inspect
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from nbhelpers.html import framed
+
+from .answers import number_of, same
+from .guard import named
+
+FORM = "<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>\n"
+THOUGHT = "First I look at what is asked, then I work it out step by step."
+CHARACTERS, SLOW_MS, STOP_MS = 100_000, 50.0, 250.0  # a reward may take SLOW_MS for CHARACTERS
+
+RIGHT, BAD_FORM, WRONG, EMPTY = "right", "right, bad form", "wrong, good form", "empty"
+ONLY_TAGS, REPEATED, LONG = "only the form", "right, 50 times", f"numbers, {CHARACTERS // 1000}k characters"
+HEDGES = ("the question as answer", "all candidates as answer", "all candidates in prose", "two answers", LONG)
+KINDS = (RIGHT, BAD_FORM, WRONG, EMPTY, ONLY_TAGS, REPEATED, *HEDGES)
+HOSTILE = (
+    "<answer>",
+    "</answer>",
+    "<reasoning>\n</reasoning>\n<answer>\n",
+    "\\boxed{",
+    "9",
+    "1,",
+    " ",
+    "\n",
+    "a ",
+    "(",
+)
+
+_NUMBERS = re.compile(r"(?<![\d.])\d{1,12}(?:\.\d{1,12})?(?!\d)")
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `check` found; a notebook shows it as a table, a terminal as text.
+
+    Args:
+        scores (`dict[str, dict[str, list[float | None]]]`): By reward function, then by kind of text: one score for
+            each row of the task, None where there is none.
+        slowest (`dict[str, tuple[int, float]]`): By reward function the characters of the hostile text that took
+            longest, and the milliseconds for it.
+        warnings (`list[str]`): What to repair, each beginning with the name of the function.
+        texts (`dict[str, list[str]]`): By kind, the texts of the first row.
+    """
+
+    scores: dict[str, dict[str, list[float | None]]]
+    slowest: dict[str, tuple[int, float]]
+    warnings: list[str]
+    texts: dict[str, list[str]]
+
+    def mean(self, name: str, kind: str) -> float | None:
+        """The mean score of one function for one kind of text; None if it gave no score."""
+        return _mean(self.scores[name].get(kind, []))
+
+    def rows(self) -> list[list[str]]:
+        names = list(self.scores)
+        table = [["", *names]]
+        table += [[kind, *(_shown(self.mean(name, kind)) for name in names)] for kind in KINDS]
+        times = (self.slowest[name] for name in names)
+        cost = [f"{ms:.1f} ms" + (f" for {n:,}" if n < CHARACTERS else "") for n, ms in times]
+        return [*table, [f"slowest, {CHARACTERS:,} characters", *cost]]
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join([first.ljust(widths[0]), *(t.rjust(w) for t, w in zip(rest, widths[1:], strict=True))]).rstrip()
+            for first, *rest in rows
+        ]
+        said = [f"! {warning}" for warning in self.warnings] or ["nothing to warn about"]
+        return "\n".join([*lines, "", *said])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        box = "padding:3px 10px;border:1px solid rgba(128,128,128,.4);text-align:"
+        body = ""
+        for index, (first, *rest) in enumerate(self.rows()):
+            tag = "td" if index else "th"
+            cells = "".join(f"<{tag} style='{box}right'>{html.escape(text)}</{tag}>" for text in rest)
+            body += f"<tr><{tag} style='{box}left'>{html.escape(first)}</{tag}>{cells}</tr>"
+        said = "".join(f"<li>⚠ {html.escape(warning)}</li>" for warning in self.warnings)
+        said = f"<ul style='list-style:none;padding-left:0'>{said}</ul>" if said else "<p>nothing to warn about</p>"
+        return framed(f"<table style='border-collapse:collapse'>{body}</table>{said}")
+
+
+def check(reward_funcs: Callable | Sequence[Callable], task, *, n: int = 4, form: str = FORM) -> Check:
+    """Score right, wrong, empty and dishonest answers to a task's questions, and say what is wrong with the rewards.
+
+    Dishonest are answers that name every candidate, the question itself, the bare form, and the like. Where the order
+    matters (two answers, the right one first or last) both orders are tried and the lower score counts: only a reward
+    that pays for both can be had without knowing the answer. Speed is measured on texts that are hard for regular
+    expressions, from 16 characters up to 100,000, and no further once a call takes a quarter of a second.
+
+    The reward functions get what TRL gives them, with stand-ins for what only training has: `completion_ids` holds one
+    number for every four characters, `trainer_state` is at step 0, `log_extra` and `log_metric` do nothing.
+
+    Args:
+        reward_funcs (`Callable` or `Sequence[Callable]`): With TRL's signature, as for the trainer.
+        task (`tasks.Task`): Its `train` has the columns `prompt` and `answer`; all others are passed on.
+        n (`int`): How many rows of it to use.
+        form (`str`): A well-formed completion, with `{reasoning}` and `{answer}` where these stand.
+
+    Returns:
+        `Check`
+
+    Raises:
+        ValueError: If there is nothing to check, two functions have one name, the task has no rows or no column
+            `answer`, or `form` has no `{answer}`.
+        TypeError: For a reward model: only functions can be checked.
+    """
+    from torch import nn
+
+    funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+    if models := [func for func in funcs if isinstance(func, nn.Module) or not callable(func)]:
+        raise TypeError(f"{models[0]!r} is no function, and rewards.check looks at functions only: leave it out")
+    names = [named(func)[0] for func in funcs]
+    rows = [task.train[i] for i in range(min(n, len(task.train)))]
+    if not funcs or len(set(names)) < len(names):
+        raise ValueError(f"reward functions of different names are wanted, not {', '.join(names) or 'none'}")
+    if not rows or "answer" not in rows[0] or "prompt" not in rows[0]:
+        raise ValueError(
+            f"task.train has {len(rows)} rows to check with and the columns {', '.join(rows[0]) if rows else 'none'}: "
+            "it needs a row and the columns prompt and answer"
+        )
+    if "{answer}" not in form:
+        raise ValueError(f"form says where the answer stands, as {{answer}}: {form!r}")
+    texts = [_texts(row, rows, form) for row in rows]
+    scores, slowest, warnings = {}, {}, []
+    for name, func in zip(names, funcs, strict=True):
+        problems: dict[str, None] = {}  # in order, each once
+        slowest[name] = _slowest(func, rows[0], form, problems)
+        scores[name] = {
+            kind: _scores(func, rows, [row[kind] for row in texts], problems)
+            for kind in KINDS
+            if kind != LONG or slowest[name][0] == CHARACTERS  # what hangs on long texts is not given one
+        }
+        warnings += [f"{name}: {text}" for text in (*problems, *_suspicions(scores[name]))]
+    return Check(scores, slowest, warnings + _suspicions_of_all(scores), texts[0])
+
+
+# ---- the texts ----
+
+
+def _texts(row: dict, rows: list[dict], form: str) -> dict[str, list[str]]:
+    """For one row, each kind of text: one, or two of which the lower score counts."""
+    prompt, right = row["prompt"], str(row["answer"])
+    question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    numbers = list(dict.fromkeys(_NUMBERS.findall(question)))
+    others = [str(other["answer"]) for other in rows]
+    if number_of(right) is not None:
+        others = [*numbers, str(number_of(right) + 1)]
+    wrong = next((other for other in others if not same(other, right)), f"not {right}")
+    candidates = [text for text in dict.fromkeys([wrong, *numbers, *map(str, range(10))]) if not same(text, right)]
+    orders = ([right, *candidates], [*candidates, right])
+
+    def filled(answer: str, reasoning: str = THOUGHT) -> str:
+        return form.replace("{reasoning}", reasoning).replace("{answer}", answer)
+
+    many = " ".join(map(str, range(CHARACTERS // 5)))[: CHARACTERS - len(right) - 2]
+    return {
+        RIGHT: [filled(right)],
+        BAD_FORM: [f"I think it is {right}"],
+        WRONG: [filled(wrong)],
+        EMPTY: [""],
+        ONLY_TAGS: [filled("", "")],
+        REPEATED: [filled(right, " ".join([right] * 50))],
+        HEDGES[0]: [filled(question, question)],
+        HEDGES[1]: [filled(", ".join(order)) for order in orders],
+        HEDGES[2]: [" ".join(f"The answer is {text}." for text in order) for order in orders],
+        HEDGES[3]: [filled(right) + filled(wrong), filled(wrong) + filled(right)],
+        LONG: [f"{right} {many}", f"{many} {right}"],
+    }
+
+
+def _hostile(form: str, size: int) -> Iterator[str]:
+    for unit in HOSTILE:
+        text = (unit * (size // len(unit) + 1))[:size]
+        yield text
+        half = text[: size // 2]
+        for frame in (form, re.sub(r"\s+", "", form)):
+            yield frame.replace("{reasoning}", half).replace("{answer}", f"{half}?")  # what nearly matches costs most
+
+
+# ---- calling them ----
+
+
+def _call(func: Callable, rows: list[dict], texts: list[str]):
+    """What a reward function returns when it is called as TRL does."""
+    chat = not isinstance(rows[0]["prompt"], str)
+    columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion")}
+    result = func(
+        prompts=[row["prompt"] for row in rows],
+        completions=[[{"role": "assistant", "content": text}] if chat else text for text in texts],
+        completion_ids=[list(text[::4].encode("utf-8", "replace")) for text in texts],
+        trainer_state=SimpleNamespace(global_step=0, max_steps=1, epoch=0.0),
+        log_extra=lambda *_: None,
+        log_metric=lambda *_: None,
+        **columns,
+    )
+    return _awaited(result) if inspect.iscoroutine(result) else result
+
+
+def _awaited(coroutine):
+    """The result of an async reward function, also where a notebook's own event loop runs: in another thread."""
+    results = []
+
+    def run() -> None:
+        try:
+            results.append(asyncio.run(coroutine))
+        except Exception as error:
+            results.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if isinstance(results[0], Exception):
+        raise results[0]
+    return results[0]
+
+
+def _scores(func: Callable, rows: list[dict], texts: list[list[str]], problems: dict) -> list[float | None]:
+    """The lowest score of each row's texts; None where it has none."""
+    tries = [_numbers(func, rows, list(batch), problems) for batch in zip(*texts, strict=True)]
+    return [None if None in row else min(row) for row in zip(*tries, strict=True)]
+
+
+def _numbers(func: Callable, rows: list[dict], texts: list[str], problems: dict) -> list[float | None]:
+    nothing = [None] * len(texts)
+    try:
+        values = [None if value is None else float(value) for value in _call(func, rows, texts)]
+    except Exception as error:
+        problems[f"it fails with {type(error).__name__}: {error}"] = None
+        return nothing
+    if len(values) != len(texts):
+        problems[f"it returns {len(values)} scores for {len(texts)} completions; one is wanted for each"] = None
+        return nothing
+    if any(value is not None and not math.isfinite(value) for value in values):
+        problems[f"it returns {next(v for v in values if v is not None and not math.isfinite(v))}, no number"] = None
+    return [value if value is not None and math.isfinite(value) else None for value in values]
+
+
+def _slowest(func: Callable, row: dict, form: str, problems: dict) -> tuple[int, float]:
+    """The size in characters and the milliseconds of the slowest hostile text, of the largest size that was tried."""
+    size = 16.0
+    while True:
+        length = min(round(size), CHARACTERS)
+        worst = max((_milliseconds(func, row, text, problems) for text in _hostile(form, length)), default=0.0)
+        if worst > STOP_MS or (length == CHARACTERS and worst > SLOW_MS):
+            problems[
+                f"it is slow: {worst:,.0f} ms for one text of {length:,} characters (at most {SLOW_MS:.0f} ms for "
+                f"{CHARACTERS:,} is wanted); look for a regular expression that tries again and again, like (a+)+ or "
+                "several .* in a row"
+            ] = None
+        if worst > STOP_MS or length == CHARACTERS:
+            return length, worst
+        size *= 1.25 if size < 200 else 2  # in small steps while an exponential cost could hide
+
+
+def _milliseconds(func: Callable, row: dict, text: str, problems: dict) -> float:
+    best = math.inf
+    for _ in range(3):  # other work on the machine makes one measurement long, hardly all three
+        start = time.perf_counter()
+        try:
+            _call(func, [row], [text])
+        except Exception as error:
+            problems[f"it fails on unusual text with {type(error).__name__}: {str(error)[:200]}"] = None
+        best = min(best, 1e3 * (time.perf_counter() - start))
+        if best <= SLOW_MS or best > 4 * STOP_MS:
+            break
+    return best
+
+
+# ---- judging them ----
+
+
+def _mean(scores: Sequence[float | None]) -> float | None:
+    known = [score for score in scores if score is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _shown(mean: float | None) -> str:
+    return "–" if mean is None else f"{mean:.3f}".rstrip("0").rstrip(".")
+
+
+def _suspicions(scores: dict[str, list[float | None]]) -> Iterator[str]:
+    """What is suspicious about one function's scores."""
+    means = {kind: mean for kind, values in scores.items() if (mean := _mean(values)) is not None}
+    if not means:
+        yield "it scores nothing at all (None everywhere, or failures)"
+        return
+    right, wrong = means.get(RIGHT), means.get(WRONG)
+    values = {value for kind in scores.values() for value in kind if value is not None}
+    if len(values) == 1:
+        yield f"it is constant: {_shown(values.pop())} for every text, so all advantages are 0 and it teaches nothing"
+        return
+    if right is None or wrong is None:
+        return
+    if wrong > right:
+        yield f"it pays more for a wrong answer ({_shown(wrong)}) than for the right one ({_shown(right)})"
+    if 0 < means.get(EMPTY, 0) < right:
+        yield f"it pays {_shown(means[EMPTY])} for an empty text"
+    yield from _gamed(means)
+
+
+def _gamed(means: dict[str, float]) -> Iterator[str]:
+    """The texts without a right answer of one's own that pay as much as one."""
+    right, judges = means[RIGHT], means[RIGHT] > means[WRONG]
+    holes = []
+    for kind in (EMPTY, ONLY_TAGS, REPEATED, *HEDGES):
+        # what does not judge answers (a form, a penalty) may pay the same for all of them, but not for none
+        too_much = kind != REPEATED if judges else kind in (EMPTY, ONLY_TAGS) and right > 0
+        score = means.get(kind, -math.inf)
+        if score > right or (score == right and too_much):
+            holes.append(f"{kind} ({_shown(score)})")
+    if holes:
+        yield f"it can be gamed: a right answer scores {_shown(right)}, and no less: {', '.join(holes)}"
+
+
+def _suspicions_of_all(scores: dict[str, dict[str, list[float | None]]]) -> list[str]:
+    """What is suspicious about the sum of all functions, which is what a model is trained on."""
+    means = {kind: [_mean(values.get(kind, [])) or 0.0 for values in scores.values()] for kind in KINDS}
+    total = {kind: sum(parts) for kind, parts in means.items()}
+    if total[RIGHT] <= total[WRONG]:
+        return [
+            f"all together: a right answer ({_shown(total[RIGHT])}) pays no more than a wrong one in the same form "
+            f"({_shown(total[WRONG])}), so being right cannot be learned"
+        ]
+    return [f"all together: {text}" for text in _gamed(total)] if len(scores) > 1 else []

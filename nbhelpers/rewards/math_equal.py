@@ -1,0 +1,164 @@
+"""Whether two answers are the same mathematics: 1/2, 0.5 and \\frac12. By math-verify, in a process that can be killed.
+
+Deciding equality can take for ever (9^{9^{9^9}} has more digits than the universe has room for), and Python cannot
+stop its own thread in the middle of one big number. So a second process does it: started on first use, kept, and
+killed when it is late. It never sees the notebook's memory and is not given more than a few hundred characters.
+"""
+
+import atexit
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from nbhelpers import host
+
+from .answers import same
+
+PROGRAM = Path(__file__).with_name("math_worker.py")
+SECONDS = 3.0  # for one comparison; most take a few milliseconds
+START_SECONDS = 120.0  # importing sympy takes one second, on a cold and busy disk many
+CHARACTERS, DEPTH, WORDS = 200, 8, 6  # an answer beyond any of these is no short piece of mathematics
+
+_PARTS = re.compile(r"(?P<escape>\\[A-Za-z]+|\\.)|(?P<open>[({\[])|(?P<close>[)}\]])|(?P<word>[^\W\d_]{2,})", re.DOTALL)
+
+
+def comparable(answer: str) -> bool:
+    """Whether an answer is given to the parser: short, its braces closed, not deeply nested, not prose.
+
+    Nested brackets and prose are what the grammar is slowest at: seconds for a hundred characters.
+    """
+    if not answer.strip() or len(answer) > CHARACTERS:
+        return False
+    depth = words = braces = 0
+    for match in _PARTS.finditer(answer):
+        depth += (match["open"] is not None) - (match["close"] is not None)
+        words += match["word"] is not None
+        braces += (match[0] == "{") - (match[0] == "}")
+        if depth > DEPTH or words > WORDS or braces < 0:
+            return False
+    return braces == 0
+
+
+class Worker:
+    """One process that compares answers, and the same one for every call. Safe to use from any thread.
+
+    Args:
+        seconds (`float`): Time for one comparison; the process is killed when it takes longer.
+        program (`Path`): What it runs.
+    """
+
+    def __init__(self, seconds: float = SECONDS, program: Path = PROGRAM):
+        self.seconds, self.program = seconds, program
+        self.process: subprocess.Popen | None = None
+        self.lock = threading.Lock()
+        atexit.register(self.close)
+
+    def equal(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Whether in each pair (right answer, found answer) the second is equal to the first.
+
+        A comparison that is late, or that kills its process in another way, is False; the others are not affected.
+
+        Raises:
+            host.CannotRun: If math-verify is not installed, or its process does not start.
+        """
+        with self.lock:
+            verdicts = {pair: self._compare(*pair) for pair in dict.fromkeys(pairs)}
+        return [verdicts[pair] for pair in pairs]
+
+    def close(self) -> None:
+        """End the process; the next comparison starts another."""
+        process, self.process = self.process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):  # what was still to be written has no reader any more
+                    pipe.close()
+
+    def _compare(self, gold: str, found: str) -> bool:
+        # In a fork (accelerate's notebook launcher) the process is nobody's child, so poll() calls it gone: each rank
+        # starts its own, and no answers are mixed.
+        if self.process is None or self.process.poll() is not None:
+            self._start()
+        return self._ask([gold, found], self.seconds) is True
+
+    def _start(self) -> None:
+        self.close()
+        host.require("math-verify")
+        command = [sys.executable, "-B", str(self.program)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            encoding="utf-8", creationflags=subprocess.CREATE_NO_WINDOW if sys.platform == "win32" else 0,
+        )  # fmt: skip
+        # The worker ends itself a little after the time when we should have killed it.
+        hello = {"path": [p for p in sys.path if p], "seconds": self.seconds + 5, "start_seconds": START_SECONDS}
+        problem = self._ask(hello, START_SECONDS, late="it ended, or took too long to start")
+        if problem is not None:
+            self.close()
+            raise host.CannotRun(
+                f"math-verify's process does not work ({problem}). In a notebook cell: "
+                f"%{host.INSTALL['math-verify']}. Or use rewards.correctness, which needs no process"
+            )
+
+    def _ask(self, line: list | dict, seconds: float, late: str | None = None):
+        """The answer to one line; `late` if the process was killed over it."""
+        process, killed = self.process, threading.Event()
+
+        def kill() -> None:
+            killed.set()
+            process.kill()
+
+        timer = threading.Timer(seconds, kill)
+        timer.start()
+        try:
+            process.stdin.write(json.dumps(line) + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except OSError:  # it ended before it read the line
+            answer = ""
+        except BaseException:  # the stop button: the answer to come must not be taken for the next one's
+            self.close()
+            raise
+        finally:
+            timer.cancel()
+            timer.join()
+        if killed.is_set() or not answer.endswith("\n"):
+            self.close()
+            return late
+        return json.loads(answer)
+
+
+_worker = Worker()
+
+
+def equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
+    """Whether in each pair (right answer, found answer) both are the same mathematics.
+
+    Text that is equal, and decimals of one value, need no parser; nor does what `comparable` refuses, which is
+    unequal. The rest is compared by math-verify: fractions, roots, percentages, sets, intervals, formulas.
+
+    Args:
+        pairs (`Sequence[tuple[str, str]]`): LaTeX, with or without dollar signs, or plain numbers.
+
+    Returns:
+        `list[bool]`
+
+    Raises:
+        host.CannotRun: If math-verify is needed and not installed, or its process does not start.
+
+    Example:
+    >>> equal([("1/2", "0.5"), ("1/2", r"\\frac12"), ("1/2", r"\\frac13")])
+    [True, True, False]
+    """
+    verdicts = [same(found, gold) for gold, found in pairs]
+    asked = [
+        i for i, verdict in enumerate(verdicts) if not verdict and comparable(pairs[i][0]) and comparable(pairs[i][1])
+    ]
+    for i, verdict in zip(asked, _worker.equal([pairs[i] for i in asked]), strict=True):
+        verdicts[i] = verdict
+    return verdicts

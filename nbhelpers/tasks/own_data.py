@@ -1,0 +1,60 @@
+"""The reader's own questions: a file, a pandas frame or a data set on the hub."""
+
+from pathlib import Path
+
+from .sources import open_source
+from .task import SYSTEM_PROMPT, Task, Unusable, collect, text_of
+from .task import split as split_by_hash
+
+
+def from_data(
+    source,
+    tokenizer=None,
+    *,
+    question: str = "question",
+    answer: str = "answer",
+    system_prompt: str | None = SYSTEM_PROMPT,
+    max_prompt_length: int | None = None,
+    test_share: float = 0.2,
+    config: str | None = None,
+    split: str = "train",
+    n: int | None = None,
+) -> Task:
+    """The reader's own questions.
+
+    Rows that cannot be used are left out, and `Task.dropped` says which and why: no question, no answer, a question
+    that occurs twice, a comma without quotes, and, with a `tokenizer`, a prompt that is too long.
+
+    Args:
+        source (`str`, `Path` or `pandas.DataFrame`): A .csv, .jsonl, .json or .parquet file, a folder with a file
+            `split` of one of these kinds, a frame, or the id of a data set on the hub (owner/name).
+        tokenizer (*optional*): The model's; then prompts are measured.
+        question, answer (`str`): The columns.
+        system_prompt (`str`, *optional*): Stands before each question. The default asks for the form that the
+            format rewards look for; `evaluate.ask` wants the same one. None for no system message.
+        max_prompt_length (`int`, *optional*): Tokens; the default is all that the tokenizer's model takes.
+        test_share (`float`): Held out, chosen by hash of the question.
+        config, split (`str`): Which part of a data set on the hub.
+        n (`int`, *optional*): Only the first n usable rows; from the hub no more than needed are fetched.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: another kind of file, broken JSON or CSV (with the line), a missing
+        column (with those found), or fewer than two usable rows. ConnectionError: the hub is out of reach.
+    """
+    opened = open_source(source, (question, answer), config=config, split=split, stream=n is not None)
+
+    def read(row: dict) -> tuple[str, str]:
+        if row.get(None):  # where csv.DictReader puts what is left of a row
+            raise Unusable("more fields than columns; a text with a comma in it needs quotes around it")
+        return text_of(row.get(question), "question"), text_of(row.get(answer), "answer")
+
+    rows, dropped = collect(
+        opened.rows, read, opened.name, unit=opened.unit, tokenizer=tokenizer, system_prompt=system_prompt,
+        max_prompt_length=max_prompt_length, n=n,
+    )  # fmt: skip
+    return split_by_hash(Path(opened.name).stem, rows, dropped, test_share)
+
+
+def from_file(path: str | Path, **options) -> Task:
+    """`from_data` for a file: a name that is not there is a missing file and never a data set on the hub."""
+    return from_data(Path(path), **options)

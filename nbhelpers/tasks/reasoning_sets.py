@@ -1,0 +1,106 @@
+"""The reasoning data sets that people use, as prompts with answers that can be checked: a table and one reader.
+
+GRPO needs no reasoning to copy, so of each row only the question and the final answer are taken. The columns and
+configs in the table are those of the data sets' cards; read here were rows of the same schemas that the project wrote
+itself. The real sets on the hub have not been run.
+"""
+
+from dataclasses import dataclass
+
+from nbhelpers.rewards.answers import extract_boxed
+
+from .sources import open_source
+from .task import SYSTEM_PROMPT, Task, Unusable, collect, split, text_of
+
+_USER, _ASSISTANT = ("user", "human"), ("assistant", "gpt")
+_UNKNOWN = ("proof", "notfound")  # what NuminaMath, and so its heirs, write where there is no final answer
+
+
+@dataclass(frozen=True)
+class ReasoningSet:
+    """Where a data set is and which columns matter. A column may hold text or a whole chat."""
+
+    hub_id: str
+    config: str | None
+    question: str  # column; of a chat the user's turn
+    answer: tuple[str, ...]  # columns, the first that has an answer counts; of a chat the assistant's turn
+    boxed: bool  # whether the answer is the last \boxed{...} of the text, or the whole of it
+    instruction: str = ""  # what the set puts before each question and the system prompt says here
+
+
+SETS = {
+    "limo": ReasoningSet("GAIR/LIMO", None, "question", ("answer",), False),
+    "openr1-math": ReasoningSet("open-r1/OpenR1-Math-220k", "default", "problem", ("answer",), False),
+    "openthoughts": ReasoningSet(
+        "open-thoughts/OpenThoughts-114k", "metadata", "problem", ("ground_truth_solution", "deepseek_solution"), True
+    ),
+    "bespoke-stratos": ReasoningSet(
+        "bespokelabs/Bespoke-Stratos-17k", None, "conversations", ("conversations",), True,
+        instruction=r"Return your final response within \boxed{}.",
+    ),
+    "deepscaler": ReasoningSet("agentica-org/DeepScaleR-Preview-Dataset", None, "problem", ("answer",), False),
+    "dolphin-r1": ReasoningSet("cognitivecomputations/dolphin-r1", "reasoning-deepseek", "messages", ("answer",), True),
+    "r1-distill": ReasoningSet(
+        "ServiceNow-AI/R1-Distill-SFT", "v0", "problem", ("solution", "reannotated_assistant_content"), True
+    ),
+}  # fmt: skip
+
+
+def reasoning(
+    name: str,
+    tokenizer=None,
+    *,
+    source=None,
+    n: int | None = 2000,
+    system_prompt: str | None = SYSTEM_PROMPT,
+    max_prompt_length: int | None = None,
+    test_share: float = 0.2,
+) -> Task:
+    r"""The first `n` usable questions of a reasoning data set, a share of them held out by hash of the question.
+
+    Left out, with the reason in `Task.dropped`: rows without an answer that can be checked (no \boxed{...} in a
+    solution, a proof, code), chats of several turns, repeated questions and, with a `tokenizer`, long prompts.
+
+    Args:
+        name (`str`): One of "limo" (817 rows), "openr1-math" (94 thousand), "openthoughts" (114), "bespoke-stratos"
+            (17), "deepscaler" (40), "dolphin-r1" (300), "r1-distill" (172; for non-commercial use).
+        source (*optional*): A copy instead of the hub: a file, a folder with train.parquet, .jsonl or .csv, a frame.
+        n (`int`, *optional*): From the hub only so many rows are fetched. None takes, and downloads, them all.
+        max_prompt_length (`int`, *optional*): Tokens; the default is all that the tokenizer's model takes.
+
+    Raises:
+        ValueError: no such name, a missing column (with those found), fewer than two usable rows. ConnectionError:
+        the hub is out of reach.
+    """
+    if name not in SETS:
+        raise ValueError(f"there is no reasoning set {name!r}; there are {', '.join(SETS)}")
+    spec = SETS[name]
+    opened = open_source(
+        spec.hub_id if source is None else source, (spec.question, *spec.answer), config=spec.config,
+        stream=n is not None,
+    )  # fmt: skip
+    rows, dropped = collect(
+        opened.rows, lambda row: _read(row, spec), opened.name, unit=opened.unit, tokenizer=tokenizer,
+        system_prompt=system_prompt, max_prompt_length=max_prompt_length, n=n,
+    )  # fmt: skip
+    return split(name, rows, dropped, test_share)
+
+
+def _read(row: dict, spec: ReasoningSet) -> tuple[str, str]:
+    question = _turn(row[spec.question], _USER, spec.question).removeprefix(spec.instruction).strip()
+    for column in spec.answer:
+        text = _turn(row[column], _ASSISTANT, column)
+        answer = extract_boxed(text) if spec.boxed else text
+        if answer and answer.lower() not in _UNKNOWN:
+            return question, answer
+    raise Unusable(rf"no \boxed{{...}} in its {' or '.join(spec.answer)}" if spec.boxed else "no answer to check")
+
+
+def _turn(cell, roles: tuple[str, ...], column: str) -> str:
+    """The text of a cell, or of the one turn of these roles in a chat ({role, content} or {from, value})."""
+    if not isinstance(cell, list):
+        return text_of(cell, column)
+    turns = [turn.get("content", turn.get("value")) for turn in cell if turn.get("role", turn.get("from")) in roles]
+    if len(turns) != 1:
+        raise Unusable(f"its {column} has {len(turns)} turns of the {roles[0]}, and one is wanted")
+    return text_of(turns[0], column)

@@ -1,0 +1,123 @@
+"""What every task is made of: a question as chat messages, the right answer as text, and what had to be left out.
+
+A task is two `datasets.Dataset`s, train and test. A row holds `prompt`, a list of chat messages (system, user), and
+`answer`, the right answer as a string; TRL hands both, and any other column, to the reward functions.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+
+from nbhelpers.models.chat import prompt_ids
+
+from .preview import Preview
+
+SYSTEM_PROMPT = "Think first. Answer as <reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>"
+
+
+class Unusable(Exception):
+    """Raised by a `read` function for a row that is left out; its text is the reason."""
+
+
+@dataclass
+class Task:
+    """Train and test rows of one task, and what was left out of them and why."""
+
+    name: str
+    train: "datasets.Dataset"  # noqa: F821  columns: prompt (list of messages), answer (str)
+    test: "datasets.Dataset"  # noqa: F821
+    dropped: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {len(self.train)} questions to train on, {len(self.test)} held out"]
+        return "\n".join(lines + self.dropped)
+
+    def preview(self, tokenizer, n: int = 3, *, most: int = 2000) -> Preview:
+        """What the model really reads: the tokens of the first `n` training prompts, how long the first `most` are, and
+        the rows left out. The last line of a notebook cell shows it; `print` does too."""
+        rows = list(islice(self.train, most))
+        ids = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
+        shown = [(row["answer"], tokens) for row, tokens in zip(rows[:n], ids, strict=False)]
+        return Preview.of(self.name, tokenizer, shown, [len(tokens) for tokens in ids], len(self.train), self.dropped)
+
+
+def messages(question: str, system_prompt: str | None = SYSTEM_PROMPT) -> list[dict[str, str]]:
+    """One question as the chat messages that training, evaluation and probes all use."""
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    return [*system, {"role": "user", "content": question}]
+
+
+def collect(
+    rows: Iterable[tuple[int, dict]],
+    read: Callable[[dict], tuple[str, str]],
+    where: str,
+    *,
+    unit: str = "row",
+    tokenizer=None,
+    system_prompt: str | None = SYSTEM_PROMPT,
+    max_prompt_length: int | None = None,
+    n: int | None = None,
+) -> tuple[list[dict], list[str]]:
+    """The usable rows as {prompt, answer}, at most `n`, and a note for each reason why others were left out.
+
+    Args:
+        rows (`Iterable[tuple[int, dict]]`): Each with its number, as the reader counts: lines of a file, or rows.
+        read (`Callable[[dict], tuple[str, str]]`): Question and answer of a row; may raise `Unusable`.
+        where (`str`): What the notes call the source.
+        max_prompt_length (`int`, *optional*): Tokens; with a tokenizer the default is all that its model takes.
+    """
+    if tokenizer is not None and max_prompt_length is None:
+        max_prompt_length = tokenizer.model_max_length
+    kept: dict[str, dict] = {}
+    dropped: dict[str, list[int]] = {}
+    for number, row in rows:
+        if n is not None and len(kept) >= n:
+            break
+        try:
+            question, answer = read(row)
+            if not question or not answer:
+                raise Unusable(f"no {'answer' if question else 'question'}")
+            if question in kept:
+                raise Unusable("the question occurs twice")
+            prompt = messages(question, system_prompt)
+            if tokenizer is not None and len(prompt_ids(tokenizer, prompt)) > max_prompt_length:
+                raise Unusable(f"the prompt is longer than {max_prompt_length} tokens")
+            kept[question] = {"prompt": prompt, "answer": answer}
+        except Unusable as reason:
+            dropped.setdefault(str(reason), []).append(number)
+    return list(kept.values()), [
+        f"left out {_counted(numbers, unit)} of {where}: {reason}" for reason, numbers in dropped.items()
+    ]
+
+
+def split(name: str, rows: list[dict], dropped: list[str], test_share: float) -> Task:
+    """A task of rows that came in one piece: `test_share` of them, chosen by hash of the question, is held out.
+
+    The hash, not the place: whoever adds rows to a file keeps most of the old ones on their side.
+    Raises ValueError for fewer than two rows.
+    """
+    from datasets import Dataset
+
+    if len(rows) < 2:
+        raise ValueError(
+            f"{name} has {len(rows)} usable questions, and at least 2 are needed (one to train on, one to test): "
+            + ("; ".join(dropped) or "it is empty")
+        )
+    ordered = sorted(rows, key=lambda row: hashlib.sha256(row["prompt"][-1]["content"].encode()).digest())
+    held_out = min(max(1, round(test_share * len(ordered))), len(ordered) - 1)
+    return Task(name, Dataset.from_list(ordered[held_out:]), Dataset.from_list(ordered[:held_out]), dropped)
+
+
+def text_of(cell: object, column: str) -> str:
+    """A cell as text, "" for None and NaN. Raises Unusable for what is neither text nor a number."""
+    if isinstance(cell, (list, dict)):
+        raise Unusable(f"its {column} is a {type(cell).__name__}, not text")
+    if cell is None or cell != cell:
+        return ""
+    return str(cell).strip()
+
+
+def _counted(numbers: list[int], unit: str) -> str:
+    shown = ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
+    return f"{len(numbers)} row{'s' if len(numbers) > 1 else ''} ({unit} {shown})"

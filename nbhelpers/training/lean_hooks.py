@@ -1,0 +1,199 @@
+"""TRL's GRPOTrainer whose log-probabilities and gradients come from the lean step: four of its hooks, no more.
+
+    _compute_loss                           forward AND backward of a batch, micro-batch by micro-batch
+    _get_per_token_logps_and_entropies      without gradients: the "old" and the reference pass
+    training_step                           looks at the gradients before an update is made of them
+    train                                   tries the longest possible batch first
+
+Beside them it adds to `_metrics`, which are logged, and asks `_tokenize_prompts` how long the longest prompt is.
+
+Whatever TRL offers and the lean step does not (`why_not` lists it) goes TRL's own way, and one line says so.
+"""
+
+import torch
+import trl
+from accelerate.utils import DistributedType
+
+from nbhelpers import grpo
+from nbhelpers.memory.micro_batches import OPTIMIZER_BYTES
+
+from . import objective
+from .lean_step import LeanStep, gradients_are_finite, unsupported
+from .packing import unpad
+
+ONE_CARD_EACH = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+SAMPLE = 20_000  # rows of a data set that are looked through for the longest prompt
+
+
+def why_not(trainer: trl.GRPOTrainer) -> str | None:
+    """What of this run the lean step cannot do, in words; None: it does all of it."""
+    args = trainer.args
+    asked = {
+        f"loss_type={args.loss_type!r}": args.loss_type not in grpo.LOSS_TYPES,
+        "an entropy bonus": args.entropy_coef != 0.0 or args.use_adaptive_entropy,
+        "top_entropy_quantile": args.top_entropy_quantile < 1.0,
+        "off_policy_mask_threshold": args.off_policy_mask_threshold is not None,
+        "tools": bool(trainer.tools),
+        "cast_lm_head_to_fp32": args.cast_lm_head_to_fp32,
+        "a mixture of experts' auxiliary loss": trainer.aux_loss_enabled,
+        f"{trainer.accelerator.distributed_type}": trainer.accelerator.distributed_type not in ONE_CARD_EACH,
+    }
+    for what, wanted in asked.items():
+        if wanted:
+            return f"{what} is asked for"
+    return unsupported(trainer.accelerator.unwrap_model(trainer.model))
+
+
+class LeanStepTrainer(trl.GRPOTrainer):
+    """See the module. `trainer.LeanGRPOTrainer` is what people use.
+
+    budget_gb: what torch may allocate for training, weights included, GB; None: what the card has.
+    max_skipped_steps: updates in a row that may be skipped for gradients that are not finite, before the run stops.
+    lean: False leaves everything to TRL, to compare.
+    """
+
+    def __init__(self, *args, budget_gb: float | None = None, max_skipped_steps: int = 10, lean: bool = True, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.budget_gb, self.max_skipped_steps = budget_gb, max_skipped_steps
+        self.skipped_steps = self._skipped_in_a_row = 0
+        self._steps: dict[int, LeanStep] = {}
+        reason = why_not(self) if lean else "lean=False"
+        self.lean = reason is None
+        if lean and not self.lean:
+            print(f"The loss is TRL's own, without the lean step's memory and speed: {reason}.")
+
+    def settings(self) -> objective.Settings:
+        args = self.args
+        return objective.Settings(
+            loss_type=args.loss_type,
+            beta=self.beta,
+            epsilon=self.epsilon_low,
+            epsilon_high=self.epsilon_high,
+            delta=args.delta,
+            importance_sampling_level=self.importance_sampling_level,
+            use_bias_correction_kl=args.use_bias_correction_kl,
+            max_completion_length=self.max_completion_length,
+            correction=args.vllm_importance_sampling_mode if args.vllm_importance_sampling_correction else None,
+            correction_min=args.vllm_importance_sampling_clip_min,
+            correction_max=args.vllm_importance_sampling_clip_max,
+        )
+
+    def _step_of(self, model) -> LeanStep:
+        """The lean step of the policy or of the reference model; made on first use."""
+        model = self.accelerator.unwrap_model(model)
+        if id(model) not in self._steps:
+            self._steps[id(model)] = LeanStep(model, self.budget_gb, self.temperature, self.accelerator.autocast)
+        step = self._steps[id(model)]
+        step.pending = self._pending_optimizer_bytes()
+        return step
+
+    def _pending_optimizer_bytes(self) -> float:
+        """What the optimizer will allocate in its first update."""
+        if self.optimizer is not None and self.optimizer.state:
+            return 0.0
+        name = str(self.args.optim)
+        if "paged" in name:
+            return 0.0
+        kind = "adamw_8bit" if "8bit" in name else "adamw"
+        return OPTIMIZER_BYTES[kind] * sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    # ------------------------------------------------------------------------------------------------- TRL's hooks
+
+    def _compute_loss(self, model, inputs):
+        if not self.lean or "pixel_values" in inputs or "tool_mask" in inputs or inputs["advantages"].dim() != 1:
+            return super()._compute_loss(model, inputs)
+        training = self.model.training
+        mode = "train" if training else "eval"
+        accumulation = self.current_gradient_accumulation_steps if training else 1.0
+        items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if training:  # TRL counts the items of a whole rollout; an update uses this share of it
+            items = items * accumulation / self.args.steps_per_generation
+        settings = self.settings()
+        backward = self.accelerator.backward if training else None
+        outcome = objective.run(self._step_of(model), inputs, settings, accumulation, items, backward)
+        if training and self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
+            for parameter in model.parameters():  # the walk does not go through DDP's forward, so DDP does not do it
+                if parameter.requires_grad:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        found = objective.metrics(outcome, inputs, settings, self.accelerator.reduce, self.accelerator.gather)
+        for name, value in found.items():
+            self._metrics[mode][name].append(value)
+        # the gradients are in place: what TRL calls backward on is a number of its own
+        return outcome.loss.requires_grad_() if training else outcome.loss
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
+    ):
+        more = [name for name, value in kwargs.items() if value is not None and value is not False]
+        if not self.lean or torch.is_grad_enabled() or more:
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
+            )
+        ids, mask = (
+            (tensor[:, :-logits_to_keep], tensor[:, -logits_to_keep:]) for tensor in (input_ids, attention_mask)
+        )
+        rows = unpad(ids[0], mask[0], ids[1], mask[1])
+        logps, entropies = self._step_of(model).score(rows, tuple(ids[1].shape))
+        return logps, entropies if compute_entropy else None, None
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._look_at_gradients()
+        return loss
+
+    def _look_at_gradients(self) -> None:
+        """Skip an update whose gradients are not finite; FloatingPointError after too many of them in a row."""
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        name = gradients_are_finite(named)
+        if name is None:
+            self._skipped_in_a_row = 0
+        else:
+            self.skipped_steps += 1
+            self._skipped_in_a_row += 1
+            scaler = self.accelerator.scaler
+            scale = "" if scaler is None else f" (fp16's loss scale is {scaler.get_scale():g} and will be halved)"
+            print(f"Step {self.state.global_step + 1} is skipped: the gradient of {name} is not finite{scale}.")
+            if self._skipped_in_a_row >= self.max_skipped_steps:
+                raise FloatingPointError(
+                    f"the gradients were not finite {self._skipped_in_a_row} times in a row, the last time first in "
+                    f"{name}: lower learning_rate, or compute in bf16 if the card can (bf16=True, fp16=False); the "
+                    "newest checkpoint is from before"
+                )
+            if scaler is None:  # the scaler skips by itself, and has to see why
+                for _, parameter in named:
+                    parameter.grad = None
+        self._metrics["train"]["skipped_steps"].append(float(self.skipped_steps))
+
+    def train(self, *args, **kwargs):
+        """The longest batch that this run can meet goes first, on made-up tokens, then TRL's own `train`."""
+        if self.lean:
+            self.rehearse()
+        return super().train(*args, **kwargs)
+
+    def rehearse(self) -> None:
+        """CannotFit, or torch's out-of-memory error, before the first step instead of at step 200.
+
+        On a CPU without a budget there is nothing to find out, and nothing is done.
+        """
+        if not torch.cuda.is_available() and self.budget_gb is None:
+            return
+        if self.accelerator.num_processes > 1:  # what carries gradients takes its memory when it is first used
+            self.accelerator.reduce(torch.zeros(1, device=self.accelerator.device))
+        step = self._step_of(self.model)
+        step.rehearse(
+            self.args.per_device_train_batch_size, self.num_generations, self._longest_prompt(),
+            self.max_completion_length,
+        )  # fmt: skip
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _longest_prompt(self) -> int:
+        """Tokens of the longest prompt among the first rows of the data set, by its 8 longest in characters."""
+        prompts = []
+        for row in self.train_dataset:
+            prompts.append(row["prompt"])
+            if len(prompts) == SAMPLE:
+                break
+        longest = sorted(prompts, key=lambda prompt: len(str(prompt)))[-8:]
+        return max(len(ids) for ids in self._tokenize_prompts(longest)[0])

@@ -1,0 +1,200 @@
+"""`LeanGRPOTrainer`: TRL's GRPOTrainer with defaults that fit the machine, clear errors, and nothing lost on a stop.
+
+With lean.py, which has the lean step's hooks, and resume.py, which has those of checkpoints, the only file that touches
+TRL's private parts. Here these are: `_logs`, the newest rollout, read for what the panel shows, and
+`_generate_single_turn`, where the engine writes the completions.
+"""
+
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+import trl
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, PrinterCallback
+from trl.extras.profiling import profiling_context
+
+from nbhelpers import engines, gpu, panel
+from nbhelpers.rewards import Sample, text_of
+from nbhelpers.rewards.guard import guard_all
+
+from .lean_hooks import ONE_CARD_EACH
+from .resume_hooks import ResumingTrainer
+
+TESTED_TRL = ("1.16", "1.17")  # from, up to but not including
+
+
+def precision() -> dict[str, bool]:
+    """The arguments of a GRPOConfig that decide the arithmetic: bf16 from Ampere on, fp16 on a T4, fp32 on a CPU.
+
+    TRL's own default is bf16 wherever fp16 is not asked for, which a T4 does not have and a CPU refuses.
+    """
+    dtype = gpu.compute_dtype()
+    return {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, "use_cpu": dtype == torch.float32}
+
+
+@dataclass
+class LeanGRPOConfig(trl.GRPOConfig):
+    """TRL's GRPOConfig whose unset precision is this machine's, that logs every step and reports to no service.
+
+    No gradient checkpointing: the lean step decides for each layer what to keep and what to compute again.
+
+    Where engine and trainer disagree about a token's probability, that token's loss is weighed by their ratio. TRL's
+    own default weighs a completion by the product of its tokens' ratios, which makes a factor of mere rounding: 0.3 to
+    1.9 in bf16 at 256 tokens (rows `first_loss_...` of benchmarks/results/vllm.json), and worse the longer the text.
+
+    A checkpoint every 20 steps, the newest two kept: on a T4, where a step takes tens of seconds, a killed run costs
+    minutes, and a LoRA's checkpoint is a few dozen MB. transformers' own default, 500, is longer than most runs here.
+    The folder must outlive the machine: on Colab one on Google Drive, on Kaggle below /kaggle/working with
+    Persistence set to "Files only".
+    """
+
+    gradient_checkpointing: bool = False
+    vllm_importance_sampling_mode: str = "token_truncate"
+    logging_steps: float = 1
+    report_to: str | list[str] | None = "none"
+    save_steps: float = 20
+    save_total_limit: int | None = 2
+
+    def __post_init__(self):
+        if self.bf16 is None and not self.fp16:
+            for name, value in precision().items():
+                setattr(self, name, value)
+        if self.use_cpu:
+            self.dataloader_pin_memory = False  # there is no card to pin for, and torch warns at each step
+        with warnings.catch_warnings():  # TRL sets gradient_checkpointing, which transformers 5.23 calls deprecated
+            warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
+            super().__post_init__()
+
+
+def check(model, train_dataset, args) -> None:
+    """Refuse, before anything is computed, what would fail late or train nothing without a word.
+
+    Raises ValueError: no or empty dataset, no `prompt` column, no trainable parameter, fp16 masters under fp16.
+    """
+    if train_dataset is None or (hasattr(train_dataset, "__len__") and len(train_dataset) == 0):
+        raise ValueError("train_dataset is empty: GRPO would stop at once and call it a success. Check the task's rows")
+    if train_dataset.column_names is not None and "prompt" not in train_dataset.column_names:
+        raise ValueError(
+            f"train_dataset has the columns {', '.join(train_dataset.column_names)} but no 'prompt': "
+            "build it with nbhelpers.tasks, or rename your column"
+        )
+    if isinstance(model, str):
+        return
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("no parameter of the model is trainable: load it with lora_rank > 0, or with lora_rank=0 and "
+                         "quantization='none' to train all of it")  # fmt: skip
+    halves = [name for name, p in trained if p.dtype == torch.float16]
+    if args.fp16 and halves:
+        raise ValueError(
+            f"fp16 training needs fp32 master weights, but {len(halves)} trainable parameters are fp16, the first is "
+            f"{halves[0]}: load the model with nbhelpers.loader.load, or cast them with .float()"
+        )
+
+
+class LeanGRPOTrainer(ResumingTrainer):
+    """TRL's GRPOTrainer, made for one small machine. Takes TRL's arguments; these things differ:
+
+    - the precision is this machine's when `args` is a `LeanGRPOConfig` (or None);
+    - reward functions are guarded (`guard.guard_all`): a wrong length is refused by name; one exception or NaN costs
+      one batch's rows of that function, not the run;
+    - `state.samples` holds the newest rollout as `Sample`s, for callbacks such as `panel.Live`;
+    - log-probabilities and gradients come from the lean step (`step.LeanStep`), within `budget_gb` if that is given;
+      `max_skipped_steps` updates in a row may be skipped for gradients that are not finite (`lean.LeanStepTrainer`);
+    - completions are written by `engine`: "auto", "graph", "vllm", "hf" (see `engines.choose`) or an `engines.Engine`,
+      from the weights that are trained; `engine=None` leaves it to TRL, as does what only TRL can (`use_vllm=True`);
+    - an interrupt (Ctrl-C, the notebook's stop button) or an error saves what was learned to `args.output_dir`;
+      after an interrupt `train()` returns as if the run had ended, so the next cell works;
+    - checkpoints are complete or absent, and `train(resume_from_checkpoint="auto")` goes on from the newest one as
+      if nothing had happened: the same prompts, seeds and updates, in a later epoch and inside a rollout too.
+    """
+
+    def __init__(self, model, reward_funcs, args: trl.GRPOConfig | None = None, train_dataset=None, *,
+                 engine="auto", **kwargs):  # fmt: skip
+        installed = version("trl")
+        if not TESTED_TRL[0] <= installed < TESTED_TRL[1]:
+            warnings.warn(f"trl {installed} is outside the tested range {TESTED_TRL[0]}.*: pip install 'trl==1.16.*'",
+                          stacklevel=2)  # fmt: skip
+        if args is None:
+            args = LeanGRPOConfig("runs/grpo")
+        check(model, train_dataset, args)
+        funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        masters = {} if isinstance(model, str) else {p: p.data for p in model.parameters() if p.requires_grad}
+        super().__init__(model, guard_all(funcs), args=args, train_dataset=train_dataset, **kwargs)
+        for parameter, data in masters.items():  # TRL casts a 4-bit model's adapter to bf16, even on a T4 or a CPU,
+            parameter.data = data.to(parameter.device)  # where a step of 1e-5 is rounded away
+        self.engine = self._engine(engine)
+        for live in [callback for callback in self.callback_handler.callbacks if isinstance(callback, panel.Live)]:
+            live.engine = self.engine  # its probes are asked with what writes the completions
+            for other in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # one updating output, not two
+                self.remove_callback(other)
+
+    def _engine(self, engine) -> engines.Engine | None:
+        """The engine that writes the completions; None: TRL does."""
+        args, kind = self.args, self.accelerator.distributed_type
+        asked = {
+            "use_vllm=True": args.use_vllm,
+            "use_transformers_continuous_batching=True": args.use_transformers_continuous_batching,
+            "generation_kwargs": bool(args.generation_kwargs),
+            "cache_implementation": args.cache_implementation is not None,
+            f"{kind}": kind not in ONE_CARD_EACH,
+        }
+        why = next((name for name, wanted in asked.items() if wanted), None)
+        if engine is None or why is not None:
+            if why is not None and engine not in ("auto", None):
+                raise ValueError(f"engine={engine!r} and {why} exclude each other: leave one of them out")
+            print(f"engine: TRL's own, for {why or 'engine=None'}")
+            return None
+        model = self.accelerator.unwrap_model(self.model)
+        known = {}
+        if engine == "vllm":  # takes its memory once and for all
+            known["rows"] = args.per_device_train_batch_size * args.steps_per_generation
+            known["max_length"] = self._longest_prompt() + self.max_completion_length
+        chosen = engines.choose(engine, model, self._tokenizer, budget_gb=self.budget_gb, **known)
+        if chosen.name != "vllm":
+            gpu.grow_blocks()
+        return chosen
+
+    def _step_of(self, model):
+        step = super()._step_of(model)
+        step.asleep = 0 if self.engine is None else self.engine.asleep
+        return step
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        """TRL's hook: token ids of a completion for each prompt, and the log-probabilities they were drawn with."""
+        if self.engine is None or images is not None or multimodal_fields:
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+            )
+        n = num_generations  # the prompts of a group come one after another: each is computed once
+        grouped = all(prompt_ids[i] == prompt_ids[i - i % n] for i in range(len(prompt_ids)))
+        n = n if grouped and len(prompt_ids) % n == 0 else 1
+        # processes must not draw alike: with few prompts a group is spread over them
+        seed = int(torch.randint(2**62, ())) + self.accelerator.process_index
+        sampling = engines.Sampling(
+            self.max_completion_length, num_generations=n, temperature=self.temperature, top_k=max(0, self.top_k or 0),
+            top_p=self.top_p, min_p=self.min_p or 0.0, repetition_penalty=self.repetition_penalty,
+            stop_ids=tuple(self.eos_token_ids), seed=seed,
+        )  # fmt: skip
+        with profiling_context(self, f"engine.{self.engine.name}"):
+            written = self.engine.generate(prompt_ids[::n], sampling)
+        return [completion.token_ids for completion in written], [completion.logprobs for completion in written]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self.state.samples = self.samples()
+        super().log(logs, start_time)
+
+    def samples(self) -> list[Sample]:
+        """The newest rollout of all processes: prompt, completion, reward by function and advantage of each row."""
+        names = list(self._logs["rewards"])
+        columns = (
+            self._logs["prompt"],
+            self._logs["completion"],
+            self._logs["advantages"],
+            *self._logs["rewards"].values(),
+        )
+        return [
+            Sample(text_of(prompt), text_of(completion), dict(zip(names, scores, strict=True)), advantage)
+            for prompt, completion, advantage, *scores in zip(*columns, strict=False)
+        ]

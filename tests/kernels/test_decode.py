@@ -1,0 +1,229 @@
+"""The decoding kernels against plain torch, in Triton's interpreter; `check_on` runs the same on a GPU."""
+
+from importlib import import_module
+
+import interpreter  # first: before anything that imports triton
+import ptx
+import pytest
+import torch
+
+from nbhelpers import kernels
+from nbhelpers.kernels import Projection
+
+
+def attention_case(
+    rows, heads, kv_heads, dim, positions, window=None, dtype=torch.float32, device="cpu", layer=1, rotary=None
+):
+    """(arguments, what a copy of the cache holds in its stead) with more rows in the cache than in the batch."""
+    generator = torch.Generator().manual_seed(0)
+    cache = torch.randn(2, 2, rows + 1, kv_heads, 48, dim, generator=generator).to(device, dtype)
+    # as a projection leaves them: [B, 1, heads * D] seen as [B, heads, 1, D]
+    q, k, v = (
+        torch.randn(rows, 1, n * dim, generator=generator).to(device, dtype).unflatten(-1, (n, dim)).transpose(1, 2)
+        for n in (heads, kv_heads, kv_heads)
+    )
+    angles = torch.rand(rows, 1, (rotary or dim) // 2, generator=generator).repeat(1, 1, 2) * 6
+    cos, sin = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+    strides = cache.stride()
+    table = torch.tensor([cache.data_ptr(), strides[0], strides[2], strides[3]], device=device)
+    positions = torch.tensor(positions, device=device)
+    return (q, k, v, cos, sin, cache, table, layer, positions, int(positions.max()) + 1, dim**-0.5, window)
+
+
+def check_attention(tolerance=1e-5, **case):
+    ours, truth = attention_case(**case), attention_case(**case)
+    with kernels.use("triton"):
+        got = kernels.decode_attention(*ours)
+    with kernels.use("torch"):
+        wanted = kernels.decode_attention(*truth)
+    torch.testing.assert_close(got, wanted, atol=tolerance, rtol=tolerance)
+    # the cache: K and V of the new token at its place, and nothing else
+    torch.testing.assert_close(ours[5], truth[5], atol=tolerance, rtol=tolerance)
+    assert ((ours[5] != attention_case(**case)[5]).sum((-2, -1)) <= case["dim"]).all()
+
+
+CASES = [
+    {"rows": 3, "heads": 6, "kv_heads": 2, "dim": 16, "positions": [0, 17, 40]},
+    {"rows": 2, "heads": 4, "kv_heads": 4, "dim": 24, "positions": [5, 33], "rotary": 16},
+    {"rows": 3, "heads": 8, "kv_heads": 1, "dim": 32, "positions": [47, 3, 16], "window": 7},
+    {"rows": 1, "heads": 2, "kv_heads": 1, "dim": 64, "positions": [30], "window": 100, "layer": 0},
+    {"rows": 2, "heads": 4, "kv_heads": 2, "dim": 16, "positions": [9, 21], "dtype": torch.float16, "tolerance": 2e-3},
+]
+
+
+@pytest.fixture(params=[False, True], ids=["sums", "dot"])
+def dot(request, monkeypatch):
+    """With tl.dot, as from Ampere on, or without."""
+    for name in ("decode_attention", "decode_linear", "nf4_few_rows"):
+        module = import_module(f"nbhelpers.kernels.triton.{name}")  # the package has functions of the first two names
+        monkeypatch.setattr(module, "tensor_cores", lambda device: request.param)
+    return request.param
+
+
+class TestAttention:
+    __test__ = interpreter.ON
+
+    @pytest.mark.parametrize("splits", [1, 4])
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_equals_torch(self, case, splits, dot, monkeypatch):
+        module = import_module("nbhelpers.kernels.triton.decode_attention")
+        monkeypatch.setattr(module, "splits_for", lambda rows, kv_heads: splits)
+        monkeypatch.setattr(module, "TILE", 1024)  # several blocks a split
+        monkeypatch.setattr(module, "BLOCK", 16)
+        check_attention(**case)
+
+
+class TestDraw:
+    __test__ = interpreter.ON
+
+    @pytest.mark.parametrize("words", [37, 5000])
+    def test_the_same_words_as_torch(self, words):
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(20, words + 3, generator=generator)[:, :words] * 3
+        logits[:, 5] = float("-inf")
+        logits[3, : words - 1] = float("-inf")
+        seeds, counters = torch.randint(2**62, (20,), generator=generator), torch.arange(20) * 7
+        with kernels.use("triton"):
+            token, logp = kernels.draw(logits, seeds, counters)
+        wanted, wanted_logp = kernels.draw(logits, seeds, counters)
+        assert torch.equal(token, wanted) and len(set(token.tolist())) > 10
+        torch.testing.assert_close(logp, wanted_logp, atol=2e-5, rtol=1e-5)
+
+
+def projections(rank, width, outs, dtype=torch.float32, nf4=False, bias=True, device="cpu"):
+    generator = torch.Generator().manual_seed(2)
+
+    def make(*shape):
+        return torch.randn(shape, generator=generator).to(device)
+
+    parts = []
+    for out in outs:
+        weight, state = make(out, width).to(dtype), None
+        if nf4:
+            functional = pytest.importorskip("bitsandbytes").functional
+            weight, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        lora = {"lora_a": make(rank, width), "lora_b": make(out, rank), "scale": 0.5} if rank else {}
+        parts.append(Projection(weight, state, make(out).to(dtype) if bias else None, **lora))
+    return tuple(parts)
+
+
+class TestLinear:
+    __test__ = interpreter.ON
+
+    @pytest.mark.parametrize("rows", [1, 19])
+    @pytest.mark.parametrize("rank, width, outs", [(4, 40, (50,)), (3, 300, (130, 20)), (16, 520, (200, 24, 24))])
+    @pytest.mark.parametrize("nf4", [None, "dequantised", "fused"])
+    def test_equals_torch(self, rows, rank, width, outs, nf4, dot, monkeypatch):
+        if nf4:
+            width, outs = 64 * (width // 64 + 1), tuple(out + out % 2 for out in outs)
+        if nf4 == "fused":
+            module = import_module("nbhelpers.kernels.triton.nf4_few_rows")
+            monkeypatch.setattr(module, "serves", module.fits)
+            monkeypatch.setattr(module, "splits_for", lambda *_: 2)
+        parts, x = projections(rank, width, outs, nf4=bool(nf4)), torch.randn(rows, 1, width)
+        with kernels.use("triton"):
+            got = kernels.decode_linear(x, parts)
+        for ours, wanted in zip(got, kernels.decode_linear(x, parts), strict=True):
+            assert ours.shape == wanted.shape
+            torch.testing.assert_close(ours, wanted, atol=1e-3, rtol=1e-4)
+
+    @pytest.mark.parametrize("ranks", [(4, 4), (5, 0), (0, 3), (0, 0)], ids=str)
+    @pytest.mark.parametrize("packed", [False, True], ids=["two", "packed"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_the_mlp_equals_torch(self, dtype, packed, ranks, dot):
+        hidden, wide = 36, 150
+        gate_up = projections(ranks[0], hidden, (2 * wide,) if packed else (wide, wide), dtype)
+        (down,) = projections(ranks[1], wide, (hidden,), dtype)
+        x, residual = torch.randn(2, 9, 1, hidden, generator=torch.Generator().manual_seed(3)).to(dtype)
+        with kernels.use("triton"):
+            got = kernels.decode_mlp(x * 0.3, gate_up, down, residual)
+        wanted = kernels.decode_mlp(x * 0.3, gate_up, down, residual)
+        assert got.dtype == wanted.dtype and got.shape == wanted.shape
+        close = {"atol": 1e-3, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 1.0, "rtol": 2e-2}
+        torch.testing.assert_close(got, wanted, **close)
+
+    def test_fp16_saturates_where_it_would_overflow(self):
+        gate_up, (down,) = projections(2, 16, (32, 32), torch.float16), projections(2, 32, (16,), torch.float16)
+        x = torch.full((2, 1, 16), 90.0, dtype=torch.float16)
+        with kernels.use("triton"):
+            got = kernels.decode_mlp(x, gate_up, down, torch.zeros_like(x))
+        assert got.isfinite().all() and got.abs().max() == 65504.0
+
+    @pytest.mark.parametrize("nested", [True, False])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_the_weights_of_the_fused_product_are_those_of_nf4_bit_for_bit(self, dtype, nested, monkeypatch):
+        """Unit vectors pick single weights: they are those that dequantize_nf4 gives, and the splits add up to them."""
+        module = import_module("nbhelpers.kernels.triton.nf4_few_rows")
+        monkeypatch.setattr(module, "splits_for", lambda *_: 4)
+        functional = pytest.importorskip("bitsandbytes").functional
+        parts = []
+        for out in (70, 64, 3):
+            weight = torch.randn(out, 256, generator=torch.Generator().manual_seed(out))
+            parts.append(Projection(*functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)))
+        x = torch.eye(256, dtype=dtype)[[0, 1, 63, 64, 128, 255]]
+        y, _ = module.few_rows_product(x, tuple(parts))
+        dense = torch.cat([kernels.reference.dequantize_nf4(part.weight, part.quant_state, dtype) for part in parts])
+        assert y.shape == (4, 6, 137) and torch.equal(y.sum(0), dense[:, [0, 1, 63, 64, 128, 255]].t().float())
+
+    @pytest.mark.parametrize("rows", [1, 8, 13, 16, 20])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("nested, width", [(True, 320), (False, 1280)], ids=["nested", "plain"])
+    def test_the_product_by_its_ptx(self, rows, dtype, nested, width, dot, monkeypatch):
+        """Emulated: unit vectors pick single weights bit for bit, dense rows and LoRA come close. 20 rows: `_base`."""
+        if rows == 20 and dtype == torch.bfloat16:
+            pytest.skip("the interpreter's tl.dot is wrong in bf16")
+        module = import_module("nbhelpers.kernels.triton.nf4_few_rows")
+        monkeypatch.setattr(module, "PTX", True)
+        monkeypatch.setattr(module, "splits_for", lambda *_: 2)
+        functional = pytest.importorskip("bitsandbytes").functional
+        generator, parts = torch.Generator().manual_seed(rows), []
+        for out in (70, 32, 3):
+            weight = torch.randn(out, width, generator=generator)
+            lora = {} if out == 32 else {"lora_a": torch.randn(5, width, generator=generator)}
+            quantised = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
+            parts.append(Projection(*quantised, **lora))
+        dense = torch.cat([kernels.reference.dequantize_nf4(p.weight, p.quant_state, dtype) for p in parts]).float()
+        positions = torch.randint(width, (rows,), generator=generator)
+        ones = torch.zeros(rows, width, dtype=dtype)
+        ones[torch.arange(rows), positions] = 1
+        x = torch.randn(rows, width + 4, generator=generator).to(dtype)[:, 4:]  # neither rows nor start at 16 bytes
+        with ptx.emulated():
+            assert torch.equal(module.few_rows_product(ones, tuple(parts))[0].sum(0), dense[:, positions].t())
+            y, t = module.few_rows_product(x, tuple(parts))
+        torch.testing.assert_close(y.sum(0), x.float() @ dense.t(), atol=1e-3, rtol=1e-4)
+        assert (t is not None) == dot
+        if dot and dtype == torch.float16:
+            a = torch.cat([part.lora_a for part in parts if part.lora_a is not None]).to(dtype).float()
+            torch.testing.assert_close(t.sum(0), x.float() @ a.t(), atol=1e-3, rtol=1e-4)
+
+    def test_a_group_where_only_some_have_a_lora(self):
+        parts, x = projections(4, 40, (50, 20)), torch.randn(3, 1, 40)
+        parts = (parts[0], parts[1]._replace(lora_a=None, lora_b=None))
+        with kernels.use("triton"):
+            got = kernels.decode_linear(x, parts)
+        for ours, wanted in zip(got, kernels.decode_linear(x, parts), strict=True):
+            torch.testing.assert_close(ours, wanted, atol=1e-3, rtol=1e-4)
+
+
+def test_torch_attention_equals_the_whole_softmax():
+    """The reference itself: one row at a time, by the formula."""
+    for case in CASES[:4]:
+        arguments = attention_case(**{k: v for k, v in case.items() if k != "tolerance"})
+        q, k, v, cos, sin, cache, _, layer, positions, _, scale, window = arguments
+        q, k = kernels.rope(q, k, cos, sin)
+        before = cache.clone()
+        got = kernels.decode_attention(*arguments)
+        for row, position in enumerate(positions.tolist()):
+            first = 0 if window is None else max(0, position - window + 1)
+            keys, values = (
+                torch.cat((before[layer, i, row, :, first:position], new[row]), dim=1) for i, new in ((0, k), (1, v))
+            )
+            group = q.shape[1] // keys.shape[0]
+            for head in range(q.shape[1]):
+                weights = (keys[head // group] @ q[row, head, 0] * scale).softmax(0)
+                part = got[row, 0].view(q.shape[1], -1)[head]
+                torch.testing.assert_close(part, weights @ values[head // group], atol=1e-5, rtol=1e-5)
+
+
+def test_in_the_interpreter():
+    interpreter.run(__file__)

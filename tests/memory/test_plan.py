@@ -1,0 +1,137 @@
+"""The planner: counted by hand where that is possible, monotone everywhere, quick, and of one mind with the step."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nbhelpers import architecture, memory, presets
+from nbhelpers.architecture import GB
+from nbhelpers.memory import micro_batches
+from nbhelpers.training import lean_step
+
+LLAMA = {"lora_rank": 16, "quantization": "nf4", "max_prompt_length": 256, "max_completion_length": 768}
+
+
+def test_parts_by_hand():
+    """Llama-3.1-8B: 6.98e9 weights in 4 bits and 64ths, 2 x 128256 x 4096 in 16 bits, 42 million LoRA numbers."""
+    plan = memory.plan("llama-3.1-8b", card_gb=80, num_generations=8, **LLAMA)
+    linear = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    weights = linear * (0.5 + 1 / 64 + 4 / (64 * 256)) + 2 * (2 * 128256 * 4096 + 65 * 4096)
+    assert plan.training["weights"] == pytest.approx(weights / GB, rel=1e-3)
+    numbers = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    assert plan.training["adapters"] == pytest.approx(8 * numbers / GB)  # fp32, and its gradient
+    assert plan.generation["adapters"] == pytest.approx(4 * numbers / GB)
+    assert plan.training["dense scratch"] == pytest.approx(2 * 4096 * 14336 / GB)
+    assert plan.generation["KV cache"] == pytest.approx(8 * 1024 * 32 * 2 * 8 * 128 * 2 / GB)
+    wide = memory.plan("llama-3.1-8b", card_gb=80, optimizer="adamw", **LLAMA)
+    assert wide.training["optimizer"] == pytest.approx(8 * numbers / GB)
+    assert plan.training_peak == pytest.approx(sum(plan.training.values()) - memory.CONTEXT_GB)
+
+
+def test_a_budget_is_kept_and_used():
+    for gb in (7.3, 9.0, 14.0):
+        plan = memory.plan("llama-3.1-8b", card_gb=80, budget_gb=gb, attention="flash", **LLAMA)
+        assert plan.fits and 0.9 * gb < plan.training_peak <= gb
+    assert memory.plan("llama-3.1-8b", card_gb=80, **LLAMA).verdict()[0].endswith("nothing is computed twice.")
+    assert "computed twice" in memory.plan("llama-3.1-8b", card_gb=80, budget_gb=7.3, **LLAMA).verdict()[0]
+
+
+def test_the_goals_of_the_issue_can_be_planned():
+    goals = {"qwen2.5-1.5b": (2.0, 2.2, 3.0), "llama-3.1-8b": (7.4, 7.8, 9.4), "phi-4": (11.5, 12.0, 14.0)}
+    for name, goal in goals.items():
+        for length, gb in zip((1024, 4096, 20480), goal, strict=True):
+            plan = memory.plan(
+                name, card_gb=140, budget_gb=gb - 0.05, attention="flash", num_generations=8,
+                **LLAMA | {"max_completion_length": length - 256},
+            )  # fmt: skip
+            assert plan.parts and plan.training_peak <= gb, (name, length)
+
+
+def test_what_fits_and_what_does_not():
+    plan = memory.plan("llama-3.1-8b", card_gb=15)
+    assert plan.fits and plan.nearest is None
+    assert plan.longest_context > 20_000 and plan.largest_group >= 8
+    again = memory.plan("llama-3.1-8b", card_gb=15, max_completion_length=plan.longest_context - 256)
+    assert again.fits
+    assert not memory.plan("llama-3.1-8b", card_gb=15, max_completion_length=plan.longest_context - 255).fits
+    tight = memory.plan("phi-4", card_gb=12.2, max_completion_length=30_000, lora_rank=32)
+    assert not tight.fits and tight.nearest is not None
+    near = tight.nearest
+    assert memory.plan(
+        "phi-4", card_gb=12.2, max_completion_length=near.max_completion_length, lora_rank=near.lora_rank,
+        num_generations=near.num_generations, rows=near.rows, quantization=near.quantization,
+    ).fits  # fmt: skip
+    none = memory.plan("phi-4", card_gb=6)
+    assert not none.fits and none.nearest is None and none.longest_context == none.largest_group == 0
+    assert "no setting of this model does" in str(none) and "qwen2.5-1.5b" in str(none)
+
+
+def test_more_of_anything_needs_more():
+    def peak(**changes):
+        plan = memory.plan("qwen2.5-3b", card_gb=24, budget_gb=23, **{**LLAMA, **changes})
+        return sum(plan.generation.values())
+
+    assert peak(max_completion_length=1536) > peak() > peak(lora_rank=8)
+    assert peak(num_generations=16) > peak() and peak(quantization="none") > peak(quantization="dynamic") > peak()
+
+
+def test_long_contexts_are_generated_in_stages():
+    plan = memory.plan("llama-3.1-8b", card_gb=15, max_completion_length=20_224)
+    assert plan.fits and plan.at_once < plan.setting.rows
+    assert f"{plan.at_once} at a time at the end" in str(plan)
+    assert sum(plan.generation.values()) <= 15
+
+
+def test_text_and_html_say_the_same():
+    plan = memory.plan("qwen2.5-1.5b", card_gb=15, max_completion_length=1000)
+    for shown in (str(plan), plan._repr_html_()):
+        assert "Qwen2.5 1.5B Instruct" in shown and "256 + 1000" in shown and "It fits" in shown
+        assert f"{plan.training['weights']:.2f}" in shown and "KV cache" in shown
+    assert repr(plan) == str(plan) and max(map(len, str(plan).splitlines()[:12])) < 100
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="adamw_8bit"):
+        memory.plan("phi-4", optimizer="sgd")
+    with pytest.raises(ValueError, match=r"presets\.get"):
+        memory.plan("phi-5")
+
+
+def test_every_preset_in_under_a_second_without_torch():
+    code = (
+        "import sys, time\nfrom nbhelpers import memory, presets\nstart = time.process_time()\n"
+        "for name in presets.names(): str(memory.plan(name))\n"
+        "print((time.process_time() - start) / len(presets.names()), 'torch' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert float(out[0]) < 1.0 and out[1] == "False"
+    start = time.process_time()
+    memory.plan("phi-4", card_gb=12.2, max_completion_length=30_000)  # the search for the nearest included
+    assert time.process_time() - start < 1.0
+
+
+def test_the_sizes_of_the_kernels_buffers_are_the_kernels_own():
+    pytest.importorskip("triton")
+    from nbhelpers.kernels.triton.linear_logprob import SCRATCH_BYTES
+    from nbhelpers.kernels.triton.lora_linear import DENSE_BYTES
+
+    assert (micro_batches.DENSE_BYTES, micro_batches.LOGITS_SCRATCH) == (DENSE_BYTES, SCRATCH_BYTES)
+    by_hand = {"qwen2.5-1.5b": 2 * 2 * 8960 * 1536, "llama-3.1-8b": 2 * 14336 * 4096, "phi-4": DENSE_BYTES}
+    for name, size in by_hand.items():
+        assert micro_batches.dense_bytes(presets.get(name).architecture) == size
+
+
+def test_the_step_cuts_as_the_planner_said():
+    """One source: the parts that a step plans for a batch are those of the plan of the same numbers."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    a = architecture.Architecture(
+        "qwen2", 32, 48, 3, 4, 2, 8, 100, False, attention_bias=True, max_position_embeddings=256
+    )
+    model = Qwen2ForCausalLM(Qwen2Config(**{k: v for k, v in a.config().items() if k != "model_type"}))
+    one = lean_step.LeanStep(model, budget_gb=2e-4)
+    rows = [lean_step.Row(i, 0, 10, 30) for i in range(8)]
+    wanted = micro_batches.Work(a, 4, "rows").split([(0, 10, 30)] * 8, 2e-4 * GB)
+    assert one.plan(rows) == wanted and len(wanted) > 1

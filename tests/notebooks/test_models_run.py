@@ -1,0 +1,127 @@
+"""Model notebooks as a reader runs them, in smoke mode: stopped and gone on with, killed and run again from the top.
+
+And as a script in two processes, as for two GPUs.
+"""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import DeadKernelError
+from nbconvert import PythonExporter
+
+from nbhelpers import presets
+
+MODELS = Path(__file__).parents[2] / "notebooks" / "models"
+REPORT = """
+import json
+print("REPORT", json.dumps({
+    "steps": [row["step"] for row in live.history], "reached": result.global_step,
+    "type": model.config.model_type, "engine": trainer.engine.name,
+    "four_bits": sum(type(weight).__name__ == "Params4bit" for weight in model.parameters()),
+    "score": score_after.accuracy.n,
+}))
+"""
+
+
+# the stop button of a notebook is a SIGINT to its kernel; here it comes in the middle of the step after `at`
+SIGNAL = """
+import os
+from transformers import TrainerCallback
+
+class Signal(TrainerCallback):
+    sent = False
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == {at} and not self.sent:
+            self.sent = True
+            os.kill(os.getpid(), {number})
+
+trainer.add_callback(Signal())
+"""
+
+
+def execute(name: str, folder: Path, steps: int, *, at=None, number=signal.SIGINT, twice=False) -> tuple[str, dict]:
+    """Run a notebook for `steps`, with a signal in the step after `at`; `twice` runs the training cell a second time.
+
+    Returns what the training cell said, both times, and the report of a cell at the end.
+    """
+    notebook = nbformat.read(MODELS / f"{name}.ipynb", as_version=4)
+
+    def place(tag: str) -> int:
+        return next(i for i, cell in enumerate(notebook.cells) if tag in cell.metadata.get("tags", ()))
+
+    def insert(where: int, source: str) -> None:
+        notebook.cells.insert(where, nbformat.v4.new_code_cell(source))
+
+    insert(place("parameters") + 1, f"STEPS, OUT = {steps}, {str(folder / 'out')!r}")
+    train = notebook.cells[place("train")]
+    if at:
+        insert(place("train"), SIGNAL.format(at=at, number=int(number)))
+    if twice:
+        insert(place("train") + 1, train.source)
+    insert(len(notebook.cells), REPORT)
+    NotebookClient(
+        notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    ).execute()
+    trained = [cell for cell in notebook.cells if cell.source == train.source]
+    said = "".join(output.get("text", "") for cell in trained for output in cell.outputs)
+    report = next(line for line in notebook.cells[-1].outputs[0].text.splitlines() if line.startswith("REPORT"))
+    return said, json.loads(report.removeprefix("REPORT"))
+
+
+@pytest.fixture(autouse=True)
+def smoke(monkeypatch):
+    if sys.platform == "win32":
+        pytest.skip("Windows has no SIGINT to send")
+    monkeypatch.setenv("NBHELPERS_SMOKE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in MODELS.glob("*.ipynb")))
+def test_stopped_and_gone_on_with(name, tmp_path):
+    said, report = execute(name, tmp_path, steps=6, at=3, twice=True)
+    assert "Stopped by you after step 3." in said and re.search(r"Goes on from \S+, after step 3\.", said), said
+    assert report["steps"] == [1, 2, 3, 4, 5, 6] and report["reached"] == 6, "each step once, to the end"
+    assert report["type"] == presets.get(name).architecture.model_type
+    assert report["engine"] == "graph" and report["four_bits"] > 0 and report["score"] > 0
+
+
+def test_killed_and_run_again_from_the_top(tmp_path):
+    with pytest.raises(DeadKernelError):
+        execute("qwen2.5-1.5b", tmp_path, steps=24, at=22, number=signal.SIGKILL)
+    said, report = execute("qwen2.5-1.5b", tmp_path, steps=24)
+    assert re.search(r"Goes on from \S+, after step 20\.", said), said
+    assert report["steps"] == list(range(1, 25)) and report["reached"] == 24
+
+
+def two_processes(folder: Path, out: str, steps: int) -> tuple[str, bytes]:
+    """Run a notebook as a script in two processes; what the first one said, and the adapter that it exported."""
+    code, _ = PythonExporter().from_filename(MODELS / "qwen2.5-1.5b.ipynb")
+    rewards = "[lambda completions, **_: [len(str(text)) % 3.0 for text in completions]]"  # that differ in a group
+    for old, new in (
+        ("STEPS = None", f"STEPS = {steps}"), ('OUT = f"runs/{PRESET}"', f"OUT = {out!r}"),
+        ("save_steps=20", "save_steps=2"), ("reward_funcs=[correct, in_form]", f"reward_funcs={rewards}"),
+    ):  # fmt: skip
+        assert code.count(old) == 1, old
+        code = code.replace(old, new)
+    (folder / "script.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+               "--local-ranks-filter=0", "script.py"]  # fmt: skip
+    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
+    return ran.stdout, (folder / out / "reasoner" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_script_of_two_processes_goes_on_exactly(tmp_path):
+    _, begun = two_processes(tmp_path, "stopped", steps=2)
+    said, resumed = two_processes(tmp_path, "stopped", steps=4)
+    assert said.count("Goes on from stopped/checkpoint-2, after step 2.") == 1, said
+    _, whole = two_processes(tmp_path, "whole", steps=4)
+    assert begun != resumed == whole

@@ -1,0 +1,111 @@
+"""A checkpoint's folder is complete or not there: damage is found, the newest by time counts, old ones leave."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+
+from nbhelpers.training import checkpoint
+
+
+def publish(root: Path, step: int, text: str = "numbers") -> Path:
+    staged = checkpoint.staging(root) / f"checkpoint-{step}"
+    (staged / "below").mkdir(parents=True)
+    (staged / "weights").write_text(text)
+    (staged / "below" / "more").write_text(text)
+    checkpoint.publish(staged, root / staged.name, {"a": 1}, step)
+    return root / staged.name
+
+
+def test_damage_is_found_named_and_skipped(tmp_path, capsys):
+    good = publish(tmp_path, 1)
+    for step, hurt, why in [
+        (2, lambda f: (f / "weights").write_text("numbert"), "weights is damaged"),
+        (3, lambda f: (f / "below" / "more").unlink(), "below/more is missing"),
+        (4, lambda f: (f / "weights").write_text("num"), "weights has 3 bytes instead of 7"),
+        (5, lambda f: (f / "manifest.json").write_text('{"fi'), "its manifest.json cannot be read"),
+        (6, lambda f: (f / "manifest.json").unlink(), "it has no manifest.json"),
+    ]:
+        folder = publish(tmp_path, step)
+        hurt(folder)
+        assert why in checkpoint.problem(folder)
+        assert checkpoint.newest(tmp_path) == good
+        assert f"checkpoint-{step} is skipped: {why}" in capsys.readouterr().out
+    assert checkpoint.newest(tmp_path / "nowhere") is None
+
+
+def test_the_newest_by_time_counts_and_old_ones_leave(tmp_path):
+    for step in (500, 10, 20, 30):  # the first is of an earlier run in the same folder
+        publish(tmp_path, step)
+    (tmp_path / "checkpoint-7").mkdir()  # somebody else's
+    assert checkpoint.newest(tmp_path).name == "checkpoint-30"
+    checkpoint.rotate(tmp_path, 2, best=str(tmp_path / "checkpoint-500"))
+    left = {"checkpoint-500", "checkpoint-20", "checkpoint-30", "checkpoint-7"}
+    assert {path.name for path in tmp_path.iterdir()} == left
+    for everything in (None, 0, -1):
+        checkpoint.rotate(tmp_path, everything)
+        assert {path.name for path in tmp_path.iterdir()} == left
+    (tmp_path / "checkpoint-20" / "manifest.json").write_text('{"fi')  # damaged: no reason to fail in the next save
+    checkpoint.rotate(tmp_path, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-20", "checkpoint-30", "checkpoint-7"}
+
+
+def test_a_drive_that_cannot_sync_folders_will_do_but_files_must_be_written(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refusing(folders: bool):
+        def refuse(handle):
+            if stat.S_ISDIR(os.fstat(handle).st_mode) is folders:
+                raise OSError("Invalid argument")
+            fsync(handle)
+
+        monkeypatch.setattr(os, "fsync", refuse)
+
+    refusing(folders=True)
+    assert checkpoint.problem(publish(tmp_path, 1)) is None
+    refusing(folders=False)
+    with pytest.raises(OSError, match="Invalid argument"):
+        publish(tmp_path, 2)
+    assert checkpoint.newest(tmp_path).name == "checkpoint-1"
+
+
+def test_at_most_a_thousand_rows_are_hashed():
+    class Rows(list):
+        asked = 0
+
+        def __getitem__(self, i):
+            self.asked += 1
+            return super().__getitem__(i)
+
+    for n in (1, 999, 1000, 1999, 5000):
+        rows = Rows({"prompt": str(i)} for i in range(n))
+        checkpoint.fingerprint(rows)
+        assert rows.asked <= 1000 and rows.asked >= min(n, 500)
+
+
+def test_a_kill_just_before_the_rename_is_made_good(tmp_path, monkeypatch):
+    publish(tmp_path, 1)
+    staged = checkpoint.staging(tmp_path) / "checkpoint-2"
+    staged.mkdir()
+    (staged / "weights").write_text("x")
+    with monkeypatch.context() as m, pytest.raises(InterruptedError):
+        m.setattr(checkpoint, "_put", lambda *_: (_ for _ in ()).throw(InterruptedError))
+        checkpoint.publish(staged, tmp_path / "checkpoint-2", {}, 2)
+    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint-2"
+    assert not staged.exists()
+
+
+def test_a_position_comes_back_as_it_was(tmp_path):
+    block = torch.arange(12.0).reshape(4, 3)
+    rollout = [
+        {"ids": block[:2], "none": None, "n": torch.tensor(5)},
+        {"ids": block[2:], "none": None, "n": block[0, 1]},
+    ]
+    checkpoint.Position(7, rollout, {"skipped": 2}).save(tmp_path, 1)
+    found = checkpoint.Position.load(tmp_path, 1, "cpu")
+    assert found.micro_step == 7 and found.counters == {"skipped": 2} and found.rng is None
+    for one, two in zip(found.rollout, rollout, strict=True):
+        assert list(one) == list(two) and one["none"] is None
+        assert all(torch.equal(one[name], two[name]) for name in ("ids", "n"))

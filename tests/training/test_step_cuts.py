@@ -1,0 +1,132 @@
+"""The lean step however the batch is cut: the same log-probabilities and gradients, within the budget."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from step_cases import FAMILIES, difference, make_model, rollout, through
+
+from nbhelpers.memory import micro_batches
+from nbhelpers.models import patch
+from nbhelpers.training import layerwise, lean_step, packing
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_cut_gives_the_same(family):
+    """Budgets from plenty to the least: all layers kept, some kept, inputs on the card, inputs in the host, tiles."""
+    model = make_model(family)
+    rows, weights = rollout(groups=3, size=3)
+    wanted_logps, wanted, (whole,) = through(model, rows, weights)
+    assert whole.kept == 3
+    seen = set()
+    for share in (True, False):
+        for gb in (4e-4, 2e-4, 1.2e-4, 0.9e-4, 0.7e-4):
+            logps, got, parts = through(model, rows, weights, budget_gb=gb, share_prompts=share)
+            assert difference(got, wanted) < 1e-5
+            torch.testing.assert_close(logps, wanted_logps, rtol=1e-5, atol=1e-5)
+            assert sorted(i for part in parts for i in part.rows) == list(range(9))
+            assert max(part.peak for part in parts) <= gb * 1e9
+            for part in parts:
+                seen |= {("parts", len(parts) > 1), ("kept", min(part.kept, 1)), ("card", min(part.on_card, 1))}
+                seen.add(("host", part.kept + part.on_card < 3))
+    assert seen == {("parts", True), ("parts", False), ("kept", 0), ("kept", 1), ("card", 0), ("card", 1),
+                    ("host", True), ("host", False)}  # fmt: skip
+
+
+def test_tiles_of_the_mlp_change_nothing(monkeypatch):
+    model = make_model("phi3", intermediate_size=512)
+    rows, weights = rollout(groups=2, size=4)
+    _, wanted, _ = through(model, rows, weights)
+    monkeypatch.setattr(micro_batches, "TILES", (16, 5))
+    monkeypatch.setattr(lean_step, "TILES", (16, 5))
+    _, got, parts = through(model, rows, weights, budget_gb=2e-4)
+    assert {part.tile for part in parts} & {16, 5}, parts
+    assert difference(got, wanted) < 1e-5
+    logps, _ = lean_step.LeanStep(model).score(rows, weights.shape)
+    whole, _, _ = through(model, rows, weights)
+    torch.testing.assert_close(logps, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_a_shared_prompt_is_computed_once():
+    rows, _ = rollout(groups=1, size=4)
+    length, own = rows.rows[0].prompt_length, [row.completion_length - 1 for row in rows.rows]
+    shared = packing.pack(rows, rows.rows, "cpu")
+    apart = packing.pack(rows, rows.rows, "cpu", share=False)
+    assert shared.ids.shape[1] == length + sum(own) and apart.ids.shape[1] == 4 * length + sum(own)
+    assert shared.keys is not None and apart.keys is None
+    lengths = [(r.prompt, r.prompt_length, r.completion_length) for r in rows.rows]
+    for packed, share in ((shared, True), (apart, False)):
+        keys = packed.ids.shape[1] if packed.keys is None else len(packed.keys)
+        assert micro_batches.count(lengths, share) == (packed.ids.shape[1], len(packed.source), keys)
+
+
+def test_a_model_on_the_kernels_already_and_under_autocast():
+    model = make_model("qwen2")
+    patch.with_kernels(model)
+    rows, weights = rollout()
+    _, wanted, _ = through(model, rows, weights)
+    half = torch.autocast("cpu", dtype=torch.bfloat16)
+    _, got, _ = through(model, rows, weights, autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    assert 1e-4 < difference(got, wanted) < 0.05
+    with half:  # HF's Trainer has autocast on around the loss
+        _, inside, _ = through(model, rows, weights, autocast=nullcontext)
+    assert difference(inside, got) < 1e-6
+
+
+def test_autocasts_cache_does_not_swallow_gradients():
+    """A weight cast to bf16 while no gradient was wanted must not serve the part that wants one."""
+    model = make_model("llama", lora=False)
+    rows, weights = rollout(size=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lean_step.LeanStep(model).score(rows, weights.shape)
+        _, got, _ = through(model, rows, weights, budget_gb=0.6e-4)
+    assert all(gradient.norm() > 0 for gradient in got.values())
+
+
+def test_what_cannot_fit_is_refused_with_the_numbers():
+    one = lean_step.LeanStep(make_model(), budget_gb=1e-5)
+    with pytest.raises(
+        lean_step.CannotFit, match=r"completion of 12 tokens after a prompt of \d+ needs .* GB.*budget_gb"
+    ):
+        one.plan(rollout()[0].rows)
+    with pytest.raises(lean_step.CannotFit):
+        one.rehearse(4, 4, 100, 200)
+
+
+def test_a_rehearsal_leaves_no_trace():
+    model = make_model()
+    one = lean_step.LeanStep(model, budget_gb=4e-4)
+    parts = one.rehearse(4, 2, 6, 10)
+    assert sum(len(part.rows) for part in parts) == 4
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_rehearsal_that_runs_out_of_memory_is_done_again_in_less_room(monkeypatch, capsys):
+    model = make_model()
+    one = lean_step.LeanStep(model, budget_gb=3e-4)
+    planned, backward, calls = one.rehearse(4, 2, 6, 10), one.decoder._differentiate, []
+
+    def short_of_memory(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError
+        backward(*arguments)
+
+    monkeypatch.setattr(one.decoder, "_differentiate", short_of_memory)
+    smaller = one.rehearse(4, 2, 6, 10)
+    assert "Out of memory" in capsys.readouterr().out and one.share == 0.8
+    assert max(part.peak for part in smaller) < max(part.peak for part in planned)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("config, why", [
+    ({"attention_dropout": 0.1}, "dropout"),
+    ({"hidden_act": "gelu"}, "activation is gelu"),
+    ({"sliding_window": 8}, "sliding window"),
+    ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope"),
+])  # fmt: skip
+def test_models_that_it_refuses(config, why):
+    model = make_model("mistral", lora=False, **config)
+    assert why in layerwise.unsupported(model)
+    with pytest.raises(ValueError, match=why):
+        lean_step.LeanStep(model)
