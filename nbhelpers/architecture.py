@@ -3,9 +3,9 @@
 GB is 10^9 bytes everywhere in this package.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from math import ceil
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 GB = 1e9
 
@@ -28,10 +28,34 @@ def nf4_bytes(out_features: int, in_features: int) -> int:
 
 
 @dataclass(frozen=True)
+class Family:
+    """What the decoders of one model type have in common. The families themselves are in models/families.py."""
+
+    model_type: str  # as transformers calls it: "qwen2"
+    prefix: str  # of its class names: "Qwen2" for Qwen2ForCausalLM
+    # names of the linear layers, those that read the same input together
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    out: str = "o_proj"
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    down: str = "down_proj"
+    qkv_bias: bool | None = None  # whether q, k and v have a bias; None: as `attention_bias` in the config says
+    window: Literal["layer", "config"] | None = None  # whose `sliding_window` counts: each attention's, or the config's
+    residual_dropout: bool = False  # dropout on what a layer adds to the residual stream
+    gguf: str = ""  # its name in gguf.MODEL_ARCH
+    gguf_window: bool = False  # whether GGUF has a sliding window there
+    gguf_pairs: bool = False  # GGUF wants the two halves of a rotated pair of q and k next to each other
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of a layer's linear layers, in the order of its computation."""
+        return (*self.qkv, self.out, *self.gate_up, self.down)
+
+
+@dataclass(frozen=True)
 class Architecture:
     """The numbers that decide how large a decoder is. Field names are those of its config.json."""
 
-    model_type: str  # "qwen2" | "llama" | "mistral" | "phi3"
+    family: Family
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -40,60 +64,34 @@ class Architecture:
     head_dim: int
     vocab_size: int
     tie_word_embeddings: bool
-    attention_bias: bool = False  # on q, k and v (Qwen2)
+    attention_bias: bool = False  # on q, k and v
     max_position_embeddings: int = 32768
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
 
-    KNOWN = ("qwen2", "llama", "mistral", "phi3")  # no annotation: a constant, not a field
-
-    @classmethod
-    def from_config(cls, config: dict) -> "Architecture":
-        """From the dictionary in a config.json. Raises ValueError for a model type it cannot count."""
-        if config.get("model_type") not in cls.KNOWN:
-            raise ValueError(f"cannot count a {config.get('model_type')!r}; only {', '.join(cls.KNOWN)}")
-        heads = config["num_attention_heads"]
-        given = {field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None}
-        rope = config.get("rope_parameters") or {}  # where transformers 5 writes what was `rope_theta`
-        return cls(
-            **{
-                "num_key_value_heads": heads,
-                "head_dim": config["hidden_size"] // heads,
-                "tie_word_embeddings": False,
-                "rope_theta": rope.get("rope_theta", 10000.0),
-                **given,
-                "attention_bias": config["model_type"] == "qwen2" or config.get("attention_bias", False),
-            }
-        )
+    @property
+    def model_type(self) -> str:
+        return self.family.model_type
 
     def config(self) -> dict:
         """The dictionary of a config.json that transformers turns into this architecture."""
-        own = asdict(self)
-        if self.model_type == "qwen2":  # both are fixed in its code
+        own = {name: value for name, value in vars(self).items() if name != "family"}
+        if self.family.qkv_bias is not None:  # fixed in its code, no setting
             own.pop("attention_bias")
-        names = {"qwen2": "Qwen2", "llama": "Llama", "mistral": "Mistral", "phi3": "Phi3"}
-        return {**own, "architectures": [f"{names[self.model_type]}ForCausalLM"], "hidden_act": "silu"}
+        names = {"model_type": self.model_type, "architectures": [f"{self.family.prefix}ForCausalLM"]}
+        return {**names, **own, "hidden_act": "silu"}
 
     def linears(self) -> tuple[Linear, ...]:
         """The matrices of one layer, those that are quantised and get a LoRA."""
-        hidden, inner = self.hidden_size, self.intermediate_size
+        f, hidden, inner = self.family, self.hidden_size, self.intermediate_size
         q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        bias = self.attention_bias
-        if self.model_type == "phi3":
-            return (
-                Linear("qkv_proj", q + 2 * kv, hidden, bias),
-                Linear("o_proj", hidden, q, False),
-                Linear("gate_up_proj", 2 * inner, hidden, False),
-                Linear("down_proj", hidden, inner, False),
-            )
+        qkv = (q, kv, kv) if len(f.qkv) == 3 else (q + 2 * kv,)
+        gate_up = (inner, inner) if len(f.gate_up) == 2 else (2 * inner,)
         return (
-            Linear("q_proj", q, hidden, bias),
-            Linear("k_proj", kv, hidden, bias),
-            Linear("v_proj", kv, hidden, bias),
-            Linear("o_proj", hidden, q, False),
-            Linear("gate_proj", inner, hidden, False),
-            Linear("up_proj", inner, hidden, False),
-            Linear("down_proj", hidden, inner, False),
+            *(Linear(name, size, hidden, self.attention_bias) for name, size in zip(f.qkv, qkv, strict=True)),
+            Linear(f.out, hidden, q, False),
+            *(Linear(name, size, hidden, False) for name, size in zip(f.gate_up, gate_up, strict=True)),
+            Linear(f.down, hidden, inner, False),
         )
 
     def parameters(self) -> int:

@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nbhelpers.architecture import GB, Architecture
+from nbhelpers.models import families
 
 QUANTIZATIONS = ("dynamic", "nf4", "none")
-SPLIT = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")  # Phi3 fuses what others split
 WORKSHOP = Path(__file__).parent / "workshop"
 
 
@@ -34,7 +33,7 @@ class Preset:
     lora_rank: int = 32  # 0: no adapter, every weight is trained
     lora_alpha: int = 32
     lora_dropout: float = 0.0
-    lora_targets: tuple[str, ...] = SPLIT
+    lora_targets: tuple[str, ...] = ()  # names of linear layers; all of the family's if none is given
     num_generations: int = 8
     max_prompt_length: int = 256
     max_completion_length: int = 768
@@ -43,6 +42,10 @@ class Preset:
     dataset: str = "openai/gsm8k"  # what the notebooks hand to tasks.gsm8k
     smoke: bool = False
     cards: tuple[tuple[int, tuple[tuple[str, object], ...]], ...] = ()  # (GB from which it holds, what changes)
+
+    def __post_init__(self):
+        if not self.lora_targets:
+            object.__setattr__(self, "lora_targets", self.architecture.family.linears)
 
     def on_card(self, gb: float | None) -> "Preset":
         """This preset for a card of `gb` GB: the changes of the largest size that does not exceed it.
@@ -80,9 +83,9 @@ def _cards(**by_size: dict) -> tuple:
     return tuple((int(size[2:]), tuple(changes.items())) for size, changes in by_size.items())
 
 
-_LLAMA3 = {"model_type": "llama", "vocab_size": 128256, "rope_theta": 500000.0, "rms_norm_eps": 1e-5}
+_LLAMA3 = {"family": families.LLAMA, "vocab_size": 128256, "rope_theta": 500000.0, "rms_norm_eps": 1e-5}
 _LLAMA3 |= {"max_position_embeddings": 131072}
-_QWEN25 = {"model_type": "qwen2", "attention_bias": True, "rope_theta": 1000000.0}
+_QWEN25 = {"family": families.QWEN2, "attention_bias": True, "rope_theta": 1000000.0}
 _QWEN25_7B = Architecture(
     **_QWEN25, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
     num_key_value_heads=4, head_dim=128, vocab_size=152064, tie_word_embeddings=False,
@@ -145,20 +148,20 @@ _TABLE = {
         Preset(
             "mistral-7b", "Mistral 7B Instruct v0.3", "mistralai/Mistral-7B-Instruct-v0.3",
             Architecture(
-                "mistral", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                num_key_value_heads=8, head_dim=128, vocab_size=32768, tie_word_embeddings=False,
-                rope_theta=1000000.0, rms_norm_eps=1e-5,
+                families.MISTRAL, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=32768,
+                tie_word_embeddings=False, rope_theta=1000000.0, rms_norm_eps=1e-5,
             ),
             lora_rank=16, lora_alpha=16, learning_rate=5e-6, cards=_CARDS_7B,
         ),
         Preset(
             "phi-4", "Phi-4 14B", "microsoft/phi-4",
             Architecture(
-                "phi3", hidden_size=5120, intermediate_size=17920, num_hidden_layers=40, num_attention_heads=40,
+                families.PHI3, hidden_size=5120, intermediate_size=17920, num_hidden_layers=40, num_attention_heads=40,
                 num_key_value_heads=10, head_dim=128, vocab_size=100352, tie_word_embeddings=False,
                 max_position_embeddings=16384, rope_theta=250000.0, rms_norm_eps=1e-5,
             ),
-            lora_rank=16, lora_alpha=16, lora_targets=FUSED, learning_rate=5e-6,
+            lora_rank=16, lora_alpha=16, learning_rate=5e-6,
             cards=_cards(
                 gb12={"quantization": "nf4", "num_generations": 4, "max_completion_length": 256},
                 gb15={"quantization": "nf4", "max_completion_length": 512},
@@ -183,7 +186,7 @@ _TABLE = {
 
 
 def _workshop() -> Preset:
-    architecture = Architecture.from_config(json.loads((WORKSHOP / "config.json").read_text()))
+    architecture = families.architecture(json.loads((WORKSHOP / "config.json").read_text()))
     return Preset(
         "workshop", "the workshop model", str(WORKSHOP), architecture,
         quantization="none", lora_rank=0, lora_alpha=0, num_generations=8, max_prompt_length=96,

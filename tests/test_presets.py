@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nbhelpers import architecture, presets
-from nbhelpers.architecture import Architecture
+from nbhelpers.models import families
 
 PACKAGE = Path(presets.__file__).parent
 # as published with each checkpoint (the totals of its tensors)
@@ -81,13 +81,13 @@ def test_bytes_of_known_models():
 def test_a_config_and_back():
     for name in presets.names():
         architecture = presets.get(name).architecture
-        assert Architecture.from_config(architecture.config()) == architecture
+        assert families.architecture(architecture.config()) == architecture
     short = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     short |= {"num_attention_heads": 4, "vocab_size": 320, "rope_parameters": {"rope_theta": 5e5}}
-    found = Architecture.from_config(short)
+    found = families.architecture(short)
     assert (found.num_key_value_heads, found.head_dim, found.rope_theta) == (4, 16, 5e5)
     with pytest.raises(ValueError, match="cannot count a 'gpt2'"):
-        Architecture.from_config({"model_type": "gpt2"})
+        families.architecture({"model_type": "gpt2"})
 
 
 def test_cards_are_data():

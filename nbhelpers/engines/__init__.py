@@ -6,6 +6,8 @@ completions = engine.generate(prompts, engines.Sampling(max_tokens=512, num_gene
 
 from importlib.util import find_spec
 
+from nbhelpers.models import families
+
 from .base import Completion, Engine, Sampling
 
 __all__ = ["Completion", "Engine", "Sampling", "choose"]
@@ -34,7 +36,6 @@ def choose(
     process in all, GB (10^9 bytes), None for what the card has.
     """
     from .cuda_graphs import BATCHES
-    from .forward import why_not
     from .graph import GraphEngine
     from .hf import HFEngine
 
@@ -48,7 +49,7 @@ def choose(
         from .vllm import VLLMEngine
 
         return VLLMEngine(model, tokenizer, max_rows=rows, max_length=max_length, budget_gb=budget_gb)
-    why = why_not(model)
+    why = families.why_not(model, "generation")
     if engine == "auto" and why is None and model.device.type == "cuda" and find_spec("triton") is None:
         why = "triton is not installed here"
     if engine == "auto" and not quiet:

@@ -1,4 +1,4 @@
-"""The training model's own modules, walked layer by layer: Qwen2, Llama, Mistral and Phi3.
+"""The training model's own modules, walked layer by layer, of every family that models/families.py knows.
 
     x = embed(tokens)                                        [B, S, H]
     for each layer:
@@ -20,34 +20,8 @@ from torch import Tensor, nn
 
 from nbhelpers import kernels
 from nbhelpers.kernels import Projection
-from nbhelpers.models.patch import SILU, SUPPORTED
+from nbhelpers.models import families
 from nbhelpers.models.projection import projection
-
-CLASSES = tuple(f"{name}ForCausalLM" for name in SUPPORTED)
-
-
-def plain(model: nn.Module) -> nn.Module:
-    """The transformers model inside peft's wrapper, or the model itself."""
-    from peft import PeftModel
-
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def why_not(model: nn.Module) -> str | None:
-    """The reason why this model cannot be walked; None if it can."""
-    inner = plain(model)
-    config = inner.config
-    if type(inner).__name__ not in CLASSES:  # a subclass may do something else
-        return f"{type(inner).__name__} is not one of {', '.join(CLASSES)}"
-    if config.hidden_act not in SILU:
-        return f"its activation is {config.hidden_act}, not silu"
-    if (rope := config.rope_parameters["rope_type"]) in ("dynamic", "longrope"):
-        return f"its rotary embedding ({rope}) changes with the length of the text"
-    if type(inner.get_input_embeddings()) is not nn.Embedding:
-        return "its embedding is wrapped or quantised"
-    if {p.device for p in inner.parameters()} != {inner.device}:
-        return "it is spread over several devices"
-    return None
 
 
 class Group(NamedTuple):
@@ -94,19 +68,10 @@ class Layer(NamedTuple):
     window: int | None  # positions that a token looks back to, None: all
 
 
-def _layer(layer: nn.Module, config) -> Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-    if config.model_type == "phi3":
-        qkv, gate_up = (attention.qkv_proj,), (mlp.gate_up_proj,)
-    else:
-        qkv, gate_up = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
-    # as in their forwards: Qwen2 by layer, Mistral and Phi3 for all layers, Llama never
-    window = {"qwen2": lambda: attention.sliding_window, "llama": lambda: None}.get(
-        config.model_type, lambda: config.sliding_window
-    )()
+def _layer(parts: families.Layer) -> Layer:
     return Layer(
-        layer.input_layernorm, Group.of(*qkv), Group.of(attention.o_proj), layer.post_attention_layernorm,
-        Group.of(*gate_up), Group.of(mlp.down_proj), window,
+        parts.norm, Group.of(*parts.qkv), Group.of(parts.out), parts.mlp_norm, Group.of(*parts.gate_up),
+        Group.of(parts.down), parts.window,
     )  # fmt: skip
 
 
@@ -117,12 +82,11 @@ class Decoder:
     """
 
     def __init__(self, model: nn.Module):
-        inner = plain(model)
-        config = inner.config
-        self.inner, self.embedding = inner.model, inner.model.embed_tokens
-        self.layers = [_layer(layer, config) for layer in inner.model.layers]
-        self.head = Group.of(inner.get_output_embeddings())
-        attention = inner.model.layers[0].self_attn
+        family, config = families.of(model), families.unwrap(model).config
+        self.embedding, self.rotary, layers, self.norm, head = families.skeleton(model)
+        self.layers = [_layer(families.layer(family, layer)) for layer in layers]
+        self.head = Group.of(head)
+        attention = layers[0].self_attn
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.dim, self.scale = attention.head_dim, attention.scaling
         self.dtype, self.device = self.embedding.weight.dtype, self.embedding.weight.device
@@ -134,7 +98,7 @@ class Decoder:
         """Changes when a graph captured before is no longer this model: other tensors, another adapter or scale."""
         norms = [norm.weight.data_ptr() for layer in self.layers for norm in (layer.norm, layer.mlp_norm)]
         groups = [g for layer in self.layers for g in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-        norms += [self.inner.norm.weight.data_ptr(), self.embedding.weight.data_ptr()]
+        norms += [self.norm.weight.data_ptr(), self.embedding.weight.data_ptr()]
         return (*norms, *(g.addresses() for g in [*groups, self.head]))
 
     def hidden(self, tokens: Tensor, positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
@@ -144,12 +108,12 @@ class Decoder:
         tables [1 or B, S, R] to rotate q and k with; it returns [B, S, heads * D].
         """
         x = F.embedding(tokens, self.embedding.weight)
-        tables = self.inner.rotary_emb(x, positions)
+        tables = self.rotary(x, positions)
         for i, layer in enumerate(self.layers):
             (y,) = layer.out(attend(i, *self._heads(layer.qkv(_normed(layer.norm, x))), tables, layer.window))
             x, y = kernels.rms_norm(y, layer.mlp_norm.weight, layer.mlp_norm.variance_epsilon, x)
             x = _mlp(layer, y, x)
-        return _normed(self.inner.norm, x)
+        return _normed(self.norm, x)
 
     def _heads(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """q, k, v [B, heads, S, D] of the three projections, or of Phi3's one, as views."""

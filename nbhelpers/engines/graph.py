@@ -24,10 +24,11 @@ from dataclasses import dataclass, field
 import torch
 
 from nbhelpers import gpu
+from nbhelpers.models import families
 
 from .base import Completion, Engine, Sampling, Writer, check, inference
 from .cuda_graphs import BATCHES, CHUNK, LEFT, Steps, batch_for, to_host
-from .forward import Decoder, why_not
+from .forward import Decoder
 from .kv_cache import KVCache
 from .sampler import sample
 
@@ -91,7 +92,7 @@ class GraphEngine(Engine):
     def __init__(
         self, model, tokenizer=None, *, kv_bytes: int | None = None, max_rows: int = 128, budget_gb: float | None = None
     ):
-        if (why := why_not(model)) is not None:
+        if (why := families.why_not(model, "generation")) is not None:
             raise ValueError(f'the graph engine cannot decode this model: {why}. Use engine="hf"')
         if not 1 <= max_rows <= BATCHES[-1]:
             raise ValueError(f"max_rows={max_rows} is not between 1 and {BATCHES[-1]}")

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from nbhelpers import host
+from nbhelpers.models import families
 
-ARCHITECTURES = {"qwen2": "QWEN2", "llama": "LLAMA", "mistral": "LLAMA", "phi3": "PHI3"}
 QUANTIZATIONS = ("q8_0", "f16", "bf16")
 _LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -28,9 +28,10 @@ def write(tensors, tokenizer, file: Path, quantization: str, name: str) -> None:
     config = tensors.config
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization={quantization!r}: it is one of {', '.join(QUANTIZATIONS)}")
-    if config.model_type not in ARCHITECTURES:
-        raise ValueError(f"no GGUF for model_type {config.model_type!r} here, only for {', '.join(ARCHITECTURES)}")
-    arch = gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]]
+    if config.model_type not in families.FAMILIES:
+        raise ValueError(f"no GGUF for model_type {config.model_type!r} here, only for {', '.join(families.FAMILIES)}")
+    family = families.FAMILIES[config.model_type]
+    arch = gguf.MODEL_ARCH[family.gguf]
     kind = gguf.GGMLQuantizationType[quantization.upper()]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     writer = gguf.GGUFWriter(str(file), gguf.MODEL_ARCH_NAMES[arch])
@@ -48,7 +49,7 @@ def write(tensors, tokenizer, file: Path, quantization: str, name: str) -> None:
     for ours, shape in tensors.shapes.items():
         theirs = names.get_name(ours, try_suffixes=(".weight", ".bias"))
         if theirs is None:
-            raise ValueError(f"GGUF's {ARCHITECTURES[config.model_type]} has no place for the tensor {ours}")
+            raise ValueError(f"GGUF's {family.gguf} has no place for the tensor {ours}")
         data, chosen = encode(torch.zeros(1, shape[-1]) if len(shape) > 1 else torch.zeros(shape))  # of one row
         nbytes = data.nbytes * (math.prod(shape[:-1]) if len(shape) > 1 else 1)
         writer.add_tensor_info(theirs, shape, np.dtype(np.float32), nbytes, raw_dtype=chosen)
@@ -61,8 +62,9 @@ def write(tensors, tokenizer, file: Path, quantization: str, name: str) -> None:
         writer.write_ti_data_to_file()
         for ours in plan:
             weight = tensors.read(ours)
-            if config.model_type in ("llama", "mistral"):
-                heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+            if family.gguf_pairs:
+                q, k, _ = family.qkv
+                heads = {q: config.num_attention_heads, k: config.num_key_value_heads}
                 weight = interleave(weight, heads.get(ours.split(".")[-2]))
             data, chosen = encode(weight)
             if chosen == gguf.GGMLQuantizationType.F16 and weight.abs().max() > torch.finfo(torch.float16).max:
@@ -96,9 +98,10 @@ def _settings(writer, config, name: str, file_type: int) -> np.ndarray | None:
     head_dim = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
     if rope["rope_type"] not in ("default", "llama3"):
         raise ValueError(f"rope_type {rope['rope_type']!r} cannot be written to GGUF here, only default and llama3")
-    window = config.to_dict().get("sliding_window")
-    if config.model_type == "mistral" and window and window < config.max_position_embeddings:
-        raise ValueError(f"GGUF's llama architecture has no sliding window, and this model has one of {window}")
+    family = families.FAMILIES[config.model_type]
+    window = families.config_window(family, config)
+    if window and window < config.max_position_embeddings and not family.gguf_window:
+        raise ValueError(f"GGUF's {family.gguf} architecture has no sliding window, and this model has one of {window}")
     writer.add_name(name)
     writer.add_file_type(file_type)
     writer.add_quantization_version(2)
@@ -114,7 +117,7 @@ def _settings(writer, config, name: str, file_type: int) -> np.ndarray | None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
-    if config.model_type == "phi3":
+    if family.gguf_window:
         writer.add_sliding_window(window or 0)
     return llama3_factors(rope, head_dim) if rope["rope_type"] == "llama3" else None
 
@@ -184,7 +187,7 @@ def pre_type(found: dict, model_type: str) -> str:
         if pattern.endswith(_LETTERS + r"\p{N}" + _REST):
             return "qwen2"
         if pattern.endswith(_LETTERS + r"\p{N}{1,3}" + _REST):
-            return "llama-bpe" if model_type == "llama" else "dbrx"
+            return "llama-bpe" if model_type == families.LLAMA.model_type else "dbrx"
     raise ValueError(
         f"the tokenizer cuts text into words by a rule ({' + '.join(map(str, kinds))}) that is not known to be one of "
         "llama.cpp's, so the file would read text wrongly: nothing is written. export.merged works, and llama.cpp's "

@@ -17,8 +17,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from nbhelpers import gpu, host, presets
-from nbhelpers.architecture import GB, Architecture
-from nbhelpers.models import chat, patch, quantize
+from nbhelpers.architecture import GB
+from nbhelpers.models import chat, families, patch, quantize
 from nbhelpers.models.adapter import Base, attach, load_adapter, read_base, read_choice, refuse_other, save_adapter
 from nbhelpers.models.quantize import Choice
 from nbhelpers.presets import QUANTIZATIONS, Preset
@@ -187,7 +187,7 @@ def _check_arguments(quantization: str, lora_rank: int, lora_dropout: float) -> 
 def _check_room(source: hub.Source, quantization: str, device: torch.device, weight_dtype: torch.dtype) -> None:
     """CannotRun if the card has not the room to load it, from the config alone; on a CPU a warning that it is slow."""
     try:
-        architecture = Architecture.from_config(source.config)
+        architecture = families.architecture(source.config)
     except (ValueError, KeyError):  # an architecture that nobody counted: the card will say
         return
     width = weight_dtype.itemsize

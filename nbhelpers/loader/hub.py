@@ -80,7 +80,7 @@ def find(what: "Preset | str | Path", token: str | None = None) -> Source:
     elif Path(preset.hub_id).is_dir():  # the workshop model, in smoke too
         source = _local(Path(preset.hub_id), preset.name)
     elif preset.smoke:
-        source = _local(smoke.make(preset), preset.name)
+        source = _local(smoke.make(preset.name, preset.architecture), preset.name)
     else:
         source = _find(preset.hub_id, token)
     _check_code(source)

@@ -245,14 +245,13 @@ class Resident:
 
 
 DENSE_BYTES = 2**27  # kernels.lora_linear's: of 4-bit matrices this much is made dense at a time
-TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def dense_bytes(a: Architecture, width: int = 2) -> int:
     """The buffer in which the kernels make 4-bit matrices dense: the largest one or a piece of it, or several if they
     are small."""
     sizes = {m.name: m.out_features * m.in_features * width for m in a.linears()}
-    joined = [sum(sizes.get(name, 0) for name in names) for names in TOGETHER]
+    joined = [sum(sizes[name] for name in names) for names in (a.family.qkv, a.family.gate_up)]
     largest = min(max(sizes.values()), DENSE_BYTES)
     return max(size for size in (largest, *joined) if size <= DENSE_BYTES)
 

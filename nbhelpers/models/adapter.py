@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from . import quantize
+from . import families, quantize
 from .quantize import Choice
 
 
@@ -66,9 +66,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
 
 def base_of(model: nn.Module) -> Base | None:
     """What `model`, with an adapter or without, was loaded from; None if `loader.load` did not make it."""
-    from peft import PeftModel
-
-    return vars(model.get_base_model() if isinstance(model, PeftModel) else model).get("nbhelpers_base")
+    return vars(families.unwrap(model)).get("nbhelpers_base")
 
 
 def loras(model: nn.Module) -> dict:

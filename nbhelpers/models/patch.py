@@ -26,11 +26,8 @@ from torch import nn
 
 from nbhelpers import kernels
 
+from . import families
 from .projection import DROPOUT, compute_dtype, foldable, linears, projection, watched
-
-SUPPORTED = ("Qwen2", "Llama", "Mistral", "Phi3")
-SILU = ("silu", "swish")
-
 
 # --------------------------------------------------------------------------- the four modules of a decoder layer
 
@@ -52,7 +49,7 @@ def _add_and_norm(x, residual, norm):
 class _MLP:
     def groups(self):
         """The linear layers, those that read the same input together."""
-        return (self.gate_proj, self.up_proj), (self.down_proj,)
+        return families.named(self, self.family.gate_up), families.named(self, (self.family.down,))
 
     def forward(self, x, residual=None, norm=None, value=True):
         """The MLP's output, plus the residual if one is given; with a norm s + mlp(norm(s)) for s = x + residual.
@@ -61,7 +58,7 @@ class _MLP:
         """
         first, (last,) = self.groups()
         *gate_up, down = parts = tuple(projection(module) for module in (*first, last))
-        fused = self.config.hidden_act in SILU and not any(isinstance(part, str) for part in parts)
+        fused = self.config.hidden_act in families.SILU and not any(isinstance(part, str) for part in parts)
         folded = None
         if norm is not None:
             if fused and foldable(norm, x, first):
@@ -72,7 +69,7 @@ class _MLP:
             x = x if folded else x.to(compute_dtype(x, first))
             y = kernels.lora_mlp(x, tuple(gate_up), down, residual, folded, value)
             return y if residual is not None or torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
-        if self.config.hidden_act in SILU:
+        if self.config.hidden_act in families.SILU:
             wide = linears(x, *first)
             (y,) = linears(kernels.swiglu(*wide) if len(wide) == 2 else kernels.swiglu_packed(*wide), last)
         else:
@@ -80,17 +77,12 @@ class _MLP:
         return y if residual is None else residual + y
 
 
-class _Phi3MLP(_MLP):
-    def groups(self):
-        return (self.gate_up_proj,), (self.down_proj,)
-
-
 class _Attention:
     def groups(self):
         """The linear layers, those that read the same input together."""
-        return (self.q_proj, self.k_proj, self.v_proj), (self.o_proj,)
+        return families.named(self, self.family.qkv), families.named(self, (self.family.out,))
 
-    def _rotated(self, outputs, cos, sin):
+    def rotated(self, outputs, cos, sin):
         """Q, K and V [B, heads, S, D], Q and K rotated, from the first group's outputs: three, or one packed."""
         if len(outputs) == 1:
             heads = self.config.num_attention_heads, self.config.num_key_value_heads
@@ -98,40 +90,22 @@ class _Attention:
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in outputs)
         return *kernels.rope(q, k, cos, sin), v
 
-    def _window(self):
-        """How many positions a token looks back to, None for all."""
-        return None
-
     def forward(
         self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, norm=None, **kwargs
     ):
         first, last = self.groups()
-        q, k, v = self._rotated(linears(hidden_states, *first, norm=norm, packed=True), *position_embeddings)
+        q, k, v = self.rotated(linears(hidden_states, *first, norm=norm, packed=True), *position_embeddings)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         stock = sys.modules[self.stock.__module__]
         attention = stock.ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, stock.eager_attention_forward
         )
-        kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "sliding_window": self._window()}
+        window = families.window(self.family, self)
+        kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "sliding_window": window}
         out, weights = attention(self, q, k, v, attention_mask, scaling=self.scaling, **kwargs)
         (out,) = linears(out.reshape(*hidden_states.shape[:-1], -1), *last)
         return out, weights
-
-
-class _Qwen2Attention(_Attention):
-    def _window(self):
-        return self.sliding_window
-
-
-class _MistralAttention(_Attention):
-    def _window(self):
-        return self.config.sliding_window
-
-
-class _Phi3Attention(_MistralAttention):
-    def groups(self):
-        return (self.qkv_proj,), (self.o_proj,)
 
 
 class _Layer:
@@ -152,7 +126,9 @@ class _Layer:
         return self.mlp(attended, residual, self.post_attention_layernorm)
 
 
-class _Phi3Layer(_Layer):
+class _DropoutLayer(_Layer):
+    """With dropout on what each half adds to the residual stream."""
+
     def forward(self, hidden_states, attention_mask=None, **kwargs):
         attended = self.resid_attn_dropout(self._attend(hidden_states, attention_mask, **kwargs))
         if self.training and self.resid_mlp_dropout.p > 0:
@@ -162,23 +138,19 @@ class _Phi3Layer(_Layer):
 
 
 _ROLES = {"RMSNorm": _RMSNorm, "MLP": _MLP, "Attention": _Attention, "DecoderLayer": _Layer}
-FORWARDS = {f"{name}{role}": forward for name in SUPPORTED for role, forward in _ROLES.items()} | {
-    "Qwen2Attention": _Qwen2Attention,
-    "MistralAttention": _MistralAttention,
-    "Phi3Attention": _Phi3Attention,
-    "Phi3MLP": _Phi3MLP,
-    "Phi3DecoderLayer": _Phi3Layer,
-}
 
 
 @cache
 def _fused(stock: type) -> type | None:
     """The subclass of a transformers class that has our forward; None for every other class."""
-    family = {f"transformers.models.{name.lower()}.modeling_{name.lower()}" for name in SUPPORTED}
-    if stock.__module__ not in family or stock.__name__ not in FORWARDS:
-        return None
-    # under its old name: wrapping policies (FSDP, device maps) and error messages look layers up by name
-    return type(stock.__name__, (FORWARDS[stock.__name__], stock), {"__module__": __name__, "stock": stock})
+    for family in families.FAMILIES.values():
+        name = family.model_type
+        role = stock.__name__.removeprefix(family.prefix)
+        if stock.__module__ == f"transformers.models.{name}.modeling_{name}" and role in _ROLES:
+            forward = _DropoutLayer if role == "DecoderLayer" and family.residual_dropout else _ROLES[role]
+            # under its old name: wrapping policies (FSDP, device maps) and error messages look layers up by name
+            return type(stock.__name__, (forward, stock), {"__module__": __name__, "stock": stock, "family": family})
+    return None
 
 
 # ------------------------------------------------------------------------------------------------- the door
@@ -216,10 +188,7 @@ def with_kernels(model: nn.Module) -> Report:
     model: a transformers model, or peft's wrapper around one. Linear layers are looked at again in each forward, so
     adapters may be attached, switched off or merged afterwards. The report tells how they stand now.
     """
-    from peft import PeftModel
-
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    report = Report(type(inner).__name__)
+    report = Report(type(families.unwrap(model)).__name__)
     for module in model.modules():
         stock, fused = type(module), _fused(type(module))
         if stock.__module__ == __name__:
@@ -228,9 +197,10 @@ def with_kernels(model: nn.Module) -> Report:
             module.__class__ = fused
             report.modules.append((module, stock))
     if not report.modules and not report.left:
-        report.left[report.model, f"not an architecture that the kernels know ({', '.join(SUPPORTED)})"] += 1
+        known = ", ".join(family.prefix for family in families.FAMILIES.values())
+        report.left[report.model, f"not an architecture that the kernels know ({known})"] += 1
     for module, _ in report.modules:
-        if isinstance(module, _MLP) and module.config.hidden_act not in SILU:
+        if isinstance(module, _MLP) and module.config.hidden_act not in families.SILU:
             report.left[type(module).__name__, f"its activation is {module.config.hidden_act}, not silu"] += 1
         elif isinstance(module, (_MLP, _Attention)):
             for group in module.groups():

@@ -12,7 +12,6 @@ from hashlib import sha256
 from pathlib import Path
 
 from nbhelpers.architecture import Architecture
-from nbhelpers.presets import Preset
 
 DATASET = "smoke/gsm8k"  # the `dataset` of a smoke preset: `make_dataset`'s folder
 CHATML = (
@@ -21,10 +20,10 @@ CHATML = (
 )
 
 
-def make(preset: Preset) -> Path:
-    """The folder of the preset's stand-in, in the system's temporary directory; made if it is not there yet."""
-    key = sha256(json.dumps(asdict(preset.architecture), sort_keys=True).encode()).hexdigest()[:8]
-    return _once(f"{preset.name}-{key}", "model.safetensors", lambda new: write(preset.architecture, new))
+def make(name: str, architecture: Architecture) -> Path:
+    """The folder of a preset's stand-in, in the system's temporary directory; made if it is not there yet."""
+    key = sha256(json.dumps(asdict(architecture), sort_keys=True).encode()).hexdigest()[:8]
+    return _once(f"{name}-{key}", "model.safetensors", lambda new: write(architecture, new))
 
 
 def make_dataset() -> Path:

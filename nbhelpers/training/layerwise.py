@@ -11,6 +11,7 @@ computed (only its gradient is wanted), and the gradient of s is written over a.
 MLP's memory free again.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,14 +19,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from nbhelpers import kernels
-from nbhelpers.models import patch, projection
+from nbhelpers.models import families, patch, projection
 
 from .offload import Checkpoints
 from .packed_attention import attend
 from .packing import Packed, take
-
-FAMILIES = tuple(f"{name}ForCausalLM" for name in patch.SUPPORTED)
-ROPES_OF_LENGTH = ("dynamic", "longrope")  # their frequencies depend on the longest sequence of a batch
 
 
 @dataclass(frozen=True)
@@ -37,18 +35,16 @@ class Layers:
     tile: int
 
 
-class Decoder:
+class LayerwiseDecoder:
     """The parts of one model in the order in which a token passes them. Puts the fused kernels on it, if they are not.
 
-    model: a transformers causal LM, or peft's wrapper around one, for which `unsupported` finds nothing.
+    model: a transformers causal LM, or peft's wrapper around one, for which `families.why_not` finds nothing.
     way: of attention, see attention.py; autocast: a function that gives the context to compute in.
     """
 
     def __init__(self, model: nn.Module, way: str, autocast):
         patch.with_kernels(model)
-        inner = _inner(model)
-        self.embed, self.layers, self.norm = inner.model.embed_tokens, inner.model.layers, inner.model.norm
-        self.rotary, self.head = inner.model.rotary_emb, inner.lm_head
+        self.embed, self.rotary, self.layers, self.norm, self.head = families.skeleton(model)
         self.way, self.autocast = way, autocast
         self.device = self.embed.weight.device
         self.store = Checkpoints(self.device)
@@ -58,7 +54,7 @@ class Decoder:
     def _attention(self, layer, x: Tensor, packed: Packed, cos_sin) -> Tensor:
         first, last = layer.self_attn.groups()
         qkv = projection.linears(x, *first, norm=layer.input_layernorm, packed=True)
-        q, k, v = layer.self_attn._rotated(qkv, *cos_sin)
+        q, k, v = layer.self_attn.rotated(qkv, *cos_sin)
         out = attend(q, k, v, packed, layer.self_attn.scaling, self.way)
         return projection.linears(out, *last)[0]
 
@@ -186,61 +182,16 @@ class Decoder:
         with _plain(self.device):
             torch.autograd.backward(root, gradient)
 
+    @contextmanager
     def _arithmetic(self):
-        return _Arithmetic(self.autocast, self.device)
-
-
-class _Arithmetic:
-    """The trainer's autocast without its cache: a weight cast without a gradient would serve those who need one."""
-
-    def __init__(self, autocast, device):
-        self.outer, self.kind = autocast(), device.type
-
-    def __enter__(self):
-        self.outer.__enter__()
-        on, dtype = torch.is_autocast_enabled(self.kind), torch.get_autocast_dtype(self.kind)
-        self.inner = torch.autocast(self.kind, dtype=dtype, enabled=on, cache_enabled=False)
-        self.inner.__enter__()
-
-    def __exit__(self, *error):
-        self.inner.__exit__(*error)
-        self.outer.__exit__(*error)
+        """The trainer's autocast without its cache: a weight cast without a gradient would serve those who need one."""
+        kind = self.device.type
+        with self.autocast():
+            on, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+            with torch.autocast(kind, dtype=dtype, enabled=on, cache_enabled=False):
+                yield
 
 
 def _plain(device):
     """Backward runs in the types that forward chose."""
     return torch.autocast(device.type, enabled=False)
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """The transformers model inside peft's wrapper, if there is one."""
-    from peft import PeftModel
-
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def unsupported(model: nn.Module) -> str | None:
-    """Why this model cannot be walked by hand, or None: it can."""
-    inner = _inner(model)
-    name = type(inner).__name__
-    if name not in FAMILIES:
-        return f"{name} is not one of {', '.join(FAMILIES)}"
-    config = inner.config.to_dict()
-    rope = (config.get("rope_parameters") or {}).get("rope_type")
-    if rope in ROPES_OF_LENGTH:
-        return f"its rope ({rope}) depends on the longest sequence of a batch"
-    kinds = set(config.get("layer_types") or ["full_attention"])
-    if kinds != {"full_attention"} or (config["model_type"] != "qwen2" and config.get("sliding_window")):
-        return "its attention has a sliding window"
-    if config["hidden_act"] not in patch.SILU:
-        return f"its activation is {config['hidden_act']}, not silu"
-    dropouts = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
-    if dropouts or config.get("attention_dropout"):
-        return f"it has dropout ({dropouts[0] if dropouts else 'attention_dropout'})"
-    if type(inner.model.embed_tokens) is not nn.Embedding:
-        return f"its embedding is a {type(inner.model.embed_tokens).__name__}"
-    if projection.known().get(type(inner.lm_head)) is not False:
-        return f"its head is a {type(inner.lm_head).__name__}"
-    if len({p.device for p in model.parameters()}) > 1:
-        return "it lies on several devices"
-    return None

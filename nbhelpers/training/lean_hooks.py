@@ -16,9 +16,10 @@ from accelerate.utils import DistributedType
 
 from nbhelpers import grpo
 from nbhelpers.memory.micro_batches import OPTIMIZER_BYTES
+from nbhelpers.models import families
 
 from . import objective
-from .lean_step import LeanStep, gradients_are_finite, unsupported
+from .lean_step import LeanStep, gradients_are_finite
 from .packing import unpad
 
 ONE_CARD_EACH = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -41,7 +42,7 @@ def why_not(trainer: trl.GRPOTrainer) -> str | None:
     for what, wanted in asked.items():
         if wanted:
             return f"{what} is asked for"
-    return unsupported(trainer.accelerator.unwrap_model(trainer.model))
+    return families.why_not(trainer.accelerator.unwrap_model(trainer.model), "training")
 
 
 class LeanStepTrainer(trl.GRPOTrainer):

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from nbhelpers import gpu, kernels
-from nbhelpers.architecture import GB, Architecture
+from nbhelpers.architecture import GB
 from nbhelpers.memory.micro_batches import TILES, CannotFit, Part, Work, count, dense_bytes
+from nbhelpers.models import families
 
-from .layerwise import Decoder, Layers, unsupported
+from .layerwise import Layers, LayerwiseDecoder
 from .packed_attention import choose
 from .packing import Packed, Row, Rows, pack
 
-__all__ = ["CannotFit", "LeanStep", "unsupported"]
+__all__ = ["CannotFit", "LeanStep"]
 
 RESERVE = 0.05  # of the free memory is left alone: other libraries, fragmentation
 Objective = Callable[[Tensor, Tensor, Packed], Tensor]
@@ -33,7 +34,7 @@ Objective = Callable[[Tensor, Tensor, Packed], Tensor]
 class LeanStep:
     """Forward and backward of one model through packed completions.
 
-    model: as for `decoder.unsupported`; ValueError if that finds a reason.
+    model: one for which `families.why_not` finds no reason; else ValueError.
     budget_gb: what torch may allocate in this process, weights and optimizer included, in GB (10^9 bytes); None for
         what the card has free. On a CPU there is no limit unless one is given, which then counts the work alone.
     temperature: of the distribution that was sampled from.
@@ -51,7 +52,7 @@ class LeanStep:
         attention: str | None = None,
         share_prompts: bool = True,
     ):
-        why = unsupported(model)
+        why = families.why_not(model, "training")
         if why is not None:
             raise ValueError(f"this model cannot run through the lean step: {why}")
         self.device = next(model.parameters()).device
@@ -59,16 +60,16 @@ class LeanStep:
             on = torch.is_autocast_enabled(self.device.type)
             dtype = torch.get_autocast_dtype(self.device.type) if on else model.get_input_embeddings().weight.dtype
         way = attention or choose(self.device, dtype)
-        self.decoder = Decoder(model, way, autocast)
+        self.decoder = LayerwiseDecoder(model, way, autocast)
         config = model.config.to_dict()
         stream = max(model.get_input_embeddings().weight.element_size(), dtype.itemsize)
-        self.work = Work(Architecture.from_config(config), width=stream, attention=way)
+        self.work = Work(families.architecture(config), width=stream, attention=way)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.budget_gb, self.temperature, self.share_prompts = budget_gb, temperature, share_prompts
         self.asleep = 0  # bytes that torch counts as allocated and a sleeping engine has handed back
         self.share = 1.0  # of the room that the plan counts with; less once memory has run out
         self.pending = 0  # bytes that others will still take for good, such as an optimizer before its first update
-        if any(p.dtype == torch.uint8 and p.is_cuda for p in model.parameters()) and kernels.fused is not None:
+        if any(p.dtype == torch.uint8 and p.is_cuda for p in model.parameters()) and kernels.triton is not None:
             from nbhelpers.kernels.triton.lora_linear import (
                 scratch,  # the kernels' buffer is made now, so that the budget sees it
             )

@@ -15,8 +15,7 @@ from torch import nn
 
 from nbhelpers import gpu, host
 from nbhelpers.engines import Sampling, choose, vllm
-from nbhelpers.engines.forward import plain
-from nbhelpers.models import projection
+from nbhelpers.models import families, projection
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 OURS = ("nbhelpers.engines.vllm.model", "nbhelpers.engines.vllm.lora")
@@ -74,7 +73,7 @@ def test_a_layer_of_vllm_is_ours_where_it_lies(ours, name, four_bit):
     """vLLM's fused layers give what ours give, from the same storage, biases included; ours are not touched."""
     vllm_model, _ = ours
     linear_base = sys.modules["vllm.model_executor.layers.linear"].LinearBase
-    model = plain(make(name, four_bit=four_bit))
+    model = families.unwrap(make(name, four_bit=four_bit))
     before = [p.data_ptr() for p in model.parameters()]
     config = vllm_model.SharedWeights.from_config({})
     if name == "phi3":
@@ -98,7 +97,7 @@ def test_a_layer_of_vllm_is_ours_where_it_lies(ours, name, four_bit):
 def test_a_fused_layer_may_be_half_in_16_bits(ours):
     """Dynamic 4-bit keeps single layers: a q_proj in 16 bits beside k and v in NF4."""
     vllm_model, _ = ours
-    model = plain(make("qwen2", four_bit=True, lora=False))
+    model = families.unwrap(make("qwen2", four_bit=True, lora=False))
     attention = model.model.layers[0].self_attn
     attention.q_proj = nn.Linear(64, 64).requires_grad_(False)
     layer = nn.Module()
@@ -114,7 +113,7 @@ def test_tables_and_norms_are_shared_and_vllms_biases_are_gone(ours):
     vllm_model, _ = ours
     tables = sys.modules["vllm.model_executor.layers.vocab_parallel_embedding"]
     linear_base = sys.modules["vllm.model_executor.layers.linear"].LinearBase
-    model = plain(make("qwen2"))
+    model = families.unwrap(make("qwen2"))
     theirs = nn.Module()
     theirs.model, theirs.lm_head = nn.Module(), tables.ParallelLMHead()
     theirs.model.embed_tokens, theirs.model.norm = tables.VocabParallelEmbedding(), nn.LayerNorm(64, bias=False)
@@ -171,7 +170,7 @@ def test_the_slot_holds_the_adapter_as_it_is_now(ours):
     """A and lora_alpha / r times B in vLLM's type, zeros beyond the adapter's rank; the buffers stay where they are."""
     _, vllm_lora = ours
     model = make("qwen2").eval()
-    inner = plain(model)
+    inner = families.unwrap(model)
     manager = Manager({QKV: [(64, 64), (64, 32), (64, 32)], DOWN: [(128, 64)]})
     slot = vllm_lora.Slot(manager)
     places = [b.data_ptr() for layer in manager.modules.values() for b in layer.lora_b_stacked]
@@ -202,15 +201,15 @@ def test_an_adapter_that_vllm_cannot_follow_is_named(ours):
     _, vllm_lora = ours
     model = make("qwen2")
     slot = vllm_lora.Slot(Manager({DOWN: [(128, 64)]}))
-    plain(model).get_submodule(DOWN).lora_A["default"].register_forward_hook(lambda *_: None)
+    families.unwrap(model).get_submodule(DOWN).lora_A["default"].register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=f"cannot follow {DOWN}: {projection.HOOKED}"):
-        slot.update(plain(model))
+        slot.update(families.unwrap(model))
 
 
 def test_the_arguments_of_the_adapter(ours):
     _, vllm_lora = ours
-    assert vllm_lora.settings(vllm_lora.adapted(plain(make("llama", lora=False)))) == {}
-    found = vllm_lora.settings(vllm_lora.adapted(plain(make("phi3"))))
+    assert vllm_lora.settings(vllm_lora.adapted(families.unwrap(make("llama", lora=False)))) == {}
+    found = vllm_lora.settings(vllm_lora.adapted(families.unwrap(make("phi3"))))
     assert found == {"enable_lora": True, "max_loras": 1, "max_lora_rank": 8,  # r=4: vLLM's buffers come in steps
                      "lora_target_modules": ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]}  # fmt: skip
     with pytest.raises(ValueError, match="512 at most"):
@@ -250,7 +249,7 @@ def test_the_arguments_of_vllm():
 def test_the_folder_has_a_config_and_no_weights(tmp_path):
     from transformers import AutoConfig
 
-    model = plain(make("phi3", dtype=torch.bfloat16))
+    model = families.unwrap(make("phi3", dtype=torch.bfloat16))
     vllm.write_folder(model, None, tmp_path, "nbhelpers")
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
     written = json.loads((tmp_path / "config.json").read_text())

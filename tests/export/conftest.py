@@ -6,7 +6,7 @@ from export_cases import SMALL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nbhelpers.architecture import Architecture
-from nbhelpers.models import smoke
+from nbhelpers.models import families, smoke
 from nbhelpers.presets import WORKSHOP
 
 
@@ -21,7 +21,9 @@ def base(tmp_path):
 
     def write(name: str, **changes):
         tied = name == "qwen2"
-        architecture = Architecture(name, tie_word_embeddings=tied, rope_theta=1e4, rms_norm_eps=1e-5, **SMALL)
+        architecture = Architecture(
+            families.FAMILIES[name], tie_word_embeddings=tied, rope_theta=1e4, rms_norm_eps=1e-5, **SMALL
+        )
         folder = smoke.write(architecture, tmp_path / f"base-{name}")
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         torch.manual_seed(3)

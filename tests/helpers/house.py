@@ -1,6 +1,9 @@
 """The rooms of the house, the arrows between them and its circles, read from the folders and their imports.
 
-    python tests/helpers/house.py     # prints rooms and arrows, climbs and circles: exit status 1 if there are any
+    python tests/helpers/house.py             # prints rooms, arrows, climbs and circles
+    python tests/helpers/house.py --write     # and brings the tree in docs/ARCHITECTURE.md up to date
+
+The exit status is 1 if there is a climb or a circle.
 
 A room is a file or a folder directly inside nbhelpers/. Its floor stands in docs/ARCHITECTURE.md: a room imports only
 rooms from floors below its own, wherever in a file the import stands. Nothing is imported to find out.
@@ -120,31 +123,29 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return sorted(found)
 
 
-def files_in_the_folders() -> list[str]:
-    """Every Python file of package and benchmarks, as paths from the root; an empty __init__.py is no file to name."""
-    files = [*PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
-    return sorted(str(file.relative_to(ROOT)) for file in files if file.name != "__init__.py" or file.read_text())
+def tree(folder: Path, indent: int = 2) -> list[str]:
+    """A line for each Python file below a folder: its name and the first line of its docstring."""
+    lines = [f"{' ' * (indent - 2)}{folder.name}/"]
+    for path in sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)):
+        if path.is_dir() and any(path.rglob("*.py")):
+            lines += tree(path, indent + 2)
+        elif path.suffix == ".py" and (text := path.read_text()):  # an empty __init__.py says nothing
+            first = (ast.get_docstring(ast.parse(text)) or "?").splitlines()[0].rstrip(".")
+            lines.append(f"{' ' * indent}{path.name:<22} {first}")
+    return lines
 
 
-def files_on_the_page() -> list[str]:
-    """The files that the trees of docs/ARCHITECTURE.md name. A line is `name  what it is`, below its folder."""
-    found = []
-    for block in re.findall(r"^```tree\n(.*?)^```", PAGE.read_text(), re.M | re.S):
-        path: list[tuple[int, str]] = []
-        for line in block.splitlines():
-            if not (match := re.match(r"( *)([\w/]+(?:\.py)?/?)(?: |$)", line)):
-                continue
-            indent, name = len(match[1]), match[2]
-            while path and path[-1][0] >= indent:
-                path.pop()
-            if name.endswith("/"):
-                path.append((indent, name))
-            elif name.endswith(".py"):
-                found.append("".join(folder for _, folder in path) + name)
-    return sorted(found)
+def page() -> str:
+    """docs/ARCHITECTURE.md with its tree as the folders are now."""
+    lines = [*tree(PACKAGE), *tree(ROOT / "benchmarks")]
+    return re.sub(
+        r"(?<=^```tree\n).*?(?=^```$)", lambda _: "\n".join(lines) + "\n", PAGE.read_text(), flags=re.M | re.S
+    )
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        PAGE.write_text(page())
     graph = rooms_graph()
     for room, others in graph.items():
         print(f"{room} -> {', '.join(sorted(others)) or '(nothing)'}")

@@ -9,6 +9,7 @@ import pytest
 from nbhelpers import architecture, memory, presets
 from nbhelpers.architecture import GB
 from nbhelpers.memory import micro_batches
+from nbhelpers.models import families
 from nbhelpers.training import lean_step
 
 LLAMA = {"lora_rank": 16, "quantization": "nf4", "max_prompt_length": 256, "max_completion_length": 768}
@@ -128,7 +129,7 @@ def test_the_step_cuts_as_the_planner_said():
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     a = architecture.Architecture(
-        "qwen2", 32, 48, 3, 4, 2, 8, 100, False, attention_bias=True, max_position_embeddings=256
+        families.QWEN2, 32, 48, 3, 4, 2, 8, 100, False, attention_bias=True, max_position_embeddings=256
     )
     model = Qwen2ForCausalLM(Qwen2Config(**{k: v for k, v in a.config().items() if k != "model_type"}))
     one = lean_step.LeanStep(model, budget_gb=2e-4)

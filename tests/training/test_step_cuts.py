@@ -7,8 +7,8 @@ import torch
 from step_cases import FAMILIES, difference, make_model, rollout, through
 
 from nbhelpers.memory import micro_batches
-from nbhelpers.models import patch
-from nbhelpers.training import layerwise, lean_step, packing
+from nbhelpers.models import families, patch
+from nbhelpers.training import lean_step, packing
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -127,6 +127,6 @@ def test_a_rehearsal_that_runs_out_of_memory_is_done_again_in_less_room(monkeypa
 ])  # fmt: skip
 def test_models_that_it_refuses(config, why):
     model = make_model("mistral", lora=False, **config)
-    assert why in layerwise.unsupported(model)
+    assert why in families.why_not(model, "training")
     with pytest.raises(ValueError, match=why):
         lean_step.LeanStep(model)

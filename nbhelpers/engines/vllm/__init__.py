@@ -22,10 +22,10 @@ from torch import nn
 
 from nbhelpers import gpu, host
 from nbhelpers.architecture import GB
+from nbhelpers.models import families
 
 from ..base import LENGTH, STOP_STRING, Completion, Engine, Sampling, Writer, check, inference
 from ..cuda_graphs import BATCHES
-from ..forward import plain, why_not
 
 TESTED = ("0.26", "0.27")  # from, up to but not including
 BLOCK = 16  # tokens that vLLM gives memory to at once
@@ -80,7 +80,7 @@ class VLLMEngine(Engine):
         from . import lora, model
 
         self.model, self.tokenizer = model, tokenizer
-        inner = plain(model)
+        inner = families.unwrap(model)
         budget = kv_bytes if kv_bytes is not None else int(KV_SHARE * gpu.room(model.device, budget_gb))
         self.max_length, self.kv_bytes = sizes(inner.config, inner.dtype, max_rows, max_length, budget)
         adapter = lora.settings(lora.adapted(inner))
@@ -148,11 +148,11 @@ class VLLMEngine(Engine):
         if self._slot is None:
             return None
         with inference(self.model):
-            return self._slot.update(plain(self.model))
+            return self._slot.update(families.unwrap(self.model))
 
     def _addresses(self) -> list[int]:
         """Where the base weights lie: the captured graphs have taken it for granted."""
-        inner = plain(self.model)
+        inner = families.unwrap(self.model)
         return [p.data_ptr() for name, p in inner.named_parameters() if "lora_" not in name]
 
     def _parameters(self, sampling: Sampling, seed: int):
@@ -177,9 +177,13 @@ class VLLMEngine(Engine):
 
 def cannot(model: nn.Module) -> str | None:
     """Why vLLM cannot be built on this model here, or None: it can."""
-    if (why := why_not(model)) is not None:
+    if (why := families.why_not(model, "generation")) is not None:
         return why
-    found = {p.dtype for name, p in plain(model).named_parameters() if "lora_" not in name and p.is_floating_point()}
+    found = {
+        p.dtype
+        for name, p in families.unwrap(model).named_parameters()
+        if "lora_" not in name and p.is_floating_point()
+    }
     if len(found) > 1 or not found <= {torch.bfloat16, torch.float16}:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
         return f"its base weights are in {names}, and vLLM computes in one 16-bit type"

@@ -1,0 +1,167 @@
+"""All that is known of an architecture, once: what its layers are called, what they do, and which walk can serve it.
+
+A family is a `Family` below: the names of its layers and what its attention does that others do not. Both walks, the
+fused kernels, the presets, the planner, the merge and the GGUF writer read it; a new decoder family is an entry in
+`FAMILIES`, and an operation in kernels/ if it does something that no other does.
+
+All families share the skeleton of Llama: embedding, layers of a pre-norm attention and a pre-norm SwiGLU MLP with
+RMSNorm (arXiv 1910.07467), rotary position embedding (2104.09864), a last norm, and a head that may be the embedding.
+"""
+
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from nbhelpers.architecture import Architecture, Family
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+LLAMA = Family("llama", "Llama", gguf="LLAMA", gguf_pairs=True)
+QWEN2 = Family("qwen2", "Qwen2", qkv_bias=True, window="layer", gguf="QWEN2")
+MISTRAL = Family("mistral", "Mistral", window="config", gguf="LLAMA", gguf_pairs=True)
+PHI3 = Family(
+    "phi3", "Phi3", qkv=("qkv_proj",), gate_up=("gate_up_proj",), window="config", residual_dropout=True, gguf="PHI3",
+    gguf_window=True,
+)  # fmt: skip
+FAMILIES = {family.model_type: family for family in (QWEN2, LLAMA, MISTRAL, PHI3)}
+SILU = ("silu", "swish")  # the names of the activation that the kernels compute
+ROPES_OF_LENGTH = ("dynamic", "longrope")  # rope types whose frequencies depend on the longest text of a batch
+
+
+def architecture(config: dict) -> Architecture:
+    """The `Architecture` behind the dictionary of a config.json.
+
+    Raises ValueError for a model type that is none of `FAMILIES`, KeyError for a config without its sizes.
+    """
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(f"cannot count a {kind!r}; only {', '.join(FAMILIES)}")
+    family, heads = FAMILIES[kind], config["num_attention_heads"]
+    rope = config.get("rope_parameters") or {}  # where transformers 5 writes what was `rope_theta`
+    defaults = {
+        "num_key_value_heads": heads,
+        "head_dim": config["hidden_size"] // heads,
+        "tie_word_embeddings": False,
+        "rope_theta": rope.get("rope_theta", 10000.0),
+    }
+    names = Architecture.__dataclass_fields__.keys() - {"family"}
+    given = {name: config[name] for name in names if config.get(name) is not None}
+    bias = config.get("attention_bias", False) if family.qkv_bias is None else family.qkv_bias
+    return Architecture(family, **{**defaults, **given, "attention_bias": bias})
+
+
+def unwrap(model: "nn.Module") -> "PreTrainedModel":
+    """The transformers model inside peft's wrapper, or the model itself."""
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def of(model: "nn.Module") -> Family | None:
+    """The family of a transformers model, in peft's wrapper or not; None for every other class.
+
+    The very class: a subclass may do something else.
+    """
+    inner = unwrap(model)
+    return next((family for family in FAMILIES.values() if type(inner).__name__ == f"{family.prefix}ForCausalLM"), None)
+
+
+class Skeleton(NamedTuple):
+    """The modules of a decoder in the order in which a token passes them."""
+
+    embedding: "nn.Module"
+    rotary: "nn.Module"
+    layers: "nn.ModuleList"
+    norm: "nn.Module"
+    head: "nn.Module"
+
+
+def skeleton(model: "nn.Module") -> Skeleton:
+    """Of a model for which `of` knows a family."""
+    inner = unwrap(model)
+    body = inner.model
+    return Skeleton(body.embed_tokens, body.rotary_emb, body.layers, body.norm, inner.get_output_embeddings())
+
+
+class Layer(NamedTuple):
+    """The modules of one decoder layer; linear layers that read the same input stand together."""
+
+    norm: "nn.Module"
+    qkv: "tuple[nn.Module, ...]"
+    out: "nn.Module"
+    mlp_norm: "nn.Module"
+    gate_up: "tuple[nn.Module, ...]"
+    down: "nn.Module"
+    window: int | None  # positions that a token looks back to, itself included; None: all
+
+
+def layer(family: Family, module: "nn.Module") -> Layer:
+    """The parts of a decoder layer, whether the fused kernels are on it or not."""
+    attention, mlp = module.self_attn, module.mlp
+    return Layer(
+        module.input_layernorm, named(attention, family.qkv), named(attention, (family.out,))[0],
+        module.post_attention_layernorm, named(mlp, family.gate_up), named(mlp, (family.down,))[0],
+        window(family, attention),
+    )  # fmt: skip
+
+
+def named(parent: "nn.Module", names: tuple[str, ...]) -> "tuple[nn.Module, ...]":
+    """Children of a module by their names. (nn.Module's own look-up is slow, and this runs in each forward.)"""
+    children = parent._modules
+    return tuple(children[name] for name in names)
+
+
+def window(family: Family, attention: "nn.Module") -> int | None:
+    """How many positions a token looks back to, itself included; None for all."""
+    if family.window is None:
+        return None
+    return attention.sliding_window if family.window == "layer" else attention.config.sliding_window
+
+
+def config_window(family: Family, config: "PreTrainedConfig") -> int | None:
+    """The same from the config alone, of the layers that have one."""
+    if family.window == "layer" and "sliding_attention" not in (config.layer_types or ()):
+        return None
+    return None if family.window is None else config.sliding_window
+
+
+# ------------------------------------------------------------------------------------------- what cannot be served
+
+
+def why_not(model: "nn.Module", for_: Literal["training", "generation"]) -> str | None:
+    """The reason why this model cannot be walked layer by layer, or None if it can.
+
+    Args:
+        model (`nn.Module`): A transformers causal language model, or peft's wrapper around one.
+        for_ (`str`): "training" (training/layerwise.py, forward and backward) or "generation" (engines/forward.py).
+    """
+    from torch import nn
+
+    family, inner = of(model), unwrap(model)
+    if family is None:
+        return f"{type(inner).__name__} is not one of {', '.join(f'{f.prefix}ForCausalLM' for f in FAMILIES.values())}"
+    config = inner.config
+    if config.hidden_act not in SILU:
+        return f"its activation is {config.hidden_act}, not silu"
+    if (rope := config.rope_parameters["rope_type"]) in ROPES_OF_LENGTH:
+        return f"its rope ({rope}) changes with the length of the text"
+    if type(inner.get_input_embeddings()) is not nn.Embedding:
+        return f"its embedding is a {type(inner.get_input_embeddings()).__name__}, wrapped or quantised"
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "it is spread over several devices"
+    return _why_not_train(model, family, inner) if for_ == "training" else None
+
+
+def _why_not_train(model: "nn.Module", family: Family, inner: "PreTrainedModel") -> str | None:
+    from torch import nn
+
+    from .projection import known
+
+    if any(window(family, module.self_attn) for module in inner.model.layers):
+        return "its attention has a sliding window"
+    dropouts = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    if dropouts or inner.config.attention_dropout:
+        return f"it has dropout ({dropouts[0] if dropouts else 'attention_dropout'})"
+    if known().get(type(inner.lm_head)) is not False:
+        return f"its head is a {type(inner.lm_head).__name__}"
+    return None
