@@ -1,17 +1,17 @@
-"""Attention of one new token a row over its cache: memory-bound, so what counts is that K and V are read once.
+"""Attention of one new token per row over its KV cache. It is memory-bound: what counts is that K and V are read once.
 
     o = softmax(scale q K^T) V        q [G, D] of the query heads that share a key head, K, V [positions, D]
 
-q and the new token's k are rotated to their position on the way in (rope.py), rounded as rope.py rounds them.
+q and the new token's k are rotated to their position as they are loaded, with the rounding of rope.py.
 
-The positions of a row are cut into splits, one program each, so that a few rows fill the card too ("flash-decoding");
-a second kernel joins the splits, each with the logarithm of its softmax's denominator:
+Each row's positions are cut into splits, one program per split, so that a few rows fill the card too
+("flash-decoding"); a second kernel joins the splits, each with the logarithm of its softmax's denominator:
 
     o = sum_s exp(lse_s - max) o_s / sum_s exp(lse_s - max)
 
-The new token's K and V come as arguments; the first split counts them in and stores them. The cache's address and
-strides are read from a table, so a CUDA graph outlives the cache. A T4 has no tensor cores for Triton: there the
-products are multiplications and sums on fp32 registers.
+The new token's K and V are arguments: the first split includes them and stores them. The cache's address and strides
+are read from a table, so that a captured CUDA graph stays valid when the cache is reallocated. Triton has no tensor
+core instructions for a T4: there the products are multiplications and sums in fp32 registers.
 """
 
 import torch
@@ -20,16 +20,16 @@ import triton.language as tl
 
 from .common import begin, early, tensor_cores, wait
 
-TILE = 8192  # without tensor cores: query heads of a group x positions x D that a program multiplies at once
-BLOCK = 64  # with them: positions at once
+TILE = 8192  # without tensor cores: query heads of a group x positions x D that a program multiplies per iteration
+BLOCK = 64  # with tensor cores: positions per iteration
 WARPS, STAGES = 2, 2
-PROGRAMS = 264  # as many as there should be at least, for a card of 40 to 140 multiprocessors
+PROGRAMS = 264  # at least this many, for a card of 40 to 140 multiprocessors
 MOST_SPLITS = 16
 
 
 @triton.jit
 def _rotated(at, d, real, cos, sin, HALF: tl.constexpr):
-    """What lies at `at`, channels d: those below 2 HALF rotated, rounded to its type."""
+    """The channels d of the head that begins at `at`, those below 2 HALF rotated, rounded to its dtype."""
     partner = tl.where(d < HALF, d + HALF, d - HALF)
     turns = d < 2 * HALF
     value = tl.load(at + d, real, 0.0).to(tl.float32)
@@ -97,7 +97,7 @@ def _attend(q, k, v, cos, sin, table, positions, out, lse, layer, scale, window,
             result = result * old[:, None] + fresh
         most = more
 
-    some = total > 0.0  # else the split had no position
+    some = total > 0.0  # false where the split has no positions
     result = result / tl.where(some, total, 1.0)[:, None]
     slot = (row * KV_HEADS + head) * GROUP + g
     at_out = out + (slot[:, None] * SPLITS + split) * D + d[None, :]
@@ -121,7 +121,7 @@ def _join(parts, lse, out, D: tl.constexpr, SPLITS: tl.constexpr, D_BLOCK: tl.co
 
 
 def splits_for(rows: int, kv_heads: int) -> int:
-    """A power of two: into how many programs the positions of a row and head are cut."""
+    """How many programs the positions of one row and key head are cut into: a power of two."""
     return min(MOST_SPLITS, triton.next_power_of_2(triton.cdiv(PROGRAMS, rows * kv_heads)))
 
 

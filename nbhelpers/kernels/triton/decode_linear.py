@@ -1,15 +1,15 @@
-"""Linear layers with LoRA for a step of decoding: few rows, no gradient, and as few launches as can be.
+"""Linear layers with LoRA in a decoding step: few rows, no gradient, and as few launches as possible.
 
-    y_i = x W_i^T,  t_i = x A_i^T               [N, out_i], [N, r_i]    one launch for all NF4 parts (nf4_rows.py); or
-                                                                        bitsandbytes' few-row product or cuBLAS, and
+    y_i = x W_i^T,  t_i = x A_i^T               [N, out_i], [N, r_i]    one launch for all NF4 parts (nf4_few_rows.py);
+                                                                        or bitsandbytes' few-row product or cuBLAS, and
                                                                         one launch for all t_i
-    z_i = y_i + b_i + s_i t_i B_i^T             one launch for all parts; gate and up go through SwiGLU in it, and a
-                                                residual is added
+    z_i = y_i + b_i + s_i t_i B_i^T             one launch for all parts; it includes the SwiGLU of gate and up, and
+                                                the addition of a residual
 
-A step of a small model is bound by launches: PyTorch would need a dozen here (A's stacked and cast, a product with each
-B, ...). A and B are read where the optimizer writes them, in fp32. Both t and y come in splits of the inner sum, fp32
-[splits, N, width], and are added up by the last launch. Without tensor cores (T4) the thin products are sums on
-registers.
+A step of a small model is launch-bound: PyTorch would need a dozen launches here (stacking and casting the A's, a
+product with each B, ...). A and B are read where the optimizer writes them, in fp32. Both t and y are split along the
+inner dimension, fp32 [splits, N, width], and the last launch sums the splits. Without tensor cores (T4) the thin
+products are multiplications and sums in registers.
 """
 
 import torch
@@ -21,14 +21,15 @@ from .common import begin, early, tensor_cores, three, wait
 from .lora_linear import project, without_lora
 from .lora_mlp import SHRINK_FP16
 
-TILE = 8192  # rows x ranks x columns that a program of the thin product multiplies at once
-SPLIT, ROWS = 256, 4  # columns of a split of the thin product, and rows of one of its programs
-OUT_COLUMNS, OUT_WARPS = 32, 1  # of a program of the last launch
+TILE = 8192  # rows x ranks x columns that a program of the thin product multiplies per iteration
+SPLIT, ROWS = 256, 4  # columns per split of the thin product, and rows per program
+OUT_COLUMNS, OUT_WARPS = 32, 1  # per program of the last launch
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _thin(x, a0, a1, a2, t, rows, x_step, K, R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
           SPLIT: tl.constexpr, ROWS: tl.constexpr, R_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr):  # fmt: skip
+    """t of one part and split, [ROWS, R_BLOCK] per program: x A^T over the split's columns."""
     part, split = tl.program_id(1), tl.program_id(2)
     a, rank, first = a0, R0, 0
     if part == 1:
@@ -49,7 +50,7 @@ def _thin(x, a0, a1, a2, t, rows, x_step, K, R0: tl.constexpr, R1: tl.constexpr,
 
 @triton.jit
 def _sum(at, real, split_step, SPLITS: tl.constexpr):
-    """The splits of a tile added up."""
+    """The sum of a tile over the splits."""
     total = tl.load(at, real, 0.0).to(tl.float32)
     for s in tl.static_range(1, SPLITS):
         total += tl.load(at + s * split_step, real, 0.0).to(tl.float32)
@@ -59,7 +60,7 @@ def _sum(at, real, split_step, SPLITS: tl.constexpr):
 @triton.jit
 def _delta(b, t, n, m, real_n, real_m, rows, first, rank, R: tl.constexpr, SPLITS: tl.constexpr, R_BLOCK: tl.constexpr,
            DOT: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
-    """t_i B_i^T [ROWS, COLUMNS]; t_i begins at column `first` of the R in t."""
+    """t_i B_i^T [ROWS, COLUMNS], where t_i begins at column `first` of the R columns of t."""
     r = tl.arange(0, R_BLOCK)
     thin = _sum(t + m[:, None] * R + first + r, real_m[:, None] & (r < rank), rows * R, SPLITS)  # [ROWS, R_BLOCK]
     rows_b = tl.load(b + n[:, None] * rank + r, real_n[:, None] & (r < rank), 0.0)  # [COLUMNS, R_BLOCK]
@@ -70,6 +71,7 @@ def _delta(b, t, n, m, real_n, real_m, rows, first, rank, R: tl.constexpr, SPLIT
 
 @triton.jit
 def _within_fp16(value):
+    """value, clamped to fp16's range."""
     return tl.minimum(tl.maximum(value, -65504.0), 65504.0)
 
 
@@ -79,7 +81,7 @@ def _add(y0, y1, y2, step0, step1, step2, split_step, bias0, bias1, bias2, b0, b
          BIAS0: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, RESIDUAL: tl.constexpr, Y_SPLITS: tl.constexpr,
          SPLITS: tl.constexpr, R_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
          DOT: tl.constexpr, DTYPE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
-    """out = [z_1, z_2, ..], or residual + alpha (y + s t B^T) + b of one part."""
+    """out = [z_1, z_2, ..], or residual + alpha (y + s t B^T) + b of a single part."""
     begin(EARLY)
     wait(EARLY)
     block = tl.program_id(0)
@@ -112,7 +114,7 @@ def _gate(g, u, step, split_step, bias_g, bias_u, bg, bu, t, h, rows, N, sg, su,
           RG: tl.constexpr, RU: tl.constexpr, FIRST: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr,
           Y_SPLITS: tl.constexpr, SPLITS: tl.constexpr, R_BLOCK: tl.constexpr, ROWS: tl.constexpr,
           COLUMNS: tl.constexpr, DOT: tl.constexpr, DTYPE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
-    """h = silu(z_gate) * z_up * inverse; up's ranks begin at FIRST of the R in t."""
+    """h = silu(z_gate) * z_up * inverse; up's ranks begin at column FIRST of the R columns of t."""
     begin(EARLY)
     wait(EARLY)
     n, m = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -139,17 +141,18 @@ def _gate(g, u, step, split_step, bias_g, bias_u, bg, bu, t, h, rows, N, sg, su,
 
 
 def _or_some(tensors, filler) -> list:
-    """The tensors; in the place of None any other of them (a kernel's branches want pointers of one type)."""
+    """The tensors, with None replaced by any other of them: a kernel's branches need pointers of one type."""
     some = next((tensor for tensor in tensors if tensor is not None), filler)
     return [(some if tensor is None else tensor).detach().contiguous() for tensor in tensors]
 
 
 def _rank(part) -> int:
+    """The LoRA rank of a part; 0 without a LoRA."""
     return 0 if part.lora_a is None else part.lora_a.shape[0]
 
 
 def _thin_product(x, parts):
-    """t, fp32 [splits, N, sum of r]; where no part has a LoRA a tensor without elements."""
+    """t, fp32 [splits, N, sum of r]; without elements if no part has a LoRA."""
     ranks = [_rank(part) for part in parts]
     rows, width = x.shape
     splits = triton.cdiv(width, SPLIT)
@@ -167,7 +170,7 @@ def _thin_product(x, parts):
 
 
 def _products(x, parts):
-    """x W_i^T of every part, each [splits, N, out_i] with one stride between splits for all of them; and t."""
+    """y, x W_i^T of every part [splits, N, out_i], all with one stride between splits; and t of `_thin_product`."""
     if nf4_few_rows.serves(x, parts):
         y, t = nf4_few_rows.few_rows_product(x, parts)
         t = _thin_product(x, parts) if t is None else t
@@ -180,9 +183,10 @@ TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: 
 
 
 def _options(x, t, y, parts) -> dict:
-    """How the last launch reads t and y, and its tile."""
+    """Keyword arguments of the last launch: how it reads t and y, and its tile."""
     r_block, dot = triton.next_power_of_2(max(1, *map(_rank, parts))), tensor_cores(x.device)
-    # without tl.dot: one row while there are few, as they would wait for each other; later several, which share B
+    # without tl.dot: one row per program while rows are few, since rows of a program run one after the other; several
+    # once there are more, which then share B
     rows = 16 if dot else min(8, triton.next_power_of_2(triton.cdiv(x.shape[0], 16)))
     return {
         "Y_SPLITS": y[0].shape[0], "SPLITS": t.shape[0], "R_BLOCK": max(16, r_block) if dot else r_block, "DOT": dot,
@@ -222,12 +226,12 @@ def decode_mlp(x, gate_up, down, residual):
 
 
 def _gated(x, parts, inverse):
-    """silu(gate) * up * inverse [N, I] of two projections, or of one with both (Phi-3)."""
+    """silu(gate) * up * inverse, [N, I], of two projections, or of one that holds both (Phi-3)."""
     y, t = _products(x, parts)
     bias = [t if part.bias is None else part.bias.detach() for part in parts]
     b = [t if part.lora_b is None else part.lora_b.detach().contiguous() for part in parts]
     first = _rank(parts[0])
-    if len(parts) == 1:  # the second half of everything, but of t
+    if len(parts) == 1:  # gate and up are the two halves of everything except t
         first, y = 0, y[0].chunk(2, dim=2)
         b, bias = ([both[0], both[0][len(both[0]) // 2 :]] if both[0] is not t else [t, t] for both in (b, bias))
     width = y[0].shape[2]

@@ -7,19 +7,21 @@
 
     dlogp/dz_j = 1[j = target] - p_j    so    dh = (g / T) * G,    G = (1[target] - p) W     [N, H]
 
-Tokens go through in chunks: a cuBLAS product writes a chunk's logits into a buffer of at most SCRATCH_BYTES, a Triton
-kernel reads them once (online log-sum-exp, arXiv:1805.02867), a second one turns them in place into 1[target] - p, and
-another product gives G. The upstream gradient g is one number a token and stands outside: G is formed in the
-forward while the logits are at hand, and the backward is one multiplication. That is two products where recomputing
-takes three. Recomputed all the same is: G of a head that learns too (its gradient has g inside the sum over tokens),
-and logits of a head that is not there in 16 bits (NF4, or an fp32 master), which is undone 8,192 words at a time.
-Without a gradient nothing needs all words of a token at once: there a chunk has more tokens and goes through the
-vocabulary slice by slice, so that W is read from memory fewer times. A product whose result is kept in 16 bits comes
-out of cuBLAS in fp32 and is rounded once: cuBLAS may split a long sum and add its parts in 16 bits.
+Tokens are processed in chunks: a cuBLAS product writes a chunk's logits into a buffer of at most SCRATCH_BYTES, a
+Triton kernel reads them once (online log-sum-exp, arXiv:1805.02867), a second kernel turns them in place into
+1[target] - p, and another product gives G. The upstream gradient g is one number per token, a factor outside the sum:
+G is formed in the forward while the logits are in the buffer, and the backward is one multiplication. That is two
+products, where recomputing the logits in the backward takes three. Two things are recomputed all the same: G of a head
+that is trained too (its gradient has g inside the sum over tokens), and the logits of a head that is not stored in 16
+bits (NF4, or an fp32 master), which is dequantised or cast 8,192 words at a time.
 
-fp16 ends at 65504. Rows of h with an element above 16 are divided by a power of two before the product (exact but for
-what falls under 6e-8) and the logits multiplied by it in fp32; 1[target] - p is kept times 256, since p of a rare word
-is below fp16's smallest number. bf16 and fp32 have the range and are left alone.
+Without a gradient no step needs a token's whole vocabulary at once: there a chunk has more tokens and goes through the
+vocabulary slice by slice, so that W is read from memory fewer times. A product whose result is kept in 16 bits leaves
+cuBLAS in fp32 and is rounded once: cuBLAS may otherwise split a long sum and add its parts in 16 bits.
+
+fp16's largest number is 65504. Rows of h with an element above 16 are divided by a power of two before the product
+(exact except for what falls below 6e-8) and the logits multiplied by it in fp32; 1[target] - p is kept times 256, since
+p of a rare word is below fp16's smallest number. bf16 and fp32 have the range and are not scaled.
 """
 
 import torch
@@ -30,8 +32,8 @@ from .common import ceil_div, power_of_2
 from .nf4 import dequantize_nf4
 
 SCRATCH_BYTES = 263_000_000  # 1,024 tokens x 128,256 words in 16 bits
-SLICE_TOKENS, SLICE_WORDS = 4096, 8192  # of a head that has to be made dense piece by piece
-FORWARD_TOKENS = 4096  # where no gradient is wanted; the slice of words is what the scratch leaves for it
+SLICE_TOKENS, SLICE_WORDS = 4096, 8192  # of a head that is dequantised or cast slice by slice
+FORWARD_TOKENS = 4096  # tokens of a chunk without gradients; its slice of words is what then fits the scratch buffer
 IGNORE = -100
 
 
@@ -41,11 +43,11 @@ def _logsumexp_kernel(
     z_stride,
     bias_ptr,  # [words] if BIAS
     target_ptr,  # int64 [rows]
-    grow_ptr,  # fp32 [rows], what the logits are multiplied by: 2^k / T
-    max_ptr,  # fp32 [rows]: the running maximum, and relative to it
+    grow_ptr,  # fp32 [rows], the factor of the logits: 2^k / T
+    max_ptr,  # fp32 [rows], like the next three: the running maximum
     sum_ptr,  # sum of exp(z - max)
     dot_ptr,  # sum of exp(z - max) z, if ENTROPY
-    hit_ptr,  # z of the target, once its slice has come
+    hit_ptr,  # z of the target, once its slice has been processed
     bias_factor,  # 1 / T
     first_word,
     words,
@@ -53,7 +55,7 @@ def _logsumexp_kernel(
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a token: fold a slice of the vocabulary into the token's running sums."""
+    """Fold a slice of the vocabulary into the running sums of a token; one program per token."""
     row = tl.program_id(0)
     z_ptr += row.to(tl.int64) * z_stride
     grow = tl.load(grow_ptr + row)
@@ -88,7 +90,7 @@ def _gradient_kernel(
     z_ptr, z_stride, bias_ptr, target_ptr, grow_ptr, lse_ptr, bias_factor, first_word, words, unit, ignore,
     BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """z becomes unit * (1[target] - p) in place, or 0 in the row of an ignored target. Arguments as above."""
+    """Replace z by unit * (1[target] - p) in place, by 0 in the row of an ignored target. Arguments as above."""
     row = tl.program_id(0)
     word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     z_ptr += row.to(tl.int64) * z_stride
@@ -102,10 +104,11 @@ def _gradient_kernel(
 
 
 class _Head:
-    """The vocabulary matrix in `dtype`, whole if it lies there so, else slice by slice; and the sizes that follow.
+    """The vocabulary matrix in `dtype`: whole if it is stored so, else slice by slice; and the sizes that follow from
+    that.
 
-    tile: (tokens, words) of one product. None: all words and as many tokens as the scratch has room for, if the
-    gradient is formed on the way (`in_one`), else FORWARD_TOKENS.
+    tile: (tokens, words) of one product. None: all words and as many tokens as the scratch buffer holds if the gradient
+    is formed in the forward (`in_one`), else FORWARD_TOKENS.
     """
 
     def __init__(self, weight, quant_state, bias, words, temperature, dtype, scratch_bytes, in_one=True, tile=None):
@@ -127,7 +130,10 @@ class _Head:
             self.tokens = _whole_tiles(room // self.slice_words)
 
     def slices(self):
-        """(first word, W [words, H] of it and the words after it); the next slice may overwrite the last one."""
+        """Yield (first word, W [words, H] of the slice that begins there).
+
+        A slice is valid until the next one is made, which may overwrite it.
+        """
         buffer = None
         if not self.whole:
             width = (self.weight if self.quant_state is None else self.quant_state).shape[1]
@@ -145,7 +151,7 @@ class _Head:
             yield first, w
 
     def chunks(self, hidden, target):
-        """(slice of tokens, h as the product wants it, its targets, what multiplies the logits)."""
+        """Yield (slice of tokens, h as the product takes it, its targets, the factor of its logits)."""
         for start in range(0, hidden.shape[0], self.tokens):
             span = slice(start, start + self.tokens)
             h = hidden[span]
@@ -157,10 +163,12 @@ class _Head:
             yield span, h, target[span], grow
 
     def logits(self, buffer, h, w):
+        """h W^T of a chunk and a slice, [tokens, words], written into the buffer."""
         z = buffer[: h.shape[0] * w.shape[0]].view(h.shape[0], w.shape[0])
         return torch.mm(h, w.t(), out=z)
 
     def fold(self, z, first, target, grow, sums, entropy):
+        """Fold the logits z of a slice into the chunk's running (max, sum, dot, hit)."""
         bias = z if self.bias is None else self.bias[first:]
         block = min(4096, power_of_2(z.shape[1]))
         _logsumexp_kernel[(z.shape[0],)](
@@ -169,6 +177,7 @@ class _Head:
         )  # fmt: skip
 
     def to_gradient(self, z, first, target, grow, lse):
+        """Replace the logits z of a slice by unit * (1[target] - p)."""
         bias = z if self.bias is None else self.bias[first:]
         block = min(4096, power_of_2(z.shape[1]))
         _gradient_kernel[(z.shape[0], ceil_div(z.shape[1], block))](
@@ -178,7 +187,7 @@ class _Head:
 
 
 def _whole_tiles(tokens):
-    """A number of tokens that fits whole tiles of a matrix product, at least 1."""
+    """`tokens` rounded down to whole tiles of a matrix product (128), if there is at least one; at least 1."""
     return max(1, tokens // 128 * 128 or tokens)
 
 
@@ -190,7 +199,7 @@ def _product(a, b):
 
 
 def _add_product(total, a, b):
-    """total += a @ b, total in fp32 and the product not rounded to 16 bits before it is added."""
+    """total += a @ b, with total in fp32 and the product not rounded to 16 bits before it is added."""
     if a.dtype == torch.float32:
         total.addmm_(a, b)
     elif a.is_cuda:
@@ -227,7 +236,10 @@ def _forward(head, hidden, target, entropy, with_direction):
 
 
 def _direction(head, buffer, h, target, grow, lse, weight_grad=None, h_scaled=None):
-    """unit * G [tokens, H] of one chunk, its logits computed again; adds the chunk's share to weight_grad if given."""
+    """unit * G [tokens, H] of one chunk, from recomputed logits.
+
+    Adds the chunk's share, h_scaled^T (1[target] - p) with the upstream gradient in h_scaled, to weight_grad if given.
+    """
     total = torch.zeros(h.shape, dtype=torch.float32, device=h.device)
     for first, w in head.slices():
         z = head.logits(buffer, h, w)
@@ -239,6 +251,8 @@ def _direction(head, buffer, h, target, grow, lse, weight_grad=None, h_scaled=No
 
 
 class LinearLogprob(torch.autograd.Function):
+    """`linear_logprob` for autograd; see the module's docstring for what is kept."""
+
     @staticmethod
     def forward(ctx, hidden, weight, target, head, entropy, grad_enabled):
         ctx.head = head

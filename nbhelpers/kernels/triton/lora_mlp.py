@@ -1,4 +1,4 @@
-"""The whole MLP of a decoder layer as one function, so that its widest tensors need not be kept twice.
+"""The whole MLP of a decoder layer as one function, so that fewer of its widest tensors are kept for the backward.
 
     g, u = gate(x), up(x)        h = silu(g) * u        y = residual + down(h)
 
@@ -7,17 +7,17 @@ With a norm folded in this is the second half of a decoder layer,
 
     s = x + residual        y = s + mlp(rms_norm(s))
 
-Kept for the backward: x (with a norm s takes its place), g and u. h and the normed rows are computed again, and every
-I-wide tensor of the backward is written over another:
+Kept for the backward: x (with a norm s instead), g and u. h and the normalised rows are recomputed, and every I-wide
+tensor of the backward is written over another:
 
     dh = dy W_down + ...         a new buffer, the only one
     h over dh, dg over g, du over u, in one launch (swiglu.py)
     dA, dB of down from h;  dA, dB of gate and up, and dx, from dg and du
 
-Where no gradient is wanted (a prompt is read, a layer's forward is done only for its output) h is written over g.
+Without gradients (prefill, or a layer's forward computed only for its output) h is written over g.
 
-fp16 ends at 65504, and h of a trained model may pass it: there h is kept divided by 16, and y is multiplied by 16 in
-the fp32 arithmetic of the residual addition, where it saturates instead of becoming infinite.
+fp16's largest number is 65504, and h of a trained model may exceed it: in fp16 h is kept divided by 16, and y is
+multiplied by 16 in the fp32 arithmetic of the residual addition, where it saturates instead of becoming infinite.
 """
 
 import torch
@@ -35,6 +35,8 @@ FP16_MAX = 65504.0
 
 
 class LoraMLP(torch.autograd.Function):
+    """`lora_mlp` for autograd; see the module's docstring for what is kept."""
+
     @staticmethod
     def forward(ctx, x, gate_up, down, residual, norm, dtype, value, grad_enabled, *a_and_b):
         ctx.shrink = SHRINK_FP16 if dtype == torch.float16 else 1.0
@@ -75,13 +77,13 @@ class LoraMLP(torch.autograd.Function):
         again = need_lora and a is not None
         swiglu_backward(dh, g, up, dg=g, du=up, h=dh if again else None, shrink=ctx.shrink)
         overwritten(wide)
-        of_down = lora_grads(dh, rows, [down], a, u) if again else []  # dh holds h / shrink by now
+        of_down = lora_grads(dh, rows, [down], a, u) if again else []  # dh now holds h / shrink
         if ctx.shrink != 1.0:
             of_down = [grad.mul_(ctx.shrink) for grad in of_down]
         del dh
 
         a, b = stack_adapters(gate_up, dtype)
-        u = None if a is None else wide @ b  # wide holds dg and du by now
+        u = None if a is None else wide @ b  # wide now holds dg and du
         rows, r = normed(x, ctx.norm, dtype)
         of_both = lora_grads(rows, wide, gate_up, a, u) if need_lora and a is not None else []
         del rows
@@ -101,5 +103,5 @@ def lora_mlp(x, gate_up, down, residual=None, norm=None, value=True):
     dtype = prepare(x, (*gate_up, down), norm)
     x = x.to(dtype) if norm is None else x
     a_and_b = [t for part in (*gate_up, down) for t in (part.lora_a, part.lora_b)]
-    grad_enabled = torch.is_grad_enabled()  # asked here: within forward it is always off
+    grad_enabled = torch.is_grad_enabled()  # read here: inside forward it is always False
     return LoraMLP.apply(x, tuple(gate_up), down, residual, norm, dtype, value, grad_enabled, *a_and_b)

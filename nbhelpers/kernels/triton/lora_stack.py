@@ -1,11 +1,11 @@
-"""The LoRA matrices of layers that read the same x, as one pair in the dtype of the products, in one launch.
+"""The LoRA matrices of layers that read the same x, stacked into one pair in the dtype of the products, in one launch.
 
     A = [A1; A2; ..]                    [sum of r, in]                x A^T of all layers in one product
     B = diag(s1 B1, s2 B2, ..)          [sum of out, sum of r]        all outputs side by side in one product
 
-s is the layers' scale. Masters are mostly fp32, the products 16-bit; with torch this is a cast, a multiplication and a
-copy a matrix, and at these sizes (a few hundred kB) a launch costs more than its bytes. Zeros off the diagonal cost
-next to nothing in a product that is bound by reading its wide side.
+s is the layers' scale. The master weights are mostly fp32, the products 16-bit; in torch this takes a cast, a
+multiplication and a copy per matrix, and at these sizes (a few hundred kB) a launch costs more than moving the bytes.
+The zeros off the diagonal cost next to nothing in a product that is bound by reading its wide side.
 """
 
 import torch
@@ -15,13 +15,13 @@ import triton.language as tl
 from .. import reference
 from .common import ceil_div, power_of_2
 
-A_BLOCK = 2048  # elements of A, and of B, that one program writes
+A_BLOCK = 2048  # elements of A, and of B, that each program writes
 MOST_PARTS = 3  # Q, K and V
 
 
 @triton.jit
 def _stack(
-    a0, a1, a2, b0, b1, b2,  # A_i [r_i, in], B_i [out_i, r_i], adjacent
+    a0, a1, a2, b0, b1, b2,  # A_i [r_i, in], B_i [out_i, r_i], contiguous
     a, b, s0, s1, s2, inputs,
     o1, o2, o3,  # where the rows of B_0, B_1, B_2 end in b
     r1, r2, r3,  # and their columns (the rows of A_0, A_1, A_2 in a)
@@ -45,9 +45,9 @@ def _stack(
 
 
 def stack_adapters(parts, dtype):
-    """(A, B) of the parts in `dtype`, or (None, None) where no part has a LoRA. No autograd.
+    """(A, B) of the parts in `dtype`, or (None, None) if no part has a LoRA. No autograd.
 
-    A part without LoRA has rows of zeros in B. More than three parts go through torch.
+    A part without a LoRA has rows of zeros in B. More than three parts are stacked by torch.
     """
     if all(part.lora_a is None for part in parts):
         return None, None
@@ -63,7 +63,7 @@ def stack_adapters(parts, dtype):
         out, rank = out + part.out_features, rank + (len(part.lora_a) if has else 0)
         outs.append(out)
         ranks.append(rank)
-    for unused in (a_list, b_list, scales, outs, ranks):  # a part of no rows and no columns
+    for unused in (a_list, b_list, scales, outs, ranks):  # as parts of no rows and no columns
         unused += unused[-1:] * (MOST_PARTS - len(parts))
     inputs = first.shape[1]
     a = torch.empty(rank, inputs, dtype=dtype, device=first.device)

@@ -1,15 +1,15 @@
 """Products of a few rows with NF4 weights and with LoRA's A, all layers of a group in one launch.
 
     y_s = x[:, K_s] W[:, K_s]^T        s: the splits of K, W = code[q] absmax as in nf4.py, rounded to x's dtype first
-    t_s = x[:, K_s] A[:, K_s]^T        by a few programs more, beside the others
+    t_s = x[:, K_s] A[:, K_s]^T        by a few additional programs that run at the same time
 
-For a step of decoding the weights are all that is read, at half a byte each, so undoing them is most of the work: eight
-at a time, by looking up bytes (nf4_bytes.py). K is cut until the card is full, and what the splits give, [splits, rows,
-sum of out] in fp32, is added up by whoever reads it (decode_linear.py). What a turn of the loop needs is loaded a turn
-before: memory answers after a microsecond, and there are only a few turns.
+A decoding step reads little more than the weights, at half a byte each, so dequantising them is most of the work: eight
+at a time, by byte look-up (nf4_lookup.py). K is split until the programs fill the card; the splits' results,
+fp32 [splits, rows, sum of out], are summed by the kernel that reads them (decode_linear.py). The loop prefetches the
+operands of its next iteration: memory answers after a microsecond, and there are only a few iterations.
 
-Up to 16 rows of x take `_in_registers`, on a T4 too; more take `_base`, which goes through shared memory for tl.dot, or
-on a T4 bitsandbytes' kernel.
+Up to 16 rows of x are served by `_in_registers`, on a T4 too; more rows by `_base`, which goes through shared memory
+for tl.dot, or on a T4 by bitsandbytes' kernel.
 """
 
 from functools import cache
@@ -24,16 +24,16 @@ from .nf4 import multiprocessors
 from .nf4_lookup import PTX, eight_weights
 from .nf4_mma import LOAD, product
 
-MOST_ROWS = 128  # beyond, dequantising once and cuBLAS
+MOST_ROWS = 128  # for more: dequantise once and cuBLAS
 MOST_SPLITS = 16
 MOST_IN_REGISTERS = 16
 WARPS = 4
-THIN_WIDTH = 128  # of K that a program of the thin product takes at a turn
+THIN_WIDTH = 128  # columns of K per iteration of the thin product
 
 
 @triton.jit
 def _load_weights(w, absmax, outer, block, real, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr):
-    """What lies in memory of one block of 64 weights in each row, block [C]: their words [C, 8], and their scales."""
+    """Load one block of 64 weights per row, at `block` [C]: its words [C, 8], and its scales, still quantised."""
     words = tl.load(w + block[:, None].to(tl.int64) * 8 + tl.arange(0, 8)[None, :], real[:, None], 0)
     scale = tl.load(absmax + block, real, 0)
     outer_scale = tl.load(outer + block // NESTED_BLOCK, real, 0.0) if NESTED else scale
@@ -44,7 +44,7 @@ def _load_weights(w, absmax, outer, block, real, NESTED: tl.constexpr, NESTED_BL
 def _base(x, y, code, code8, w, absmax, outer, offset, column, split, rows, turns, K, N, first, y_step, x_step,
           NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
           PTX: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
-    """Columns `first + column` and on of y_split: COLUMNS rows of W by x."""
+    """COLUMNS columns of y_split from `first + column` on: x by COLUMNS rows of W."""
     n, m, k = column + tl.arange(0, COLUMNS), tl.arange(0, ROWS), tl.arange(0, 64)
     real_m, real_n = m < rows, n < N
     at_x = x + m[:, None] * x_step + k[None, :]
@@ -68,7 +68,7 @@ def _base(x, y, code, code8, w, absmax, outer, offset, column, split, rows, turn
             scale = tl.load(code8 + scale.to(tl.int32)) * outer_scale + shift
         scale = tl.where(was_real, scale, 0.0)
         w0, w1, w2, w3, w4, w5, w6, w7 = eight_weights(words, scale, code, x.dtype.element_ty, PTX)
-        # a later join is a faster index: of the eight, those 4 apart, 2 apart, and side by side
+        # each join appends a faster-varying index: join weights 4 apart first, then 2 apart, then neighbours
         weights = tl.join(
             tl.join(tl.join(w0, w4), tl.join(w2, w6)), tl.join(tl.join(w1, w5), tl.join(w3, w7))
         )  # [COLUMNS, 8, 2, 2, 2]
@@ -80,7 +80,7 @@ def _base(x, y, code, code8, w, absmax, outer, offset, column, split, rows, turn
 
 @triton.jit
 def _fetch(w, absmax, outer, row, block, half, blocks, stop, N, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr):
-    """Of each thread's half block of W: its four words, and its block's scales."""
+    """Load each thread's half block of W: its four words, and its block's scales, still quantised."""
     real, at = (row < N) & (block < stop), row * blocks + block
     address = (w + at * 8 + half * 4).to(tl.int64)
     w0, w1, w2, w3 = tl.inline_asm_elementwise(
@@ -92,6 +92,7 @@ def _fetch(w, absmax, outer, row, block, half, blocks, stop, N, NESTED: tl.const
 
 @triton.jit
 def _unnested(fetched, code8, shift, NESTED: tl.constexpr):
+    """The fp32 absmax of what `_fetch` loaded."""
     scale = fetched[4]
     if NESTED:
         scale = tl.load(code8 + scale.to(tl.int32)) * fetched[5] + shift
@@ -100,7 +101,7 @@ def _unnested(fetched, code8, shift, NESTED: tl.constexpr):
 
 @triton.jit
 def _put(y, sums, first_row, m, n, rows, N, first, y_step, WARPS: tl.constexpr):
-    """The warps' sums [WARPS * 32] added up, to row m and column n of y_split."""
+    """Store the sum of the warps' sums [WARPS * 32] at row m and column n of y_split."""
     total = tl.sum(tl.reshape(sums, [WARPS, 32]), axis=0)
     tl.store(y + (first_row + m) * y_step + first + n, total, (m < rows) & (n < N))
 
@@ -109,8 +110,9 @@ def _put(y, sums, first_row, m, n, rows, N, first, y_step, WARPS: tl.constexpr):
 def _in_registers(x, y, code8, w, absmax, outer, offset, first_row, split, rows, turns, K, N, first, y_step, x_step,
                   NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, SIXTEEN: tl.constexpr, WARPS: tl.constexpr,
                   ASM: tl.constexpr, CONSTRAINTS: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
-    """16 columns of y_split, from `first + first_row` on, without shared memory (nf4_mma.py), for up to 8 rows of x, or
-    16 if SIXTEEN. Each warp takes a part of K. Every tensor has one element a thread, in the threads' order."""
+    """16 columns of y_split from `first + first_row` on, without shared memory (nf4_mma.py), for up to 8 rows of x, or
+    16 if SIXTEEN. Each warp takes a part of K. Every tensor has one element per thread, in the threads' order.
+    """
     i = tl.arange(0, WARPS * 32)
     warp, g, t = i // 32, i % 32 // 4, i % 4
     row, half, blocks = first_row + g, t % 2, K // 64
@@ -161,7 +163,7 @@ def _in_registers(x, y, code8, w, absmax, outer, offset, first_row, split, rows,
 @triton.jit
 def _adapter(x, t, a, split, rows, turns, K, R: tl.constexpr, first, t_step, x_step, R_BLOCK: tl.constexpr,
           ROWS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
-    """Columns `first` and on of t_split: all of A by x."""
+    """The columns of t_split from `first` on: x by all of A."""
     wait(EARLY)
     m, r, k = tl.arange(0, ROWS), tl.arange(0, R_BLOCK), tl.arange(0, WIDTH)
     real_m, real_r = (m < rows)[:, None], (r < R)[:, None]
@@ -192,11 +194,12 @@ def _few_rows(
     COLUMNS: tl.constexpr, PTX: tl.constexpr, WARPS: tl.constexpr, REGISTERS: tl.constexpr, ASM: tl.constexpr,
     CONSTRAINTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    """One program per block of y's columns and split, preceded by PIECES programs per part for the thin product t."""
     begin(EARLY)
     program, split = tl.program_id(0), tl.program_id(1)
     R: tl.constexpr = R0 + R1 + R2
     DOT_ROWS: tl.constexpr = max(16, ROWS)
-    if THIN > 0:  # else tl.dot must not be compiled: it is a T4's kernel, too
+    if THIN > 0:  # otherwise tl.dot must not be compiled: this is a T4's kernel too
         piece = split * PIECES + program % PIECES
         if program < PIECES:
             _adapter(x, t, a0, piece, rows, thin_turns, K, R0, 0, R, x_step, R_BLOCK, DOT_ROWS, WIDTH, EARLY)
@@ -225,7 +228,7 @@ def _few_rows(
 
 
 def serves(x, parts) -> bool:
-    """Whether `few_rows_product` can, and should, do this on this card."""
+    """Whether `few_rows_product` supports this product on this card, and is the fastest way to compute it."""
     if tensor_cores(x.device):
         most = MOST_ROWS
     else:
@@ -234,7 +237,7 @@ def serves(x, parts) -> bool:
 
 
 def fits(x, parts) -> bool:
-    """Whether the parts are NF4 in blocks of 64, nested or not all alike, and x's rows whole blocks."""
+    """Whether up to three parts are all NF4 in blocks of 64, quantised alike, and x's rows are whole blocks."""
     states = [part.quant_state for part in parts]
     if len(parts) > 3 or x.shape[1] % 64 or any(s is None or s.quant_type != "nf4" for s in states):
         return False
@@ -243,21 +246,21 @@ def fits(x, parts) -> bool:
 
 
 class Tile(NamedTuple):
-    """How so many rows of x are served, as measured on an H200."""
+    """How a number of rows of x is served, as measured on an H200."""
 
     registers: bool  # by `_in_registers`, or by `_base`
-    rows: int  # of x, and
-    columns: int  # of W, that a program takes
-    width: int  # of K that it takes at a turn of its loop
-    held: int  # programs that a multiprocessor holds
-    turn: int  # what a turn takes, in units of what one more split costs those who add them up
+    rows: int  # of x per program
+    columns: int  # of y per program
+    width: int  # columns of K per iteration of the loop
+    held: int  # resident programs per multiprocessor
+    turn: int  # time of an iteration, in units of what summing one more split costs
 
 
 def tile(rows: int) -> Tile:
-    """The tile for so many rows of x."""
+    """The tile for this many rows of x."""
     if rows <= MOST_IN_REGISTERS and PTX:
         return Tile(True, 8, 16, 128 * WARPS, 8, 1) if rows <= 8 else Tile(True, 16, 16, 128 * WARPS, 4, 2)
-    if rows <= 64:  # 64 rows at least: Hopper's own product is cut so
+    if rows <= 64:  # at least 64 rows: the tile height of Hopper's wgmma
         return Tile(False, 64, 64, 64, 5, 1)
     return Tile(False, 128, 128, 64, 2, 3)
 
@@ -269,8 +272,17 @@ def instructions(rows: int, dtype: torch.dtype, wide: bool) -> tuple[str, str]:
 
 
 def splits_for(programs: int, turns: int, slots: int, turn: int) -> int:
-    """Into how many splits `turns` of the loop are cut: few waves of programs over the card's slots, few turns each, of
-    which a program takes two to begin and to end, and few splits."""
+    """How many splits the loop's iterations are divided into.
+
+    It minimises the waves of programs over the card's slots times the iterations per program, of which beginning and
+    ending a program take two, plus the cost of summing the splits.
+
+    Args:
+        programs (`int`): Programs per split.
+        turns (`int`): Iterations over all of K.
+        slots (`int`): Programs that the card holds at once.
+        turn (`int`): Time of an iteration (`Tile.turn`).
+    """
 
     def cost(splits: int) -> int:
         return ceil_div(programs * splits, slots) * (ceil_div(turns, splits) + 2) * turn + splits
@@ -279,12 +291,17 @@ def splits_for(programs: int, turns: int, slots: int, turn: int) -> int:
 
 
 def few_rows_product(x, parts):
-    """x [rows, K] 16-bit, up to three NF4 parts [N_i, K], each perhaps with a LoRA of rank r_i. Without bias:
+    """The base and LoRA-A products of up to three parts, without bias, as sums still to be taken over splits of K.
 
-    y fp32 [splits, rows, sum of N], whose sum over the splits is [x W_1^T, x W_2^T, ..], and t fp32 [splits, rows, sum
-    of r] with x A^T likewise, without elements if no part has a LoRA; None where tl.dot has no tensor cores.
+    Args:
+        x (`Tensor`): [rows, K], 16-bit.
+        parts (`tuple[Projection, ...]`): One to three for which `fits` is true, NF4 [N_i, K], each with or without a
+            LoRA of rank r_i.
+
+    Returns y, fp32 [splits, rows, sum of N], whose sum over the splits is [x W_1^T, x W_2^T, ..]; and t, fp32 [splits,
+    rows, sum of r], likewise with x A^T: without elements if no part has a LoRA, None where tl.dot has no tensor cores.
     """
-    if x.stride(0) % 8 or x.stride(1) != 1 or x.data_ptr() % 16:  # it is read 16 bytes at a time
+    if x.stride(0) % 8 or x.stride(1) != 1 or x.data_ptr() % 16:  # the kernel loads 16 bytes at a time
         x = x.clone(memory_format=torch.contiguous_format)
     states = [part.quant_state for part in parts]
     state, nested = states[0], states[0].state2
@@ -297,8 +314,8 @@ def few_rows_product(x, parts):
     turns = ceil_div(width, cut.width)
     turns = ceil_div(turns, splits_for(programs, turns, cut.held * multiprocessors(x.device), cut.turn))
     splits = ceil_div(width, turns * cut.width)
-    # Beside short programs the thin product is cut finer than the splits, as A is read in fp32; but those who add it up
-    # must not read too much of it.
+    # Where programs are short, the thin product is split more finely than y, since A is read in fp32; but not so finely
+    # that the kernel that sums t reads too much of it.
     thin_width, pieces = 64, 1
     if cut.registers:
         thin_width, pieces = THIN_WIDTH, max(1, min(ceil_div(width, 2 * THIN_WIDTH), MOST_SPLITS) // splits)
@@ -310,7 +327,9 @@ def few_rows_product(x, parts):
     absmax = [s.absmax for s in states]
     outer = [s.state2.absmax if nested else s.absmax for s in states]
     offset = [s.offset if nested else s.absmax for s in states]
-    some = next((part.lora_a for part in parts if part.lora_a is not None), x)  # a kernel's branches want one type
+    some = next(
+        (part.lora_a for part in parts if part.lora_a is not None), x
+    )  # a kernel's branches need pointers of one type
     a = [(some if part.lora_a is None else part.lora_a).detach().contiguous() for part in parts]
     _few_rows[(programs + thin * (pieces - 1), splits)](
         x, y, t, state.code, nested.code if nested else state.code,
@@ -321,7 +340,7 @@ def few_rows_product(x, parts):
         *(instructions(cut.rows, x.dtype, dot) if cut.registers else ("", "")),
         **early(x.device),
         num_warps=WARPS,
-        num_stages=1,  # pipelined by hand: Triton would take the table of absmax through shared memory as well
+        num_stages=1,  # pipelined by hand: Triton would stage the absmax table in shared memory as well
         enable_fp_fusion=False,  # a fused multiply-add would round once where nf4.py rounds twice
     )  # fmt: skip
     return y, t if dot else None

@@ -1,4 +1,4 @@
-"""RMSNorm with the residual addition fused in (Zhang & Sennrich, arXiv 1910.07467).
+"""RMSNorm with the residual addition fused in (Zhang & Sennrich, arXiv:1910.07467).
 
     s = x + residual          r = 1 / sqrt(mean(s^2) + eps)          y = w * s * r
 
@@ -6,8 +6,8 @@ Backward, with g = dy * w and the mean over the H channels of a row:
 
     ds = r * (g - s r * mean(g * s r)) + (gradient that reaches s itself)          dw = sum over rows of dy * s r
 
-x, residual, s, y [rows, H]; w [H]; r [rows] in fp32. All arithmetic in fp32. A row lives in registers, so each tensor
-is read once and written once; kept for the backward: s and r (not y). Without a residual s is x itself.
+x, residual, s, y [rows, H]; w [H]; r [rows] in fp32. All arithmetic is in fp32. A row is held in registers, so each
+tensor is read once and written once; kept for the backward: s and r (not y). Without a residual s is x itself.
 """
 
 from functools import cache
@@ -20,9 +20,10 @@ from torch import Tensor
 from .common import begin, ceil_div, early, power_of_2, wait
 
 
-@triton.jit(do_not_specialize=["rows"])  # one build for every number of tokens
+@triton.jit(do_not_specialize=["rows"])  # one compilation for every number of tokens
 def _forward(x, residual, w, s, y, r, rows, x_step, res_step, eps, H: tl.constexpr, ADD: tl.constexpr,
              ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    """s = x + residual, r and y of ROWS rows; without ADD s is x and is not written."""
     begin(EARLY)
     wait(EARLY)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -35,17 +36,17 @@ def _forward(x, residual, w, s, y, r, rows, x_step, res_step, eps, H: tl.constex
             value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
         rounded = value.to(s.dtype.element_ty)
         tl.store(s + row * H + col, rounded, mask)
-        value = rounded.to(tl.float32)  # the norm of what is stored, so that the backward sees the same numbers
+        value = rounded.to(tl.float32)  # normalise what is stored, so that the backward uses the same numbers
     scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=1, keep_dims=True) / H + eps)
     tl.store(r + row, scale, row < rows)
     weight = tl.load(w + col, col < H, 0.0).to(tl.float32)
     tl.store(y + row * H + col, (value * scale * weight).to(y.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["rows"])  # one build for every number of tokens
+@triton.jit(do_not_specialize=["rows"])  # one compilation for every number of tokens
 def _backward(dy, ds, s, w, r, dx, dw, rows, dy_step, ds_step, s_step, H: tl.constexpr, ADD: tl.constexpr,
               WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
-    """A program takes STEPS x ROWS rows: one step when the weight is frozen, more when it sums dw over them."""
+    """STEPS x ROWS rows per program: one step when the weight is frozen, more when dw is summed over them."""
     first = tl.program_id(0).to(tl.int64) * ROWS * STEPS
     col = tl.arange(0, BLOCK)[None, :]
     weight = tl.load(w + col, col < H, 0.0).to(tl.float32)
@@ -69,21 +70,33 @@ def _backward(dy, ds, s, w, r, dx, dw, rows, dy_step, ds_step, s_step, H: tl.con
 
 @cache
 def _tiles(hidden: int, few: bool) -> dict:
-    """One long row, or several short ones, a program: at least 2,048 elements; 16 elements a thread (two loads of
-    16 bytes in 16 bits), up to 16 warps. Few rows (a decoder's) do not fill the device: 8 a thread."""
+    """The tile and warps of a program: one long row or several short ones, at least 2,048 elements.
+
+    16 elements per thread (two loads of 16 bytes in 16 bits), up to 16 warps. Few rows (a decoding step's) do not fill
+    the device: then 8 per thread.
+    """
     block = power_of_2(hidden)
     rows = max(1, 2048 // block)
     return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(1, rows * block // (256 if few else 512)))}
 
 
 def _rows(t: Tensor) -> Tensor:
-    """t as [rows, H] with adjacent channels; a copy only where the strides leave no other way."""
+    """t as [rows, H] with adjacent channels; a copy only where the strides require one."""
     t = t.reshape(-1, t.shape[-1])
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
-    """(s, y, r) for x, residual [..., H]; s is x where there is no residual. No autograd."""
+    """The norm without autograd.
+
+    Args:
+        x (`Tensor`): [..., H].
+        weight (`Tensor`): [H].
+        eps (`float`): Added to the mean square.
+        residual (`Tensor`, *optional*): [..., H].
+
+    Returns s [..., H], which is x if there is no residual; y [..., H]; r, fp32 [rows].
+    """
     x2 = _rows(x)
     res2 = x2 if residual is None else _rows(residual)
     rows, hidden = x2.shape
@@ -102,12 +115,23 @@ def forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = Non
 
 
 def backward(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, r: Tensor, weight_grad: bool):
-    """(gradient of s, gradient of the weight or None); ds is what reaches s from elsewhere. No autograd."""
+    """The gradients of `forward`, without autograd.
+
+    Args:
+        dy (`Tensor`): [..., H], the gradient of y.
+        ds (`Tensor`, *optional*): [..., H], the gradient that reaches s from elsewhere.
+        s (`Tensor`): [..., H], from the forward.
+        weight (`Tensor`): [H].
+        r (`Tensor`): fp32 [rows], from the forward.
+        weight_grad (`bool`): Whether the weight's gradient is wanted.
+
+    Returns the gradient of s [..., H] in its dtype, and the weight's [H] in its dtype or None.
+    """
     dy2, s2 = _rows(dy), _rows(s)
     ds2 = dy2 if ds is None else _rows(ds)
     rows, hidden = s2.shape
     tiles = _tiles(hidden, rows <= 256)
-    # with a weight gradient: few enough programs that their partial sums are small, enough to fill the device
+    # with a weight gradient: few enough programs that their partial sums stay small, but enough to fill the device
     steps = power_of_2(max(1, ceil_div(ceil_div(rows, tiles["ROWS"]), 512))) if weight_grad else 1
     programs = ceil_div(rows, tiles["ROWS"] * steps)
     dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
@@ -126,7 +150,7 @@ class _RMSNorm(torch.autograd.Function):
         s, y, r = forward(x, weight, eps, residual)
         ctx.save_for_backward(s, weight, r)
         ctx.has_residual = residual is not None
-        ctx.set_materialize_grads(False)  # no zeros for an s whose gradient nobody asks for
+        ctx.set_materialize_grads(False)  # no tensor of zeros for an output that gets no gradient
         return (s, y) if residual is not None else y
 
     @staticmethod

@@ -1,14 +1,14 @@
-"""Rotary position embedding of Q and K, all heads in one launch, in place (Su et al., arXiv 2104.09864).
+"""Rotary position embedding of Q and K, all heads in one launch, in place (Su et al., arXiv:2104.09864).
 
     q1' = q1 cos - q2 sin          q2' = q2 cos + q1 sin
 
-for the halves q1 = q[..., :R/2], q2 = q[..., R/2:R] of each head; channels past R (partial rotary) are not touched.
+for the halves q1 = q[..., :R/2], q2 = q[..., R/2:R] of each head; channels past R (partial rotary) are unchanged.
 Backward: the inverse rotation, the same kernel with -sin. (With cos and sin scaled, as longrope does, it is the
-transpose, which is what a gradient needs.) Nothing but cos and sin is kept.
+transpose, which is what a gradient needs.) Only cos and sin are kept.
 
-q [B, heads, S, D], k [B, kv heads, S, D] with any strides; cos, sin [1 or B, S, R]. One program a token: cos and sin
+q [B, heads, S, D], k [B, kv heads, S, D] with any strides; cos, sin [1 or B, S, R]. One program per token: cos and sin
 are read once for all its heads. `rope_packed` takes Q, K and V as one tensor [B, S, (heads + 2 kv heads) D], Phi-3's
-layout, and gives its gradient as one.
+layout, and returns its gradient as one.
 """
 
 import torch
@@ -22,6 +22,7 @@ from .inplace import may_overwrite, overwritten
 
 @triton.jit
 def _rotate_heads(x, y, xh, yh, c, s, half, HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr):
+    """Rotate all heads of one token from x into y."""
     head = tl.arange(0, HEADS_BLOCK)[:, None]
     i = tl.arange(0, HALF_BLOCK)[None, :]
     mask = (head < HEADS) & (i < half)
@@ -48,16 +49,26 @@ def _rotate(
 
 
 def rotate(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:
-    """The rotation by sign * angle of q and k into q_out and k_out (which may be q and k). No autograd."""
+    """Rotate q and k by sign * angle, without autograd.
+
+    Args:
+        q (`Tensor`): [B, heads, S, D], channels adjacent, as in all of these.
+        k (`Tensor`): [B, kv heads, S, D].
+        q_out (`Tensor`): Written to, like q; may be q itself.
+        k_out (`Tensor`): Written to, like k; may be k itself.
+        cos (`Tensor`): [1 or B, S, R].
+        sin (`Tensor`): [1 or B, S, R].
+        sign (`float`): 1 for the forward, -1 for the backward.
+    """
     batch, q_heads, tokens, _ = q.shape
     half = cos.shape[-1] // 2
     if not q.numel():
         return
-    # a batch of one position table serves all: its batch stride is 0
+    # a table for a batch of one serves all rows: its batch stride is 0
     steps = [t.stride(n) for t in (q, k, q_out, k_out) for n in (0, 1, 2)]
     tables = [step for t in (cos, sin) for step in (t.stride(0) if t.shape[0] > 1 else 0, t.stride(1))]
     heads_block, half_block = power_of_2(q_heads), power_of_2(half)
-    # 16 numbers a thread where there are tokens enough to fill the device, else 8: a decoder waits for one program
+    # 16 elements per thread if the tokens fill the device, else 8: a decoding step waits for a single program
     elements = 512 if batch * tokens > 256 else 256
     _rotate[(tokens, batch)](
         q, k, q_out, k_out, cos, sin, *steps, *tables, sign, half, q_heads, k.shape[1],
@@ -67,12 +78,13 @@ def rotate(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, cos: Tensor, sin:
 
 
 def _copy_rest(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, rotary: int) -> None:
-    """The channels that are not rotated, where some are not."""
+    """Copy the channels that are not rotated, if there are any."""
     if rotary < q.shape[-1]:
         q_out[..., rotary:], k_out[..., rotary:] = q[..., rotary:], k[..., rotary:]
 
 
 def _adjacent(t: Tensor) -> Tensor:
+    """t, copied if its last dimension is not contiguous."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
@@ -80,7 +92,7 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, cos, sin):
         cos, sin = _adjacent(cos), _adjacent(sin)
-        # a copy where q or k is not ours to overwrite, or where both are the same tensor
+        # a copy where q or k must not be overwritten, or where both are the same tensor
         alone = q.data_ptr() != k.data_ptr()
         q, k = (t.detach() if may_overwrite(t) and t.stride(-1) == 1 and alone else t.clone() for t in (q, k))
         rotate(q, k, q, k, cos, sin, 1.0)
@@ -92,8 +104,8 @@ class _Rope(torch.autograd.Function):
     def backward(ctx, dq, dk):
         cos, sin = ctx.saved_tensors
         dq, dk = _adjacent(dq), _adjacent(dk)
-        # not over dq and dk: they may belong to somebody else, and the bytes moved are the same. Laid out as a
-        # projection's output is, [B, S, heads, D], whose backward comes next.
+        # not over dq and dk: other code may hold them, and the bytes moved are the same. Laid out like a projection's
+        # output, [B, S, heads, D], because the projection's backward comes next.
         q_out, k_out = (t.new_empty([t.shape[n] for n in (0, 2, 1, 3)]).transpose(1, 2) for t in (dq, dk))
         _copy_rest(dq, dk, q_out, k_out, cos.shape[-1])
         rotate(dq, dk, q_out, k_out, cos, sin, -1.0)
@@ -125,7 +137,7 @@ class _RopePacked(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         dq, dk = _adjacent(dq), _adjacent(dk)
         batch, _, tokens, width = dq.shape
-        grad = dq.new_empty(batch, tokens, sum(ctx.counts) * width)  # one tensor, as the projection's backward wants
+        grad = dq.new_empty(batch, tokens, sum(ctx.counts) * width)  # one tensor, as the projection's backward takes it
         q_out, k_out, v_out = _heads(grad, ctx.counts)
         _copy_rest(dq, dk, q_out, k_out, cos.shape[-1])
         v_out.copy_(dv)

@@ -1,10 +1,10 @@
-"""A draw from softmax(z) by the exponential race: the logits are read once, and nothing of their size is written.
+"""A sample from softmax(z) by the exponential race: the logits are read once, and nothing of their size is written.
 
-    token = argmax_i z_i - log E_i        E_i = -log(1 - u_i), u_i a hash of (seed, counter, i)        arXiv 1611.01144
+    token = argmax_i z_i - log E_i        E_i = -log(1 - u_i), u_i a hash of (seed, counter, i)        arXiv:1611.01144
     logp  = z_token - log sum_i exp(z_i)
 
-A program takes BLOCK words of a row and leaves its part's maximum, sum of exponentials, and winner; a second kernel
-joins the parts. The hash is that of reference.py, number for number.
+Each program takes BLOCK words of a row and writes that part's maximum, sum of exponentials, and winner; a second kernel
+combines the parts. The hash is the one of reference.py, bit for bit.
 """
 
 import torch
@@ -16,6 +16,7 @@ BLOCK = 4096
 
 @triton.jit
 def _race(logits, seeds, counters, most, total, best, word, step, words, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Maximum, sum of exponentials, and winner of one part of a row."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = part * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(logits + row * step + i, i < words, float("-inf"))
@@ -43,6 +44,7 @@ def _race(logits, seeds, counters, most, total, best, word, step, words, PARTS: 
 
 @triton.jit
 def _winner(logits, most, total, best, word, token, logp, step, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr):
+    """The winner of a row's parts, and its log-probability."""
     row = tl.program_id(0).to(tl.int64)
     p = tl.arange(0, PARTS_BLOCK)
     here = row * PARTS + p

@@ -1,14 +1,14 @@
-"""SwiGLU: h = silu(g) * u, silu(g) = g sigmoid(g) (Shazeer, arXiv 2002.05202).
+"""SwiGLU: h = silu(g) * u, silu(g) = g sigmoid(g) (Shazeer, arXiv:2002.05202).
 
 Backward, with a = sigmoid(g):
 
     du = dh * g a          dg = dh * u * a (1 + g (1 - a))
 
-g, u, h [rows, I] in one dtype, arithmetic in fp32. The backward writes dg over g and du over u: of a layer's tensors
-these are the widest, and nobody else needs them (see `storage` for how that is made safe). It can also give h again,
-over dh, for a down projection that did not keep its input.
+g, u, h [rows, I] in one dtype, arithmetic in fp32. The backward writes dg over g and du over u: these are a layer's
+widest tensors, and nothing else needs them (inplace.py makes that safe). It can also recompute h, written over dh, for
+a down projection that did not keep its input.
 
-fp16 ends at 65504: g, u and h saturate there, and h may be asked for divided by `shrink`, a power of two.
+fp16's largest number is 65504: g, u and h saturate there, and h can be requested divided by `shrink`, a power of two.
 """
 
 import torch
@@ -19,11 +19,12 @@ from torch import Tensor
 from .common import ceil_div
 from .inplace import may_overwrite, overwritten, share_memory
 
-BLOCK = 1024  # 4 warps, one load of 16 bytes a thread and tensor
+BLOCK = 1024  # 4 warps, one load of 16 bytes per thread and tensor
 
 
 @triton.jit
 def _load(pointer, mask):
+    """Load in fp32; from fp16 clamped to its range."""
     value = tl.load(pointer, mask, 0.0).to(tl.float32)
     if pointer.dtype.element_ty == tl.float16:  # an infinite factor would make 0 * inf
         value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
@@ -32,6 +33,7 @@ def _load(pointer, mask):
 
 @triton.jit
 def _store(pointer, value, mask):
+    """Store in the pointer's dtype, saturating in fp16."""
     if pointer.dtype.element_ty == tl.float16:
         value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
     tl.store(pointer, value.to(pointer.dtype.element_ty), mask)
@@ -39,8 +41,8 @@ def _store(pointer, value, mask):
 
 @triton.jit(do_not_specialize=["blocks"])
 def _forward(g, u, h, width, blocks, g_step, u_step, h_step, keep, BLOCK: tl.constexpr):
-    """h may be g."""
-    row = (tl.program_id(0) // blocks).to(tl.int64)  # not the other way round: a division in 64 bits is slow
+    """h = silu(g) * u * keep; h may be g."""
+    row = (tl.program_id(0) // blocks).to(tl.int64)  # divide before widening: a 64-bit division is slow
     col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = col < width
     gate = _load(g + row * g_step + col, mask)
@@ -51,8 +53,8 @@ def _forward(g, u, h, width, blocks, g_step, u_step, h_step, keep, BLOCK: tl.con
 @triton.jit(do_not_specialize=["blocks"])
 def _backward(dh, g, u, dg, du, h, width, blocks, dh_step, g_step, u_step, dg_step, du_step, h_step, keep,
               AGAIN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """dg and du may be g and u; with AGAIN h is written too, and may be dh."""
-    row = (tl.program_id(0) // blocks).to(tl.int64)  # not the other way round: a division in 64 bits is slow
+    """Gradients of g and u, which may be written over them; with AGAIN h is written too, and may be dh."""
+    row = (tl.program_id(0) // blocks).to(tl.int64)  # divide before widening: a 64-bit division is slow
     col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = col < width
     gate = _load(g + row * g_step + col, mask)
@@ -74,7 +76,16 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def forward(gate: Tensor, up: Tensor, shrink: float = 1.0, over: bool = False) -> Tensor:
-    """h / shrink, [..., I] contiguous; over: written over gate [rows, I], with its strides. No autograd."""
+    """h / shrink, without autograd.
+
+    Args:
+        gate (`Tensor`): [..., I].
+        up (`Tensor`): [..., I] in gate's dtype.
+        shrink (`float`): Divides h, a power of two.
+        over (`bool`): Write the result over gate, which is then [rows, I], keeping its strides.
+
+    Returns [..., I], contiguous unless written over gate.
+    """
     g, u = _rows(gate), _rows(up)
     rows, width = g.shape
     h = gate if over else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
@@ -86,7 +97,17 @@ def forward(gate: Tensor, up: Tensor, shrink: float = 1.0, over: bool = False) -
 
 
 def backward(dh: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor, h: Tensor | None = None, shrink: float = 1.0):
-    """Gradients of g and u into dg and du, and h / shrink into h if given; all [rows, I]. No autograd."""
+    """Write the gradients of g and u into dg and du, without autograd; all tensors are [rows, I].
+
+    Args:
+        dh (`Tensor`): The gradient of h.
+        g (`Tensor`): From the forward.
+        u (`Tensor`): From the forward.
+        dg (`Tensor`): Written to; may be g.
+        du (`Tensor`): Written to; may be u.
+        h (`Tensor`, *optional*): h / shrink is written to it, if given; may be dh.
+        shrink (`float`): As in `forward`.
+    """
     rows, width = g.shape
     blocks = ceil_div(width, BLOCK)
     again, h = h is not None, dh if h is None else h
