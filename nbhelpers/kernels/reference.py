@@ -64,8 +64,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor):
 
     def rotate(x: Tensor) -> Tensor:
         x1, x2, rest = _compute(x).split([half, half, x.shape[-1] - 2 * half], dim=-1)
-        turned = (x1 * c - x2 * s, x2 * c + x1 * s)
-        return torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1).to(x.dtype)
+        rotated = (x1 * c - x2 * s, x2 * c + x1 * s)
+        return torch.cat((*rotated, rest) if rest.shape[-1] else rotated, dim=-1).to(x.dtype)
 
     return rotate(q), rotate(k)
 
@@ -191,8 +191,8 @@ def linear_logprob(
     tokens = max(1, scratch_bytes // (4 * weight.shape[0]))
     pairs = zip(flat.split(tokens), targets.split(tokens), strict=True)
     chunks = [checkpoint(of_chunk, h, t, use_reentrant=False) for h, t in pairs]
-    logp, spread = (torch.cat(parts).view(target.shape) for parts in zip(*chunks, strict=True))
-    return (logp, spread) if entropy else logp
+    logp, entropies = (torch.cat(parts).view(target.shape) for parts in zip(*chunks, strict=True))
+    return (logp, entropies) if entropy else logp
 
 
 # ------------------------------------------------------------------------------------------------------ decoding
@@ -226,10 +226,10 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
     keys, values = cache[layer, 0, :rows], cache[layer, 1, :rows]  # [B, kv heads, length, D]
     row = torch.arange(rows, device=q.device)
     keys[row, :, positions], values[row, :, positions] = k[:, :, 0], v[:, :, 0]
-    where = torch.arange(longest, device=q.device)
-    mask = where <= positions[:, None]
+    index = torch.arange(longest, device=q.device)
+    mask = index <= positions[:, None]
     if window is not None:
-        mask &= where > positions[:, None] - window
+        mask &= index > positions[:, None] - window
     # the query heads that share a key head take the place of the sequence dimension
     q = q.reshape(rows, keys.shape[1], -1, dim)
     out = F.scaled_dot_product_attention(

@@ -39,7 +39,7 @@ def turing(device: torch.device) -> bool:
     return capability(device) >= (7, 5)
 
 
-def three(values, filler) -> tuple:
+def pad_to_three(values, filler) -> tuple:
     """The values, padded to three: a launch for one, two or three layers takes three of every argument."""
     return (*values, *[filler] * (3 - len(values)))
 
@@ -58,11 +58,11 @@ def wait(EARLY: tl.constexpr):
         tl.extra.cuda.gdc_wait()
 
 
-def able(device: torch.device) -> bool:
+def supports_early_launch(device: torch.device) -> bool:
     """Whether this card and this Triton support programmatic dependent launch."""
     return capability(device) >= (9, 0) and hasattr(CUDAOptions, "launch_pdl")
 
 
 def early(device: torch.device, wanted: bool = True) -> dict:
     """Launch keywords for a kernel: a programmatic dependent launch if `wanted` and supported, else a plain one."""
-    return {"EARLY": True, "launch_pdl": True} if wanted and able(device) else {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True} if wanted and supports_early_launch(device) else {"EARLY": False}

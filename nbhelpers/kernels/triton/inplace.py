@@ -16,7 +16,7 @@ def may_overwrite(t: Tensor) -> bool:
     element of it stands for several (an expanded dimension).
     """
     base = t._base if t._is_view() else t
-    expanded = any(step == 0 and n > 1 for n, step in zip(t.shape, t.stride(), strict=True))
+    expanded = any(stride == 0 and n > 1 for n, stride in zip(t.shape, t.stride(), strict=True))
     return not (base.is_leaf and base.requires_grad) and not expanded
 
 

@@ -213,7 +213,7 @@ def _forward(head, hidden, target, entropy, with_direction):
     tokens, device = hidden.shape[0], hidden.device
     buffer = torch.empty(min(head.tokens, tokens) * head.slice_words, dtype=head.dtype, device=device)
     lse = torch.empty(tokens, dtype=torch.float32, device=device)
-    logp, spread = torch.empty_like(lse), torch.empty_like(lse) if entropy else None
+    logp, entropies = torch.empty_like(lse), torch.empty_like(lse) if entropy else None
     direction = torch.empty(hidden.shape, dtype=hidden.dtype, device=device) if with_direction else None
     for span, h, wanted, grow in head.chunks(hidden, target):
         top, total, dot, hit = sums = torch.zeros(4, h.shape[0], dtype=torch.float32, device=device).unbind()
@@ -226,13 +226,13 @@ def _forward(head, hidden, target, entropy, with_direction):
         torch.sub(hit, lse[span], out=logp[span])
         logp[span].masked_fill_(wanted == IGNORE, 0.0)
         if entropy:
-            torch.sub(lse[span], dot / total, out=spread[span])
+            torch.sub(lse[span], dot / total, out=entropies[span])
         if with_direction and head.whole:  # the logits of all words are still in the buffer
             head.to_gradient(z, 0, wanted, grow, lse[span])
             direction[span] = _product(z, w)
         elif with_direction:
             direction[span] = _direction(head, buffer, h, wanted, grow, lse[span])
-    return logp, spread, lse, direction
+    return logp, entropies, lse, direction
 
 
 def _direction(head, buffer, h, target, grow, lse, weight_grad=None, h_scaled=None):
@@ -257,14 +257,14 @@ class LinearLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, target, head, entropy, grad_enabled):
         ctx.head = head
         with_direction = grad_enabled and hidden.requires_grad and not weight.requires_grad
-        logp, spread, lse, direction = _forward(head, hidden, target, entropy, with_direction)
+        logp, entropies, lse, direction = _forward(head, hidden, target, entropy, with_direction)
         if direction is not None:
             ctx.save_for_backward(direction)
         elif grad_enabled:
             ctx.save_for_backward(hidden, target, lse)
-        if spread is not None:
-            ctx.mark_non_differentiable(spread)
-        return logp, spread
+        if entropies is not None:
+            ctx.mark_non_differentiable(entropies)
+        return logp, entropies
 
     @staticmethod
     def backward(ctx, g, _):
@@ -299,5 +299,5 @@ def linear_logprob(
     head = _Head(weight, quant_state, bias, words, temperature, hidden.dtype, scratch_bytes, learns, tile)
     flat = hidden.reshape(-1, hidden.shape[-1])
     outputs = LinearLogprob.apply(flat, weight, target.reshape(-1), head, entropy, torch.is_grad_enabled())
-    logp, spread = (None if out is None else out.view(target.shape) for out in outputs)
-    return (logp, spread) if entropy else logp
+    logp, entropies = (None if out is None else out.view(target.shape) for out in outputs)
+    return (logp, entropies) if entropy else logp

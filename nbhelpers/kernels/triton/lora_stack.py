@@ -21,27 +21,27 @@ MOST_PARTS = 3  # Q, K and V
 
 @triton.jit
 def _stack(
-    a0, a1, a2, b0, b1, b2,  # A_i [r_i, in], B_i [out_i, r_i], contiguous
-    a, b, s0, s1, s2, inputs,
+    a0_ptr, a1_ptr, a2_ptr, b0_ptr, b1_ptr, b2_ptr,  # A_i [r_i, in], B_i [out_i, r_i], contiguous
+    a_ptr, b_ptr, scale0, scale1, scale2, inputs,
     o1, o2, o3,  # where the rows of B_0, B_1, B_2 end in b
     r1, r2, r3,  # and their columns (the rows of A_0, A_1, A_2 in a)
     RANKS: tl.constexpr, ROWS: tl.constexpr, A_BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * A_BLOCK + tl.arange(0, A_BLOCK)
     e1, e2, e3 = r1 * inputs, r2 * inputs, r3 * inputs
-    value = tl.load(a0 + i, i < e1, 0.0).to(tl.float32)
-    value += tl.load(a1 + i - e1, (i >= e1) & (i < e2), 0.0).to(tl.float32)
-    value += tl.load(a2 + i - e2, (i >= e2) & (i < e3), 0.0).to(tl.float32)
-    tl.store(a + i, value.to(a.dtype.element_ty), i < e3)
+    value = tl.load(a0_ptr + i, i < e1, 0.0).to(tl.float32)
+    value += tl.load(a1_ptr + i - e1, (i >= e1) & (i < e2), 0.0).to(tl.float32)
+    value += tl.load(a2_ptr + i - e2, (i >= e2) & (i < e3), 0.0).to(tl.float32)
+    tl.store(a_ptr + i, value.to(a_ptr.dtype.element_ty), i < e3)
 
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, RANKS)[None, :]
-    value = tl.load(b0 + row * r1 + col, (row < o1) & (col < r1), 0.0).to(tl.float32) * s0
+    value = tl.load(b0_ptr + row * r1 + col, (row < o1) & (col < r1), 0.0).to(tl.float32) * scale0
     mask = (row >= o1) & (row < o2) & (col >= r1) & (col < r2)
-    value += tl.load(b1 + (row - o1) * (r2 - r1) + col - r1, mask, 0.0).to(tl.float32) * s1
+    value += tl.load(b1_ptr + (row - o1) * (r2 - r1) + col - r1, mask, 0.0).to(tl.float32) * scale1
     mask = (row >= o2) & (row < o3) & (col >= r2) & (col < r3)
-    value += tl.load(b2 + (row - o2) * (r3 - r2) + col - r2, mask, 0.0).to(tl.float32) * s2
-    tl.store(b + row * r3 + col, value.to(b.dtype.element_ty), (row < o3) & (col < r3))
+    value += tl.load(b2_ptr + (row - o2) * (r3 - r2) + col - r2, mask, 0.0).to(tl.float32) * scale2
+    tl.store(b_ptr + row * r3 + col, value.to(b_ptr.dtype.element_ty), (row < o3) & (col < r3))
 
 
 def stack_adapters(parts, dtype):

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import begin, ceil_div, early, power_of_2, tensor_cores, three, turing, wait
+from .common import begin, ceil_div, early, pad_to_three, power_of_2, tensor_cores, turing, wait
 from .nf4 import multiprocessors
 from .nf4_lookup import PTX, eight_weights
 from .nf4_mma import LOAD, product
@@ -32,163 +32,163 @@ THIN_WIDTH = 128  # columns of K per iteration of the thin product
 
 
 @triton.jit
-def _load_weights(w, absmax, outer, block, real, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr):
+def _load_weights(w_ptr, absmax_ptr, outer_ptr, block, real, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr):
     """Load one block of 64 weights per row, at `block` [C]: its words [C, 8], and its scales, still quantised."""
-    words = tl.load(w + block[:, None].to(tl.int64) * 8 + tl.arange(0, 8)[None, :], real[:, None], 0)
-    scale = tl.load(absmax + block, real, 0)
-    outer_scale = tl.load(outer + block // NESTED_BLOCK, real, 0.0) if NESTED else scale
+    words = tl.load(w_ptr + block[:, None].to(tl.int64) * 8 + tl.arange(0, 8)[None, :], real[:, None], 0)
+    scale = tl.load(absmax_ptr + block, real, 0)
+    outer_scale = tl.load(outer_ptr + block // NESTED_BLOCK, real, 0.0) if NESTED else scale
     return words, scale, outer_scale
 
 
 @triton.jit
-def _base(x, y, code, code8, w, absmax, outer, offset, column, split, rows, turns, K, N, first, y_step, x_step,
-          NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-          PTX: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+def _base(x_ptr, y_ptr, code_ptr, code8_ptr, w_ptr, absmax_ptr, outer_ptr, offset_ptr, column, split, rows, iters, K, N,
+          first, y_stride, x_stride, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+          COLUMNS: tl.constexpr, PTX: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """COLUMNS columns of y_split from `first + column` on: x by COLUMNS rows of W."""
     n, m, k = column + tl.arange(0, COLUMNS), tl.arange(0, ROWS), tl.arange(0, 64)
     real_m, real_n = m < rows, n < N
-    at_x = x + m[:, None] * x_step + k[None, :]
-    blocks, here = K // 64, split * turns
-    stop = tl.minimum(blocks, here + turns)
-    shift = tl.load(offset) if NESTED else 0.0
-    real = real_n & (here < stop)
-    next_words, next_scale, next_outer = _load_weights(w, absmax, outer, n * blocks + here, real, NESTED, NESTED_BLOCK)
+    x_ptrs = x_ptr + m[:, None] * x_stride + k[None, :]
+    blocks, block = K // 64, split * iters
+    stop = tl.minimum(blocks, block + iters)
+    shift = tl.load(offset_ptr) if NESTED else 0.0
+    real = real_n & (block < stop)
+    next_words, next_scale, next_outer = _load_weights(
+        w_ptr, absmax_ptr, outer_ptr, n * blocks + block, real, NESTED, NESTED_BLOCK)  # fmt: skip
     wait(EARLY)
-    next_x = tl.load(at_x + here * 64, real_m[:, None] & (here < stop), 0.0)
+    next_x = tl.load(x_ptrs + block * 64, real_m[:, None] & (block < stop), 0.0)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for _ in range(turns):
+    for _ in range(iters):
         words, scale, outer_scale, part, was_real = next_words, next_scale, next_outer, next_x, real
-        here += 1
-        real = real_n & (here < stop)
+        block += 1
+        real = real_n & (block < stop)
         next_words, next_scale, next_outer = _load_weights(
-            w, absmax, outer, n * blocks + here, real, NESTED, NESTED_BLOCK
-        )
-        next_x = tl.load(at_x + here * 64, real_m[:, None] & (here < stop), 0.0)
+            w_ptr, absmax_ptr, outer_ptr, n * blocks + block, real, NESTED, NESTED_BLOCK)  # fmt: skip
+        next_x = tl.load(x_ptrs + block * 64, real_m[:, None] & (block < stop), 0.0)
         if NESTED:
-            scale = tl.load(code8 + scale.to(tl.int32)) * outer_scale + shift
+            scale = tl.load(code8_ptr + scale.to(tl.int32)) * outer_scale + shift
         scale = tl.where(was_real, scale, 0.0)
-        w0, w1, w2, w3, w4, w5, w6, w7 = eight_weights(words, scale, code, x.dtype.element_ty, PTX)
+        w0, w1, w2, w3, w4, w5, w6, w7 = eight_weights(words, scale, code_ptr, x_ptr.dtype.element_ty, PTX)
         # each join appends a faster-varying index: join weights 4 apart first, then 2 apart, then neighbours
         weights = tl.join(
             tl.join(tl.join(w0, w4), tl.join(w2, w6)), tl.join(tl.join(w1, w5), tl.join(w3, w7))
         )  # [COLUMNS, 8, 2, 2, 2]
         weights = tl.reshape(weights, [COLUMNS, 64])
         total = tl.dot(part, tl.trans(weights), total, input_precision="ieee")
-    at_y = y + (split * rows + m[:, None]) * y_step + first + n[None, :]
-    tl.store(at_y, total, real_m[:, None] & real_n[None, :])
+    y_ptrs = y_ptr + (split * rows + m[:, None]) * y_stride + first + n[None, :]
+    tl.store(y_ptrs, total, real_m[:, None] & real_n[None, :])
 
 
 @triton.jit
-def _fetch(w, absmax, outer, row, block, half, blocks, stop, N, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr):
+def _fetch(w_ptr, absmax_ptr, outer_ptr, row, block, half, blocks, stop, N, NESTED: tl.constexpr,
+           NESTED_BLOCK: tl.constexpr):  # fmt: skip
     """Load each thread's half block of W: its four words, and its block's scales, still quantised."""
-    real, at = (row < N) & (block < stop), row * blocks + block
-    address = (w + at * 8 + half * 4).to(tl.int64)
+    real, index = (row < N) & (block < stop), row * blocks + block
+    address = (w_ptr + index * 8 + half * 4).to(tl.int64)
     w0, w1, w2, w3 = tl.inline_asm_elementwise(
         LOAD, "=r,=r,=r,=r,l,r", [address, real.to(tl.int32)], dtype=[tl.int32] * 4, is_pure=False, pack=1
     )
-    scale = tl.load(absmax + at, real, 0)
-    return w0, w1, w2, w3, scale, tl.load(outer + at // NESTED_BLOCK, real, 0.0) if NESTED else scale
+    scale = tl.load(absmax_ptr + index, real, 0)
+    return w0, w1, w2, w3, scale, tl.load(outer_ptr + index // NESTED_BLOCK, real, 0.0) if NESTED else scale
 
 
 @triton.jit
-def _unnested(fetched, code8, shift, NESTED: tl.constexpr):
+def _unnested(fetched, code8_ptr, shift, NESTED: tl.constexpr):
     """The fp32 absmax of what `_fetch` loaded."""
     scale = fetched[4]
     if NESTED:
-        scale = tl.load(code8 + scale.to(tl.int32)) * fetched[5] + shift
+        scale = tl.load(code8_ptr + scale.to(tl.int32)) * fetched[5] + shift
     return scale
 
 
 @triton.jit
-def _put(y, sums, first_row, m, n, rows, N, first, y_step, WARPS: tl.constexpr):
+def _put(y_ptr, sums, first_row, m, n, rows, N, first, y_stride, WARPS: tl.constexpr):
     """Store the sum of the warps' sums [WARPS * 32] at row m and column n of y_split."""
     total = tl.sum(tl.reshape(sums, [WARPS, 32]), axis=0)
-    tl.store(y + (first_row + m) * y_step + first + n, total, (m < rows) & (n < N))
+    tl.store(y_ptr + (first_row + m) * y_stride + first + n, total, (m < rows) & (n < N))
 
 
 @triton.jit
-def _in_registers(x, y, code8, w, absmax, outer, offset, first_row, split, rows, turns, K, N, first, y_step, x_step,
-                  NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, SIXTEEN: tl.constexpr, WARPS: tl.constexpr,
-                  ASM: tl.constexpr, CONSTRAINTS: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+def _in_registers(x_ptr, y_ptr, code8_ptr, w_ptr, absmax_ptr, outer_ptr, offset_ptr, first_row, split, rows, iters, K,
+                  N, first, y_stride, x_stride, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, SIXTEEN: tl.constexpr,
+                  WARPS: tl.constexpr, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """16 columns of y_split from `first + first_row` on, without shared memory (nf4_mma.py), for up to 8 rows of x, or
     16 if SIXTEEN. Each warp takes a part of K. Every tensor has one element per thread, in the threads' order.
     """
     i = tl.arange(0, WARPS * 32)
     warp, g, t = i // 32, i % 32 // 4, i % 4
     row, half, blocks = first_row + g, t % 2, K // 64
-    block = (split * turns * WARPS + warp) * 2 + t // 2
-    stop = tl.minimum(blocks, (split + 1) * turns * WARPS * 2)
-    at_x = x + g * x_step + half * 32
-    shift = tl.load(offset) if NESTED else 0.0
-    a = _fetch(w, absmax, outer, row, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
-    b = _fetch(w, absmax, outer, row + 8, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
+    block = (split * iters * WARPS + warp) * 2 + t // 2
+    stop = tl.minimum(blocks, (split + 1) * iters * WARPS * 2)
+    x_ptrs = x_ptr + g * x_stride + half * 32
+    shift = tl.load(offset_ptr) if NESTED else 0.0
+    a = _fetch(w_ptr, absmax_ptr, outer_ptr, row, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
+    b = _fetch(w_ptr, absmax_ptr, outer_ptr, row + 8, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
     wait(EARLY)
     s0 = tl.zeros([WARPS * 32], tl.float32)
     s1, s2, s3, s4, s5, s6, s7 = s0, s0, s0, s0, s0, s0, s0
-    for _ in range(turns):
-        c, d, here = a, b, block
+    for _ in range(iters):
+        c, d, this_block = a, b, block
         block += WARPS * 2
-        a = _fetch(w, absmax, outer, row, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
-        b = _fetch(w, absmax, outer, row + 8, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
-        scale_c, scale_d = _unnested(c, code8, shift, NESTED), _unnested(d, code8, shift, NESTED)
-        at, read = (at_x + here * 64).to(tl.int64), here < stop
+        a = _fetch(w_ptr, absmax_ptr, outer_ptr, row, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
+        b = _fetch(w_ptr, absmax_ptr, outer_ptr, row + 8, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
+        scale_c, scale_d = _unnested(c, code8_ptr, shift, NESTED), _unnested(d, code8_ptr, shift, NESTED)
+        at, read = (x_ptrs + this_block * 64).to(tl.int64), this_block < stop
         if SIXTEEN:
             s0, s1, s2, s3, s4, s5, s6, s7 = tl.inline_asm_elementwise(
                 ASM, CONSTRAINTS,
                 [c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3], scale_c, scale_d,
-                 at, (read & (g < rows)).to(tl.int32), at + x_step * 16, (read & (g + 8 < rows)).to(tl.int32),
-                 s0, s1, s2, s3, s4, s5, s6, s7],
-                dtype=[tl.float32] * 8, is_pure=False, pack=1,
+                 at, (read & (g < rows)).to(tl.int32), at + x_stride * 16, (read & (g + 8 < rows)).to(tl.int32),
+                 s0, s1, s2, s3, s4, s5, s6, s7], dtype=[tl.float32] * 8, is_pure=False, pack=1,
             )  # fmt: skip
         else:
             s0, s1, s2, s3 = tl.inline_asm_elementwise(
                 ASM, CONSTRAINTS,
                 [c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3], scale_c, scale_d,
-                 at, (read & (g < rows)).to(tl.int32), s0, s1, s2, s3],
-                dtype=[tl.float32] * 4, is_pure=False, pack=1,
+                 at, (read & (g < rows)).to(tl.int32), s0, s1, s2, s3], dtype=[tl.float32] * 4, is_pure=False, pack=1,
             )  # fmt: skip
     lane = tl.arange(0, 32)
     m, n = lane % 4 * 2, first_row + lane // 4
-    _put(y, s0, split * rows, m, n, rows, N, first, y_step, WARPS)
-    _put(y, s1, split * rows, m + 1, n, rows, N, first, y_step, WARPS)
-    _put(y, s2, split * rows, m, n + 8, rows, N, first, y_step, WARPS)
-    _put(y, s3, split * rows, m + 1, n + 8, rows, N, first, y_step, WARPS)
+    _put(y_ptr, s0, split * rows, m, n, rows, N, first, y_stride, WARPS)
+    _put(y_ptr, s1, split * rows, m + 1, n, rows, N, first, y_stride, WARPS)
+    _put(y_ptr, s2, split * rows, m, n + 8, rows, N, first, y_stride, WARPS)
+    _put(y_ptr, s3, split * rows, m + 1, n + 8, rows, N, first, y_stride, WARPS)
     if SIXTEEN:
-        _put(y, s4, split * rows, m + 8, n, rows, N, first, y_step, WARPS)
-        _put(y, s5, split * rows, m + 9, n, rows, N, first, y_step, WARPS)
-        _put(y, s6, split * rows, m + 8, n + 8, rows, N, first, y_step, WARPS)
-        _put(y, s7, split * rows, m + 9, n + 8, rows, N, first, y_step, WARPS)
+        _put(y_ptr, s4, split * rows, m + 8, n, rows, N, first, y_stride, WARPS)
+        _put(y_ptr, s5, split * rows, m + 9, n, rows, N, first, y_stride, WARPS)
+        _put(y_ptr, s6, split * rows, m + 8, n + 8, rows, N, first, y_stride, WARPS)
+        _put(y_ptr, s7, split * rows, m + 9, n + 8, rows, N, first, y_stride, WARPS)
 
 
 @triton.jit
-def _adapter(x, t, a, split, rows, turns, K, R: tl.constexpr, first, t_step, x_step, R_BLOCK: tl.constexpr,
-          ROWS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+def _adapter(x_ptr, t_ptr, a_ptr, split, rows, iters, K, R: tl.constexpr, first, t_stride, x_stride,
+             R_BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """The columns of t_split from `first` on: x by all of A."""
     wait(EARLY)
     m, r, k = tl.arange(0, ROWS), tl.arange(0, R_BLOCK), tl.arange(0, WIDTH)
     real_m, real_r = (m < rows)[:, None], (r < R)[:, None]
-    at_x, at_a = x + m[:, None] * x_step + k[None, :], a + r[:, None] * K + k[None, :]
-    here, stop = split * turns * WIDTH, tl.minimum((split + 1) * turns * WIDTH, K)
-    within = (here + k < stop)[None, :]
-    next_x, next_a = tl.load(at_x + here, real_m & within, 0.0), tl.load(at_a + here, real_r & within, 0.0)
+    x_ptrs, a_ptrs = x_ptr + m[:, None] * x_stride + k[None, :], a_ptr + r[:, None] * K + k[None, :]
+    column, stop = split * iters * WIDTH, tl.minimum((split + 1) * iters * WIDTH, K)
+    within = (column + k < stop)[None, :]
+    next_x, next_a = tl.load(x_ptrs + column, real_m & within, 0.0), tl.load(a_ptrs + column, real_r & within, 0.0)
     total = tl.zeros([ROWS, R_BLOCK], tl.float32)
-    for _ in range(turns):
+    for _ in range(iters):
         part, rows_a = next_x, next_a
-        here += WIDTH
-        within = (here + k < stop)[None, :]
-        next_x, next_a = tl.load(at_x + here, real_m & within, 0.0), tl.load(at_a + here, real_r & within, 0.0)
+        column += WIDTH
+        within = (column + k < stop)[None, :]
+        next_x, next_a = tl.load(x_ptrs + column, real_m & within, 0.0), tl.load(a_ptrs + column, real_r & within, 0.0)
         total = tl.dot(part, tl.trans(rows_a.to(part.dtype)), total, input_precision="ieee")
-    tl.store(t + (split * rows + m[:, None]) * t_step + first + r[None, :], total, real_m & (r < R)[None, :])
+    tl.store(t_ptr + (split * rows + m[:, None]) * t_stride + first + r[None, :], total, real_m & (r < R)[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "turns", "thin_turns"])
+@triton.jit(do_not_specialize=["rows", "iters", "thin_iters"])
 def _few_rows(
-    x, y, t, code, code8,
-    w0, w1, w2,  # int32 [N K / 8]
-    absmax0, absmax1, absmax2,  # uint8 [N K / 64] if NESTED, else fp32
-    outer0, outer1, outer2, offset0, offset1, offset2,  # of the nested absmax: fp32 [blocks / NESTED_BLOCK], fp32 []
-    a0, a1, a2,  # [R, K] in fp32 or 16 bits
-    rows, turns, thin_turns, K, N0, N1, N2, x_step,
+    x_ptr, y_ptr, t_ptr, code_ptr, code8_ptr,
+    w0_ptr, w1_ptr, w2_ptr,  # int32 [N K / 8]
+    absmax0_ptr, absmax1_ptr, absmax2_ptr,  # uint8 [N K / 64] if NESTED, else fp32
+    outer0_ptr, outer1_ptr, outer2_ptr,  # of the nested absmax, fp32 [blocks / NESTED_BLOCK]
+    offset0_ptr, offset1_ptr, offset2_ptr,  # likewise, fp32 []
+    a0_ptr, a1_ptr, a2_ptr,  # [R, K] in fp32 or 16 bits
+    rows, iters, thin_iters, K, N0, N1, N2, x_stride,
     NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
     THIN: tl.constexpr, PIECES: tl.constexpr, R_BLOCK: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, PTX: tl.constexpr, WARPS: tl.constexpr, REGISTERS: tl.constexpr, ASM: tl.constexpr,
@@ -202,29 +202,36 @@ def _few_rows(
     if THIN > 0:  # otherwise tl.dot must not be compiled: this is a T4's kernel too
         piece = split * PIECES + program % PIECES
         if program < PIECES:
-            _adapter(x, t, a0, piece, rows, thin_turns, K, R0, 0, R, x_step, R_BLOCK, DOT_ROWS, WIDTH, EARLY)
+            _adapter(x_ptr, t_ptr, a0_ptr, piece, rows, thin_iters, K, R0, 0, R, x_stride, R_BLOCK, DOT_ROWS, WIDTH,
+                     EARLY)  # fmt: skip
         elif program < 2 * PIECES and THIN > 1:
-            _adapter(x, t, a1, piece, rows, thin_turns, K, R1, R0, R, x_step, R_BLOCK, DOT_ROWS, WIDTH, EARLY)
+            _adapter(x_ptr, t_ptr, a1_ptr, piece, rows, thin_iters, K, R1, R0, R, x_stride, R_BLOCK, DOT_ROWS, WIDTH,
+                     EARLY)  # fmt: skip
         elif program < 3 * PIECES and THIN > 2:
-            _adapter(x, t, a2, piece, rows, thin_turns, K, R2, R0 + R1, R, x_step, R_BLOCK, DOT_ROWS, WIDTH, EARLY)
+            _adapter(x_ptr, t_ptr, a2_ptr, piece, rows, thin_iters, K, R2, R0 + R1, R, x_stride, R_BLOCK, DOT_ROWS,
+                     WIDTH, EARLY)  # fmt: skip
     if program >= THIN * PIECES:
         block = program - THIN * PIECES
-        w, absmax, outer, offset, N, first = w0, absmax0, outer0, offset0, N0, 0
+        w_ptr, absmax_ptr, outer_ptr, offset_ptr = w0_ptr, absmax0_ptr, outer0_ptr, offset0_ptr
+        N, first = N0, 0
         blocks0, blocks1 = tl.cdiv(N0, COLUMNS), tl.cdiv(N1, COLUMNS)
         if block >= blocks0:
             if block < blocks0 + blocks1:
-                w, absmax, outer, offset, N, first = w1, absmax1, outer1, offset1, N1, N0
+                w_ptr, absmax_ptr, outer_ptr, offset_ptr = w1_ptr, absmax1_ptr, outer1_ptr, offset1_ptr
+                N, first = N1, N0
                 block -= blocks0
             else:
-                w, absmax, outer, offset, N, first = w2, absmax2, outer2, offset2, N2, N0 + N1
+                w_ptr, absmax_ptr, outer_ptr, offset_ptr = w2_ptr, absmax2_ptr, outer2_ptr, offset2_ptr
+                N, first = N2, N0 + N1
                 block -= blocks0 + blocks1
         if REGISTERS:
-            _in_registers(x, y, code8, w, absmax, outer, offset, block * COLUMNS, split, rows, turns, K, N, first,
-                          N0 + N1 + N2, x_step, NESTED, NESTED_BLOCK, ROWS == 16, WARPS, ASM, CONSTRAINTS,
-                          EARLY)  # fmt: skip
+            _in_registers(x_ptr, y_ptr, code8_ptr, w_ptr, absmax_ptr, outer_ptr, offset_ptr, block * COLUMNS, split,
+                          rows, iters, K, N, first, N0 + N1 + N2, x_stride, NESTED, NESTED_BLOCK, ROWS == 16, WARPS,
+                          ASM, CONSTRAINTS, EARLY)  # fmt: skip
         else:
-            _base(x, y, code, code8, w, absmax, outer, offset, block * COLUMNS, split, rows, turns, K, N, first,
-                  N0 + N1 + N2, x_step, NESTED, NESTED_BLOCK, ROWS, COLUMNS, PTX, EARLY)  # fmt: skip
+            _base(x_ptr, y_ptr, code_ptr, code8_ptr, w_ptr, absmax_ptr, outer_ptr, offset_ptr, block * COLUMNS, split,
+                  rows, iters, K, N, first, N0 + N1 + N2, x_stride, NESTED, NESTED_BLOCK, ROWS, COLUMNS, PTX,
+                  EARLY)  # fmt: skip
 
 
 def serves(x, parts) -> bool:
@@ -252,8 +259,8 @@ class Tile(NamedTuple):
     rows: int  # of x per program
     columns: int  # of y per program
     width: int  # columns of K per iteration of the loop
-    held: int  # resident programs per multiprocessor
-    turn: int  # time of an iteration, in units of what summing one more split costs
+    resident: int  # programs that run on a multiprocessor at once
+    iter_cost: int  # time of an iteration, in units of what summing one more split costs
 
 
 def tile(rows: int) -> Tile:
@@ -271,23 +278,17 @@ def instructions(rows: int, dtype: torch.dtype, wide: bool) -> tuple[str, str]:
     return product(rows // 8, "bf16" if dtype == torch.bfloat16 else "f16", wide)
 
 
-def splits_for(programs: int, turns: int, slots: int, turn: int) -> int:
-    """How many splits the loop's iterations are divided into.
+def splits_for(programs: int, iters: int, slots: int, iter_cost: int) -> int:
+    """How many splits the loop's `iters` iterations over K are cut into.
 
-    It minimises the waves of programs over the card's slots times the iterations per program, of which beginning and
-    ending a program take two, plus the cost of summing the splits.
-
-    Args:
-        programs (`int`): Programs per split.
-        turns (`int`): Iterations over all of K.
-        slots (`int`): Programs that the card holds at once.
-        turn (`int`): Time of an iteration (`Tile.turn`).
+    There should be few waves of programs (`programs` per split) on the card's `slots`, few iterations in each program,
+    of which starting and ending count as two, and few splits.
     """
 
     def cost(splits: int) -> int:
-        return ceil_div(programs * splits, slots) * (ceil_div(turns, splits) + 2) * turn + splits
+        return ceil_div(programs * splits, slots) * (ceil_div(iters, splits) + 2) * iter_cost + splits
 
-    return min(range(1, min(MOST_SPLITS, turns) + 1), key=cost)
+    return min(range(1, min(MOST_SPLITS, iters) + 1), key=cost)
 
 
 def few_rows_product(x, parts):
@@ -311,15 +312,15 @@ def few_rows_product(x, parts):
     cut, dot = tile(rows), tensor_cores(x.device)
     thin = len(parts) if sum(ranks) and dot else 0
     programs = thin + sum(ceil_div(out, cut.columns) for out in outs)
-    turns = ceil_div(width, cut.width)
-    turns = ceil_div(turns, splits_for(programs, turns, cut.held * multiprocessors(x.device), cut.turn))
-    splits = ceil_div(width, turns * cut.width)
+    iters = ceil_div(width, cut.width)
+    iters = ceil_div(iters, splits_for(programs, iters, cut.resident * multiprocessors(x.device), cut.iter_cost))
+    splits = ceil_div(width, iters * cut.width)
     # Where programs are short, the thin product is split more finely than y, since A is read in fp32; but not so finely
     # that the kernel that sums t reads too much of it.
     thin_width, pieces = 64, 1
     if cut.registers:
         thin_width, pieces = THIN_WIDTH, max(1, min(ceil_div(width, 2 * THIN_WIDTH), MOST_SPLITS) // splits)
-    thin_turns = ceil_div(width, thin_width * pieces * splits)
+    thin_iters = ceil_div(width, thin_width * pieces * splits)
     y = torch.empty(splits, rows, sum(outs), dtype=torch.float32, device=x.device)
     t = torch.empty(splits * pieces, rows, sum(ranks), dtype=torch.float32, device=x.device)
 
@@ -333,13 +334,12 @@ def few_rows_product(x, parts):
     a = [(some if part.lora_a is None else part.lora_a).detach().contiguous() for part in parts]
     _few_rows[(programs + thin * (pieces - 1), splits)](
         x, y, t, state.code, nested.code if nested else state.code,
-        *(tensor for tensors in (words, absmax, outer, offset, a) for tensor in three(tensors, tensors[0])),
-        rows, turns, thin_turns, width, *three(outs, 0), x.stride(0),
-        nested is not None, nested.blocksize if nested else 1, *three(ranks, 0), thin, pieces,
+        *(tensor for tensors in (words, absmax, outer, offset, a) for tensor in pad_to_three(tensors, tensors[0])),
+        rows, iters, thin_iters, width, *pad_to_three(outs, 0), x.stride(0),
+        nested is not None, nested.blocksize if nested else 1, *pad_to_three(ranks, 0), thin, pieces,
         max(16, power_of_2(max(1, *ranks))), thin_width, cut.rows, cut.columns, PTX, WARPS, cut.registers,
         *(instructions(cut.rows, x.dtype, dot) if cut.registers else ("", "")),
-        **early(x.device),
-        num_warps=WARPS,
+        **early(x.device), num_warps=WARPS,
         num_stages=1,  # pipelined by hand: Triton would stage the absmax table in shared memory as well
         enable_fp_fusion=False,  # a fused multiply-add would round once where nf4.py rounds twice
     )  # fmt: skip

@@ -90,7 +90,7 @@ WEIGHTS = tl.constexpr(_weights())
 
 
 @triton.jit
-def eight_weights(words, absmax, code, dtype: tl.constexpr, PTX: tl.constexpr):
+def eight_weights(words, absmax, code_ptr, dtype: tl.constexpr, PTX: tl.constexpr):
     """The weights in int32 words [C, W] with one absmax per row, fp32 [C]: eight tensors [C, W] of `dtype`."""
     if PTX:
         table: tl.constexpr = TABLE_BF16 if dtype == tl.bfloat16 else TABLE_FP16
@@ -111,8 +111,12 @@ def eight_weights(words, absmax, code, dtype: tl.constexpr, PTX: tl.constexpr):
     else:
         a = absmax[:, None]
         return (
-            (tl.load(code + (words >> 4 & 15)) * a).to(dtype), (tl.load(code + (words & 15)) * a).to(dtype),
-            (tl.load(code + (words >> 12 & 15)) * a).to(dtype), (tl.load(code + (words >> 8 & 15)) * a).to(dtype),
-            (tl.load(code + (words >> 20 & 15)) * a).to(dtype), (tl.load(code + (words >> 16 & 15)) * a).to(dtype),
-            (tl.load(code + (words >> 28 & 15)) * a).to(dtype), (tl.load(code + (words >> 24 & 15)) * a).to(dtype),
-        )  # fmt: skip
+            (tl.load(code_ptr + (words >> 4 & 15)) * a).to(dtype),
+            (tl.load(code_ptr + (words & 15)) * a).to(dtype),
+            (tl.load(code_ptr + (words >> 12 & 15)) * a).to(dtype),
+            (tl.load(code_ptr + (words >> 8 & 15)) * a).to(dtype),
+            (tl.load(code_ptr + (words >> 20 & 15)) * a).to(dtype),
+            (tl.load(code_ptr + (words >> 16 & 15)) * a).to(dtype),
+            (tl.load(code_ptr + (words >> 28 & 15)) * a).to(dtype),
+            (tl.load(code_ptr + (words >> 24 & 15)) * a).to(dtype),
+        )

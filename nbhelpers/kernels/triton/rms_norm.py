@@ -21,51 +21,52 @@ from .common import begin, ceil_div, early, power_of_2, wait
 
 
 @triton.jit(do_not_specialize=["rows"])  # one compilation for every number of tokens
-def _forward(x, residual, w, s, y, r, rows, x_step, res_step, eps, H: tl.constexpr, ADD: tl.constexpr,
-             ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+def _forward(x_ptr, residual_ptr, w_ptr, s_ptr, y_ptr, r_ptr, rows, x_stride, residual_stride, eps, H: tl.constexpr,
+             ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """s = x + residual, r and y of ROWS rows; without ADD s is x and is not written."""
     begin(EARLY)
     wait(EARLY)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (col < H)
-    value = tl.load(x + row * x_step + col, mask, 0.0).to(tl.float32)
+    value = tl.load(x_ptr + row * x_stride + col, mask, 0.0).to(tl.float32)
     if ADD:
-        value += tl.load(residual + row * res_step + col, mask, 0.0).to(tl.float32)
-        if s.dtype.element_ty == tl.float16:
+        value += tl.load(residual_ptr + row * residual_stride + col, mask, 0.0).to(tl.float32)
+        if s_ptr.dtype.element_ty == tl.float16:
             value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
-        rounded = value.to(s.dtype.element_ty)
-        tl.store(s + row * H + col, rounded, mask)
+        rounded = value.to(s_ptr.dtype.element_ty)
+        tl.store(s_ptr + row * H + col, rounded, mask)
         value = rounded.to(tl.float32)  # normalise what is stored, so that the backward uses the same numbers
     scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=1, keep_dims=True) / H + eps)
-    tl.store(r + row, scale, row < rows)
-    weight = tl.load(w + col, col < H, 0.0).to(tl.float32)
-    tl.store(y + row * H + col, (value * scale * weight).to(y.dtype.element_ty), mask)
+    tl.store(r_ptr + row, scale, row < rows)
+    weight = tl.load(w_ptr + col, col < H, 0.0).to(tl.float32)
+    tl.store(y_ptr + row * H + col, (value * scale * weight).to(y_ptr.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["rows"])  # one compilation for every number of tokens
-def _backward(dy, ds, s, w, r, dx, dw, rows, dy_step, ds_step, s_step, H: tl.constexpr, ADD: tl.constexpr,
-              WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
+def _backward(dy_ptr, ds_ptr, s_ptr, w_ptr, r_ptr, dx_ptr, dw_ptr, rows, dy_stride, ds_stride, s_stride,
+              H: tl.constexpr, ADD: tl.constexpr, WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+              STEPS: tl.constexpr):  # fmt: skip
     """STEPS x ROWS rows per program: one step when the weight is frozen, more when dw is summed over them."""
     first = tl.program_id(0).to(tl.int64) * ROWS * STEPS
     col = tl.arange(0, BLOCK)[None, :]
-    weight = tl.load(w + col, col < H, 0.0).to(tl.float32)
+    weight = tl.load(w_ptr + col, col < H, 0.0).to(tl.float32)
     total = tl.zeros([1, BLOCK], tl.float32)
     for step in range(STEPS):
         row = first + step * ROWS + tl.arange(0, ROWS)[:, None]
         mask = (row < rows) & (col < H)
-        grad = tl.load(dy + row * dy_step + col, mask, 0.0).to(tl.float32)
-        scale = tl.load(r + row, row < rows, 0.0)
-        normed = tl.load(s + row * s_step + col, mask, 0.0).to(tl.float32) * scale
+        grad = tl.load(dy_ptr + row * dy_stride + col, mask, 0.0).to(tl.float32)
+        scale = tl.load(r_ptr + row, row < rows, 0.0)
+        normed = tl.load(s_ptr + row * s_stride + col, mask, 0.0).to(tl.float32) * scale
         if WEIGHT:
             total += tl.sum(grad * normed, axis=0, keep_dims=True)
         grad *= weight
         grad = scale * (grad - normed * (tl.sum(grad * normed, axis=1, keep_dims=True) / H))
         if ADD:
-            grad += tl.load(ds + row * ds_step + col, mask, 0.0).to(tl.float32)
-        tl.store(dx + row * H + col, grad.to(dx.dtype.element_ty), mask)
+            grad += tl.load(ds_ptr + row * ds_stride + col, mask, 0.0).to(tl.float32)
+        tl.store(dx_ptr + row * H + col, grad.to(dx_ptr.dtype.element_ty), mask)
     if WEIGHT:
-        tl.store(dw + tl.program_id(0) * H + col, total, col < H)
+        tl.store(dw_ptr + tl.program_id(0) * H + col, total, col < H)
 
 
 @cache

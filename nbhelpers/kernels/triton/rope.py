@@ -21,31 +21,38 @@ from .inplace import may_overwrite, overwritten
 
 
 @triton.jit
-def _rotate_heads(x, y, xh, yh, c, s, half, HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr):
+def _rotate_heads(x_ptr, y_ptr, x_head_stride, y_head_stride, c, s, half, HEADS: tl.constexpr,
+                  HEADS_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr):  # fmt: skip
     """Rotate all heads of one token from x into y."""
     head = tl.arange(0, HEADS_BLOCK)[:, None]
     i = tl.arange(0, HALF_BLOCK)[None, :]
     mask = (head < HEADS) & (i < half)
-    x1 = tl.load(x + head * xh + i, mask, 0.0).to(tl.float32)
-    x2 = tl.load(x + head * xh + half + i, mask, 0.0).to(tl.float32)
-    tl.store(y + head * yh + i, (x1 * c - x2 * s).to(y.dtype.element_ty), mask)
-    tl.store(y + head * yh + half + i, (x2 * c + x1 * s).to(y.dtype.element_ty), mask)
+    x1 = tl.load(x_ptr + head * x_head_stride + i, mask, 0.0).to(tl.float32)
+    x2 = tl.load(x_ptr + head * x_head_stride + half + i, mask, 0.0).to(tl.float32)
+    tl.store(y_ptr + head * y_head_stride + i, (x1 * c - x2 * s).to(y_ptr.dtype.element_ty), mask)
+    tl.store(y_ptr + head * y_head_stride + half + i, (x2 * c + x1 * s).to(y_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
 def _rotate(
-    q, k, q_out, k_out, cos, sin,
-    qb, qh, qs, kb, kh, ks, qob, qoh, qos, kob, koh, kos, cb, cs, sb, ss,
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr,
+    q_batch_stride, q_head_stride, q_pos_stride, k_batch_stride, k_head_stride, k_pos_stride,
+    q_out_batch_stride, q_out_head_stride, q_out_pos_stride, k_out_batch_stride, k_out_head_stride, k_out_pos_stride,
+    cos_batch_stride, cos_pos_stride, sin_batch_stride, sin_pos_stride,
     SIGN: tl.constexpr, HALF: tl.constexpr, QH: tl.constexpr, KH: tl.constexpr,
     QH_BLOCK: tl.constexpr, KH_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Strides: b of the batch, h of a head, s of a position; of the input, of the output, of cos (c*) and sin (s*)."""
+    """Rotate all heads of q and k at one position of one row."""
     t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i = tl.arange(0, HALF_BLOCK)[None, :]
-    c = tl.load(cos + b * cb + t * cs + i, i < HALF, 0.0).to(tl.float32)
-    s = tl.load(sin + b * sb + t * ss + i, i < HALF, 0.0).to(tl.float32) * SIGN
-    _rotate_heads(q + b * qb + t * qs, q_out + b * qob + t * qos, qh, qoh, c, s, HALF, QH, QH_BLOCK, HALF_BLOCK)
-    _rotate_heads(k + b * kb + t * ks, k_out + b * kob + t * kos, kh, koh, c, s, HALF, KH, KH_BLOCK, HALF_BLOCK)
+    c = tl.load(cos_ptr + b * cos_batch_stride + t * cos_pos_stride + i, i < HALF, 0.0).to(tl.float32)
+    s = tl.load(sin_ptr + b * sin_batch_stride + t * sin_pos_stride + i, i < HALF, 0.0).to(tl.float32) * SIGN
+    q_ptr = q_ptr + b * q_batch_stride + t * q_pos_stride
+    q_out_ptr = q_out_ptr + b * q_out_batch_stride + t * q_out_pos_stride
+    _rotate_heads(q_ptr, q_out_ptr, q_head_stride, q_out_head_stride, c, s, HALF, QH, QH_BLOCK, HALF_BLOCK)
+    k_ptr = k_ptr + b * k_batch_stride + t * k_pos_stride
+    k_out_ptr = k_out_ptr + b * k_out_batch_stride + t * k_out_pos_stride
+    _rotate_heads(k_ptr, k_out_ptr, k_head_stride, k_out_head_stride, c, s, HALF, KH, KH_BLOCK, HALF_BLOCK)
 
 
 def rotate(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:
@@ -65,13 +72,13 @@ def rotate(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, cos: Tensor, sin:
     if not q.numel():
         return
     # a table for a batch of one serves all rows: its batch stride is 0
-    steps = [t.stride(n) for t in (q, k, q_out, k_out) for n in (0, 1, 2)]
-    tables = [step for t in (cos, sin) for step in (t.stride(0) if t.shape[0] > 1 else 0, t.stride(1))]
+    strides = [t.stride(n) for t in (q, k, q_out, k_out) for n in (0, 1, 2)]
+    table_strides = [stride for t in (cos, sin) for stride in (t.stride(0) if t.shape[0] > 1 else 0, t.stride(1))]
     heads_block, half_block = power_of_2(q_heads), power_of_2(half)
     # 16 elements per thread if the tokens fill the device, else 8: a decoding step waits for a single program
     elements = 512 if batch * tokens > 256 else 256
     _rotate[(tokens, batch)](
-        q, k, q_out, k_out, cos, sin, *steps, *tables, sign, half, q_heads, k.shape[1],
+        q, k, q_out, k_out, cos, sin, *strides, *table_strides, sign, half, q_heads, k.shape[1],
         heads_block, power_of_2(k.shape[1]), half_block,
         num_warps=min(8, max(1, heads_block * half_block // elements)),
     )  # fmt: skip

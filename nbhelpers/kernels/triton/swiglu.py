@@ -40,33 +40,33 @@ def _store(pointer, value, mask):
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def _forward(g, u, h, width, blocks, g_step, u_step, h_step, keep, BLOCK: tl.constexpr):
+def _forward(g_ptr, u_ptr, h_ptr, width, blocks, g_stride, u_stride, h_stride, scale, BLOCK: tl.constexpr):
     """h = silu(g) * u * keep; h may be g."""
     row = (tl.program_id(0) // blocks).to(tl.int64)  # divide before widening: a 64-bit division is slow
     col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = col < width
-    gate = _load(g + row * g_step + col, mask)
-    up = _load(u + row * u_step + col, mask)
-    _store(h + row * h_step + col, gate * tl.sigmoid(gate) * up * keep, mask)
+    gate = _load(g_ptr + row * g_stride + col, mask)
+    up = _load(u_ptr + row * u_stride + col, mask)
+    _store(h_ptr + row * h_stride + col, gate * tl.sigmoid(gate) * up * scale, mask)
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def _backward(dh, g, u, dg, du, h, width, blocks, dh_step, g_step, u_step, dg_step, du_step, h_step, keep,
-              AGAIN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _backward(dh_ptr, g_ptr, u_ptr, dg_ptr, du_ptr, h_ptr, width, blocks, dh_stride, g_stride, u_stride, dg_stride,
+              du_stride, h_stride, scale, AGAIN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Gradients of g and u, which may be written over them; with AGAIN h is written too, and may be dh."""
     row = (tl.program_id(0) // blocks).to(tl.int64)  # divide before widening: a 64-bit division is slow
     col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = col < width
-    gate = _load(g + row * g_step + col, mask)
-    up = _load(u + row * u_step + col, mask)
-    grad = tl.load(dh + row * dh_step + col, mask, 0.0).to(tl.float32)
+    gate = _load(g_ptr + row * g_stride + col, mask)
+    up = _load(u_ptr + row * u_stride + col, mask)
+    grad = tl.load(dh_ptr + row * dh_stride + col, mask, 0.0).to(tl.float32)
     a = tl.sigmoid(gate)
     silu = gate * a
     # gradients are not saturated: a loss scaler has to see them overflow
-    tl.store(dg + row * dg_step + col, (grad * up * (a + silu * (1.0 - a))).to(dg.dtype.element_ty), mask)
-    tl.store(du + row * du_step + col, (grad * silu).to(du.dtype.element_ty), mask)
+    tl.store(dg_ptr + row * dg_stride + col, (grad * up * (a + silu * (1.0 - a))).to(dg_ptr.dtype.element_ty), mask)
+    tl.store(du_ptr + row * du_stride + col, (grad * silu).to(du_ptr.dtype.element_ty), mask)
     if AGAIN:
-        _store(h + row * h_step + col, silu * up * keep, mask)
+        _store(h_ptr + row * h_stride + col, silu * up * scale, mask)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -89,10 +89,10 @@ def forward(gate: Tensor, up: Tensor, shrink: float = 1.0, over: bool = False) -
     g, u = _rows(gate), _rows(up)
     rows, width = g.shape
     h = gate if over else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    steps = (t.stride(0) for t in (g, u, _rows(h)))
+    strides = (t.stride(0) for t in (g, u, _rows(h)))
     blocks = ceil_div(width, BLOCK)
     if h.numel():
-        _forward[(rows * blocks,)](g, u, h, width, blocks, *steps, 1 / shrink, BLOCK, num_warps=4)
+        _forward[(rows * blocks,)](g, u, h, width, blocks, *strides, 1 / shrink, BLOCK, num_warps=4)
     return h
 
 
