@@ -16,6 +16,8 @@ from importlib.util import find_spec
 from torch import Tensor
 from torch.cuda import device_of  # kernels launch on the current device, not on their tensors'; no effect on a CPU
 
+from nbhelpers.gpu import LOGITS_BYTES
+
 from . import reference
 from .reference import Projection
 
@@ -231,7 +233,7 @@ def linear_logprob(
     temperature: float = 1.0,
     vocab_size: int | None = None,
     entropy: bool = False,
-    scratch_bytes: int = 263_000_000,
+    scratch_bytes: int = LOGITS_BYTES,
 ):
     """log softmax((hidden W^T + bias) / temperature)[target] without the [tokens, V] logits; softmax and sums in fp32.
 

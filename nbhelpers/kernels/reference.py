@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nbhelpers.gpu import LOGITS_BYTES
+
 
 class Projection(NamedTuple):
     """A frozen linear layer with an optional LoRA term, as the kernels take it: x W^T + bias + scale (x A^T) B^T.
@@ -172,7 +174,7 @@ def lora_mlp(
 
 def linear_logprob(
     hidden: Tensor, weight: Tensor, target: Tensor, *, quant_state=None, bias: Tensor | None = None,
-    temperature: float = 1.0, vocab_size: int | None = None, entropy: bool = False, scratch_bytes: int = 263_000_000,
+    temperature: float = 1.0, vocab_size: int | None = None, entropy: bool = False, scratch_bytes: int = LOGITS_BYTES,
 ):  # fmt: skip
     """See nbhelpers.kernels.linear_logprob."""
     if quant_state is not None:

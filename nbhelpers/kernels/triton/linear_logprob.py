@@ -28,10 +28,11 @@ import torch
 import triton
 import triton.language as tl
 
+from nbhelpers.gpu import LOGITS_BYTES as SCRATCH_BYTES
+
 from .common import ceil_div, power_of_2
 from .nf4 import dequantize_nf4
 
-SCRATCH_BYTES = 263_000_000  # 1,024 tokens x 128,256 words in 16 bits
 SLICE_TOKENS, SLICE_WORDS = 4096, 8192  # of a head that is dequantised or cast slice by slice
 FORWARD_TOKENS = 4096  # tokens of a chunk without gradients; its slice of words is what then fits the scratch buffer
 IGNORE = -100

@@ -21,16 +21,13 @@ elsewhere anyway, and the normalised rows are recomputed in the backward.
 
 import torch
 
+from nbhelpers.gpu import DEQUANTIZE_BYTES as DENSE_BYTES
+
 from .common import ceil_div
 from .lora_stack import stack_adapters
 from .nf4 import dequantize_nf4, few_rows, matmul_few_rows
 from .rms_norm import backward as norm_backward
 from .rms_norm import forward as norm_forward
-
-# NF4 weights are dequantised this many bytes at a time: small ones stacked, a large one in blocks of rows. So the
-# scratch buffer is no larger than this; Phi-4's gate and up together would take 367 MB. Smaller blocks mean more
-# launches, and with short batches the GPU would wait for Python.
-DENSE_BYTES = 2**27
 
 _scratch: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
