@@ -10,9 +10,14 @@ Shapes: any leading shape is accepted where the text says [..., n]; B rows of th
 head, H hidden, I intermediate, V vocabulary, r LoRA rank.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal, overload
 
+import torch
 from torch import Tensor
 from torch.cuda import device_of  # kernels launch on the current device, not on their tensors'; no effect on a CPU
 
@@ -21,35 +26,17 @@ from nbhelpers.gpu import LOGITS_BYTES
 from . import reference
 from .reference import Projection
 
-if find_spec("triton"):
-    from . import triton
-else:  # macOS, Windows
-    triton = None
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
 
-__all__ = [
-    "Projection",
-    "decode_attention",
-    "decode_linear",
-    "decode_mlp",
-    "dequantize_nf4",
-    "draw",
-    "linear_logprob",
-    "lora_linear",
-    "lora_linear_group",
-    "lora_mlp",
-    "rms_norm",
-    "rope",
-    "rope_packed",
-    "swiglu",
-    "swiglu_packed",
-    "use",
-]
+# None on macOS and Windows
+triton: ModuleType | None = import_module(".triton", __name__) if find_spec("triton") else None
 
 _forced: str | None = None
 
 
 @contextmanager
-def use(backend: str | None):
+def use(backend: str | None) -> Iterator[None]:
     """Force `backend` for every function inside the block.
 
     Args:
@@ -69,14 +56,18 @@ def use(backend: str | None):
         _forced = before
 
 
-def _for(x: Tensor):
+def _for(x: Tensor) -> ModuleType:
     """The implementation that serves x: the module `triton` or `reference`."""
-    if _forced is not None:
-        return triton if _forced == "triton" else reference
-    return triton if x.is_cuda and triton is not None else reference
+    if triton is None or _forced == "torch":
+        return reference
+    return triton if x.is_cuda or _forced == "triton" else reference
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: None = None) -> Tensor: ...
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """y = weight * s / sqrt(mean(s^2) + eps) with s = x + residual; statistics in fp32 (RMSNorm, arXiv:1910.07467).
 
     Args:
@@ -92,7 +83,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         return _for(x).rms_norm(x, weight, eps, residual)
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor):
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary position embedding, pairs (i, i + R/2): q1' = q1 cos - q2 sin, q2' = q2 cos + q1 sin (arXiv:2104.09864).
 
     Args:
@@ -108,7 +99,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor):
         return _for(q).rope(q, k, cos, sin)
 
 
-def rope_packed(qkv: Tensor, cos: Tensor, sin: Tensor, q_heads: int, kv_heads: int):
+def rope_packed(qkv: Tensor, cos: Tensor, sin: Tensor, q_heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """`rope` where Q, K and V are one tensor, as in Phi-3.
 
     Args:
@@ -145,7 +136,13 @@ def swiglu_packed(gate_up: Tensor) -> Tensor:
         return _for(gate_up).swiglu_packed(gate_up)
 
 
-def dequantize_nf4(weight: Tensor, quant_state, dtype, out: Tensor | None = None, rows=None) -> Tensor:
+def dequantize_nf4(
+    weight: Tensor,
+    quant_state: "QuantState",
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+    rows: tuple[int, int] | None = None,
+) -> Tensor:
     """The dense weight of an NF4 tensor (QLoRA, arXiv:2305.14314).
 
     Args:
@@ -178,7 +175,9 @@ def lora_linear(x: Tensor, projection: Projection) -> Tensor:
         return _for(x).lora_linear(x, projection)
 
 
-def lora_linear_group(x: Tensor, projections: tuple[Projection, ...], norm=None, packed: bool = False):
+def lora_linear_group(
+    x: Tensor, projections: tuple[Projection, ...], norm: tuple[Tensor, float] | None = None, packed: bool = False
+) -> Tensor | tuple[Tensor, ...]:
     """`lora_linear` of one x through several projections (QKV, gate and up): x read once, one product with all A's.
 
     Args:
@@ -201,7 +200,7 @@ def lora_mlp(
     gate_up: tuple[Projection, ...],
     down: Projection,
     residual: Tensor | None = None,
-    norm=None,
+    norm: tuple[Tensor, float] | None = None,
     value: bool = True,
 ) -> Tensor:
     """residual + down(swiglu(gate(x), up(x))).
@@ -223,18 +222,23 @@ def lora_mlp(
         return _for(x).lora_mlp(x, gate_up, down, residual, norm, value)
 
 
+@overload
 def linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *,
-    quant_state=None,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-    entropy: bool = False,
-    scratch_bytes: int = LOGITS_BYTES,
-):
+    hidden: Tensor, weight: Tensor, target: Tensor, *, quant_state: "QuantState | None" = None,
+    bias: Tensor | None = None, temperature: float = 1.0, vocab_size: int | None = None,
+    entropy: Literal[False] = False, scratch_bytes: int = LOGITS_BYTES,
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, quant_state: "QuantState | None" = None,
+    bias: Tensor | None = None, temperature: float = 1.0, vocab_size: int | None = None,
+    entropy: Literal[True], scratch_bytes: int = LOGITS_BYTES,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, quant_state: "QuantState | None" = None,
+    bias: Tensor | None = None, temperature: float = 1.0, vocab_size: int | None = None,
+    entropy: bool = False, scratch_bytes: int = LOGITS_BYTES,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """log softmax((hidden W^T + bias) / temperature)[target] without the [tokens, V] logits; softmax and sums in fp32.
 
     Args:
@@ -254,16 +258,9 @@ def linear_logprob(
     """
     with device_of(hidden):
         return _for(hidden).linear_logprob(
-            hidden,
-            weight,
-            target,
-            quant_state=quant_state,
-            bias=bias,
-            temperature=temperature,
-            vocab_size=vocab_size,
-            entropy=entropy,
-            scratch_bytes=scratch_bytes,
-        )
+            hidden, weight, target, quant_state=quant_state, bias=bias, temperature=temperature, vocab_size=vocab_size,
+            entropy=entropy, scratch_bytes=scratch_bytes,
+        )  # fmt: skip
 
 
 def draw(logits: Tensor, seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """The kernels' functions in plain torch, differentiated by autograd: the tests' oracle and the CPU's implementation."""
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nbhelpers.gpu import LOGITS_BYTES
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
 
 
 class Projection(NamedTuple):
@@ -17,7 +21,7 @@ class Projection(NamedTuple):
     """
 
     weight: Tensor  # [out, in] of any float dtype, or bitsandbytes' packed NF4 (uint8)
-    quant_state: Any = None  # bitsandbytes.functional.QuantState of a packed weight
+    quant_state: "QuantState | None" = None  # of a packed weight
     bias: Tensor | None = None  # [out]
     lora_a: Tensor | None = None  # [r, in]
     lora_b: Tensor | None = None  # [out, r]
@@ -45,21 +49,25 @@ def _compute(x: Tensor) -> Tensor:
     return x.float() if x.element_size() < 4 else x
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
-    """See nbhelpers.kernels.rms_norm."""
+def _residual_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(s, y) of `rms_norm`, where s is x if there is no residual."""
     s = x
     if residual is not None:
         s = _saturate(_compute(x) + _compute(residual), torch.promote_types(x.dtype, residual.dtype))
     if s.dtype == weight.dtype == torch.float32:
-        y = F.rms_norm(s, weight.shape, weight, eps)  # the same arithmetic in one call
-        return y if residual is None else (s, y)
+        return s, F.rms_norm(s, weight.shape, weight, eps)  # the same arithmetic in one call
     wide = _compute(s)
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * _compute(weight)
-    y = y.to(torch.promote_types(s.dtype, weight.dtype))
+    return s, y.to(torch.promote_types(s.dtype, weight.dtype))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """See nbhelpers.kernels.rms_norm."""
+    s, y = _residual_norm(x, weight, eps, residual)
     return y if residual is None else (s, y)
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor):
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """See nbhelpers.kernels.rope."""
     half = cos.shape[-1] // 2
     c, s = (_compute(t)[..., :half].unsqueeze(1) for t in (cos, sin))  # [1 or B, 1, S, R/2]
@@ -72,7 +80,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor):
     return rotate(q), rotate(k)
 
 
-def rope_packed(qkv: Tensor, cos: Tensor, sin: Tensor, q_heads: int, kv_heads: int):
+def rope_packed(qkv: Tensor, cos: Tensor, sin: Tensor, q_heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """See nbhelpers.kernels.rope_packed."""
     heads = qkv.unflatten(-1, (q_heads + 2 * kv_heads, -1)).transpose(1, 2)  # [B, heads, S, D]
     q, k, v = heads.split([q_heads, kv_heads, kv_heads], dim=1)
@@ -94,7 +102,13 @@ def swiglu_packed(gate_up: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------- quantised and LoRA products
 
 
-def dequantize_nf4(weight: Tensor, quant_state, dtype: torch.dtype, out: Tensor | None = None, rows=None) -> Tensor:
+def dequantize_nf4(
+    weight: Tensor,
+    quant_state: "QuantState",
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+    rows: tuple[int, int] | None = None,
+) -> Tensor:
     """See nbhelpers.kernels.dequantize_nf4. This follows the format, as bitsandbytes does on a GPU.
 
     Where in_features is not a multiple of the block of 64 weights, bitsandbytes 0.50.2 on a CPU can differ (31 x 96
@@ -114,19 +128,21 @@ def dequantize_nf4(weight: Tensor, quant_state, dtype: torch.dtype, out: Tensor 
     return dense if out is None else out.copy_(dense)
 
 
-def stack_adapters(parts, dtype: torch.dtype):
+def stack_adapters(parts: Sequence[Projection], dtype: torch.dtype) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """(A, B) of several parts in `dtype`, stacked as triton/lora_stack.py describes; (None, None) if no part has a
     LoRA.
 
     No gradient flows through.
     """
-    loras = [part.lora_a is not None for part in parts]
-    if not any(loras):
+    a_list = [part.lora_a.detach().to(dtype) for part in parts if part.lora_a is not None]
+    if not a_list:
         return None, None
-    a = torch.cat([part.lora_a.detach().to(dtype) for part in parts if part.lora_a is not None])
-    nothing = [a.new_empty(part.out_features, 0) for part in parts]
-    blocks = [p.lora_b.detach() * p.scale if has else zero for p, has, zero in zip(parts, loras, nothing, strict=True)]
-    return a, torch.block_diag(*(block.to(dtype) for block in blocks))
+    a = torch.cat(a_list)
+    blocks = [
+        a.new_empty(part.out_features, 0) if part.lora_b is None else (part.lora_b.detach() * part.scale).to(dtype)
+        for part in parts
+    ]
+    return a, torch.block_diag(*blocks)
 
 
 def lora_linear(x: Tensor, projection: Projection) -> Tensor:
@@ -138,12 +154,16 @@ def lora_linear(x: Tensor, projection: Projection) -> Tensor:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     w = weight.detach().to(x.dtype) if quant_state is None else dequantize_nf4(weight, quant_state, x.dtype)
     y = F.linear(x, w, None if bias is None else bias.detach().to(x.dtype))
-    return y if a is None else y + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale
+    if a is None or b is None:
+        return y
+    return y + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale
 
 
-def lora_linear_group(x: Tensor, projections: tuple[Projection, ...], norm=None, packed: bool = False):
+def lora_linear_group(
+    x: Tensor, projections: tuple[Projection, ...], norm: tuple[Tensor, float] | None = None, packed: bool = False
+) -> Tensor | tuple[Tensor, ...]:
     """See nbhelpers.kernels.lora_linear_group."""
-    x = x if norm is None else rms_norm(x, *norm)
+    x = x if norm is None else _residual_norm(x, *norm, None)[1]
     outputs = tuple(lora_linear(x, projection) for projection in projections)
     return torch.cat(outputs, dim=-1) if packed else outputs
 
@@ -153,13 +173,13 @@ def lora_mlp(
     gate_up: tuple[Projection, ...],
     down: Projection,
     residual: Tensor | None = None,
-    norm=None,
+    norm: tuple[Tensor, float] | None = None,
     value: bool = True,  # no effect: autograd needs the last product to differentiate it
 ) -> Tensor:
     """See nbhelpers.kernels.lora_mlp."""
     if norm is not None:
-        residual, x = rms_norm(x, *norm, residual) if residual is not None else (x, rms_norm(x, *norm))
-    outputs = lora_linear_group(x, gate_up)
+        residual, x = _residual_norm(x, *norm, residual)
+    outputs = [lora_linear(x, projection) for projection in gate_up]
     gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
     if gate.dtype != torch.float16:
         y = lora_linear(swiglu(gate, up), down)
@@ -173,9 +193,10 @@ def lora_mlp(
 
 
 def linear_logprob(
-    hidden: Tensor, weight: Tensor, target: Tensor, *, quant_state=None, bias: Tensor | None = None,
-    temperature: float = 1.0, vocab_size: int | None = None, entropy: bool = False, scratch_bytes: int = LOGITS_BYTES,
-):  # fmt: skip
+    hidden: Tensor, weight: Tensor, target: Tensor, *, quant_state: "QuantState | None" = None,
+    bias: Tensor | None = None, temperature: float = 1.0, vocab_size: int | None = None, entropy: bool = False,
+    scratch_bytes: int = LOGITS_BYTES,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """See nbhelpers.kernels.linear_logprob."""
     if quant_state is not None:
         weight = dequantize_nf4(weight, quant_state, _compute(hidden[:0]).dtype)
@@ -242,7 +263,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
 
 def decode_linear(x: Tensor, parts: tuple[Projection, ...]) -> tuple[Tensor, ...]:
     """See nbhelpers.kernels.decode_linear."""
-    return lora_linear_group(x, parts)
+    return tuple(lora_linear(x, part) for part in parts)
 
 
 def decode_mlp(x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor) -> Tensor:

@@ -11,6 +11,9 @@ same. Since every kernel waits for its predecessor to end, all earlier kernels h
 keeps this.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -39,7 +42,7 @@ def turing(device: torch.device) -> bool:
     return capability(device) >= (7, 5)
 
 
-def pad_to_three(values, filler) -> tuple:
+def pad_to_three(values: Sequence[Any], filler: Any) -> tuple[Any, ...]:
     """The values, padded to three: a launch for one, two or three layers takes three of every argument."""
     return (*values, *[filler] * (3 - len(values)))
 
@@ -63,6 +66,6 @@ def supports_early_launch(device: torch.device) -> bool:
     return capability(device) >= (9, 0) and hasattr(CUDAOptions, "launch_pdl")
 
 
-def early(device: torch.device, wanted: bool = True) -> dict:
+def early(device: torch.device, wanted: bool = True) -> dict[str, bool]:
     """Launch keywords for a kernel: a programmatic dependent launch if `wanted` and supported, else a plain one."""
     return {"EARLY": True, "launch_pdl": True} if wanted and supports_early_launch(device) else {"EARLY": False}

@@ -17,6 +17,7 @@ core instructions for a T4: there the products are multiplications and sums in f
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .common import begin, early, tensor_cores, wait
 
@@ -128,7 +129,9 @@ def splits_for(rows: int, kv_heads: int) -> int:
     return min(MOST_SPLITS, triton.next_power_of_2(triton.cdiv(PROGRAMS, rows * kv_heads)))
 
 
-def decode_attention(q, k, v, cos, sin, cache, table, layer, positions, longest, scale, window=None):
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, table: Tensor,
+                     layer: int, positions: Tensor, longest: int, scale: float,
+                     window: int | None = None) -> Tensor:  # fmt: skip
     """See nbhelpers.kernels.decode_attention."""
     rows, heads, _, dim = q.shape
     kv_heads = k.shape[1]

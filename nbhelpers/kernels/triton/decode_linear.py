@@ -12,10 +12,15 @@ inner dimension, fp32 [splits, N, width], and the last launch sums the splits. W
 products are multiplications and sums in registers.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..reference import Projection
 from . import nf4_few_rows
 from .common import begin, early, pad_to_three, tensor_cores, wait
 from .lora_linear import project, without_lora
@@ -147,41 +152,40 @@ def _gate(g_ptr, u_ptr, y_stride, split_stride, bias_g_ptr, bias_u_ptr, b_g_ptr,
 # ------------------------------------------------------------------------------------------------- the three launches
 
 
-def _fill_none(tensors, filler) -> list:
+def _fill_none(tensors: Sequence[Tensor | None], filler: Tensor) -> list[Tensor]:
     """The tensors, with None replaced by any other of them: a kernel's branches need pointers of one type."""
     some = next((tensor for tensor in tensors if tensor is not None), filler)
     return [(some if tensor is None else tensor).detach().contiguous() for tensor in tensors]
 
 
-def _rank(part) -> int:
+def _rank(part: Projection) -> int:
     """The LoRA rank of a part; 0 without a LoRA."""
     return 0 if part.lora_a is None else part.lora_a.shape[0]
 
 
-def _thin_product(x, parts):
+def _thin_product(x: Tensor, parts: Sequence[Projection]) -> Tensor:
     """t, fp32 [splits, N, sum of r]; without elements if no part has a LoRA."""
     ranks = [_rank(part) for part in parts]
     rows, width = x.shape
     splits = triton.cdiv(width, SPLIT)
     t = torch.empty(splits, rows, sum(ranks), dtype=torch.float32, device=x.device)
     if t.numel():
-        some = next(part.lora_a for part in parts if part.lora_a is not None).detach()
-        a = [some if part.lora_a is None else part.lora_a.detach().contiguous() for part in parts]
+        a = _fill_none([part.lora_a for part in parts], t)
         r_block = triton.next_power_of_2(max(ranks))
         k_block = max(16, min(SPLIT, TILE // (ROWS * r_block)))
         _thin[(triton.cdiv(rows, ROWS), len(parts), splits)](
-            x, *pad_to_three(a, some), t, rows, x.stride(0), width, *pad_to_three(ranks, 0), SPLIT, ROWS, r_block,
+            x, *pad_to_three(a, a[0]), t, rows, x.stride(0), width, *pad_to_three(ranks, 0), SPLIT, ROWS, r_block,
             k_block, num_warps=4,
         )  # fmt: skip
     return t
 
 
-def _products(x, parts):
+def _products(x: Tensor, parts: Sequence[Projection]) -> tuple[Sequence[Tensor], Tensor]:
     """y, x W_i^T of every part [splits, N, out_i], all with one stride between splits; and t of `_thin_product`."""
     if nf4_few_rows.serves(x, parts):
-        y, t = nf4_few_rows.few_rows_product(x, parts)
+        product, t = nf4_few_rows.few_rows_product(x, parts)
         t = _thin_product(x, parts) if t is None else t
-        return y.split([part.quant_state.shape[0] for part in parts], dim=2), t
+        return product.split([part.out_features for part in parts], dim=2), t
     y = [project(x, [part._replace(bias=None)])[None] for part in without_lora(parts)]
     return y, _thin_product(x, parts)
 
@@ -189,7 +193,7 @@ def _products(x, parts):
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-def _options(x, t, y, parts) -> dict:
+def _options(x: Tensor, t: Tensor, y: Sequence[Tensor], parts: Sequence[Projection]) -> dict[str, Any]:
     """Keyword arguments of the last launch: how it reads t and y, and its tile."""
     r_block, dot = triton.next_power_of_2(max(1, *map(_rank, parts))), tensor_cores(x.device)
     # without tl.dot: one row per program while rows are few, since rows of a program run one after the other; several
@@ -202,7 +206,7 @@ def _options(x, t, y, parts) -> dict:
     }  # fmt: skip
 
 
-def _finish(x, parts, residual=None, alpha=1.0):
+def _finish(x: Tensor, parts: Sequence[Projection], residual: Tensor | None = None, alpha: float = 1.0) -> Tensor:
     """[z_1, z_2, ..] as one tensor [N, sum of out] in x's dtype, or residual + alpha (y + s t B^T) + b."""
     y, t = _products(x, parts)
     options, widths = _options(x, t, y, parts), [product.shape[2] for product in y]
@@ -219,21 +223,21 @@ def _finish(x, parts, residual=None, alpha=1.0):
     return out
 
 
-def decode_linear(x, parts):
+def decode_linear(x: Tensor, parts: tuple[Projection, ...]) -> tuple[Tensor, ...]:
     """See nbhelpers.kernels.decode_linear."""
     out = _finish(x.reshape(-1, x.shape[-1]), parts)
-    widths = [(part.weight if part.quant_state is None else part.quant_state).shape[0] for part in parts]
+    widths = [part.out_features for part in parts]
     return out.view(*x.shape[:-1], -1).split(widths, dim=-1)
 
 
-def decode_mlp(x, gate_up, down, residual):
+def decode_mlp(x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor) -> Tensor:
     """See nbhelpers.kernels.decode_mlp."""
     shrink = SHRINK_FP16 if x.dtype == torch.float16 else 1.0
     h = _gated(x.reshape(-1, x.shape[-1]), gate_up, 1.0 / shrink)
     return _finish(h, (down,), residual.reshape(h.shape[0], -1).contiguous(), shrink).view(residual.shape)
 
 
-def _gated(x, parts, inverse):
+def _gated(x: Tensor, parts: Sequence[Projection], inverse: float) -> Tensor:
     """silu(gate) * up * inverse, [N, I], of two projections, or of one that holds both (Phi-3)."""
     y, t = _products(x, parts)
     bias = [t if part.bias is None else part.bias.detach() for part in parts]

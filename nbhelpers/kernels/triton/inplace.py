@@ -15,7 +15,7 @@ def may_overwrite(t: Tensor) -> bool:
     That is, t is neither a leaf that requires a gradient (a parameter, a test's input) nor a view of one, and no
     element of it stands for several (an expanded dimension).
     """
-    base = t._base if t._is_view() else t
+    base = t if t._base is None else t._base  # of a view: the tensor that it views
     expanded = any(stride == 0 and n > 1 for n, stride in zip(t.shape, t.stride(), strict=True))
     return not (base.is_leaf and base.requires_grad) and not expanded
 

@@ -24,14 +24,21 @@ fp16's largest number is 65504. Rows of h with an element above 16 are divided b
 p of a rare word is below fp16's smallest number. bf16 and fp32 have the range and are not scaled.
 """
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from nbhelpers.gpu import LOGITS_BYTES as SCRATCH_BYTES
 
 from .common import ceil_div, power_of_2
 from .nf4 import dequantize_nf4
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
 
 SLICE_TOKENS, SLICE_WORDS = 4096, 8192  # of a head that is dequantised or cast slice by slice
 FORWARD_TOKENS = 4096  # tokens of a chunk without gradients; its slice of words is what then fits the scratch buffer
@@ -112,7 +119,10 @@ class _Head:
     is formed in the forward (`in_one`), else FORWARD_TOKENS.
     """
 
-    def __init__(self, weight, quant_state, bias, words, temperature, dtype, scratch_bytes, in_one=True, tile=None):
+    def __init__(
+        self, weight: Tensor, quant_state: "QuantState | None", bias: Tensor | None, words: int, temperature: float,
+        dtype: torch.dtype, scratch_bytes: int, in_one: bool = True, tile: tuple[int, int] | None = None,
+    ):  # fmt: skip
         self.weight, self.quant_state, self.bias = weight.detach(), quant_state, bias
         self.words, self.temperature, self.dtype = words, temperature, dtype
         self.whole = quant_state is None and weight.dtype == dtype
@@ -130,20 +140,18 @@ class _Head:
             self.slice_words = min(words, ceil_div(ceil_div(words, slices), 64) * 64)
             self.tokens = _whole_tiles(room // self.slice_words)
 
-    def slices(self):
+    def slices(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (first word, W [words, H] of the slice that begins there).
 
         A slice is valid until the next one is made, which may overwrite it.
         """
-        buffer = None
-        if not self.whole:
-            width = (self.weight if self.quant_state is None else self.quant_state).shape[1]
-            buffer = torch.empty(self.slice_words, width, dtype=self.dtype, device=self.weight.device)
-        for first in range(0, self.words, self.slice_words):
-            last = min(first + self.slice_words, self.words)
-            if self.whole:
-                yield first, self.weight[first:last]
-                continue
+        spans = [(first, min(first + self.slice_words, self.words)) for first in range(0, self.words, self.slice_words)]
+        if self.whole:
+            yield from ((first, self.weight[first:last]) for first, last in spans)
+            return
+        width = (self.weight if self.quant_state is None else self.quant_state).shape[1]
+        buffer = torch.empty(self.slice_words, width, dtype=self.dtype, device=self.weight.device)
+        for first, last in spans:
             w = buffer[: last - first]
             if self.quant_state is None:
                 w.copy_(self.weight[first:last])
@@ -151,7 +159,7 @@ class _Head:
                 dequantize_nf4(self.weight, self.quant_state, self.dtype, w, rows=(first, last))
             yield first, w
 
-    def chunks(self, hidden, target):
+    def chunks(self, hidden: Tensor, target: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """Yield (slice of tokens, h as the product takes it, its targets, the factor of its logits)."""
         for start in range(0, hidden.shape[0], self.tokens):
             span = slice(start, start + self.tokens)
@@ -163,12 +171,14 @@ class _Head:
                 h, grow = h * power[:, None].to(h.dtype), grow / power
             yield span, h, target[span], grow
 
-    def logits(self, buffer, h, w):
+    def logits(self, buffer: Tensor, h: Tensor, w: Tensor) -> Tensor:
         """h W^T of a chunk and a slice, [tokens, words], written into the buffer."""
         z = buffer[: h.shape[0] * w.shape[0]].view(h.shape[0], w.shape[0])
         return torch.mm(h, w.t(), out=z)
 
-    def fold(self, z, first, target, grow, sums, entropy):
+    def fold(
+        self, z: Tensor, first: int, target: Tensor, grow: Tensor, sums: tuple[Tensor, ...], entropy: bool
+    ) -> None:
         """Fold the logits z of a slice into the chunk's running (max, sum, dot, hit)."""
         bias = z if self.bias is None else self.bias[first:]
         block = min(4096, power_of_2(z.shape[1]))
@@ -177,7 +187,7 @@ class _Head:
             BIAS=self.bias is not None, ENTROPY=entropy, BLOCK=block, num_warps=8,
         )  # fmt: skip
 
-    def to_gradient(self, z, first, target, grow, lse):
+    def to_gradient(self, z: Tensor, first: int, target: Tensor, grow: Tensor, lse: Tensor) -> None:
         """Replace the logits z of a slice by unit * (1[target] - p)."""
         bias = z if self.bias is None else self.bias[first:]
         block = min(4096, power_of_2(z.shape[1]))
@@ -187,19 +197,19 @@ class _Head:
         )  # fmt: skip
 
 
-def _whole_tiles(tokens):
+def _whole_tiles(tokens: int) -> int:
     """`tokens` rounded down to whole tiles of a matrix product (128), if there is at least one; at least 1."""
     return max(1, tokens // 128 * 128 or tokens)
 
 
-def _product(a, b):
+def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in fp32."""
     if a.dtype == torch.float32:
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def _add_product(total, a, b):
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, with total in fp32 and the product not rounded to 16 bits before it is added."""
     if a.dtype == torch.float32:
         total.addmm_(a, b)
@@ -209,7 +219,9 @@ def _add_product(total, a, b):
         total.addmm_(a.float(), b.float())
 
 
-def _forward(head, hidden, target, entropy, with_direction):
+def _forward(
+    head: _Head, hidden: Tensor, target: Tensor, entropy: bool, with_direction: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """(logp, entropy or None, lse, G or None) of all tokens."""
     tokens, device = hidden.shape[0], hidden.device
     buffer = torch.empty(min(head.tokens, tokens) * head.slice_words, dtype=head.dtype, device=device)
@@ -226,17 +238,20 @@ def _forward(head, hidden, target, entropy, with_direction):
         torch.add(top, total.log(), out=lse[span])
         torch.sub(hit, lse[span], out=logp[span])
         logp[span].masked_fill_(wanted == IGNORE, 0.0)
-        if entropy:
+        if entropies is not None:
             torch.sub(lse[span], dot / total, out=entropies[span])
-        if with_direction and head.whole:  # the logits of all words are still in the buffer
+        if direction is not None and head.whole:  # the logits of all words are still in the buffer
             head.to_gradient(z, 0, wanted, grow, lse[span])
             direction[span] = _product(z, w)
-        elif with_direction:
+        elif direction is not None:
             direction[span] = _direction(head, buffer, h, wanted, grow, lse[span])
     return logp, entropies, lse, direction
 
 
-def _direction(head, buffer, h, target, grow, lse, weight_grad=None, h_scaled=None):
+def _direction(
+    head: _Head, buffer: Tensor, h: Tensor, target: Tensor, grow: Tensor, lse: Tensor,
+    weight_grad: Tensor | None = None, h_scaled: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """unit * G [tokens, H] of one chunk, from recomputed logits.
 
     Adds the chunk's share, h_scaled^T (1[target] - p) with the upstream gradient in h_scaled, to weight_grad if given.
@@ -246,7 +261,7 @@ def _direction(head, buffer, h, target, grow, lse, weight_grad=None, h_scaled=No
         z = head.logits(buffer, h, w)
         head.to_gradient(z, first, target, grow, lse)
         _add_product(total, z, w)
-        if weight_grad is not None:
+        if weight_grad is not None and h_scaled is not None:
             _add_product(weight_grad[first : first + len(w)], z.t(), h_scaled)
     return total
 
@@ -255,7 +270,9 @@ class LinearLogprob(torch.autograd.Function):
     """`linear_logprob` for autograd; see the module's docstring for what is kept."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, target, head, entropy, grad_enabled):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, head: _Head, entropy: bool, grad_enabled: bool
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.head = head
         with_direction = grad_enabled and hidden.requires_grad and not weight.requires_grad
         logp, entropies, lse, direction = _forward(head, hidden, target, entropy, with_direction)
@@ -268,7 +285,7 @@ class LinearLogprob(torch.autograd.Function):
         return logp, entropies
 
     @staticmethod
-    def backward(ctx, g, _):
+    def backward(ctx: Any, g: Tensor, _: None) -> tuple[Tensor | None, ...]:
         head = ctx.head
         factor = (g.float() / (head.temperature * head.unit))[:, None]
         if not ctx.needs_input_grad[1]:
@@ -287,9 +304,10 @@ class LinearLogprob(torch.autograd.Function):
 
 
 def linear_logprob(
-    hidden, weight, target, *, quant_state=None, bias=None, temperature=1.0, vocab_size=None, entropy=False,
-    scratch_bytes=SCRATCH_BYTES, tile=None,
-):  # fmt: skip
+    hidden: Tensor, weight: Tensor, target: Tensor, *, quant_state: "QuantState | None" = None,
+    bias: Tensor | None = None, temperature: float = 1.0, vocab_size: int | None = None, entropy: bool = False,
+    scratch_bytes: int = SCRATCH_BYTES, tile: tuple[int, int] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """See nbhelpers.kernels.linear_logprob; tile is for benchmarks: (tokens, words) of a product without gradient."""
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
@@ -299,6 +317,6 @@ def linear_logprob(
     learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     head = _Head(weight, quant_state, bias, words, temperature, hidden.dtype, scratch_bytes, learns, tile)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    outputs = LinearLogprob.apply(flat, weight, target.reshape(-1), head, entropy, torch.is_grad_enabled())
-    logp, entropies = (None if out is None else out.view(target.shape) for out in outputs)
-    return (logp, entropies) if entropy else logp
+    logp, entropies = LinearLogprob.apply(flat, weight, target.reshape(-1), head, entropy, torch.is_grad_enabled())
+    logp = logp.view(target.shape)
+    return logp if entropies is None else (logp, entropies.view(target.shape))

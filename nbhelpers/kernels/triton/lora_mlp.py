@@ -20,8 +20,12 @@ fp16's largest number is 65504, and h of a trained model may exceed it: in fp16 
 multiplied by 16 in the fp32 arithmetic of the residual addition, where it saturates instead of becoming infinite.
 """
 
-import torch
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from ..reference import Projection
 from .inplace import overwritten
 from .lora_linear import input_grad, lora_grads, normed, prepare, project, with_lora, without_lora
 from .lora_stack import stack_adapters
@@ -38,7 +42,11 @@ class LoraMLP(torch.autograd.Function):
     """`lora_mlp` for autograd; see the module's docstring for what is kept."""
 
     @staticmethod
-    def forward(ctx, x, gate_up, down, residual, norm, dtype, value, grad_enabled, *a_and_b):
+    def forward(
+        ctx: Any, x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor | None,
+        norm: tuple[Tensor, float] | None, dtype: torch.dtype, value: bool, grad_enabled: bool,
+        *a_and_b: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         ctx.shrink = SHRINK_FP16 if dtype == torch.float16 else 1.0
         if norm is None:
             rows = x.reshape(-1, x.shape[-1])
@@ -51,7 +59,8 @@ class LoraMLP(torch.autograd.Function):
         ctx.parts, ctx.norm = without_lora((*gate_up, down)), norm
         if not value:
             return torch.empty_like(rows if residual is None else residual).view(x.shape)
-        h = swiglu_forward(*wide.chunk(2, dim=1), ctx.shrink, over=not grad_enabled)
+        g, u = wide.chunk(2, dim=1)
+        h = swiglu_forward(g, u, ctx.shrink, over=not grad_enabled)
         if down.bias is not None:
             down = down._replace(bias=down.bias / ctx.shrink)
         y = project(h, (down,))
@@ -63,7 +72,7 @@ class LoraMLP(torch.autograd.Function):
         return y.clamp_(-FP16_MAX, FP16_MAX) if y.dtype == torch.float16 else y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, wide, *a_and_b = ctx.saved_tensors
         *gate_up, down = with_lora(ctx.parts, a_and_b)
         need_lora = any(ctx.needs_input_grad[8:])
@@ -71,7 +80,7 @@ class LoraMLP(torch.autograd.Function):
         rows = dy.reshape(-1, dy.shape[-1]).to(dtype)
 
         a, b = stack_adapters([down], dtype)
-        u = None if a is None else rows @ b
+        u = None if b is None else rows @ b
         dh = input_grad(rows, [down], a, u)
         g, up = wide.chunk(2, dim=1)
         again = need_lora and a is not None
@@ -83,22 +92,29 @@ class LoraMLP(torch.autograd.Function):
         del dh
 
         a, b = stack_adapters(gate_up, dtype)
-        u = None if a is None else wide @ b  # wide now holds dg and du
+        u = None if b is None else wide @ b  # wide now holds dg and du
         rows, r = normed(x, ctx.norm, dtype)
-        of_both = lora_grads(rows, wide, gate_up, a, u) if need_lora and a is not None else []
+        of_both = lora_grads(rows, wide, gate_up, a, u) if need_lora else []
         del rows
         grads = iter([*of_both, *of_down])
         flat = [next(grads, None) if tensor is not None and need_lora else None for tensor in a_and_b]
         dx, dresidual = None, dy if ctx.needs_input_grad[3] else None
         if ctx.needs_input_grad[0] or (ctx.norm is not None and ctx.needs_input_grad[3]):
             dx = input_grad(wide, gate_up, a, u).view(x.shape)
-            if ctx.norm is not None:
+            if r is not None:
                 dx, _ = norm_backward(dx, dy, x, ctx.norm[0], r, weight_grad=False)
                 dresidual = dx if ctx.needs_input_grad[3] else None
         return dx, None, None, dresidual, *[None] * 4, *flat
 
 
-def lora_mlp(x, gate_up, down, residual=None, norm=None, value=True):
+def lora_mlp(
+    x: Tensor,
+    gate_up: tuple[Projection, ...],
+    down: Projection,
+    residual: Tensor | None = None,
+    norm: tuple[Tensor, float] | None = None,
+    value: bool = True,
+) -> Tensor:
     """See nbhelpers.kernels.lora_mlp."""
     dtype = prepare(x, (*gate_up, down), norm)
     x = x.to(dtype) if norm is None else x

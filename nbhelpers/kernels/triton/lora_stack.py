@@ -8,12 +8,16 @@ multiplication and a copy per matrix, and at these sizes (a few hundred kB) a la
 The zeros off the diagonal cost next to nothing in a product that is bound by reading its wide side.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .. import reference
-from .common import ceil_div, power_of_2
+from ..reference import Projection
+from .common import ceil_div, pad_to_three, power_of_2
 
 A_BLOCK = 2048  # elements of A, and of B, that each program writes
 MOST_PARTS = 3  # Q, K and V
@@ -44,7 +48,7 @@ def _stack(
     tl.store(b_ptr + row * r3 + col, value.to(b_ptr.dtype.element_ty), (row < o3) & (col < r3))
 
 
-def stack_adapters(parts, dtype):
+def stack_adapters(parts: Sequence[Projection], dtype: torch.dtype) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """(A, B) of the parts in `dtype`, or (None, None) if no part has a LoRA. No autograd.
 
     A part without a LoRA has rows of zeros in B. More than three parts are stacked by torch.
@@ -56,21 +60,21 @@ def stack_adapters(parts, dtype):
     first = next(part.lora_a for part in parts if part.lora_a is not None)
     a_list, b_list, scales, outs, ranks, out, rank = [], [], [], [], [], 0, 0
     for part in parts:
-        has = part.lora_a is not None
-        a_list.append(part.lora_a.contiguous() if has else first)
-        b_list.append(part.lora_b.contiguous() if has else first)
+        a_list.append(first if part.lora_a is None else part.lora_a.contiguous())
+        b_list.append(first if part.lora_b is None else part.lora_b.contiguous())
         scales.append(float(part.scale))
-        out, rank = out + part.out_features, rank + (len(part.lora_a) if has else 0)
+        out, rank = out + part.out_features, rank + (0 if part.lora_a is None else len(part.lora_a))
         outs.append(out)
         ranks.append(rank)
-    for unused in (a_list, b_list, scales, outs, ranks):  # as parts of no rows and no columns
-        unused += unused[-1:] * (MOST_PARTS - len(parts))
     inputs = first.shape[1]
     a = torch.empty(rank, inputs, dtype=dtype, device=first.device)
     b = torch.empty(out, rank, dtype=dtype, device=first.device)
     columns = power_of_2(rank)
     rows = max(1, A_BLOCK // columns)
+    values = (a_list, b_list, scales, outs, ranks)
+    padded = [pad_to_three(each, each[-1]) for each in values]  # the last repeated: a part of no rows and no columns
     _stack[(max(ceil_div(rank * inputs, A_BLOCK), ceil_div(out, rows)),)](
-        *a_list, *b_list, a, b, *scales, inputs, *outs, *ranks, RANKS=columns, ROWS=rows, A_BLOCK=A_BLOCK
-    )
+        *padded[0], *padded[1], a, b, *padded[2], inputs, *padded[3], *padded[4],
+        RANKS=columns, ROWS=rows, A_BLOCK=A_BLOCK,
+    )  # fmt: skip
     return a, b

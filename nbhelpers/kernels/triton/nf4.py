@@ -14,12 +14,17 @@ are not fused, so the result equals bitsandbytes' bit for bit: training and gene
 
 from functools import cache
 from math import ceil
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .common import ceil_div
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
 
 # The faster dequantisation: ours takes 0.57 of bitsandbytes' time (nf4 rows of benchmarks/results/kernels.json).
 DEQUANTIZE_WITH = "triton"  # or "bitsandbytes"
@@ -83,7 +88,13 @@ def _dequantize_kernel(
     tl.store(out_ptr + out, value.to(out_ptr.dtype.element_ty), mask=weight < n)
 
 
-def dequantize_nf4(weight, quant_state, dtype, out=None, rows=None):
+def dequantize_nf4(
+    weight: Tensor,
+    quant_state: "QuantState",
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+    rows: tuple[int, int] | None = None,
+) -> Tensor:
     """See nbhelpers.kernels.dequantize_nf4."""
     if quant_state.quant_type != "nf4":
         raise ValueError(f"this weight is {quant_state.quant_type!r}, not NF4: load it with bnb_4bit_quant_type='nf4'")
@@ -122,13 +133,13 @@ def dequantize_nf4(weight, quant_state, dtype, out=None, rows=None):
     return out
 
 
-def _bytes(weight):
+def _bytes(weight: Tensor) -> Tensor:
     """The weight's storage as bytes, as a plain Tensor: every attribute of bitsandbytes' parameter class is slow."""
     weight = weight.as_subclass(torch.Tensor)
     return weight if weight.dtype == torch.uint8 else weight.detach().reshape(-1).view(torch.uint8)
 
 
-def _dequantize_with_bitsandbytes(packed, state, out):
+def _dequantize_with_bitsandbytes(packed: Tensor, state: "QuantState", out: Tensor) -> Tensor:
     """The dense weight written into `out` by bitsandbytes' kernels."""
     from bitsandbytes.functional import dequantize_blockwise
 
@@ -145,7 +156,7 @@ def multiprocessors(device: torch.device) -> int:
     return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def few_rows(x, quant_state) -> bool:
+def few_rows(x: Tensor, quant_state: "QuantState") -> bool:
     """Whether x [rows, in] has so few rows that bitsandbytes' fused product is faster than dequantising and cuBLAS."""
     if not x.is_cuda:
         return False
@@ -155,7 +166,7 @@ def few_rows(x, quant_state) -> bool:
     return x.shape[0] <= FEW_ROWS_FILLED and waves / ceil(waves) >= FILLED
 
 
-def matmul_few_rows(x, weight, quant_state, bias=None):
+def matmul_few_rows(x: Tensor, weight: Tensor, quant_state: "QuantState", bias: Tensor | None = None) -> Tensor:
     """x W^T + bias for few rows by bitsandbytes' fused kernel, which never writes the dense weight.
 
     Args:

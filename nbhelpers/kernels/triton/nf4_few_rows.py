@@ -12,13 +12,16 @@ Up to 16 rows of x are served by `_in_registers`, on a T4 too; more rows by `_ba
 for tl.dot, or on a T4 by bitsandbytes' kernel.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..reference import Projection
 from .common import begin, ceil_div, early, pad_to_three, power_of_2, tensor_cores, turing, wait
 from .nf4 import multiprocessors
 from .nf4_lookup import PTX, eight_weights
@@ -234,7 +237,7 @@ def _few_rows(
                   EARLY)  # fmt: skip
 
 
-def serves(x, parts) -> bool:
+def serves(x: Tensor, parts: Sequence[Projection]) -> bool:
     """Whether `few_rows_product` supports this product on this card, and is the fastest way to compute it."""
     if tensor_cores(x.device):
         most = MOST_ROWS
@@ -243,12 +246,12 @@ def serves(x, parts) -> bool:
     return x.element_size() == 2 and x.shape[0] <= most and fits(x, parts)
 
 
-def fits(x, parts) -> bool:
+def fits(x: Tensor, parts: Sequence[Projection]) -> bool:
     """Whether up to three parts are all NF4 in blocks of 64, quantised alike, and x's rows are whole blocks."""
-    states = [part.quant_state for part in parts]
-    if len(parts) > 3 or x.shape[1] % 64 or any(s is None or s.quant_type != "nf4" for s in states):
+    states = [part.quant_state for part in parts if part.quant_state is not None]
+    if len(states) < len(parts) or len(parts) > 3 or x.shape[1] % 64 or any(s.quant_type != "nf4" for s in states):
         return False
-    alike = {(s.blocksize, s.nested, s.state2.blocksize if s.nested else 0, s.shape[1]) for s in states}
+    alike = {(s.blocksize, 0 if s.state2 is None else s.state2.blocksize, s.shape[1]) for s in states}
     return len(alike) == 1 and states[0].blocksize == 64
 
 
@@ -291,7 +294,7 @@ def splits_for(programs: int, iters: int, slots: int, iter_cost: int) -> int:
     return min(range(1, min(MOST_SPLITS, iters) + 1), key=cost)
 
 
-def few_rows_product(x, parts):
+def few_rows_product(x: Tensor, parts: Sequence[Projection]) -> tuple[Tensor, Tensor | None]:
     """The base and LoRA-A products of up to three parts, without bias, as sums still to be taken over splits of K.
 
     Args:
@@ -304,10 +307,10 @@ def few_rows_product(x, parts):
     """
     if x.stride(0) % 8 or x.stride(1) != 1 or x.data_ptr() % 16:  # the kernel loads 16 bytes at a time
         x = x.clone(memory_format=torch.contiguous_format)
-    states = [part.quant_state for part in parts]
+    states = [part.quant_state for part in parts if part.quant_state is not None]
     state, nested = states[0], states[0].state2
     rows, width = x.shape
-    outs = [s.shape[0] for s in states]
+    outs = [part.out_features for part in parts]
     ranks = [0 if part.lora_a is None else part.lora_a.shape[0] for part in parts]
     cut, dot = tile(rows), tensor_cores(x.device)
     thin = len(parts) if sum(ranks) and dot else 0
@@ -326,7 +329,7 @@ def few_rows_product(x, parts):
 
     words = [part.weight.detach().as_subclass(torch.Tensor).reshape(-1).view(torch.int32) for part in parts]
     absmax = [s.absmax for s in states]
-    outer = [s.state2.absmax if nested else s.absmax for s in states]
+    outer = [s.absmax if s.state2 is None else s.state2.absmax for s in states]
     offset = [s.offset if nested else s.absmax for s in states]
     some = next(
         (part.lora_a for part in parts if part.lora_a is not None), x

@@ -11,6 +11,7 @@ tensor is read once and written once; kept for the backward: s and r (not y). Wi
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -70,7 +71,7 @@ def _backward(dy_ptr, ds_ptr, s_ptr, w_ptr, r_ptr, dx_ptr, dw_ptr, rows, dy_stri
 
 
 @cache
-def _tiles(hidden: int, few: bool) -> dict:
+def _tiles(hidden: int, few: bool) -> dict[str, int]:
     """The tile and warps of a program: one long row or several short ones, at least 2,048 elements.
 
     16 elements per thread (two loads of 16 bytes in 16 bits), up to 16 warps. Few rows (a decoding step's) do not fill
@@ -87,7 +88,7 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
+def forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The norm without autograd.
 
     Args:
@@ -115,7 +116,9 @@ def forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = Non
     return (x if residual is None else s.view(x.shape)), y, r
 
 
-def backward(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, r: Tensor, weight_grad: bool):
+def backward(
+    dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, r: Tensor, weight_grad: bool
+) -> tuple[Tensor, Tensor | None]:
     """The gradients of `forward`, without autograd.
 
     Args:
@@ -147,7 +150,9 @@ def backward(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, r: Tensor
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps, residual):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         s, y, r = forward(x, weight, eps, residual)
         ctx.save_for_backward(s, weight, r)
         ctx.has_residual = residual is not None
@@ -155,7 +160,7 @@ class _RMSNorm(torch.autograd.Function):
         return (s, y) if residual is not None else y
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         s, weight, r = ctx.saved_tensors
         ds, dy = grads if ctx.has_residual else (None, grads[0])
         if dy is None:
@@ -164,6 +169,6 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dw, None, dx if ctx.has_residual else None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """See nbhelpers.kernels.rms_norm."""
     return _RMSNorm.apply(x, weight, eps, residual)

@@ -11,6 +11,8 @@ are read once for all its heads. `rope_packed` takes Q, K and V as one tensor [B
 layout, and returns its gradient as one.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -97,7 +99,7 @@ def _adjacent(t: Tensor) -> Tensor:
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, cos, sin):
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = _adjacent(cos), _adjacent(sin)
         # a copy where q or k must not be overwritten, or where both are the same tensor
         alone = q.data_ptr() != k.data_ptr()
@@ -108,7 +110,7 @@ class _Rope(torch.autograd.Function):
         return q, k
 
     @staticmethod
-    def backward(ctx, dq, dk):
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         dq, dk = _adjacent(dq), _adjacent(dk)
         # not over dq and dk: other code may hold them, and the bytes moved are the same. Laid out like a projection's
@@ -129,7 +131,7 @@ def _heads(qkv: Tensor, counts: list[int]) -> list[Tensor]:
 
 class _RopePacked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, cos, sin, counts):
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
         cos, sin = _adjacent(cos), _adjacent(sin)
         qkv = qkv.detach() if may_overwrite(qkv) and qkv.is_contiguous() else qkv.contiguous().clone()
         q, k, _ = _heads(qkv, counts)
@@ -140,7 +142,7 @@ class _RopePacked(torch.autograd.Function):
         return tuple(_heads(qkv, counts))
 
     @staticmethod
-    def backward(ctx, dq, dk, dv):
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         dq, dk = _adjacent(dq), _adjacent(dk)
         batch, _, tokens, width = dq.shape
@@ -152,11 +154,11 @@ class _RopePacked(torch.autograd.Function):
         return grad, None, None, None
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor):
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """See nbhelpers.kernels.rope."""
     return _Rope.apply(q, k, cos, sin)
 
 
-def rope_packed(qkv: Tensor, cos: Tensor, sin: Tensor, q_heads: int, kv_heads: int):
+def rope_packed(qkv: Tensor, cos: Tensor, sin: Tensor, q_heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """See nbhelpers.kernels.rope_packed."""
     return _RopePacked.apply(qkv, cos, sin, [q_heads, kv_heads, kv_heads])

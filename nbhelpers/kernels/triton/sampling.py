@@ -10,6 +10,7 @@ combines the parts. The hash is the one of reference.py, bit for bit.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 BLOCK = 4096
 
@@ -60,7 +61,7 @@ def _winner(logits_ptr, max_ptr, sum_ptr, best_ptr, word_ptr, token_ptr, logp_pt
     tl.store(logp_ptr + row, tl.load(logits_ptr + row * logits_stride + chosen) - log_total)
 
 
-def draw(logits, seeds, counters):
+def draw(logits: Tensor, seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tensor]:
     """See nbhelpers.kernels.draw."""
     rows, words = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()

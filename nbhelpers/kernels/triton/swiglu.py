@@ -11,6 +11,8 @@ a down projection that did not keep its input.
 fp16's largest number is 65504: g, u and h saturate there, and h can be requested divided by `shrink`, a power of two.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -96,7 +98,9 @@ def forward(gate: Tensor, up: Tensor, shrink: float = 1.0, over: bool = False) -
     return h
 
 
-def backward(dh: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor, h: Tensor | None = None, shrink: float = 1.0):
+def backward(
+    dh: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor, h: Tensor | None = None, shrink: float = 1.0
+) -> None:
     """Write the gradients of g and u into dg and du, without autograd; all tensors are [rows, I].
 
     Args:
@@ -120,13 +124,13 @@ def backward(dh: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor, h: Tensor
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate, up):
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.reuse = may_overwrite(gate) and may_overwrite(up) and not share_memory(gate, up)
         ctx.save_for_backward(gate, up)
         return forward(gate, up)
 
     @staticmethod
-    def backward(ctx, dh):
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         g, u = _rows(gate), _rows(up)
         dg, du = (g, u) if ctx.reuse else (torch.empty(g.shape, dtype=g.dtype, device=g.device) for _ in range(2))
@@ -138,17 +142,20 @@ class _SwiGLU(torch.autograd.Function):
 
 class _SwiGLUPacked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate_up):
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.reuse = may_overwrite(gate_up)
         ctx.save_for_backward(gate_up)
-        return forward(*gate_up.chunk(2, dim=-1))
+        gate, up = gate_up.chunk(2, dim=-1)
+        return forward(gate, up)
 
     @staticmethod
-    def backward(ctx, dh):
+    def backward(ctx: Any, dh: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         both = _rows(gate_up)
         grad = both if ctx.reuse else torch.empty(both.shape, dtype=both.dtype, device=both.device)
-        backward(_rows(dh), *both.chunk(2, dim=-1), *grad.chunk(2, dim=-1))
+        g, u = both.chunk(2, dim=-1)
+        dg, du = grad.chunk(2, dim=-1)
+        backward(_rows(dh), g, u, dg, du)
         if ctx.reuse:
             overwritten(gate_up)
         return grad.view(gate_up.shape)
