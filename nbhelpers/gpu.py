@@ -10,6 +10,12 @@ from nbhelpers.architecture import GB
 if TYPE_CHECKING:
     import torch
 
+# Scratch buffers of the kernels, which the planner counts too. NF4 weights are dequantised this many bytes at a time:
+# small ones stacked, a large one in blocks of rows (Phi-4's gate and up together would take 367 MB). Smaller blocks
+# mean more launches, and with short batches the GPU would wait for Python.
+DEQUANTIZE_BYTES = 2**27
+LOGITS_BYTES = 263_000_000  # of linear_logprob: 1,024 tokens x 128,256 words in 16 bits
+
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # how torch is to allocate; the old name too
 
 

@@ -1,55 +1,48 @@
-"""Fused operations of a decoder layer. One name for each, two implementations, chosen by where the tensors lie.
+"""Fused operations of a decoder layer: one contract, two implementations, chosen by the tensors' device.
 
-`triton` (Triton, one file a kernel) serves tensors on a CUDA device when triton is installed; `reference` (the same
-functions in plain torch, differentiated by autograd) serves everything else, so a CPU always works.
+`triton` (one file per kernel) serves tensors on a CUDA device when triton is installed; `reference` (the same functions
+in plain torch, differentiated by autograd) serves everything else, so a CPU always works.
 
-    with kernels.use("torch"):      # or "triton": a test or a benchmark decides for itself
+    with kernels.use("torch"):      # or "triton": a test or a benchmark forces one of them
         ...
 
-Shapes: T tokens (any leading shape is accepted where the text says [..., n]), H hidden, I intermediate, r LoRA rank.
+Shapes: any leading shape is accepted where the text says [..., n]; B rows of the batch, S positions, D channels of a
+head, H hidden, I intermediate, V vocabulary, r LoRA rank.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal, overload
 
+import torch
 from torch import Tensor
-from torch.cuda import device_of  # a kernel runs on the current device, wherever its tensors lie; nothing on a CPU
+from torch.cuda import device_of  # kernels launch on the current device, not on their tensors'; no effect on a CPU
+
+from nbhelpers.gpu import LOGITS_BYTES
 
 from . import reference
 from .reference import Projection
 
-if find_spec("triton"):
-    from . import triton
-else:  # macOS, Windows
-    triton = None
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
 
-__all__ = [
-    "Projection",
-    "decode_attention",
-    "decode_linear",
-    "decode_mlp",
-    "dequantize_nf4",
-    "draw",
-    "linear_logprob",
-    "lora_linear",
-    "lora_linear_group",
-    "lora_mlp",
-    "rms_norm",
-    "rope",
-    "rope_packed",
-    "swiglu",
-    "swiglu_packed",
-    "use",
-]
+# None on macOS and Windows
+triton: ModuleType | None = import_module(".triton", __name__) if find_spec("triton") else None
 
 _forced: str | None = None
 
 
 @contextmanager
-def use(backend: str | None):
-    """Inside the block every function runs on `backend`: "torch", "triton", or None to choose by device again.
+def use(backend: str | None) -> Iterator[None]:
+    """Force `backend` for every function inside the block.
 
-    Raises ValueError for another name and RuntimeError for "triton" without triton.
+    Args:
+        backend (`str`, *optional*): "torch", "triton", or None to choose by device again.
+
+    Raises ValueError for another name and RuntimeError for "triton" where triton is not installed.
     """
     global _forced
     if backend not in ("torch", "triton", None):
@@ -63,84 +56,140 @@ def use(backend: str | None):
         _forced = before
 
 
-def _for(x: Tensor):
-    """The module that serves x: `triton` or `reference`."""
-    if _forced is not None:
-        return triton if _forced == "triton" else reference
-    return triton if x.is_cuda and triton is not None else reference
+def _for(x: Tensor) -> ModuleType:
+    """The implementation that serves x: the module `triton` or `reference`."""
+    if triton is None or _forced == "torch":
+        return reference
+    return triton if x.is_cuda or _forced == "triton" else reference
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
-    """y = weight * s / sqrt(mean(s^2) + eps) with s = x + residual; statistics in fp32 (arXiv 1910.07467).
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: None = None) -> Tensor: ...
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """y = weight * s / sqrt(mean(s^2) + eps) with s = x + residual; statistics in fp32 (RMSNorm, arXiv:1910.07467).
 
-    x, residual [..., H]; weight [H]. Returns y [..., H] in the wider of the dtypes of s and weight, or (s, y) when a
-    residual is given. In fp16 s saturates at 65504 instead of becoming infinite.
+    Args:
+        x (`Tensor`): [..., H].
+        weight (`Tensor`): [H].
+        eps (`float`): Added to the mean square.
+        residual (`Tensor`, *optional*): [..., H], added to x before the norm.
+
+    Returns y [..., H] in the wider of the dtypes of s and weight, or (s, y) when a residual is given. In fp16 s
+    saturates at 65504 instead of becoming infinite.
     """
     with device_of(x):
         return _for(x).rms_norm(x, weight, eps, residual)
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor):
-    """Rotary position embedding, pairs (i, i + R/2): q1' = q1 cos - q2 sin, q2' = q2 cos + q1 sin (arXiv 2104.09864).
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding, pairs (i, i + R/2): q1' = q1 cos - q2 sin, q2' = q2 cos + q1 sin (arXiv:2104.09864).
 
-    q [B, heads, S, D] and k [B, kv heads, S, D] with any strides; cos, sin [1 or B, S, R], R <= D, each frequency
-    twice as transformers makes them, scaled in any way (Llama 3, longrope); channels past R pass through.
-    Returns (q', k'). Triton writes them over q and k: use the returned tensors, forget the arguments.
+    Args:
+        q (`Tensor`): [B, heads, S, D] with any strides.
+        k (`Tensor`): [B, kv heads, S, D] with any strides.
+        cos (`Tensor`): [1 or B, S, R], R <= D, each frequency twice as transformers makes them, scaled in any way
+            (Llama 3, longrope). Channels past R pass through.
+        sin (`Tensor`): Like cos.
+
+    Returns (q', k'). Triton writes them over q and k: use the returned tensors, not the arguments.
     """
     with device_of(q):
         return _for(q).rope(q, k, cos, sin)
 
 
-def rope_packed(qkv: Tensor, cos: Tensor, sin: Tensor, q_heads: int, kv_heads: int):
-    """`rope` where Q, K and V come as one tensor [B, S, (q_heads + 2 kv_heads) D], as in Phi-3.
+def rope_packed(qkv: Tensor, cos: Tensor, sin: Tensor, q_heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`rope` where Q, K and V are one tensor, as in Phi-3.
 
-    Returns (q', k', v) [B, heads, S, D], views of one storage; in Triton that of qkv.
+    Args:
+        qkv (`Tensor`): [B, S, (q_heads + 2 kv_heads) D].
+        cos (`Tensor`): As for `rope`.
+        sin (`Tensor`): As for `rope`.
+        q_heads (`int`): Heads of Q.
+        kv_heads (`int`): Heads of K, and of V.
+
+    Returns (q', k', v), each [B, heads, S, D]: views of one storage, which in Triton is that of qkv.
     """
     with device_of(qkv):
         return _for(qkv).rope_packed(qkv, cos, sin, q_heads, kv_heads)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, all [..., I] of one dtype (arXiv 2002.05202). In fp16 the result saturates at 65504.
+    """silu(gate) * up (SwiGLU, arXiv:2002.05202). In fp16 the result saturates at 65504.
 
-    Triton's backward writes the gradients over gate and up (unless they are leaves, or share memory): after
-    `backward` do not read them. Autograd raises its usual error if another operation still needs them.
+    Args:
+        gate (`Tensor`): [..., I].
+        up (`Tensor`): [..., I] in gate's dtype.
+
+    Returns [..., I] in the same dtype. Triton's backward writes the gradients over gate and up (unless they are leaves,
+    or share memory): do not read them after `backward`. Autograd raises its usual error if another operation still
+    needs them.
     """
     with device_of(gate):
         return _for(gate).swiglu(gate, up)
 
 
 def swiglu_packed(gate_up: Tensor) -> Tensor:
-    """`swiglu` of the two halves of gate_up [..., 2 I] (gate first, as in Phi-3). Same contract."""
+    """`swiglu` of the two halves of gate_up [..., 2 I] (gate first, as in Phi-3). The same contract."""
     with device_of(gate_up):
         return _for(gate_up).swiglu_packed(gate_up)
 
 
-def dequantize_nf4(weight: Tensor, quant_state, dtype, out: Tensor | None = None, rows=None) -> Tensor:
-    """The dense [out, in] weight behind an NF4 tensor in `dtype`: written into `out` if given, else a new tensor.
+def dequantize_nf4(
+    weight: Tensor,
+    quant_state: "QuantState",
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+    rows: tuple[int, int] | None = None,
+) -> Tensor:
+    """The dense weight of an NF4 tensor (QLoRA, arXiv:2305.14314).
 
-    weight uint8 [out * in / 2, 1]; quant_state bitsandbytes'; rows (first, last) for a part of the rows. ValueError
-    for another quantisation or an `out` that does not fit.
+    Args:
+        weight (`Tensor`): uint8 [out * in / 2, 1], `Linear4bit.weight` (another storage type is read as bytes).
+        quant_state (`QuantState`): bitsandbytes' state of that weight, nested (double quantisation) or not.
+        dtype (`torch.dtype`): Of the result, 16 or 32 bits.
+        out (`Tensor`, *optional*): Contiguous, in `dtype` and of the result's shape, to write into instead of a new
+            tensor.
+        rows (`tuple[int, int]`, *optional*): (first, last), to dequantise only rows first <= i < last; first * in must
+            be a multiple of the block size.
+
+    Returns [out, in], or [last - first, in] with rows. The Triton implementation raises ValueError for another
+    quantisation, an `out` that does not fit, and rows that do not begin a block.
     """
     with device_of(weight):
         return _for(weight).dequantize_nf4(weight, quant_state, dtype, out, rows)
 
 
 def lora_linear(x: Tensor, projection: Projection) -> Tensor:
-    """y = x W^T + bias + scale (x A^T) B^T (arXiv 2106.09685, 2305.14314): x [..., in] -> [..., out] in x's dtype.
+    """y = x W^T + bias + scale (x A^T) B^T (LoRA, arXiv:2106.09685; QLoRA, arXiv:2305.14314).
 
-    W and bias get no gradient: ValueError if W asks for one. Keeps x alone.
+    Args:
+        x (`Tensor`): [..., in].
+        projection (`Projection`): W [out, in], which is frozen, with its bias and its LoRA.
+
+    Returns [..., out] in x's dtype, or in autocast's where that is on. W and bias get no gradient: raises ValueError if
+    W requires one. The backward keeps only x.
     """
     with device_of(x):
         return _for(x).lora_linear(x, projection)
 
 
-def lora_linear_group(x: Tensor, projections: tuple[Projection, ...], norm=None, packed: bool = False):
+def lora_linear_group(
+    x: Tensor, projections: tuple[Projection, ...], norm: tuple[Tensor, float] | None = None, packed: bool = False
+) -> Tensor | tuple[Tensor, ...]:
     """`lora_linear` of one x through several projections (QKV, gate and up): x read once, one product with all A's.
 
-    norm: (weight, eps) of an RMSNorm that x goes through first; its output is not kept. ValueError if it is not frozen.
-    Returns a tuple of [..., out]; with `packed` one tensor [..., sum of out], which is how Triton makes it: a gradient
-    that comes packed too (`rope_packed`, say) need not be put together.
+    Args:
+        x (`Tensor`): [..., in].
+        projections (`tuple[Projection, ...]`): Each with the same `in`.
+        norm (`tuple[Tensor, float]`, *optional*): (weight [in], eps) of an RMSNorm applied to x first; its output is
+            recomputed in the backward, not kept.
+        packed (`bool`): Return the outputs side by side in one tensor, which is how Triton computes them: a gradient
+            that arrives packed as well (`rope_packed`'s) then needs no concatenation.
+
+    Returns a tuple of [..., out], or with `packed` one tensor [..., sum of out]. Triton raises ValueError if the norm's
+    weight requires a gradient; both do if a W does.
     """
     with device_of(x):
         return _for(x).lora_linear_group(x, projections, norm, packed)
@@ -151,62 +200,79 @@ def lora_mlp(
     gate_up: tuple[Projection, ...],
     down: Projection,
     residual: Tensor | None = None,
-    norm=None,
+    norm: tuple[Tensor, float] | None = None,
     value: bool = True,
 ) -> Tensor:
-    """residual + down(swiglu(gate(x), up(x))): x, residual [..., H] -> [..., H].
+    """residual + down(swiglu(gate(x), up(x))).
 
-    gate_up: two projections H -> I, or one H -> 2 I in Phi-3's layout. norm (weight, eps) makes it the second half of a
-    decoder layer: s + down(swiglu(gate(n), up(n))) with s = x + residual, n = rms_norm(s). Triton keeps x (or s), gate
-    and up; its backward may run once (a second one raises). In fp16 the product may reach 1e6, and sums saturate.
-    value=False: only the result's backward is wanted (a checkpoint is computed again). Its numbers are then undefined,
-    and its last product, a third of the work, is not computed.
+    Args:
+        x (`Tensor`): [..., H].
+        gate_up (`tuple[Projection, ...]`): Two projections H -> I, or one H -> 2 I in Phi-3's layout.
+        down (`Projection`): I -> H.
+        residual (`Tensor`, *optional*): [..., H].
+        norm (`tuple[Tensor, float]`, *optional*): (weight [H], eps) of an RMSNorm. With it this is the second half of a
+            decoder layer: s + down(swiglu(gate(n), up(n))) with s = x + residual, n = rms_norm(s).
+        value (`bool`): False where only the backward is wanted (a checkpoint is recomputed): the result's values are
+            then undefined, and the last product, a third of the work, is skipped.
+
+    Returns [..., H]. Triton keeps x (or s), gate and up; its backward can run only once (a second one raises). In fp16
+    the product may reach 1e6, and sums saturate.
     """
     with device_of(x):
         return _for(x).lora_mlp(x, gate_up, down, residual, norm, value)
 
 
+@overload
 def linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *,
-    quant_state=None,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-    entropy: bool = False,
-    scratch_bytes: int = 263_000_000,
-):
-    """log softmax(hidden W^T / temperature)[target], the [tokens, V] logits never made; softmax and sums in fp32.
+    hidden: Tensor, weight: Tensor, target: Tensor, *, quant_state: "QuantState | None" = None,
+    bias: Tensor | None = None, temperature: float = 1.0, vocab_size: int | None = None,
+    entropy: Literal[False] = False, scratch_bytes: int = LOGITS_BYTES,
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, quant_state: "QuantState | None" = None,
+    bias: Tensor | None = None, temperature: float = 1.0, vocab_size: int | None = None,
+    entropy: Literal[True], scratch_bytes: int = LOGITS_BYTES,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, quant_state: "QuantState | None" = None,
+    bias: Tensor | None = None, temperature: float = 1.0, vocab_size: int | None = None,
+    entropy: bool = False, scratch_bytes: int = LOGITS_BYTES,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """log softmax((hidden W^T + bias) / temperature)[target] without the [tokens, V] logits; softmax and sums in fp32.
 
-    hidden [..., H]; weight [V, H] in 16 or 32 bits, or NF4 with its quant_state; target [...] int64, where -100 gives 0
-    and no gradient; bias [V], frozen; vocab_size: words from there on are padding and get no probability.
-    Returns [...] in fp32, or with `entropy` also the entropy [...] in fp32, which is for watching: no gradient flows
-    through it. Gradients flow to hidden and, if it wants one, to a 16- or 32-bit weight (summed in fp32).
-    scratch_bytes bounds the buffer for logits, whatever the number of tokens. A second backward through the same
-    result raises autograd's error: the first one writes the gradient over what was kept.
+    Args:
+        hidden (`Tensor`): [..., H].
+        weight (`Tensor`): W [V, H] in 16 or 32 bits, or NF4 (uint8) with its quant_state.
+        target (`Tensor`): int64 [...]; -100 gives 0 and no gradient.
+        quant_state (`QuantState`, *optional*): bitsandbytes' state of an NF4 weight.
+        bias (`Tensor`, *optional*): [V], frozen: Triton raises ValueError if it requires a gradient.
+        temperature (`float`): Divides the logits.
+        vocab_size (`int`, *optional*): Words from this index on are padding and get no probability.
+        entropy (`bool`): Return the entropy too, for logging: no gradient flows through it.
+        scratch_bytes (`int`): Bounds the buffer for logits, whatever the number of tokens.
+
+    Returns fp32 [...], or with `entropy` a pair of those, in nats. Gradients flow to hidden and, if it requires one, to
+    a 16- or 32-bit weight (summed in fp32). A second backward through the same result raises autograd's error: the
+    first one writes the gradient over what was kept.
     """
     with device_of(hidden):
         return _for(hidden).linear_logprob(
-            hidden,
-            weight,
-            target,
-            quant_state=quant_state,
-            bias=bias,
-            temperature=temperature,
-            vocab_size=vocab_size,
-            entropy=entropy,
-            scratch_bytes=scratch_bytes,
-        )
+            hidden, weight, target, quant_state=quant_state, bias=bias, temperature=temperature, vocab_size=vocab_size,
+            entropy=entropy, scratch_bytes=scratch_bytes,
+        )  # fmt: skip
 
 
 def draw(logits: Tensor, seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tensor]:
-    """One token for each row, drawn from softmax(logits), by the exponential race (arXiv 1611.01144): the largest
+    """One token per row, sampled from softmax(logits) by the exponential race (arXiv:1611.01144): the largest
     logit_i - log E_i wins, E_i = -log(1 - u_i), where u_i is a hash of (seed, counter, i) and of nothing else.
 
-    logits fp32 [B, V], -inf where a token is ruled out; seeds, counters int64 [B]. Returns the tokens, int64 [B], and
-    their log-probabilities, fp32 [B].
+    Args:
+        logits (`Tensor`): fp32 [B, V], -inf where a token is excluded.
+        seeds (`Tensor`): int64 [B].
+        counters (`Tensor`): int64 [B]; another counter gives an independent sample.
+
+    Returns the tokens, int64 [B], and their log-probabilities, fp32 [B].
     """
     with device_of(logits):
         return _for(logits).draw(logits, seeds, counters)
@@ -215,14 +281,24 @@ def draw(logits: Tensor, seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tenso
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, table: Tensor,
                      layer: int, positions: Tensor, longest: int, scale: float,
                      window: int | None = None) -> Tensor:  # fmt: skip
-    """Attention of one new token a row over what the cache holds of that row, after its K and V were put there.
+    """Attention of one new token per row over that row's KV cache, into which the token's K and V are written first.
 
-    q [B, heads, 1, D], k, v [B, kv heads, 1, D], q and k not rotated yet; cos, sin [1 or B, 1, R] as for `rope`;
-    positions int64 [B]: where the token stands in its row. cache
-    [layers, 2, rows, kv heads, length, D] with B <= rows, K and V written in place; table int64 [4]: its address and
-    its strides in elements of layer, row and head: the Triton kernel looks there, not at `cache`, so that a captured
-    CUDA graph stays valid when the cache is made anew. longest: no position reaches it (torch reads so far; Triton
-    reads each row to its own position). window: positions that a token looks back to, itself included.
+    Args:
+        q (`Tensor`): [B, heads, 1, D], not rotated yet.
+        k (`Tensor`): [B, kv heads, 1, D], not rotated yet.
+        v (`Tensor`): [B, kv heads, 1, D].
+        cos (`Tensor`): [1 or B, 1, R] as for `rope`.
+        sin (`Tensor`): Like cos.
+        cache (`Tensor`): [layers, 2, rows, kv heads, length, D] with B <= rows; K and V are written in place.
+        table (`Tensor`): int64 [4], the cache's address and its strides of layer, row and head in elements. The Triton
+            kernel reads these, not `cache`, so that a captured CUDA graph stays valid when the cache is reallocated.
+        layer (`int`): Index into the cache's first dimension.
+        positions (`Tensor`): int64 [B], each token's position in its row.
+        longest (`int`): Greater than every position. torch reads this many positions; Triton reads each row up to its
+            own position.
+        scale (`float`): Multiplies q K^T.
+        window (`int`, *optional*): How many positions a token attends to, itself included.
+
     Returns [B, 1, heads * D].
     """
     with device_of(q):
@@ -230,16 +306,29 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
 
 
 def decode_linear(x: Tensor, parts: tuple[Projection, ...]) -> tuple[Tensor, ...]:
-    """`lora_linear_group` for a step of decoding: few rows, no gradient, at most three parts.
+    """`lora_linear_group` for a decoding step: few rows, no gradient, at most three parts.
 
-    x [..., in] -> [..., out] for each part, in x's dtype. The LoRA term is added in fp32, to a base product that only
-    some ways of making it round to x's dtype first.
+    Args:
+        x (`Tensor`): [..., in].
+        parts (`tuple[Projection, ...]`): One to three, each with the same `in`.
+
+    Returns [..., out] per part, in x's dtype. The LoRA term is added in fp32; whether the base product is rounded to
+    x's dtype before depends on which kernel computes it.
     """
     with device_of(x):
         return _for(x).decode_linear(x, parts)
 
 
 def decode_mlp(x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor) -> Tensor:
-    """`lora_mlp` for a step of decoding: residual + down(swiglu(gate(x), up(x))), without a gradient."""
+    """`lora_mlp` for a decoding step, without a gradient: residual + down(swiglu(gate(x), up(x))).
+
+    Args:
+        x (`Tensor`): [..., H].
+        gate_up (`tuple[Projection, ...]`): Two projections H -> I, or one H -> 2 I in Phi-3's layout.
+        down (`Projection`): I -> H.
+        residual (`Tensor`): [..., H].
+
+    Returns [..., H] in residual's dtype.
+    """
     with device_of(x):
         return _for(x).decode_mlp(x, gate_up, down, residual)

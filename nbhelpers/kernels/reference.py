@@ -1,21 +1,27 @@
-"""The kernels' functions in plain torch, differentiated by autograd: the oracle of their tests, and what a CPU runs."""
+"""The kernels' functions in plain torch, differentiated by autograd: the tests' oracle and the CPU's implementation."""
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nbhelpers.gpu import LOGITS_BYTES
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+
 
 class Projection(NamedTuple):
-    """A frozen linear layer with an optional LoRA term, as the kernels see it: x W^T + bias + scale (x A^T) B^T.
+    """A frozen linear layer with an optional LoRA term, as the kernels take it: x W^T + bias + scale (x A^T) B^T.
 
-    The products run in x's dtype; gradients of A and B come in their own dtype (fp32 master weights stay fp32).
+    The products run in x's dtype; gradients of A and B are returned in their own dtype (fp32 master weights get fp32).
     """
 
     weight: Tensor  # [out, in] of any float dtype, or bitsandbytes' packed NF4 (uint8)
-    quant_state: Any = None  # bitsandbytes.functional.QuantState of a packed weight
+    quant_state: "QuantState | None" = None  # of a packed weight
     bias: Tensor | None = None  # [out]
     lora_a: Tensor | None = None  # [r, in]
     lora_b: Tensor | None = None  # [out, r]
@@ -34,63 +40,81 @@ class Projection(NamedTuple):
 
 
 def _saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in `dtype`; fp16, alone among the dtypes used here, has a range that activations reach: clamp to it."""
+    """x in `dtype`, clamped to fp16's range if that is the dtype: the only one here whose range activations exceed."""
     return x.clamp(-65504.0, 65504.0).to(dtype) if dtype == torch.float16 else x.to(dtype)
 
 
 def _compute(x: Tensor) -> Tensor:
-    """16-bit tensors compute in fp32, wider ones in their own dtype (gradcheck needs fp64)."""
+    """x in the dtype to compute in: fp32 for 16-bit tensors, their own for wider ones (gradcheck needs fp64)."""
     return x.float() if x.element_size() < 4 else x
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
+def _residual_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(s, y) of `rms_norm`, where s is x if there is no residual."""
     s = x
     if residual is not None:
         s = _saturate(_compute(x) + _compute(residual), torch.promote_types(x.dtype, residual.dtype))
     if s.dtype == weight.dtype == torch.float32:
-        y = F.rms_norm(s, weight.shape, weight, eps)  # the same in one call
-        return y if residual is None else (s, y)
+        return s, F.rms_norm(s, weight.shape, weight, eps)  # the same arithmetic in one call
     wide = _compute(s)
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * _compute(weight)
-    y = y.to(torch.promote_types(s.dtype, weight.dtype))
+    return s, y.to(torch.promote_types(s.dtype, weight.dtype))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """See nbhelpers.kernels.rms_norm."""
+    s, y = _residual_norm(x, weight, eps, residual)
     return y if residual is None else (s, y)
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor):
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """See nbhelpers.kernels.rope."""
     half = cos.shape[-1] // 2
     c, s = (_compute(t)[..., :half].unsqueeze(1) for t in (cos, sin))  # [1 or B, 1, S, R/2]
 
     def rotate(x: Tensor) -> Tensor:
         x1, x2, rest = _compute(x).split([half, half, x.shape[-1] - 2 * half], dim=-1)
-        turned = (x1 * c - x2 * s, x2 * c + x1 * s)
-        return torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1).to(x.dtype)
+        rotated = (x1 * c - x2 * s, x2 * c + x1 * s)
+        return torch.cat((*rotated, rest) if rest.shape[-1] else rotated, dim=-1).to(x.dtype)
 
     return rotate(q), rotate(k)
 
 
-def rope_packed(qkv: Tensor, cos: Tensor, sin: Tensor, q_heads: int, kv_heads: int):
+def rope_packed(qkv: Tensor, cos: Tensor, sin: Tensor, q_heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See nbhelpers.kernels.rope_packed."""
     heads = qkv.unflatten(-1, (q_heads + 2 * kv_heads, -1)).transpose(1, 2)  # [B, heads, S, D]
     q, k, v = heads.split([q_heads, kv_heads, kv_heads], dim=1)
     return *rope(q, k, cos, sin), v
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """See nbhelpers.kernels.swiglu."""
     if gate.dtype == torch.float16:  # an infinite gate or up would make 0 * inf
         gate, up = (_saturate(t.float(), torch.float16) for t in (gate, up))
     return _saturate(F.silu(_compute(gate)) * _compute(up), gate.dtype)
 
 
 def swiglu_packed(gate_up: Tensor) -> Tensor:
+    """See nbhelpers.kernels.swiglu_packed."""
     return swiglu(*gate_up.chunk(2, dim=-1))
 
 
 # ------------------------------------------------------------------------------------- quantised and LoRA products
 
 
-def dequantize_nf4(weight: Tensor, quant_state, dtype: torch.dtype, out: Tensor | None = None, rows=None) -> Tensor:
-    """What the format says, and what bitsandbytes does on a GPU. Where in_features is not a multiple of the
-    block of 64 weights, bitsandbytes 0.50.2 on a CPU can differ (31 x 96 does): it is wrong there, three times as far
-    from the weight that was quantised, and this is right on purpose. No model of this package has such a layer."""
+def dequantize_nf4(
+    weight: Tensor,
+    quant_state: "QuantState",
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+    rows: tuple[int, int] | None = None,
+) -> Tensor:
+    """See nbhelpers.kernels.dequantize_nf4. This follows the format, as bitsandbytes does on a GPU.
+
+    Where in_features is not a multiple of the block of 64 weights, bitsandbytes 0.50.2 on a CPU can differ (31 x 96
+    does). It is wrong there, with three times this function's distance from the weight that was quantised, so the
+    difference is deliberate. No model of this package has such a layer.
+    """
     state, nested = quant_state, quant_state.state2
     absmax = state.absmax
     if nested is not None:
@@ -104,18 +128,25 @@ def dequantize_nf4(weight: Tensor, quant_state, dtype: torch.dtype, out: Tensor 
     return dense if out is None else out.copy_(dense)
 
 
-def stack_adapters(parts, dtype: torch.dtype):
-    """(A, B) of several parts as adapters.py defines them, or (None, None); no gradient flows through."""
-    loras = [part.lora_a is not None for part in parts]
-    if not any(loras):
+def stack_adapters(parts: Sequence[Projection], dtype: torch.dtype) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """(A, B) of several parts in `dtype`, stacked as triton/lora_stack.py describes; (None, None) if no part has a
+    LoRA.
+
+    No gradient flows through.
+    """
+    a_list = [part.lora_a.detach().to(dtype) for part in parts if part.lora_a is not None]
+    if not a_list:
         return None, None
-    a = torch.cat([part.lora_a.detach().to(dtype) for part in parts if part.lora_a is not None])
-    nothing = [a.new_empty(part.out_features, 0) for part in parts]
-    blocks = [p.lora_b.detach() * p.scale if has else zero for p, has, zero in zip(parts, loras, nothing, strict=True)]
-    return a, torch.block_diag(*(block.to(dtype) for block in blocks))
+    a = torch.cat(a_list)
+    blocks = [
+        a.new_empty(part.out_features, 0) if part.lora_b is None else (part.lora_b.detach() * part.scale).to(dtype)
+        for part in parts
+    ]
+    return a, torch.block_diag(*blocks)
 
 
 def lora_linear(x: Tensor, projection: Projection) -> Tensor:
+    """See nbhelpers.kernels.lora_linear."""
     weight, quant_state, bias, a, b, scale = projection
     if weight.requires_grad:
         raise ValueError("lora_linear gives W no gradient: freeze it (requires_grad_(False)) or use nn.Linear")
@@ -123,11 +154,16 @@ def lora_linear(x: Tensor, projection: Projection) -> Tensor:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     w = weight.detach().to(x.dtype) if quant_state is None else dequantize_nf4(weight, quant_state, x.dtype)
     y = F.linear(x, w, None if bias is None else bias.detach().to(x.dtype))
-    return y if a is None else y + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale
+    if a is None or b is None:
+        return y
+    return y + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale
 
 
-def lora_linear_group(x: Tensor, projections: tuple[Projection, ...], norm=None, packed: bool = False):
-    x = x if norm is None else rms_norm(x, *norm)
+def lora_linear_group(
+    x: Tensor, projections: tuple[Projection, ...], norm: tuple[Tensor, float] | None = None, packed: bool = False
+) -> Tensor | tuple[Tensor, ...]:
+    """See nbhelpers.kernels.lora_linear_group."""
+    x = x if norm is None else _residual_norm(x, *norm, None)[1]
     outputs = tuple(lora_linear(x, projection) for projection in projections)
     return torch.cat(outputs, dim=-1) if packed else outputs
 
@@ -137,17 +173,18 @@ def lora_mlp(
     gate_up: tuple[Projection, ...],
     down: Projection,
     residual: Tensor | None = None,
-    norm=None,
-    value: bool = True,  # autograd has to compute the last product to differentiate it
+    norm: tuple[Tensor, float] | None = None,
+    value: bool = True,  # no effect: autograd needs the last product to differentiate it
 ) -> Tensor:
+    """See nbhelpers.kernels.lora_mlp."""
     if norm is not None:
-        residual, x = rms_norm(x, *norm, residual) if residual is not None else (x, rms_norm(x, *norm))
-    outputs = lora_linear_group(x, gate_up)
+        residual, x = _residual_norm(x, *norm, residual)
+    outputs = [lora_linear(x, projection) for projection in gate_up]
     gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
     if gate.dtype != torch.float16:
         y = lora_linear(swiglu(gate, up), down)
         return y if residual is None else residual + y
-    # fp16 ends at 65504: the product is kept divided by 16, and the sum saturates
+    # fp16's largest number is 65504: the product is kept divided by 16, and the sum saturates
     gate, up = (_saturate(t.float(), torch.float16).float() for t in (gate, up))
     if down.bias is not None:
         down = down._replace(bias=down.bias / 16)
@@ -156,9 +193,11 @@ def lora_mlp(
 
 
 def linear_logprob(
-    hidden: Tensor, weight: Tensor, target: Tensor, *, quant_state=None, bias: Tensor | None = None,
-    temperature: float = 1.0, vocab_size: int | None = None, entropy: bool = False, scratch_bytes: int = 263_000_000,
-):  # fmt: skip
+    hidden: Tensor, weight: Tensor, target: Tensor, *, quant_state: "QuantState | None" = None,
+    bias: Tensor | None = None, temperature: float = 1.0, vocab_size: int | None = None, entropy: bool = False,
+    scratch_bytes: int = LOGITS_BYTES,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """See nbhelpers.kernels.linear_logprob."""
     if quant_state is not None:
         weight = dequantize_nf4(weight, quant_state, _compute(hidden[:0]).dtype)
     bias = None if bias is None else bias.detach()[:vocab_size]
@@ -170,49 +209,51 @@ def linear_logprob(
         chosen = logps.gather(-1, t.clamp(min=0)[:, None]).squeeze(-1).masked_fill(t == -100, 0.0)
         return chosen, -(logps.exp() * logps).sum(-1).detach()
 
-    # a chunk's logits are computed again in the backward, so that a CPU too never holds all of them
+    # a chunk's logits are recomputed in the backward, so that all of them are never in memory, on a CPU either
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
     tokens = max(1, scratch_bytes // (4 * weight.shape[0]))
     pairs = zip(flat.split(tokens), targets.split(tokens), strict=True)
     chunks = [checkpoint(of_chunk, h, t, use_reentrant=False) for h, t in pairs]
-    logp, spread = (torch.cat(parts).view(target.shape) for parts in zip(*chunks, strict=True))
-    return (logp, spread) if entropy else logp
+    logp, entropies = (torch.cat(parts).view(target.shape) for parts in zip(*chunks, strict=True))
+    return (logp, entropies) if entropy else logp
 
 
 # ------------------------------------------------------------------------------------------------------ decoding
 
 
 def draw(logits: Tensor, seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tensor]:
-    # 64 bits for each row (splitmix64's finalizer; constants above 2^63 as negative numbers), 32 for each token of it
+    """See nbhelpers.kernels.draw."""
+    # 64 bits per row (splitmix64's finalizer; constants above 2^63 as negative numbers), 32 per token of the row
     key = seeds + counters * -0x61C8864680B583EB
     key = (key ^ (key >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     key = (key ^ (key >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     key = key ^ (key >> 31 & 0x1FFFFFFFF)
     add, times = key.to(torch.int32)[:, None], (key >> 32 | 1).to(torch.int32)[:, None]
     h = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)
-    h = (h + add) * times  # in int32 products wrap around: the murmur3 finalizer
+    h = (h + add) * times  # int32 products wrap around: the murmur3 finalizer
     h = (h ^ (h >> 16 & 0xFFFF)) * -0x7A143595
     h = (h ^ (h >> 13 & 0x7FFFF)) * -0x3D4D51CB
     h = (h ^ (h >> 16)) & 0x7FFFFFFF
-    exponential = torch.log1p((h.float() + 0.5) * -(2.0**-31))  # below 0: its sign changes sides
+    exponential = torch.log1p((h.float() + 0.5) * -(2.0**-31))  # -E_i
     probabilities = logits.softmax(-1)
-    token = exponential.div_(probabilities).argmax(-1)  # the logarithm of the race: a smaller E_i / p_i is a larger sum
+    token = exponential.div_(probabilities).argmax(-1)  # the largest -E_i / p_i: same winner as logit_i - log E_i
     return token, probabilities.gather(-1, token[:, None]).squeeze(-1).log()
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, table: Tensor | None,
                      layer: int, positions: Tensor, longest: int, scale: float,
                      window: int | None = None) -> Tensor:  # fmt: skip
+    """See nbhelpers.kernels.decode_attention."""
     q, k = rope(q, k, cos, sin)
     rows, q_heads, _, dim = q.shape
     keys, values = cache[layer, 0, :rows], cache[layer, 1, :rows]  # [B, kv heads, length, D]
     row = torch.arange(rows, device=q.device)
     keys[row, :, positions], values[row, :, positions] = k[:, :, 0], v[:, :, 0]
-    where = torch.arange(longest, device=q.device)
-    mask = where <= positions[:, None]
+    index = torch.arange(longest, device=q.device)
+    mask = index <= positions[:, None]
     if window is not None:
-        mask &= where > positions[:, None] - window
-    # the query heads that share a key head are the "sequence" of its attention
+        mask &= index > positions[:, None] - window
+    # the query heads that share a key head take the place of the sequence dimension
     q = q.reshape(rows, keys.shape[1], -1, dim)
     out = F.scaled_dot_product_attention(
         q, keys[:, :, :longest], values[:, :, :longest], attn_mask=mask[:, None, None], scale=scale
@@ -221,8 +262,10 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
 
 
 def decode_linear(x: Tensor, parts: tuple[Projection, ...]) -> tuple[Tensor, ...]:
-    return lora_linear_group(x, parts)
+    """See nbhelpers.kernels.decode_linear."""
+    return tuple(lora_linear(x, part) for part in parts)
 
 
 def decode_mlp(x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor) -> Tensor:
+    """See nbhelpers.kernels.decode_mlp."""
     return lora_mlp(x, gate_up, down, residual)

@@ -154,7 +154,7 @@ def test_every_kernel_compiles(target, launches, monkeypatch):
     if target != "sm_75":
         for name in ("decode_attention", "decode_linear", "nf4_few_rows"):  # the package has functions of these names
             monkeypatch.setattr(import_module(f"nbhelpers.kernels.triton.{name}"), "tensor_cores", lambda device: True)
-    monkeypatch.setattr(common, "able", lambda device: target == "sm_90")
+    monkeypatch.setattr(common, "supports_early_launch", lambda device: target == "sm_90")
     with kernels.use("triton"):
         elementwise(1536, 8960, 12, 2, dtype)  # Qwen2.5-1.5B
         elementwise(4096, 14336, 32, 8, dtype)  # Llama-3.1-8B

@@ -207,7 +207,7 @@ class TestLoraMLP:
 
     @pytest.mark.parametrize("packed", [False, True])
     def test_weights_undone_in_pieces(self, packed, monkeypatch):
-        """Of at most DENSE_BYTES each: Phi-4's 35,840 rows never lie there at once."""
+        """Of at most DENSE_BYTES each: Phi-4's 35,840 rows are never dequantised at once."""
         module, sizes = sys.modules["nbhelpers.kernels.triton.lora_linear"], []
         scratch = module.scratch
         monkeypatch.setattr(module, "DENSE_BYTES", 64 * 64 * 4)  # 64 rows of gate and up, a block's 64 of down

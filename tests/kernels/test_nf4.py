@@ -1,4 +1,4 @@
-"""NF4 undone: the reference against bitsandbytes, Triton's against the reference."""
+"""NF4 dequantised: the reference against bitsandbytes, Triton's against the reference."""
 
 import interpreter  # first: before anything that imports triton
 import pytest

@@ -1,4 +1,4 @@
-"""The Triton implementations under one roof, as `reference` is for torch."""
+"""The Triton implementations of the functions of nbhelpers.kernels, one kernel per file."""
 
 from .decode_attention import decode_attention
 from .decode_linear import decode_linear, decode_mlp

@@ -1,15 +1,18 @@
-"""What launches share: sizes, what the card has tensor cores for, and launches that overlap.
+"""What the launches share: sizes, which cards have tensor cores, and programmatic dependent launch.
 
-`ceil_div` and `power_of_2` do what triton.cdiv and triton.next_power_of_2 do at 2 us per call, because those also serve
-inside kernels. A decoder layer makes about a hundred such calls, and a small model waits for Python, not for the GPU.
+`ceil_div` and `power_of_2` compute what triton.cdiv and triton.next_power_of_2 do at 2 us per call, because those also
+work inside kernels. A decoder layer makes about a hundred such calls, and with a small model the GPU waits for Python.
 
-Launches that begin before the one ahead ends (CUDA's "programmatic dependent launch", from Hopper on).
-
-A step of decoding is some hundred short kernels, each waiting for the one ahead. Launched so, a kernel is on the
-multiprocessors already when the one ahead ends, and may have read what no kernel writes, the weights: it must `wait`
-before it reads anything else, and before it writes. `begin` lets the next kernel do likewise; as every kernel waits for
-the one ahead to end, all before that have ended too. A captured CUDA graph keeps this.
+Programmatic dependent launch (CUDA's term; from Hopper on) starts a kernel before the previous one ends. A decoding
+step is a sequence of a hundred or more short kernels, each waiting for the one before. Launched this way, a kernel is
+already resident on the multiprocessors when its predecessor ends, and may by then have read what no kernel writes, the
+weights. It must `wait` before it reads anything else and before it writes. `begin` allows the next kernel to do the
+same. Since every kernel waits for its predecessor to end, all earlier kernels have ended too. A captured CUDA graph
+keeps this.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -30,39 +33,39 @@ def power_of_2(n: int) -> int:
 
 
 def tensor_cores(device: torch.device) -> bool:
-    """Whether Triton's tl.dot has tensor cores there: from Ampere on; below, it becomes scalar multiplications."""
+    """Whether Triton's tl.dot uses tensor cores there: from Ampere on. Below, it compiles to scalar multiplications."""
     return capability(device) >= (8, 0)
 
 
 def turing(device: torch.device) -> bool:
-    """Whether the card has tensor cores at all that inline PTX can use: a T4's, or later ones."""
+    """Whether the card has tensor cores that inline PTX can use: a T4 (Turing) or later."""
     return capability(device) >= (7, 5)
 
 
-def three(values, filler) -> tuple:
-    """The values, filled up to three: a launch for one, two or three layers takes three of everything."""
+def pad_to_three(values: Sequence[Any], filler: Any) -> tuple[Any, ...]:
+    """The values, padded to three: a launch for one, two or three layers takes three of every argument."""
     return (*values, *[filler] * (3 - len(values)))
 
 
 @triton.jit
 def begin(EARLY: tl.constexpr):
-    """The next kernel may be launched as soon as all programs of this one run."""
+    """Let the next kernel launch as soon as all programs of this one are running."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def wait(EARLY: tl.constexpr):
-    """Until the kernel ahead has ended, and what it wrote can be read."""
+    """Block until the previous kernel has ended and its writes are visible."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
 
 
-def able(device: torch.device) -> bool:
-    """Whether this card and this Triton launch so."""
+def supports_early_launch(device: torch.device) -> bool:
+    """Whether this card and this Triton support programmatic dependent launch."""
     return capability(device) >= (9, 0) and hasattr(CUDAOptions, "launch_pdl")
 
 
-def early(device: torch.device, wanted: bool = True) -> dict:
-    """A kernel's arguments for such a launch, or for a usual one."""
-    return {"EARLY": True, "launch_pdl": True} if wanted and able(device) else {"EARLY": False}
+def early(device: torch.device, wanted: bool = True) -> dict[str, bool]:
+    """Launch keywords for a kernel: a programmatic dependent launch if `wanted` and supported, else a plain one."""
+    return {"EARLY": True, "launch_pdl": True} if wanted and supports_early_launch(device) else {"EARLY": False}

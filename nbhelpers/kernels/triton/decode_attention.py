@@ -1,48 +1,51 @@
-"""Attention of one new token a row over its cache: memory-bound, so what counts is that K and V are read once.
+"""Attention of one new token per row over its KV cache. It is memory-bound: what counts is that K and V are read once.
 
     o = softmax(scale q K^T) V        q [G, D] of the query heads that share a key head, K, V [positions, D]
 
-q and the new token's k are rotated to their position on the way in (rope.py), rounded as rope.py rounds them.
+q and the new token's k are rotated to their position as they are loaded, with the rounding of rope.py.
 
-The positions of a row are cut into splits, one program each, so that a few rows fill the card too ("flash-decoding");
-a second kernel joins the splits, each with the logarithm of its softmax's denominator:
+Each row's positions are cut into splits, one program per split, so that a few rows fill the card too
+("flash-decoding"); a second kernel joins the splits, each with the logarithm of its softmax's denominator:
 
     o = sum_s exp(lse_s - max) o_s / sum_s exp(lse_s - max)
 
-The new token's K and V come as arguments; the first split counts them in and stores them. The cache's address and
-strides are read from a table, so a CUDA graph outlives the cache. A T4 has no tensor cores for Triton: there the
-products are multiplications and sums on fp32 registers.
+The new token's K and V are arguments: the first split includes them and stores them. The cache's address and strides
+are read from a table, so that a captured CUDA graph stays valid when the cache is reallocated. Triton has no tensor
+core instructions for a T4: there the products are multiplications and sums in fp32 registers.
 """
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .common import begin, early, tensor_cores, wait
 
-TILE = 8192  # without tensor cores: query heads of a group x positions x D that a program multiplies at once
-BLOCK = 64  # with them: positions at once
+TILE = 8192  # without tensor cores: query heads of a group x positions x D that a program multiplies per iteration
+BLOCK = 64  # with tensor cores: positions per iteration
 WARPS, STAGES = 2, 2
-PROGRAMS = 264  # as many as there should be at least, for a card of 40 to 140 multiprocessors
+PROGRAMS = 264  # at least this many, for a card of 40 to 140 multiprocessors
 MOST_SPLITS = 16
 
 
 @triton.jit
-def _rotated(at, d, real, cos, sin, HALF: tl.constexpr):
-    """What lies at `at`, channels d: those below 2 HALF rotated, rounded to its type."""
+def _rotated(head_ptr, d, real, cos_ptr, sin_ptr, HALF: tl.constexpr):
+    """The channels d of the head at `head_ptr`, those below 2 HALF rotated, rounded to its dtype."""
     partner = tl.where(d < HALF, d + HALF, d - HALF)
-    turns = d < 2 * HALF
-    value = tl.load(at + d, real, 0.0).to(tl.float32)
-    other = tl.load(at + partner, real & turns, 0.0).to(tl.float32)
-    c, s = tl.load(cos + d % HALF, turns, 1.0).to(tl.float32), tl.load(sin + d % HALF, turns, 0.0).to(tl.float32)
-    return (value * c + tl.where(d < HALF, -other, other) * s).to(at.dtype.element_ty)
+    rotary = d < 2 * HALF
+    value = tl.load(head_ptr + d, real, 0.0).to(tl.float32)
+    other = tl.load(head_ptr + partner, real & rotary, 0.0).to(tl.float32)
+    c = tl.load(cos_ptr + d % HALF, rotary, 1.0).to(tl.float32)
+    s = tl.load(sin_ptr + d % HALF, rotary, 0.0).to(tl.float32)
+    return (value * c + tl.where(d < HALF, -other, other) * s).to(head_ptr.dtype.element_ty)
 
 
 @triton.jit(do_not_specialize=["layer"])
-def _attend(q, k, v, cos, sin, table, positions, out, lse, layer, scale, window, qb, qh, kb, kh, vb, vh, cb, sb,
-            KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
-            GROUP_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
-            DOT: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+def _attend(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, table_ptr, positions_ptr, out_ptr, lse_ptr, layer, scale, window,
+            q_batch_stride, q_head_stride, k_batch_stride, k_head_stride, v_batch_stride, v_head_stride,
+            cos_batch_stride, sin_batch_stride, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+            SPLITS: tl.constexpr, WINDOW: tl.constexpr, GROUP_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr,
+            BLOCK: tl.constexpr, HALF: tl.constexpr, DOT: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     begin(EARLY)
     wait(EARLY)
     row = (tl.program_id(0) // KV_HEADS).to(tl.int64)
@@ -51,23 +54,23 @@ def _attend(q, k, v, cos, sin, table, positions, out, lse, layer, scale, window,
     g, d, n = tl.arange(0, GROUP_BLOCK), tl.arange(0, D_BLOCK), tl.arange(0, BLOCK)
     real_g, real_d = g < GROUP, d < D
 
-    address = tl.load(table).to(tl.pointer_type(k.dtype.element_ty))
-    layer_step, row_step, head_step = tl.load(table + 1), tl.load(table + 2), tl.load(table + 3)
-    keys = tl.multiple_of(address + layer * layer_step + row * row_step + head * head_step, 16)
-    values = tl.multiple_of(keys + layer_step // 2, 16)
+    address = tl.load(table_ptr).to(tl.pointer_type(k_ptr.dtype.element_ty))
+    layer_stride, row_stride, head_stride = tl.load(table_ptr + 1), tl.load(table_ptr + 2), tl.load(table_ptr + 3)
+    keys_ptr = tl.multiple_of(address + layer * layer_stride + row * row_stride + head * head_stride, 16)
+    values_ptr = tl.multiple_of(keys_ptr + layer_stride // 2, 16)
 
-    cos += row * cb
-    sin += row * sb
-    at_q = q + row * qb + (head * GROUP + g[:, None]) * qh
-    query = _rotated(at_q, d[None, :], real_g[:, None] & real_d[None, :], cos, sin, HALF).to(tl.float32)
-    new_key = _rotated(k + row * kb + head * kh, d, real_d, cos, sin, HALF)
-    new_value = tl.load(v + row * vb + head * vh + d, real_d, 0.0)
-    position = tl.load(positions + row)
+    cos_ptr += row * cos_batch_stride
+    sin_ptr += row * sin_batch_stride
+    q_ptrs = q_ptr + row * q_batch_stride + (head * GROUP + g[:, None]) * q_head_stride
+    query = _rotated(q_ptrs, d[None, :], real_g[:, None] & real_d[None, :], cos_ptr, sin_ptr, HALF).to(tl.float32)
+    new_key = _rotated(k_ptr + row * k_batch_stride + head * k_head_stride, d, real_d, cos_ptr, sin_ptr, HALF)
+    new_value = tl.load(v_ptr + row * v_batch_stride + head * v_head_stride + d, real_d, 0.0)
+    position = tl.load(positions_ptr + row)
 
     own = split == 0
-    tl.store(keys + position * D + d, new_key, real_d & own)
-    tl.store(values + position * D + d, new_value, real_d & own)
-    most = tl.where(own, tl.sum(query * new_key.to(tl.float32)[None, :], axis=1) * scale, float("-inf"))  # [G]
+    tl.store(keys_ptr + position * D + d, new_key, real_d & own)
+    tl.store(values_ptr + position * D + d, new_value, real_d & own)
+    running_max = tl.where(own, tl.sum(query * new_key.to(tl.float32)[None, :], axis=1) * scale, float("-inf"))  # [G]
     total = tl.where(own, 1.0, 0.0) + tl.zeros([GROUP_BLOCK], tl.float32)
     result = tl.where(own, new_value.to(tl.float32)[None, :] + tl.zeros_like(query), 0.0)  # [G, D]
 
@@ -77,55 +80,58 @@ def _attend(q, k, v, cos, sin, table, positions, out, lse, layer, scale, window,
     share = tl.cdiv(tl.cdiv(position - first, SPLITS), BLOCK) * BLOCK
     start = first + split * share
     stop = tl.minimum(start + share, position)
-    for at in range(start, stop, BLOCK):
-        here = at + n
-        real = (here < stop)[:, None] & real_d[None, :]
-        key = tl.load(keys + here[:, None] * D + d[None, :], real, 0.0)
-        value = tl.load(values + here[:, None] * D + d[None, :], real, 0.0)
+    for block_start in range(start, stop, BLOCK):
+        index = block_start + n
+        real = (index < stop)[:, None] & real_d[None, :]
+        key = tl.load(keys_ptr + index[:, None] * D + d[None, :], real, 0.0)
+        value = tl.load(values_ptr + index[:, None] * D + d[None, :], real, 0.0)
         if DOT:
             score = tl.dot(query.to(key.dtype), tl.trans(key), input_precision="ieee") * scale
         else:
             score = tl.sum(query[:, None, :] * key.to(tl.float32)[None, :, :], axis=2) * scale
-        score = tl.where((here < stop)[None, :], score, float("-inf"))  # [G, BLOCK]
-        more = tl.maximum(most, tl.max(score, axis=1))
-        old, weight = tl.exp(most - more), tl.exp(score - more[:, None])
+        score = tl.where((index < stop)[None, :], score, float("-inf"))  # [G, BLOCK]
+        new_max = tl.maximum(running_max, tl.max(score, axis=1))
+        old, weight = tl.exp(running_max - new_max), tl.exp(score - new_max[:, None])
         total = total * old + tl.sum(weight, axis=1)
         if DOT:
             result = tl.dot(weight.to(value.dtype), value, result * old[:, None], input_precision="ieee")
         else:
             fresh = tl.sum(weight[:, :, None] * value.to(tl.float32)[None, :, :], axis=1)
             result = result * old[:, None] + fresh
-        most = more
+        running_max = new_max
 
-    some = total > 0.0  # else the split had no position
-    result = result / tl.where(some, total, 1.0)[:, None]
+    not_empty = total > 0.0  # false where the split has no positions
+    result = result / tl.where(not_empty, total, 1.0)[:, None]
     slot = (row * KV_HEADS + head) * GROUP + g
-    at_out = out + (slot[:, None] * SPLITS + split) * D + d[None, :]
-    tl.store(at_out, result.to(out.dtype.element_ty), real_g[:, None] & real_d[None, :])
+    out_ptrs = out_ptr + (slot[:, None] * SPLITS + split) * D + d[None, :]
+    tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), real_g[:, None] & real_d[None, :])
     if SPLITS > 1:
-        tl.store(lse + slot * SPLITS + split, tl.where(some, most + tl.log(total), float("-inf")), real_g)
+        split_lse = tl.where(not_empty, running_max + tl.log(total), float("-inf"))
+        tl.store(lse_ptr + slot * SPLITS + split, split_lse, real_g)
 
 
 @triton.jit
-def _join(parts, lse, out, D: tl.constexpr, SPLITS: tl.constexpr, D_BLOCK: tl.constexpr,
+def _join(parts_ptr, lse_ptr, out_ptr, D: tl.constexpr, SPLITS: tl.constexpr, D_BLOCK: tl.constexpr,
           EARLY: tl.constexpr):  # fmt: skip
     begin(EARLY)
     wait(EARLY)
     slot = tl.program_id(0).to(tl.int64)
     s, d = tl.arange(0, SPLITS), tl.arange(0, D_BLOCK)
-    weight = tl.load(lse + slot * SPLITS + s)
+    weight = tl.load(lse_ptr + slot * SPLITS + s)
     weight = tl.exp(weight - tl.max(weight, axis=0))
-    part = tl.load(parts + (slot * SPLITS + s[:, None]) * D + d[None, :], (d < D)[None, :], 0.0)
+    part = tl.load(parts_ptr + (slot * SPLITS + s[:, None]) * D + d[None, :], (d < D)[None, :], 0.0)
     joined = tl.sum(part * weight[:, None], axis=0) / tl.sum(weight, axis=0)
-    tl.store(out + slot * D + d, joined.to(out.dtype.element_ty), d < D)
+    tl.store(out_ptr + slot * D + d, joined.to(out_ptr.dtype.element_ty), d < D)
 
 
 def splits_for(rows: int, kv_heads: int) -> int:
-    """A power of two: into how many programs the positions of a row and head are cut."""
+    """How many programs the positions of one row and key head are cut into: a power of two."""
     return min(MOST_SPLITS, triton.next_power_of_2(triton.cdiv(PROGRAMS, rows * kv_heads)))
 
 
-def decode_attention(q, k, v, cos, sin, cache, table, layer, positions, longest, scale, window=None):
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, table: Tensor,
+                     layer: int, positions: Tensor, longest: int, scale: float,
+                     window: int | None = None) -> Tensor:  # fmt: skip
     """See nbhelpers.kernels.decode_attention."""
     rows, heads, _, dim = q.shape
     kv_heads = k.shape[1]

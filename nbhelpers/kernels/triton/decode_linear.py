@@ -1,68 +1,76 @@
-"""Linear layers with LoRA for a step of decoding: few rows, no gradient, and as few launches as can be.
+"""Linear layers with LoRA in a decoding step: few rows, no gradient, and as few launches as possible.
 
-    y_i = x W_i^T,  t_i = x A_i^T               [N, out_i], [N, r_i]    one launch for all NF4 parts (nf4_rows.py); or
-                                                                        bitsandbytes' few-row product or cuBLAS, and
+    y_i = x W_i^T,  t_i = x A_i^T               [N, out_i], [N, r_i]    one launch for all NF4 parts (nf4_few_rows.py);
+                                                                        or bitsandbytes' few-row product or cuBLAS, and
                                                                         one launch for all t_i
-    z_i = y_i + b_i + s_i t_i B_i^T             one launch for all parts; gate and up go through SwiGLU in it, and a
-                                                residual is added
+    z_i = y_i + b_i + s_i t_i B_i^T             one launch for all parts; it includes the SwiGLU of gate and up, and
+                                                the addition of a residual
 
-A step of a small model is bound by launches: PyTorch would need a dozen here (A's stacked and cast, a product with each
-B, ...). A and B are read where the optimizer writes them, in fp32. Both t and y come in splits of the inner sum, fp32
-[splits, N, width], and are added up by the last launch. Without tensor cores (T4) the thin products are sums on
-registers.
+A step of a small model is launch-bound: PyTorch would need a dozen launches here (stacking and casting the A's, a
+product with each B, ...). A and B are read where the optimizer writes them, in fp32. Both t and y are split along the
+inner dimension, fp32 [splits, N, width], and the last launch sums the splits. Without tensor cores (T4) the thin
+products are multiplications and sums in registers.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..reference import Projection
 from . import nf4_few_rows
-from .common import begin, early, tensor_cores, three, wait
+from .common import begin, early, pad_to_three, tensor_cores, wait
 from .lora_linear import project, without_lora
 from .lora_mlp import SHRINK_FP16
 
-TILE = 8192  # rows x ranks x columns that a program of the thin product multiplies at once
-SPLIT, ROWS = 256, 4  # columns of a split of the thin product, and rows of one of its programs
-OUT_COLUMNS, OUT_WARPS = 32, 1  # of a program of the last launch
+TILE = 8192  # rows x ranks x columns that a program of the thin product multiplies per iteration
+SPLIT, ROWS = 256, 4  # columns per split of the thin product, and rows per program
+OUT_COLUMNS, OUT_WARPS = 32, 1  # per program of the last launch
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _thin(x, a0, a1, a2, t, rows, x_step, K, R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
+def _thin(x_ptr, a0_ptr, a1_ptr, a2_ptr, t_ptr, rows, x_stride, K, R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
           SPLIT: tl.constexpr, ROWS: tl.constexpr, R_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr):  # fmt: skip
+    """t of one part and split, [ROWS, R_BLOCK] per program: x A^T over the split's columns."""
     part, split = tl.program_id(1), tl.program_id(2)
-    a, rank, first = a0, R0, 0
+    a_ptr, rank, first = a0_ptr, R0, 0
     if part == 1:
-        a, rank, first = a1, R1, R0
+        a_ptr, rank, first = a1_ptr, R1, R0
     if part == 2:
-        a, rank, first = a2, R2, R0 + R1
+        a_ptr, rank, first = a2_ptr, R2, R0 + R1
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     r, k = tl.arange(0, R_BLOCK), tl.arange(0, K_BLOCK)
     total = tl.zeros([ROWS, R_BLOCK], tl.float32)
     for start in range(0, SPLIT, K_BLOCK):
-        at = split * SPLIT + start + k
-        rows_x = tl.load(x + row[:, None] * x_step + at[None, :], (row < rows)[:, None] & (at < K)[None, :], 0.0)
-        rows_a = tl.load(a + r[:, None] * K + at[None, :], (r < rank)[:, None] & (at < K)[None, :], 0.0)
+        column = split * SPLIT + start + k
+        rows_x = tl.load(
+            x_ptr + row[:, None] * x_stride + column[None, :], (row < rows)[:, None] & (column < K)[None, :], 0.0
+        )
+        rows_a = tl.load(a_ptr + r[:, None] * K + column[None, :], (r < rank)[:, None] & (column < K)[None, :], 0.0)
         total += tl.sum(rows_x.to(tl.float32)[:, None, :] * rows_a.to(tl.float32)[None, :, :], axis=2)
-    out = (split * rows + row[:, None]) * (R0 + R1 + R2) + first + r[None, :]
-    tl.store(t + out, total, (row < rows)[:, None] & (r < rank)[None, :])
+    offset = (split * rows + row[:, None]) * (R0 + R1 + R2) + first + r[None, :]
+    tl.store(t_ptr + offset, total, (row < rows)[:, None] & (r < rank)[None, :])
 
 
 @triton.jit
-def _sum(at, real, split_step, SPLITS: tl.constexpr):
-    """The splits of a tile added up."""
-    total = tl.load(at, real, 0.0).to(tl.float32)
+def _sum(ptrs, real, split_stride, SPLITS: tl.constexpr):
+    """The sum of a tile over the splits."""
+    total = tl.load(ptrs, real, 0.0).to(tl.float32)
     for s in tl.static_range(1, SPLITS):
-        total += tl.load(at + s * split_step, real, 0.0).to(tl.float32)
+        total += tl.load(ptrs + s * split_stride, real, 0.0).to(tl.float32)
     return total
 
 
 @triton.jit
-def _delta(b, t, n, m, real_n, real_m, rows, first, rank, R: tl.constexpr, SPLITS: tl.constexpr, R_BLOCK: tl.constexpr,
-           DOT: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
-    """t_i B_i^T [ROWS, COLUMNS]; t_i begins at column `first` of the R in t."""
+def _delta(b_ptr, t_ptr, n, m, real_n, real_m, rows, first, rank, R: tl.constexpr, SPLITS: tl.constexpr,
+           R_BLOCK: tl.constexpr, DOT: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
+    """t_i B_i^T [ROWS, COLUMNS], where t_i begins at column `first` of the R columns of t."""
     r = tl.arange(0, R_BLOCK)
-    thin = _sum(t + m[:, None] * R + first + r, real_m[:, None] & (r < rank), rows * R, SPLITS)  # [ROWS, R_BLOCK]
-    rows_b = tl.load(b + n[:, None] * rank + r, real_n[:, None] & (r < rank), 0.0)  # [COLUMNS, R_BLOCK]
+    thin = _sum(t_ptr + m[:, None] * R + first + r, real_m[:, None] & (r < rank), rows * R, SPLITS)  # [ROWS, R_BLOCK]
+    rows_b = tl.load(b_ptr + n[:, None] * rank + r, real_n[:, None] & (r < rank), 0.0)  # [COLUMNS, R_BLOCK]
     if DOT:
         return tl.dot(thin.to(dtype), tl.trans(rows_b.to(dtype)), input_precision="ieee")
     return tl.sum(thin[:, None, :] * rows_b.to(tl.float32)[None, :, :], axis=2)
@@ -70,108 +78,114 @@ def _delta(b, t, n, m, real_n, real_m, rows, first, rank, R: tl.constexpr, SPLIT
 
 @triton.jit
 def _within_fp16(value):
+    """value, clamped to fp16's range."""
     return tl.minimum(tl.maximum(value, -65504.0), 65504.0)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _add(y0, y1, y2, step0, step1, step2, split_step, bias0, bias1, bias2, b0, b1, b2, t, residual, out, rows,
-         N0, N1, N2, s0, s1, s2, alpha, R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
-         BIAS0: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, RESIDUAL: tl.constexpr, Y_SPLITS: tl.constexpr,
-         SPLITS: tl.constexpr, R_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-         DOT: tl.constexpr, DTYPE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
-    """out = [z_1, z_2, ..], or residual + alpha (y + s t B^T) + b of one part."""
+def _add(y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, split_stride, bias0_ptr, bias1_ptr, bias2_ptr, b0_ptr,
+         b1_ptr, b2_ptr, t_ptr, residual_ptr, out_ptr, rows, N0, N1, N2, scale0, scale1, scale2, alpha,
+         R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, BIAS0: tl.constexpr, BIAS1: tl.constexpr,
+         BIAS2: tl.constexpr, RESIDUAL: tl.constexpr, Y_SPLITS: tl.constexpr, SPLITS: tl.constexpr,
+         R_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOT: tl.constexpr, DTYPE: tl.constexpr,
+         EARLY: tl.constexpr):  # fmt: skip
+    """out = [z_1, z_2, ..], or residual + alpha (y + s t B^T) + b of a single part."""
     begin(EARLY)
     wait(EARLY)
     block = tl.program_id(0)
-    y, step, bias, b, N, scale, rank, at_t, first, has = y0, step0, bias0, b0, N0, s0, R0, 0, 0, BIAS0
+    y_ptr, y_stride, bias_ptr, b_ptr = y0_ptr, y0_stride, bias0_ptr, b0_ptr
+    N, scale, rank, t_column, first, has_bias = N0, scale0, R0, 0, 0, BIAS0
     blocks0, blocks1 = tl.cdiv(N0, COLUMNS), tl.cdiv(N1, COLUMNS)
     if block >= blocks0:
         if block < blocks0 + blocks1:
-            y, step, bias, b, N, scale, rank, at_t, first, has = y1, step1, bias1, b1, N1, s1, R1, R0, N0, BIAS1
+            y_ptr, y_stride, bias_ptr, b_ptr = y1_ptr, y1_stride, bias1_ptr, b1_ptr
+            N, scale, rank, t_column, first, has_bias = N1, scale1, R1, R0, N0, BIAS1
             block -= blocks0
         else:
-            y, step, bias, b, N, scale, rank, at_t, has = y2, step2, bias2, b2, N2, s2, R2, R0 + R1, BIAS2
-            first = N0 + N1
+            y_ptr, y_stride, bias_ptr, b_ptr = y2_ptr, y2_stride, bias2_ptr, b2_ptr
+            N, scale, rank, t_column, first, has_bias = N2, scale2, R2, R0 + R1, N0 + N1, BIAS2
             block -= blocks0 + blocks1
     n, m = block * COLUMNS + tl.arange(0, COLUMNS), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     real_n, real_m = n < N, m < rows
     real = real_m[:, None] & real_n[None, :]
-    value = _sum(y + m[:, None] * step + n[None, :], real, split_step, Y_SPLITS)
+    value = _sum(y_ptr + m[:, None] * y_stride + n[None, :], real, split_stride, Y_SPLITS)
     if R0 + R1 + R2 > 0:
-        value += scale * _delta(b, t, n, m, real_n, real_m, rows, at_t, rank, R0 + R1 + R2, SPLITS, R_BLOCK, DOT, DTYPE)
-    value = alpha * value + tl.load(bias + n, real_n & has, 0.0).to(tl.float32)[None, :]
+        value += scale * _delta(
+            b_ptr, t_ptr, n, m, real_n, real_m, rows, t_column, rank, R0 + R1 + R2, SPLITS, R_BLOCK, DOT, DTYPE
+        )
+    value = alpha * value + tl.load(bias_ptr + n, real_n & has_bias, 0.0).to(tl.float32)[None, :]
     if RESIDUAL:
-        value += tl.load(residual + m[:, None] * N + n[None, :], real, 0.0).to(tl.float32)
-        if out.dtype.element_ty == tl.float16:
+        value += tl.load(residual_ptr + m[:, None] * N + n[None, :], real, 0.0).to(tl.float32)
+        if out_ptr.dtype.element_ty == tl.float16:
             value = _within_fp16(value)
-    tl.store(out + m[:, None] * (N0 + N1 + N2) + first + n[None, :], value.to(out.dtype.element_ty), real)
+    tl.store(out_ptr + m[:, None] * (N0 + N1 + N2) + first + n[None, :], value.to(out_ptr.dtype.element_ty), real)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _gate(g, u, step, split_step, bias_g, bias_u, bg, bu, t, h, rows, N, sg, su, inverse,
-          RG: tl.constexpr, RU: tl.constexpr, FIRST: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr,
-          Y_SPLITS: tl.constexpr, SPLITS: tl.constexpr, R_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+def _gate(g_ptr, u_ptr, y_stride, split_stride, bias_g_ptr, bias_u_ptr, b_g_ptr, b_u_ptr, t_ptr, h_ptr, rows, N,
+          scale_g, scale_u, inverse, RG: tl.constexpr, RU: tl.constexpr, FIRST: tl.constexpr, R: tl.constexpr,
+          BIAS: tl.constexpr, Y_SPLITS: tl.constexpr, SPLITS: tl.constexpr, R_BLOCK: tl.constexpr, ROWS: tl.constexpr,
           COLUMNS: tl.constexpr, DOT: tl.constexpr, DTYPE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
-    """h = silu(z_gate) * z_up * inverse; up's ranks begin at FIRST of the R in t."""
+    """h = silu(z_gate) * z_up * inverse; up's ranks begin at column FIRST of the R columns of t."""
     begin(EARLY)
     wait(EARLY)
     n, m = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     real_n, real_m = n < N, m < rows
     real = real_m[:, None] & real_n[None, :]
-    gate = _sum(g + m[:, None] * step + n[None, :], real, split_step, Y_SPLITS)
-    up = _sum(u + m[:, None] * step + n[None, :], real, split_step, Y_SPLITS)
+    gate = _sum(g_ptr + m[:, None] * y_stride + n[None, :], real, split_stride, Y_SPLITS)
+    up = _sum(u_ptr + m[:, None] * y_stride + n[None, :], real, split_stride, Y_SPLITS)
     if RG > 0:
-        gate += sg * _delta(bg, t, n, m, real_n, real_m, rows, 0, RG, R, SPLITS, R_BLOCK, DOT, DTYPE)
+        gate += scale_g * _delta(b_g_ptr, t_ptr, n, m, real_n, real_m, rows, 0, RG, R, SPLITS, R_BLOCK, DOT, DTYPE)
     if RU > 0:
-        up += su * _delta(bu, t, n, m, real_n, real_m, rows, FIRST, RU, R, SPLITS, R_BLOCK, DOT, DTYPE)
+        up += scale_u * _delta(b_u_ptr, t_ptr, n, m, real_n, real_m, rows, FIRST, RU, R, SPLITS, R_BLOCK, DOT, DTYPE)
     if BIAS:
-        gate += tl.load(bias_g + n, real_n, 0.0).to(tl.float32)[None, :]
-        up += tl.load(bias_u + n, real_n, 0.0).to(tl.float32)[None, :]
-    if h.dtype.element_ty == tl.float16:  # an infinite gate or up would make 0 * inf
+        gate += tl.load(bias_g_ptr + n, real_n, 0.0).to(tl.float32)[None, :]
+        up += tl.load(bias_u_ptr + n, real_n, 0.0).to(tl.float32)[None, :]
+    if h_ptr.dtype.element_ty == tl.float16:  # an infinite gate or up would make 0 * inf
         gate, up = _within_fp16(gate), _within_fp16(up)
     value = gate / (1.0 + tl.exp(-gate)) * up * inverse
-    if h.dtype.element_ty == tl.float16:
+    if h_ptr.dtype.element_ty == tl.float16:
         value = _within_fp16(value)
-    tl.store(h + m[:, None] * N + n[None, :], value.to(h.dtype.element_ty), real)
+    tl.store(h_ptr + m[:, None] * N + n[None, :], value.to(h_ptr.dtype.element_ty), real)
 
 
 # ------------------------------------------------------------------------------------------------- the three launches
 
 
-def _or_some(tensors, filler) -> list:
-    """The tensors; in the place of None any other of them (a kernel's branches want pointers of one type)."""
+def _fill_none(tensors: Sequence[Tensor | None], filler: Tensor) -> list[Tensor]:
+    """The tensors, with None replaced by any other of them: a kernel's branches need pointers of one type."""
     some = next((tensor for tensor in tensors if tensor is not None), filler)
     return [(some if tensor is None else tensor).detach().contiguous() for tensor in tensors]
 
 
-def _rank(part) -> int:
+def _rank(part: Projection) -> int:
+    """The LoRA rank of a part; 0 without a LoRA."""
     return 0 if part.lora_a is None else part.lora_a.shape[0]
 
 
-def _thin_product(x, parts):
-    """t, fp32 [splits, N, sum of r]; where no part has a LoRA a tensor without elements."""
+def _thin_product(x: Tensor, parts: Sequence[Projection]) -> Tensor:
+    """t, fp32 [splits, N, sum of r]; without elements if no part has a LoRA."""
     ranks = [_rank(part) for part in parts]
     rows, width = x.shape
     splits = triton.cdiv(width, SPLIT)
     t = torch.empty(splits, rows, sum(ranks), dtype=torch.float32, device=x.device)
     if t.numel():
-        some = next(part.lora_a for part in parts if part.lora_a is not None).detach()
-        a = [some if part.lora_a is None else part.lora_a.detach().contiguous() for part in parts]
+        a = _fill_none([part.lora_a for part in parts], t)
         r_block = triton.next_power_of_2(max(ranks))
         k_block = max(16, min(SPLIT, TILE // (ROWS * r_block)))
         _thin[(triton.cdiv(rows, ROWS), len(parts), splits)](
-            x, *three(a, some), t, rows, x.stride(0), width, *three(ranks, 0), SPLIT, ROWS, r_block, k_block,
-            num_warps=4,
+            x, *pad_to_three(a, a[0]), t, rows, x.stride(0), width, *pad_to_three(ranks, 0), SPLIT, ROWS, r_block,
+            k_block, num_warps=4,
         )  # fmt: skip
     return t
 
 
-def _products(x, parts):
-    """x W_i^T of every part, each [splits, N, out_i] with one stride between splits for all of them; and t."""
+def _products(x: Tensor, parts: Sequence[Projection]) -> tuple[Sequence[Tensor], Tensor]:
+    """y, x W_i^T of every part [splits, N, out_i], all with one stride between splits; and t of `_thin_product`."""
     if nf4_few_rows.serves(x, parts):
-        y, t = nf4_few_rows.few_rows_product(x, parts)
+        product, t = nf4_few_rows.few_rows_product(x, parts)
         t = _thin_product(x, parts) if t is None else t
-        return y.split([part.quant_state.shape[0] for part in parts], dim=2), t
+        return product.split([part.out_features for part in parts], dim=2), t
     y = [project(x, [part._replace(bias=None)])[None] for part in without_lora(parts)]
     return y, _thin_product(x, parts)
 
@@ -179,10 +193,11 @@ def _products(x, parts):
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-def _options(x, t, y, parts) -> dict:
-    """How the last launch reads t and y, and its tile."""
+def _options(x: Tensor, t: Tensor, y: Sequence[Tensor], parts: Sequence[Projection]) -> dict[str, Any]:
+    """Keyword arguments of the last launch: how it reads t and y, and its tile."""
     r_block, dot = triton.next_power_of_2(max(1, *map(_rank, parts))), tensor_cores(x.device)
-    # without tl.dot: one row while there are few, as they would wait for each other; later several, which share B
+    # without tl.dot: one row per program while rows are few, since rows of a program run one after the other; several
+    # once there are more, which then share B
     rows = 16 if dot else min(8, triton.next_power_of_2(triton.cdiv(x.shape[0], 16)))
     return {
         "Y_SPLITS": y[0].shape[0], "SPLITS": t.shape[0], "R_BLOCK": max(16, r_block) if dot else r_block, "DOT": dot,
@@ -191,43 +206,44 @@ def _options(x, t, y, parts) -> dict:
     }  # fmt: skip
 
 
-def _finish(x, parts, residual=None, alpha=1.0):
+def _finish(x: Tensor, parts: Sequence[Projection], residual: Tensor | None = None, alpha: float = 1.0) -> Tensor:
     """[z_1, z_2, ..] as one tensor [N, sum of out] in x's dtype, or residual + alpha (y + s t B^T) + b."""
     y, t = _products(x, parts)
     options, widths = _options(x, t, y, parts), [product.shape[2] for product in y]
     out = torch.empty(x.shape[0], sum(widths), dtype=x.dtype if residual is None else residual.dtype, device=x.device)
-    bias, b = _or_some([part.bias for part in parts], t), _or_some([part.lora_b for part in parts], t)
+    bias, b = _fill_none([part.bias for part in parts], t), _fill_none([part.lora_b for part in parts], t)
     blocks = sum(triton.cdiv(width, options["COLUMNS"]) for width in widths)
     _add[(blocks, triton.cdiv(x.shape[0], options["ROWS"]))](
-        *three(y, y[0]), *three([product.stride(1) for product in y], 0), y[0].stride(0), *three(bias, bias[0]),
-        *three(b, b[0]), t, out if residual is None else residual, out, x.shape[0], *three(widths, 0),
-        *three([float(part.scale) for part in parts], 0.0), float(alpha), *three(list(map(_rank, parts)), 0),
-        *three([part.bias is not None for part in parts], False), residual is not None, **options,
+        *pad_to_three(y, y[0]), *pad_to_three([product.stride(1) for product in y], 0), y[0].stride(0),
+        *pad_to_three(bias, bias[0]), *pad_to_three(b, b[0]), t, out if residual is None else residual, out, x.shape[0],
+        *pad_to_three(widths, 0), *pad_to_three([float(part.scale) for part in parts], 0.0), float(alpha),
+        *pad_to_three(list(map(_rank, parts)), 0), *pad_to_three([part.bias is not None for part in parts], False),
+        residual is not None, **options,
     )  # fmt: skip
     return out
 
 
-def decode_linear(x, parts):
+def decode_linear(x: Tensor, parts: tuple[Projection, ...]) -> tuple[Tensor, ...]:
     """See nbhelpers.kernels.decode_linear."""
     out = _finish(x.reshape(-1, x.shape[-1]), parts)
-    widths = [(part.weight if part.quant_state is None else part.quant_state).shape[0] for part in parts]
+    widths = [part.out_features for part in parts]
     return out.view(*x.shape[:-1], -1).split(widths, dim=-1)
 
 
-def decode_mlp(x, gate_up, down, residual):
+def decode_mlp(x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor) -> Tensor:
     """See nbhelpers.kernels.decode_mlp."""
     shrink = SHRINK_FP16 if x.dtype == torch.float16 else 1.0
     h = _gated(x.reshape(-1, x.shape[-1]), gate_up, 1.0 / shrink)
     return _finish(h, (down,), residual.reshape(h.shape[0], -1).contiguous(), shrink).view(residual.shape)
 
 
-def _gated(x, parts, inverse):
-    """silu(gate) * up * inverse [N, I] of two projections, or of one with both (Phi-3)."""
+def _gated(x: Tensor, parts: Sequence[Projection], inverse: float) -> Tensor:
+    """silu(gate) * up * inverse, [N, I], of two projections, or of one that holds both (Phi-3)."""
     y, t = _products(x, parts)
     bias = [t if part.bias is None else part.bias.detach() for part in parts]
     b = [t if part.lora_b is None else part.lora_b.detach().contiguous() for part in parts]
     first = _rank(parts[0])
-    if len(parts) == 1:  # the second half of everything, but of t
+    if len(parts) == 1:  # gate and up are the two halves of everything except t
         first, y = 0, y[0].chunk(2, dim=2)
         b, bias = ([both[0], both[0][len(both[0]) // 2 :]] if both[0] is not t else [t, t] for both in (b, bias))
     width = y[0].shape[2]

@@ -1,8 +1,8 @@
-"""When may a kernel write its result over its input, and how does autograd learn of it.
+"""When a kernel may write its result over its input, and how autograd is told.
 
-A kernel writes through a raw pointer, so autograd does not see it. `overwritten` tells it: another operation that
-saved the old values then raises "modified by an inplace operation" in its backward, and so does a second backward
-through the same graph, instead of computing with the wrong numbers.
+A kernel writes through a raw pointer, which autograd does not see. `overwritten` tells it: another operation that saved
+the old values then raises "modified by an inplace operation" in its backward, and so does a second backward through the
+same graph, instead of computing with wrong numbers.
 """
 
 import torch
@@ -10,10 +10,13 @@ from torch import Tensor
 
 
 def may_overwrite(t: Tensor) -> bool:
-    """Whether t is an intermediate result: neither a leaf that wants a gradient (a parameter, a test's input) nor a
-    view of one, and no element of it stands for several (an expanded dimension)."""
-    base = t._base if t._is_view() else t
-    expanded = any(step == 0 and n > 1 for n, step in zip(t.shape, t.stride(), strict=True))
+    """Whether t is an intermediate result that can be written over.
+
+    That is, t is neither a leaf that requires a gradient (a parameter, a test's input) nor a view of one, and no
+    element of it stands for several (an expanded dimension).
+    """
+    base = t if t._base is None else t._base  # of a view: the tensor that it views
+    expanded = any(stride == 0 and n > 1 for n, stride in zip(t.shape, t.stride(), strict=True))
     return not (base.is_leaf and base.requires_grad) and not expanded
 
 

@@ -7,31 +7,41 @@
 
     dlogp/dz_j = 1[j = target] - p_j    so    dh = (g / T) * G,    G = (1[target] - p) W     [N, H]
 
-Tokens go through in chunks: a cuBLAS product writes a chunk's logits into a buffer of at most SCRATCH_BYTES, a Triton
-kernel reads them once (online log-sum-exp, arXiv:1805.02867), a second one turns them in place into 1[target] - p, and
-another product gives G. The upstream gradient g is one number a token and stands outside: G is formed in the
-forward while the logits are at hand, and the backward is one multiplication. That is two products where recomputing
-takes three. Recomputed all the same is: G of a head that learns too (its gradient has g inside the sum over tokens),
-and logits of a head that is not there in 16 bits (NF4, or an fp32 master), which is undone 8,192 words at a time.
-Without a gradient nothing needs all words of a token at once: there a chunk has more tokens and goes through the
-vocabulary slice by slice, so that W is read from memory fewer times. A product whose result is kept in 16 bits comes
-out of cuBLAS in fp32 and is rounded once: cuBLAS may split a long sum and add its parts in 16 bits.
+Tokens are processed in chunks: a cuBLAS product writes a chunk's logits into a buffer of at most SCRATCH_BYTES, a
+Triton kernel reads them once (online log-sum-exp, arXiv:1805.02867), a second kernel turns them in place into
+1[target] - p, and another product gives G. The upstream gradient g is one number per token, a factor outside the sum:
+G is formed in the forward while the logits are in the buffer, and the backward is one multiplication. That is two
+products, where recomputing the logits in the backward takes three. Two things are recomputed all the same: G of a head
+that is trained too (its gradient has g inside the sum over tokens), and the logits of a head that is not stored in 16
+bits (NF4, or an fp32 master), which is dequantised or cast 8,192 words at a time.
 
-fp16 ends at 65504. Rows of h with an element above 16 are divided by a power of two before the product (exact but for
-what falls under 6e-8) and the logits multiplied by it in fp32; 1[target] - p is kept times 256, since p of a rare word
-is below fp16's smallest number. bf16 and fp32 have the range and are left alone.
+Without a gradient no step needs a token's whole vocabulary at once: there a chunk has more tokens and goes through the
+vocabulary slice by slice, so that W is read from memory fewer times. A product whose result is kept in 16 bits leaves
+cuBLAS in fp32 and is rounded once: cuBLAS may otherwise split a long sum and add its parts in 16 bits.
+
+fp16's largest number is 65504. Rows of h with an element above 16 are divided by a power of two before the product
+(exact except for what falls below 6e-8) and the logits multiplied by it in fp32; 1[target] - p is kept times 256, since
+p of a rare word is below fp16's smallest number. bf16 and fp32 have the range and are not scaled.
 """
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from nbhelpers.gpu import LOGITS_BYTES as SCRATCH_BYTES
 
 from .common import ceil_div, power_of_2
 from .nf4 import dequantize_nf4
 
-SCRATCH_BYTES = 263_000_000  # 1,024 tokens x 128,256 words in 16 bits
-SLICE_TOKENS, SLICE_WORDS = 4096, 8192  # of a head that has to be made dense piece by piece
-FORWARD_TOKENS = 4096  # where no gradient is wanted; the slice of words is what the scratch leaves for it
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+
+SLICE_TOKENS, SLICE_WORDS = 4096, 8192  # of a head that is dequantised or cast slice by slice
+FORWARD_TOKENS = 4096  # tokens of a chunk without gradients; its slice of words is what then fits the scratch buffer
 IGNORE = -100
 
 
@@ -41,11 +51,11 @@ def _logsumexp_kernel(
     z_stride,
     bias_ptr,  # [words] if BIAS
     target_ptr,  # int64 [rows]
-    grow_ptr,  # fp32 [rows], what the logits are multiplied by: 2^k / T
-    max_ptr,  # fp32 [rows]: the running maximum, and relative to it
+    grow_ptr,  # fp32 [rows], the factor of the logits: 2^k / T
+    max_ptr,  # fp32 [rows], like the next three: the running maximum
     sum_ptr,  # sum of exp(z - max)
     dot_ptr,  # sum of exp(z - max) z, if ENTROPY
-    hit_ptr,  # z of the target, once its slice has come
+    hit_ptr,  # z of the target, once its slice has been processed
     bias_factor,  # 1 / T
     first_word,
     words,
@@ -53,7 +63,7 @@ def _logsumexp_kernel(
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a token: fold a slice of the vocabulary into the token's running sums."""
+    """Fold a slice of the vocabulary into the running sums of a token; one program per token."""
     row = tl.program_id(0)
     z_ptr += row.to(tl.int64) * z_stride
     grow = tl.load(grow_ptr + row)
@@ -88,7 +98,7 @@ def _gradient_kernel(
     z_ptr, z_stride, bias_ptr, target_ptr, grow_ptr, lse_ptr, bias_factor, first_word, words, unit, ignore,
     BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """z becomes unit * (1[target] - p) in place, or 0 in the row of an ignored target. Arguments as above."""
+    """Replace z by unit * (1[target] - p) in place, by 0 in the row of an ignored target. Arguments as above."""
     row = tl.program_id(0)
     word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     z_ptr += row.to(tl.int64) * z_stride
@@ -102,13 +112,17 @@ def _gradient_kernel(
 
 
 class _Head:
-    """The vocabulary matrix in `dtype`, whole if it lies there so, else slice by slice; and the sizes that follow.
+    """The vocabulary matrix in `dtype`: whole if it is stored so, else slice by slice; and the sizes that follow from
+    that.
 
-    tile: (tokens, words) of one product. None: all words and as many tokens as the scratch has room for, if the
-    gradient is formed on the way (`in_one`), else FORWARD_TOKENS.
+    tile: (tokens, words) of one product. None: all words and as many tokens as the scratch buffer holds if the gradient
+    is formed in the forward (`in_one`), else FORWARD_TOKENS.
     """
 
-    def __init__(self, weight, quant_state, bias, words, temperature, dtype, scratch_bytes, in_one=True, tile=None):
+    def __init__(
+        self, weight: Tensor, quant_state: "QuantState | None", bias: Tensor | None, words: int, temperature: float,
+        dtype: torch.dtype, scratch_bytes: int, in_one: bool = True, tile: tuple[int, int] | None = None,
+    ):  # fmt: skip
         self.weight, self.quant_state, self.bias = weight.detach(), quant_state, bias
         self.words, self.temperature, self.dtype = words, temperature, dtype
         self.whole = quant_state is None and weight.dtype == dtype
@@ -126,17 +140,18 @@ class _Head:
             self.slice_words = min(words, ceil_div(ceil_div(words, slices), 64) * 64)
             self.tokens = _whole_tiles(room // self.slice_words)
 
-    def slices(self):
-        """(first word, W [words, H] of it and the words after it); the next slice may overwrite the last one."""
-        buffer = None
-        if not self.whole:
-            width = (self.weight if self.quant_state is None else self.quant_state).shape[1]
-            buffer = torch.empty(self.slice_words, width, dtype=self.dtype, device=self.weight.device)
-        for first in range(0, self.words, self.slice_words):
-            last = min(first + self.slice_words, self.words)
-            if self.whole:
-                yield first, self.weight[first:last]
-                continue
+    def slices(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield (first word, W [words, H] of the slice that begins there).
+
+        A slice is valid until the next one is made, which may overwrite it.
+        """
+        spans = [(first, min(first + self.slice_words, self.words)) for first in range(0, self.words, self.slice_words)]
+        if self.whole:
+            yield from ((first, self.weight[first:last]) for first, last in spans)
+            return
+        width = (self.weight if self.quant_state is None else self.quant_state).shape[1]
+        buffer = torch.empty(self.slice_words, width, dtype=self.dtype, device=self.weight.device)
+        for first, last in spans:
             w = buffer[: last - first]
             if self.quant_state is None:
                 w.copy_(self.weight[first:last])
@@ -144,8 +159,8 @@ class _Head:
                 dequantize_nf4(self.weight, self.quant_state, self.dtype, w, rows=(first, last))
             yield first, w
 
-    def chunks(self, hidden, target):
-        """(slice of tokens, h as the product wants it, its targets, what multiplies the logits)."""
+    def chunks(self, hidden: Tensor, target: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """Yield (slice of tokens, h as the product takes it, its targets, the factor of its logits)."""
         for start in range(0, hidden.shape[0], self.tokens):
             span = slice(start, start + self.tokens)
             h = hidden[span]
@@ -156,11 +171,15 @@ class _Head:
                 h, grow = h * power[:, None].to(h.dtype), grow / power
             yield span, h, target[span], grow
 
-    def logits(self, buffer, h, w):
+    def logits(self, buffer: Tensor, h: Tensor, w: Tensor) -> Tensor:
+        """h W^T of a chunk and a slice, [tokens, words], written into the buffer."""
         z = buffer[: h.shape[0] * w.shape[0]].view(h.shape[0], w.shape[0])
         return torch.mm(h, w.t(), out=z)
 
-    def fold(self, z, first, target, grow, sums, entropy):
+    def fold(
+        self, z: Tensor, first: int, target: Tensor, grow: Tensor, sums: tuple[Tensor, ...], entropy: bool
+    ) -> None:
+        """Fold the logits z of a slice into the chunk's running (max, sum, dot, hit)."""
         bias = z if self.bias is None else self.bias[first:]
         block = min(4096, power_of_2(z.shape[1]))
         _logsumexp_kernel[(z.shape[0],)](
@@ -168,7 +187,8 @@ class _Head:
             BIAS=self.bias is not None, ENTROPY=entropy, BLOCK=block, num_warps=8,
         )  # fmt: skip
 
-    def to_gradient(self, z, first, target, grow, lse):
+    def to_gradient(self, z: Tensor, first: int, target: Tensor, grow: Tensor, lse: Tensor) -> None:
+        """Replace the logits z of a slice by unit * (1[target] - p)."""
         bias = z if self.bias is None else self.bias[first:]
         block = min(4096, power_of_2(z.shape[1]))
         _gradient_kernel[(z.shape[0], ceil_div(z.shape[1], block))](
@@ -177,20 +197,20 @@ class _Head:
         )  # fmt: skip
 
 
-def _whole_tiles(tokens):
-    """A number of tokens that fits whole tiles of a matrix product, at least 1."""
+def _whole_tiles(tokens: int) -> int:
+    """`tokens` rounded down to whole tiles of a matrix product (128), if there is at least one; at least 1."""
     return max(1, tokens // 128 * 128 or tokens)
 
 
-def _product(a, b):
+def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in fp32."""
     if a.dtype == torch.float32:
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def _add_product(total, a, b):
-    """total += a @ b, total in fp32 and the product not rounded to 16 bits before it is added."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, with total in fp32 and the product not rounded to 16 bits before it is added."""
     if a.dtype == torch.float32:
         total.addmm_(a, b)
     elif a.is_cuda:
@@ -199,12 +219,14 @@ def _add_product(total, a, b):
         total.addmm_(a.float(), b.float())
 
 
-def _forward(head, hidden, target, entropy, with_direction):
+def _forward(
+    head: _Head, hidden: Tensor, target: Tensor, entropy: bool, with_direction: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """(logp, entropy or None, lse, G or None) of all tokens."""
     tokens, device = hidden.shape[0], hidden.device
     buffer = torch.empty(min(head.tokens, tokens) * head.slice_words, dtype=head.dtype, device=device)
     lse = torch.empty(tokens, dtype=torch.float32, device=device)
-    logp, spread = torch.empty_like(lse), torch.empty_like(lse) if entropy else None
+    logp, entropies = torch.empty_like(lse), torch.empty_like(lse) if entropy else None
     direction = torch.empty(hidden.shape, dtype=hidden.dtype, device=device) if with_direction else None
     for span, h, wanted, grow in head.chunks(hidden, target):
         top, total, dot, hit = sums = torch.zeros(4, h.shape[0], dtype=torch.float32, device=device).unbind()
@@ -216,44 +238,54 @@ def _forward(head, hidden, target, entropy, with_direction):
         torch.add(top, total.log(), out=lse[span])
         torch.sub(hit, lse[span], out=logp[span])
         logp[span].masked_fill_(wanted == IGNORE, 0.0)
-        if entropy:
-            torch.sub(lse[span], dot / total, out=spread[span])
-        if with_direction and head.whole:  # the logits of all words are still in the buffer
+        if entropies is not None:
+            torch.sub(lse[span], dot / total, out=entropies[span])
+        if direction is not None and head.whole:  # the logits of all words are still in the buffer
             head.to_gradient(z, 0, wanted, grow, lse[span])
             direction[span] = _product(z, w)
-        elif with_direction:
+        elif direction is not None:
             direction[span] = _direction(head, buffer, h, wanted, grow, lse[span])
-    return logp, spread, lse, direction
+    return logp, entropies, lse, direction
 
 
-def _direction(head, buffer, h, target, grow, lse, weight_grad=None, h_scaled=None):
-    """unit * G [tokens, H] of one chunk, its logits computed again; adds the chunk's share to weight_grad if given."""
+def _direction(
+    head: _Head, buffer: Tensor, h: Tensor, target: Tensor, grow: Tensor, lse: Tensor,
+    weight_grad: Tensor | None = None, h_scaled: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """unit * G [tokens, H] of one chunk, from recomputed logits.
+
+    Adds the chunk's share, h_scaled^T (1[target] - p) with the upstream gradient in h_scaled, to weight_grad if given.
+    """
     total = torch.zeros(h.shape, dtype=torch.float32, device=h.device)
     for first, w in head.slices():
         z = head.logits(buffer, h, w)
         head.to_gradient(z, first, target, grow, lse)
         _add_product(total, z, w)
-        if weight_grad is not None:
+        if weight_grad is not None and h_scaled is not None:
             _add_product(weight_grad[first : first + len(w)], z.t(), h_scaled)
     return total
 
 
 class LinearLogprob(torch.autograd.Function):
+    """`linear_logprob` for autograd; see the module's docstring for what is kept."""
+
     @staticmethod
-    def forward(ctx, hidden, weight, target, head, entropy, grad_enabled):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, head: _Head, entropy: bool, grad_enabled: bool
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.head = head
         with_direction = grad_enabled and hidden.requires_grad and not weight.requires_grad
-        logp, spread, lse, direction = _forward(head, hidden, target, entropy, with_direction)
+        logp, entropies, lse, direction = _forward(head, hidden, target, entropy, with_direction)
         if direction is not None:
             ctx.save_for_backward(direction)
         elif grad_enabled:
             ctx.save_for_backward(hidden, target, lse)
-        if spread is not None:
-            ctx.mark_non_differentiable(spread)
-        return logp, spread
+        if entropies is not None:
+            ctx.mark_non_differentiable(entropies)
+        return logp, entropies
 
     @staticmethod
-    def backward(ctx, g, _):
+    def backward(ctx: Any, g: Tensor, _: None) -> tuple[Tensor | None, ...]:
         head = ctx.head
         factor = (g.float() / (head.temperature * head.unit))[:, None]
         if not ctx.needs_input_grad[1]:
@@ -272,9 +304,10 @@ class LinearLogprob(torch.autograd.Function):
 
 
 def linear_logprob(
-    hidden, weight, target, *, quant_state=None, bias=None, temperature=1.0, vocab_size=None, entropy=False,
-    scratch_bytes=SCRATCH_BYTES, tile=None,
-):  # fmt: skip
+    hidden: Tensor, weight: Tensor, target: Tensor, *, quant_state: "QuantState | None" = None,
+    bias: Tensor | None = None, temperature: float = 1.0, vocab_size: int | None = None, entropy: bool = False,
+    scratch_bytes: int = SCRATCH_BYTES, tile: tuple[int, int] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """See nbhelpers.kernels.linear_logprob; tile is for benchmarks: (tokens, words) of a product without gradient."""
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
@@ -284,6 +317,6 @@ def linear_logprob(
     learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     head = _Head(weight, quant_state, bias, words, temperature, hidden.dtype, scratch_bytes, learns, tile)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    outputs = LinearLogprob.apply(flat, weight, target.reshape(-1), head, entropy, torch.is_grad_enabled())
-    logp, spread = (None if out is None else out.view(target.shape) for out in outputs)
-    return (logp, spread) if entropy else logp
+    logp, entropies = LinearLogprob.apply(flat, weight, target.reshape(-1), head, entropy, torch.is_grad_enabled())
+    logp = logp.view(target.shape)
+    return logp if entropies is None else (logp, entropies.view(target.shape))

@@ -1,4 +1,4 @@
-"""A linear layer with a frozen weight and a low-rank update that learns (LoRA, arXiv:2106.09685; QLoRA, 2305.14314).
+"""A linear layer with a frozen weight and a trained low-rank update (LoRA, arXiv:2106.09685; QLoRA, arXiv:2305.14314).
 
     y  = x W^T + bias + (x A^T) (s B)^T      x [N, in]   W [out, in] NF4 or 16-bit   A [r, in]   B [out, r]
 
@@ -7,41 +7,49 @@
     dA = u^T x                               [r, in]     in A's dtype, summed in fp32
     dB = s dy^T (x A^T)                      [out, r]    in B's dtype, summed in fp32
 
-W never gets a gradient, so the backward needs x alone: W is undone again from its 4 bits, into one scratch buffer that
-all layers share, and x A^T (r columns) is computed again.
+W never gets a gradient, so the backward needs only x: W is dequantised again, into one scratch buffer that all layers
+share, and x A^T (r columns) is recomputed.
 
-Layers that read the same x (Q, K and V; gate and up) are one layer with the outputs side by side, y [N, sum of out]:
-their A's and B's are stacked (adapters.py), their 4-bit weights undone one below the other and multiplied in one
-product. So each of the lines above is one product whatever the number of layers, and dx is rounded twice, not once a
-layer. Only weights that are there in 16 bits, or together too large, are multiplied one by one, and a large one in
-pieces of its rows. The thin product goes first everywhere, so that the wide one adds to it on its way out and no
-separate pass over y or dx is needed. An RMSNorm in front can be folded in: then x is what comes before the norm, which
-somebody keeps anyway, and the normed rows are computed again in the backward.
+Layers that read the same x (Q, K and V; gate and up) are treated as one layer with the outputs side by side,
+y [N, sum of out]: their A's and B's are stacked (lora_stack.py), their 4-bit weights are dequantised into one stacked
+matrix and multiplied in one product. So each line above is one product whatever the number of layers, and dx is rounded
+twice, not once per layer. Only weights stored in 16 bits, or together too large, are multiplied one by one, and a
+large one in blocks of rows. The thin product always comes first: the wide one accumulates onto its result, which needs
+no separate pass over y or dx. An RMSNorm in front can be folded in: then x is the norm's input, which is kept
+elsewhere anyway, and the normalised rows are recomputed in the backward.
 """
 
-import torch
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from nbhelpers.gpu import DEQUANTIZE_BYTES as DENSE_BYTES
+
+from ..reference import Projection
 from .common import ceil_div
 from .lora_stack import stack_adapters
 from .nf4 import dequantize_nf4, few_rows, matmul_few_rows
 from .rms_norm import backward as norm_backward
 from .rms_norm import forward as norm_forward
 
-# NF4 weights are undone this much at a time: small ones side by side, a large one in pieces. So the scratch buffer is
-# no larger than this, where Phi-4's gate and up together would take 367 MB. Smaller pieces are more launches, and short
-# batches would wait for Python.
-DENSE_BYTES = 2**27
-
-_scratch: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+_scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
-def scratch(shape, dtype, device):
-    """A tensor from the one buffer that every layer dequantises into; it grows to the largest piece and stays.
+def scratch(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor in the one buffer that every layer dequantises into. The buffer grows to the largest request and is
+    kept.
 
-    What is in it holds until the next call. That is safe because the work of one stream runs in order: the product
-    that reads a weight is queued before the kernel that overwrites it. So: one stream per device. While a CUDA graph
-    is being captured the memory comes from the graph's own pool instead, since a graph keeps addresses and this
-    buffer may be replaced by a larger one.
+    Its contents are valid until the next call. That is safe because the work of one stream runs in order: the product
+    that reads a weight is queued before the kernel that overwrites it. So it takes one stream per device. While a CUDA
+    graph is being captured the memory comes from the graph's own pool instead: a graph keeps addresses, and this buffer
+    may be replaced by a larger one.
+
+    Args:
+        shape (`tuple[int, int]`): Of the tensor.
+        dtype (`torch.dtype`): Of the tensor; there is one buffer per device and dtype.
+        device (`torch.device`): Where the tensor is needed.
     """
     size = shape[0] * shape[1]
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -49,26 +57,31 @@ def scratch(shape, dtype, device):
     buffer = _scratch.get((device, dtype))
     if buffer is None or buffer.numel() < size:
         _scratch.pop((device, dtype), None)
-        buffer = None  # the smaller one goes first
+        buffer = None  # free the smaller one before allocating
         buffer = _scratch[device, dtype] = torch.empty(size, dtype=dtype, device=device)
     return buffer[:size].view(shape)
 
 
-def products(parts, dtype, device):
-    """(columns of y, W [columns, in]) of each product that y = x W^T takes; what is in W holds until the next one.
+def products(parts: Sequence[Projection], dtype: torch.dtype, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (columns of y, W [columns, in]) for each product of y = x W^T; W is valid until the next one is made.
 
-    The narrow ones come first: of a sum in 16 bits each partial sum is rounded to its own size, so the large ones
-    should be few.
+    Args:
+        parts (`Sequence[Projection]`): Layers that read the same x.
+        dtype (`torch.dtype`): What W is needed in.
+        device (`torch.device`): Where W is needed.
+
+    The narrow ones come first: a sum kept in 16 bits is rounded after each addition, relative to its size by then, so
+    the large terms should come last.
     """
     spans, last = [], 0
     for part in parts:
         spans.append(slice(last, last := last + part.out_features))
     inputs = parts[0].in_features
-    quantised = all(part.quant_state is not None for part in parts)
-    if len(parts) > 1 and quantised and last * inputs * dtype.itemsize <= DENSE_BYTES:
+    states = [part.quant_state for part in parts if part.quant_state is not None]
+    if len(states) == len(parts) > 1 and last * inputs * dtype.itemsize <= DENSE_BYTES:
         weight = scratch((last, inputs), dtype, device)
-        for part, span in zip(parts, spans, strict=True):
-            dequantize_nf4(part.weight, part.quant_state, dtype, weight[span])
+        for part, state, span in zip(parts, states, spans, strict=True):
+            dequantize_nf4(part.weight, state, dtype, weight[span])
         yield slice(0, last), weight
     else:
         for part, span in sorted(zip(parts, spans, strict=True), key=lambda pair: pair[0].out_features):
@@ -76,32 +89,36 @@ def products(parts, dtype, device):
                 yield slice(span.start + first, span.start + first + len(weight)), weight
 
 
-def pieces(part, dtype, device):
-    """(first row, W's rows from there on [rows, in] in `dtype`): all of a 16-bit weight, an NF4 one in pieces."""
+def pieces(part: Projection, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first row, W [rows, in] in `dtype` from that row on): all of a 16-bit weight at once, an NF4 one in blocks
+    of rows of at most DENSE_BYTES.
+    """
     state = part.quant_state
     if state is None:
         yield 0, part.weight.detach().to(dtype)
         return
     height, width = state.shape
-    block = state.blocksize  # so many rows are whole blocks, whatever their width
+    block = state.blocksize  # this many rows are whole quantisation blocks, whatever their width
     most = max(1, DENSE_BYTES // (width * dtype.itemsize * block))  # blocks of rows
-    rows = block * ceil_div(height, block * ceil_div(height, block * most))  # pieces of like size
+    rows = block * ceil_div(height, block * ceil_div(height, block * most))  # pieces of similar size
     for first in range(0, height, rows):
         last = min(first + rows, height)
         weight = scratch((last - first, width), dtype, device)
         yield first, dequantize_nf4(part.weight, state, dtype, weight, (first, last))
 
 
-def project(x, parts):
-    """y [N, sum of out] of all parts side by side. x [N, in]. No autograd in here."""
+def project(x: Tensor, parts: Sequence[Projection]) -> Tensor:
+    """y [N, sum of out] of all parts side by side, for x [N, in] in the dtype of the products. No autograd."""
     a, b = stack_adapters(parts, x.dtype)
-    if all(part.quant_state is not None and few_rows(x, part.quant_state) for part in parts):
+    states = [part.quant_state for part in parts if part.quant_state is not None]
+    if len(states) == len(parts) and all(few_rows(x, state) for state in states):
         biases = [_stack_bias([part], x.dtype) for part in parts]  # added before the product is rounded
-        y = [matmul_few_rows(x, p.weight, p.quant_state, bias) for p, bias in zip(parts, biases, strict=True)]
-        y = torch.cat(y, dim=1) if len(y) > 1 else y[0]
-        return y if a is None else y.addmm_(x @ a.t(), b.t())
+        triples = zip(parts, states, biases, strict=True)
+        outputs = [matmul_few_rows(x, part.weight, state, bias) for part, state, bias in triples]
+        y = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
+        return y if a is None or b is None else y.addmm_(x @ a.t(), b.t())
     bias = _stack_bias(parts, x.dtype)
-    if a is None:
+    if a is None or b is None:
         y = x.new_empty(x.shape[0], sum(part.out_features for part in parts))
     else:
         y = x @ a.t() @ b.t() if bias is None else torch.addmm(bias, x @ a.t(), b.t())
@@ -115,32 +132,43 @@ def project(x, parts):
     return y
 
 
-def _stack_bias(parts, dtype):
-    """The biases side by side in `dtype`, zeros where a part has none; None where none has."""
-    if all(part.bias is None for part in parts):
+def _stack_bias(parts: Sequence[Projection], dtype: torch.dtype) -> Tensor | None:
+    """The biases side by side in `dtype`, with zeros for a part without one; None if no part has one."""
+    biases = [part.bias for part in parts if part.bias is not None]
+    if not biases:
         return None
     if len(parts) == 1:
-        return parts[0].bias.detach().to(dtype)
-    some = next(part.bias for part in parts if part.bias is not None)
-    biases = [some.new_zeros(part.out_features) if part.bias is None else part.bias.detach() for part in parts]
-    return torch.cat(biases).to(dtype)
+        return biases[0].detach().to(dtype)
+    zeros = biases[0].new_zeros
+    return torch.cat([zeros(p.out_features) if p.bias is None else p.bias.detach() for p in parts]).to(dtype)
 
 
-def input_grad(dy, parts, a, u):
-    """dx [N, in]: u A and every part's dy W, summed inside the matrix products."""
-    dx = None if u is None else u @ a
+def input_grad(dy: Tensor, parts: Sequence[Projection], a: Tensor | None, u: Tensor | None) -> Tensor:
+    """dx [N, in] = u A + sum over the parts of dy W, accumulated by the matrix products; dy [N, sum of out]."""
+    dx = None if a is None or u is None else u @ a
     for columns, weight in products(parts, dy.dtype, dy.device):
         dx = dy[:, columns] @ weight if dx is None else dx.addmm_(dy[:, columns], weight)
+    assert dx is not None  # there is at least one product
     return dx
 
 
-def lora_grads(x, dy, parts, a, u):
-    """dA [r, in] and dB [out, r] of every part that has a LoRA, flat: dA1, dB1, dA2, dB2, ..."""
+def lora_grads(x: Tensor, dy: Tensor, parts: Sequence[Projection], a: Tensor | None, u: Tensor | None) -> list[Tensor]:
+    """dA [r, in] and dB [out, r] of every part that has a LoRA, as a flat list: dA1, dB1, dA2, dB2, ...
+
+    Args:
+        x (`Tensor`): [N, in].
+        dy (`Tensor`): [N, sum of out].
+        parts (`Sequence[Projection]`): Layers that read x.
+        a (`Tensor`, *optional*): Their stacked A [sum of r, in]; None where no part has a LoRA.
+        u (`Tensor`, *optional*): dy times their stacked s B, [N, sum of r]; None like a.
+    """
+    if a is None or u is None:
+        return []
     dtype = next(part.lora_a.dtype for part in parts if part.lora_a is not None)
-    of_a, of_b = _mm(u.t(), x, dtype), _mm(dy.t(), x @ a.t(), dtype)  # of B: the blocks on the diagonal
+    of_a, of_b = _mm(u.t(), x, dtype), _mm(dy.t(), x @ a.t(), dtype)  # dB_i are the diagonal blocks of of_b
     flat, row, column = [], 0, 0
     for part in parts:
-        if part.lora_a is not None:
+        if part.lora_a is not None and part.lora_b is not None:
             rank = len(part.lora_a)
             rows, columns = slice(row, row + part.out_features), slice(column, column + rank)
             flat += [of_a[columns].to(part.lora_a.dtype), (of_b[rows, columns] * part.scale).to(part.lora_b.dtype)]
@@ -149,32 +177,40 @@ def lora_grads(x, dy, parts, a, u):
     return flat
 
 
-def _mm(a, b, dtype):
-    """a @ b in `dtype`. An fp32 result of 16-bit factors is not rounded to 16 bits on the way: fp16 could overflow."""
+def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in `dtype`. An fp32 result of 16-bit factors is not rounded to 16 bits in between: fp16 could overflow."""
     if dtype != torch.float32 or a.dtype == torch.float32:
         return (a @ b).to(dtype)
     return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.float() @ b.float()
 
 
 class LoraLinear(torch.autograd.Function):
-    """The functions above for autograd. A's and B's are passed flat besides the parts, for it to see them.
+    """The functions above for autograd, which sees the A's and B's because they are passed flat in addition to the
+    parts.
 
-    norm: (weight [in], eps) of an RMSNorm that x goes through first, or None; dtype: what the products run in.
+    norm: (weight [in], eps) of an RMSNorm applied to x first, or None. dtype: what the products run in.
     """
 
     @staticmethod
-    def forward(ctx, x, parts, norm, dtype, *a_and_b):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        parts: tuple[Projection, ...],
+        norm: tuple[Tensor, float] | None,
+        dtype: torch.dtype,
+        *a_and_b: Tensor | None,
+    ) -> Tensor:
         ctx.save_for_backward(x, *a_and_b)
         ctx.parts, ctx.norm, ctx.dtype = without_lora(parts), norm, dtype
         y = project(normed(x, norm, dtype)[0], parts)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, *a_and_b = ctx.saved_tensors
         parts, dy = with_lora(ctx.parts, a_and_b), dy.reshape(-1, dy.shape[-1])
         a, b = stack_adapters(parts, ctx.dtype)
-        u = None if a is None else dy @ b
+        u = None if b is None else dy @ b
         rows, r = normed(x, ctx.norm, ctx.dtype)
         grads = iter(lora_grads(rows, dy, parts, a, u) if any(ctx.needs_input_grad[4:]) else ())
         flat = [None if tensor is None else next(grads, None) for tensor in a_and_b]
@@ -182,31 +218,35 @@ class LoraLinear(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = input_grad(dy, parts, a, u).view(x.shape)
-            if ctx.norm is not None:
+            if r is not None:
                 dx, _ = norm_backward(dx, None, x, ctx.norm[0], r, weight_grad=False)
         return dx, None, None, None, *flat
 
 
-def normed(x, norm, dtype):
-    """x as rows [N, in] of `dtype`, through the RMSNorm if there is one; and that one's 1 / rms [N] or None."""
+def normed(x: Tensor, norm: tuple[Tensor, float] | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """x as rows [N, in] of `dtype`, normalised if there is a norm; and the norm's fp32 1 / rms [N], or None."""
     if norm is None:
         return x.reshape(-1, x.shape[-1]).to(dtype), None
     _, y, r = norm_forward(x, *norm)
     return y.view(-1, x.shape[-1]).to(dtype), r
 
 
-def without_lora(parts):
-    """The parts without A and B, which autograd keeps (and checks) itself."""
+def without_lora(parts: Sequence[Projection]) -> list[Projection]:
+    """The parts without A and B, which autograd saves (and version-checks) itself."""
     return [part._replace(lora_a=None, lora_b=None) for part in parts]
 
 
-def with_lora(parts, a_and_b):
+def with_lora(parts: Sequence[Projection], a_and_b: Sequence[Tensor | None]) -> list[Projection]:
+    """The parts with their A and B put back; a_and_b is A1, B1, A2, B2, .."""
     pairs = zip(a_and_b[::2], a_and_b[1::2], strict=True)
     return [part._replace(lora_a=a, lora_b=b) for part, (a, b) in zip(parts, pairs, strict=True)]
 
 
-def prepare(x, parts, norm=None):
-    """The dtype to compute in (autocast's if it is on, else x's), and the errors a caller can make."""
+def prepare(x: Tensor, parts: Sequence[Projection], norm: tuple[Tensor, float] | None = None) -> torch.dtype:
+    """The dtype to compute in: autocast's if it is on, else x's.
+
+    Raises ValueError where a part's W or the norm's weight requires a gradient, or a LoRA has only one of A and B.
+    """
     for part in parts:
         if part.weight.requires_grad:
             raise ValueError("lora_linear gives W no gradient: freeze it (requires_grad_(False)) or use nn.Linear")
@@ -218,15 +258,22 @@ def prepare(x, parts, norm=None):
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def lora_linear_group(x, projections, norm=None, packed=False):
-    """See nbhelpers.kernels.lora_linear_group."""
+def _side_by_side(x: Tensor, projections: tuple[Projection, ...], norm: tuple[Tensor, float] | None) -> Tensor:
+    """The outputs of `lora_linear_group` as one tensor [..., sum of out]."""
     dtype = prepare(x, projections, norm)
-    x = x.to(dtype) if norm is None else x  # a wider x is cast before it is kept, unless it is kept anyway
+    x = x.to(dtype) if norm is None else x  # cast a wider x before it is saved; a norm's input is kept elsewhere anyway
     a_and_b = [t for part in projections for t in (part.lora_a, part.lora_b)]
-    y = LoraLinear.apply(x, projections, norm, dtype, *a_and_b)
+    return LoraLinear.apply(x, projections, norm, dtype, *a_and_b)
+
+
+def lora_linear_group(
+    x: Tensor, projections: tuple[Projection, ...], norm: tuple[Tensor, float] | None = None, packed: bool = False
+) -> Tensor | tuple[Tensor, ...]:
+    """See nbhelpers.kernels.lora_linear_group."""
+    y = _side_by_side(x, projections, norm)
     return y if packed else y.split([part.out_features for part in projections], dim=-1)
 
 
-def lora_linear(x, projection):
+def lora_linear(x: Tensor, projection: Projection) -> Tensor:
     """See nbhelpers.kernels.lora_linear."""
-    return lora_linear_group(x, (projection,), packed=True)
+    return _side_by_side(x, (projection,), None)

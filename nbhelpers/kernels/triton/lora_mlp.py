@@ -1,4 +1,4 @@
-"""The whole MLP of a decoder layer as one function, so that its widest tensors need not be kept twice.
+"""The whole MLP of a decoder layer as one function, so that fewer of its widest tensors are kept for the backward.
 
     g, u = gate(x), up(x)        h = silu(g) * u        y = residual + down(h)
 
@@ -7,21 +7,25 @@ With a norm folded in this is the second half of a decoder layer,
 
     s = x + residual        y = s + mlp(rms_norm(s))
 
-Kept for the backward: x (with a norm s takes its place), g and u. h and the normed rows are computed again, and every
-I-wide tensor of the backward is written over another:
+Kept for the backward: x (with a norm s instead), g and u. h and the normalised rows are recomputed, and every I-wide
+tensor of the backward is written over another:
 
     dh = dy W_down + ...         a new buffer, the only one
     h over dh, dg over g, du over u, in one launch (swiglu.py)
     dA, dB of down from h;  dA, dB of gate and up, and dx, from dg and du
 
-Where no gradient is wanted (a prompt is read, a layer's forward is done only for its output) h is written over g.
+Without gradients (prefill, or a layer's forward computed only for its output) h is written over g.
 
-fp16 ends at 65504, and h of a trained model may pass it: there h is kept divided by 16, and y is multiplied by 16 in
-the fp32 arithmetic of the residual addition, where it saturates instead of becoming infinite.
+fp16's largest number is 65504, and h of a trained model may exceed it: in fp16 h is kept divided by 16, and y is
+multiplied by 16 in the fp32 arithmetic of the residual addition, where it saturates instead of becoming infinite.
 """
 
-import torch
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from ..reference import Projection
 from .inplace import overwritten
 from .lora_linear import input_grad, lora_grads, normed, prepare, project, with_lora, without_lora
 from .lora_stack import stack_adapters
@@ -35,8 +39,14 @@ FP16_MAX = 65504.0
 
 
 class LoraMLP(torch.autograd.Function):
+    """`lora_mlp` for autograd; see the module's docstring for what is kept."""
+
     @staticmethod
-    def forward(ctx, x, gate_up, down, residual, norm, dtype, value, grad_enabled, *a_and_b):
+    def forward(
+        ctx: Any, x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor | None,
+        norm: tuple[Tensor, float] | None, dtype: torch.dtype, value: bool, grad_enabled: bool,
+        *a_and_b: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         ctx.shrink = SHRINK_FP16 if dtype == torch.float16 else 1.0
         if norm is None:
             rows = x.reshape(-1, x.shape[-1])
@@ -49,7 +59,8 @@ class LoraMLP(torch.autograd.Function):
         ctx.parts, ctx.norm = without_lora((*gate_up, down)), norm
         if not value:
             return torch.empty_like(rows if residual is None else residual).view(x.shape)
-        h = swiglu_forward(*wide.chunk(2, dim=1), ctx.shrink, over=not grad_enabled)
+        g, u = wide.chunk(2, dim=1)
+        h = swiglu_forward(g, u, ctx.shrink, over=not grad_enabled)
         if down.bias is not None:
             down = down._replace(bias=down.bias / ctx.shrink)
         y = project(h, (down,))
@@ -61,7 +72,7 @@ class LoraMLP(torch.autograd.Function):
         return y.clamp_(-FP16_MAX, FP16_MAX) if y.dtype == torch.float16 else y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, wide, *a_and_b = ctx.saved_tensors
         *gate_up, down = with_lora(ctx.parts, a_and_b)
         need_lora = any(ctx.needs_input_grad[8:])
@@ -69,37 +80,44 @@ class LoraMLP(torch.autograd.Function):
         rows = dy.reshape(-1, dy.shape[-1]).to(dtype)
 
         a, b = stack_adapters([down], dtype)
-        u = None if a is None else rows @ b
+        u = None if b is None else rows @ b
         dh = input_grad(rows, [down], a, u)
         g, up = wide.chunk(2, dim=1)
         again = need_lora and a is not None
         swiglu_backward(dh, g, up, dg=g, du=up, h=dh if again else None, shrink=ctx.shrink)
         overwritten(wide)
-        of_down = lora_grads(dh, rows, [down], a, u) if again else []  # dh holds h / shrink by now
+        of_down = lora_grads(dh, rows, [down], a, u) if again else []  # dh now holds h / shrink
         if ctx.shrink != 1.0:
             of_down = [grad.mul_(ctx.shrink) for grad in of_down]
         del dh
 
         a, b = stack_adapters(gate_up, dtype)
-        u = None if a is None else wide @ b  # wide holds dg and du by now
+        u = None if b is None else wide @ b  # wide now holds dg and du
         rows, r = normed(x, ctx.norm, dtype)
-        of_both = lora_grads(rows, wide, gate_up, a, u) if need_lora and a is not None else []
+        of_both = lora_grads(rows, wide, gate_up, a, u) if need_lora else []
         del rows
         grads = iter([*of_both, *of_down])
         flat = [next(grads, None) if tensor is not None and need_lora else None for tensor in a_and_b]
         dx, dresidual = None, dy if ctx.needs_input_grad[3] else None
         if ctx.needs_input_grad[0] or (ctx.norm is not None and ctx.needs_input_grad[3]):
             dx = input_grad(wide, gate_up, a, u).view(x.shape)
-            if ctx.norm is not None:
+            if r is not None:
                 dx, _ = norm_backward(dx, dy, x, ctx.norm[0], r, weight_grad=False)
                 dresidual = dx if ctx.needs_input_grad[3] else None
         return dx, None, None, dresidual, *[None] * 4, *flat
 
 
-def lora_mlp(x, gate_up, down, residual=None, norm=None, value=True):
+def lora_mlp(
+    x: Tensor,
+    gate_up: tuple[Projection, ...],
+    down: Projection,
+    residual: Tensor | None = None,
+    norm: tuple[Tensor, float] | None = None,
+    value: bool = True,
+) -> Tensor:
     """See nbhelpers.kernels.lora_mlp."""
     dtype = prepare(x, (*gate_up, down), norm)
     x = x.to(dtype) if norm is None else x
     a_and_b = [t for part in (*gate_up, down) for t in (part.lora_a, part.lora_b)]
-    grad_enabled = torch.is_grad_enabled()  # asked here: within forward it is always off
+    grad_enabled = torch.is_grad_enabled()  # read here: inside forward it is always False
     return LoraMLP.apply(x, tuple(gate_up), down, residual, norm, dtype, value, grad_enabled, *a_and_b)

@@ -1,53 +1,57 @@
-"""The LoRA matrices of layers that read the same x, as one pair in the dtype of the products, in one launch.
+"""The LoRA matrices of layers that read the same x, stacked into one pair in the dtype of the products, in one launch.
 
     A = [A1; A2; ..]                    [sum of r, in]                x A^T of all layers in one product
     B = diag(s1 B1, s2 B2, ..)          [sum of out, sum of r]        all outputs side by side in one product
 
-s is the layers' scale. Masters are mostly fp32, the products 16-bit; with torch this is a cast, a multiplication and a
-copy a matrix, and at these sizes (a few hundred kB) a launch costs more than its bytes. Zeros off the diagonal cost
-next to nothing in a product that is bound by reading its wide side.
+s is the layers' scale. The master weights are mostly fp32, the products 16-bit; in torch this takes a cast, a
+multiplication and a copy per matrix, and at these sizes (a few hundred kB) a launch costs more than moving the bytes.
+The zeros off the diagonal cost next to nothing in a product that is bound by reading its wide side.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .. import reference
-from .common import ceil_div, power_of_2
+from ..reference import Projection
+from .common import ceil_div, pad_to_three, power_of_2
 
-A_BLOCK = 2048  # elements of A, and of B, that one program writes
+A_BLOCK = 2048  # elements of A, and of B, that each program writes
 MOST_PARTS = 3  # Q, K and V
 
 
 @triton.jit
 def _stack(
-    a0, a1, a2, b0, b1, b2,  # A_i [r_i, in], B_i [out_i, r_i], adjacent
-    a, b, s0, s1, s2, inputs,
+    a0_ptr, a1_ptr, a2_ptr, b0_ptr, b1_ptr, b2_ptr,  # A_i [r_i, in], B_i [out_i, r_i], contiguous
+    a_ptr, b_ptr, scale0, scale1, scale2, inputs,
     o1, o2, o3,  # where the rows of B_0, B_1, B_2 end in b
     r1, r2, r3,  # and their columns (the rows of A_0, A_1, A_2 in a)
     RANKS: tl.constexpr, ROWS: tl.constexpr, A_BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * A_BLOCK + tl.arange(0, A_BLOCK)
     e1, e2, e3 = r1 * inputs, r2 * inputs, r3 * inputs
-    value = tl.load(a0 + i, i < e1, 0.0).to(tl.float32)
-    value += tl.load(a1 + i - e1, (i >= e1) & (i < e2), 0.0).to(tl.float32)
-    value += tl.load(a2 + i - e2, (i >= e2) & (i < e3), 0.0).to(tl.float32)
-    tl.store(a + i, value.to(a.dtype.element_ty), i < e3)
+    value = tl.load(a0_ptr + i, i < e1, 0.0).to(tl.float32)
+    value += tl.load(a1_ptr + i - e1, (i >= e1) & (i < e2), 0.0).to(tl.float32)
+    value += tl.load(a2_ptr + i - e2, (i >= e2) & (i < e3), 0.0).to(tl.float32)
+    tl.store(a_ptr + i, value.to(a_ptr.dtype.element_ty), i < e3)
 
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, RANKS)[None, :]
-    value = tl.load(b0 + row * r1 + col, (row < o1) & (col < r1), 0.0).to(tl.float32) * s0
+    value = tl.load(b0_ptr + row * r1 + col, (row < o1) & (col < r1), 0.0).to(tl.float32) * scale0
     mask = (row >= o1) & (row < o2) & (col >= r1) & (col < r2)
-    value += tl.load(b1 + (row - o1) * (r2 - r1) + col - r1, mask, 0.0).to(tl.float32) * s1
+    value += tl.load(b1_ptr + (row - o1) * (r2 - r1) + col - r1, mask, 0.0).to(tl.float32) * scale1
     mask = (row >= o2) & (row < o3) & (col >= r2) & (col < r3)
-    value += tl.load(b2 + (row - o2) * (r3 - r2) + col - r2, mask, 0.0).to(tl.float32) * s2
-    tl.store(b + row * r3 + col, value.to(b.dtype.element_ty), (row < o3) & (col < r3))
+    value += tl.load(b2_ptr + (row - o2) * (r3 - r2) + col - r2, mask, 0.0).to(tl.float32) * scale2
+    tl.store(b_ptr + row * r3 + col, value.to(b_ptr.dtype.element_ty), (row < o3) & (col < r3))
 
 
-def stack_adapters(parts, dtype):
-    """(A, B) of the parts in `dtype`, or (None, None) where no part has a LoRA. No autograd.
+def stack_adapters(parts: Sequence[Projection], dtype: torch.dtype) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """(A, B) of the parts in `dtype`, or (None, None) if no part has a LoRA. No autograd.
 
-    A part without LoRA has rows of zeros in B. More than three parts go through torch.
+    A part without a LoRA has rows of zeros in B. More than three parts are stacked by torch.
     """
     if all(part.lora_a is None for part in parts):
         return None, None
@@ -56,21 +60,21 @@ def stack_adapters(parts, dtype):
     first = next(part.lora_a for part in parts if part.lora_a is not None)
     a_list, b_list, scales, outs, ranks, out, rank = [], [], [], [], [], 0, 0
     for part in parts:
-        has = part.lora_a is not None
-        a_list.append(part.lora_a.contiguous() if has else first)
-        b_list.append(part.lora_b.contiguous() if has else first)
+        a_list.append(first if part.lora_a is None else part.lora_a.contiguous())
+        b_list.append(first if part.lora_b is None else part.lora_b.contiguous())
         scales.append(float(part.scale))
-        out, rank = out + part.out_features, rank + (len(part.lora_a) if has else 0)
+        out, rank = out + part.out_features, rank + (0 if part.lora_a is None else len(part.lora_a))
         outs.append(out)
         ranks.append(rank)
-    for unused in (a_list, b_list, scales, outs, ranks):  # a part of no rows and no columns
-        unused += unused[-1:] * (MOST_PARTS - len(parts))
     inputs = first.shape[1]
     a = torch.empty(rank, inputs, dtype=dtype, device=first.device)
     b = torch.empty(out, rank, dtype=dtype, device=first.device)
     columns = power_of_2(rank)
     rows = max(1, A_BLOCK // columns)
+    values = (a_list, b_list, scales, outs, ranks)
+    padded = [pad_to_three(each, each[-1]) for each in values]  # the last repeated: a part of no rows and no columns
     _stack[(max(ceil_div(rank * inputs, A_BLOCK), ceil_div(out, rows)),)](
-        *a_list, *b_list, a, b, *scales, inputs, *outs, *ranks, RANKS=columns, ROWS=rows, A_BLOCK=A_BLOCK
-    )
+        *padded[0], *padded[1], a, b, *padded[2], inputs, *padded[3], *padded[4],
+        RANKS=columns, ROWS=rows, A_BLOCK=A_BLOCK,
+    )  # fmt: skip
     return a, b

@@ -1,31 +1,36 @@
-"""NF4 weights back to 16 bits, with the double quantisation undone in the same launch (QLoRA, arXiv:2305.14314).
+"""NF4 weights dequantised to 16 bits, double quantisation included, in one launch (QLoRA, arXiv:2305.14314).
 
-A weight W [out, in] lies row by row as 4-bit codes, two to a byte (the first in the high half), in blocks of 64:
+A weight W [out, in] is stored row by row as 4-bit codes, two per byte (the first in the high half), in blocks of 64:
 
     W[i] = code[q[i]] * absmax[i // 64]                     code: the 16 NF4 levels in [-1, 1], fp32
 
-and the absmax of the blocks, one fp32 for every 64 weights, is itself kept in 8 bits in blocks of 256:
+and the absmax of the blocks, one fp32 for every 64 weights, is itself quantised to 8 bits in blocks of 256:
 
     absmax[b] = code8[q8[b]] * absmax8[b // 256] + offset   code8: 256 levels, fp32
 
-bitsandbytes undoes this in three launches with an fp32 absmax in between; here it is one. Multiplication and addition
-are not fused, so the result is bit for bit bitsandbytes' own: training and generation see the same weights.
+bitsandbytes dequantises in three launches with an fp32 absmax in between; here it is one. Multiplication and addition
+are not fused, so the result equals bitsandbytes' bit for bit: training and generation see the same weights.
 """
 
 from functools import cache
 from math import ceil
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .common import ceil_div
 
-# Which dequantisation is faster: ours, 0.57 of bitsandbytes' time (nf4 rows of benchmarks/results/kernels.json).
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+
+# The faster dequantisation: ours takes 0.57 of bitsandbytes' time (nf4 rows of benchmarks/results/kernels.json).
 DEQUANTIZE_WITH = "triton"  # or "bitsandbytes"
 
-# Up to how many rows bitsandbytes' fused product beats dequantising and cuBLAS. On an H200 (few_rows rows of the same
-# file; us, fused / ours):
+# Up to how many rows bitsandbytes' fused product is faster than dequantising and cuBLAS. On an H200 (few_rows rows of
+# the same file; us, fused / ours):
 #                  1 row      4 rows     8 rows     32 rows    64 rows    multiprocessors' waves
 #   1536 x 1536    6 / 12    10 / 12    17 / 11    21 / 11    17 / 12    0.18
 #   1536 x 8960   15 / 28    37 / 28    38 / 27    39 / 28    39 / 28    0.18
@@ -36,12 +41,12 @@ DEQUANTIZE_WITH = "triton"  # or "bitsandbytes"
 #   8960 x 1536   12 / 25    26 / 25    26 / 25    28 / 26    37 / 26    1.06
 #  14336 x 4096   30 / 77    67 / 77    67 / 77    70 / 75   109 / 76    1.70
 #  17920 x 5120   44 / 113  121 / 113  122 / 113  130 / 112  165 / 115   2.12
-# At 1 row it is twice as fast, at 4 the two are even (517 us together for either), with less memory moved by it. With
-# more rows it wins where the output, 64 columns to a multiprocessor, nearly fills its
-# last wave, until its tile of 32 rows is full.
+# At 1 row the fused product is twice as fast; at 4 the two are even (517 us in total for either), but it moves less
+# memory. With more rows it wins where the output, 64 columns per multiprocessor, nearly fills its last wave, until its
+# tile of 32 rows is full.
 FEW_ROWS, FEW_ROWS_FILLED, FILLED = 4, 32, 0.8
 
-BLOCKS = 64  # blocks of 64 weights that one program undoes
+BLOCKS = 64  # blocks of 64 weights that each program dequantises
 
 
 @triton.jit
@@ -53,16 +58,16 @@ def _dequantize_kernel(
     absmax8_ptr,  # fp32 [blocks / 256]
     offset_ptr,  # fp32 []
     out_ptr,  # [n - first_block * BLOCK_SIZE]
-    first_block,  # where to begin
-    n,  # weights up to where to go
-    n_bytes,  # the same in packed bytes; an argument, for the compiler to see that it allows loads of 16 bytes
+    first_block,  # the first one to dequantise
+    n,  # index of the weight at which to stop
+    n_bytes,  # the same in packed bytes; an argument, so that the compiler can see that loads of 16 bytes are aligned
     NESTED: tl.constexpr,
     NESTED_BLOCK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     HALF: tl.constexpr = BLOCK_SIZE // 2
-    # int64: the vocabulary matrix of a large model has more than 2^31 weights' bytes
+    # int64: a large model's vocabulary matrix takes more than 2^31 bytes
     block = first_block + tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     real = block * BLOCK_SIZE < n
     if NESTED:
@@ -83,18 +88,14 @@ def _dequantize_kernel(
     tl.store(out_ptr + out, value.to(out_ptr.dtype.element_ty), mask=weight < n)
 
 
-def dequantize_nf4(weight, quant_state, dtype, out=None, rows=None):
-    """The dense weight behind an NF4 tensor.
-
-    Args:
-        weight: uint8 [out * in / 2, 1], `Linear4bit.weight` (another storage type is read as bytes).
-        quant_state: its bitsandbytes `QuantState`, nested or not.
-        dtype: of the result, 16 or 32 bits.
-        out: a contiguous [out, in] tensor of `dtype` to write into, or None for a new one.
-        rows: (first, last) to undo only rows first <= i < last; first * in must be a multiple of the block size.
-
-    Returns: [out, in], or [last - first, in].
-    """
+def dequantize_nf4(
+    weight: Tensor,
+    quant_state: "QuantState",
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+    rows: tuple[int, int] | None = None,
+) -> Tensor:
+    """See nbhelpers.kernels.dequantize_nf4."""
     if quant_state.quant_type != "nf4":
         raise ValueError(f"this weight is {quant_state.quant_type!r}, not NF4: load it with bnb_4bit_quant_type='nf4'")
     height, width = quant_state.shape
@@ -132,13 +133,14 @@ def dequantize_nf4(weight, quant_state, dtype, out=None, rows=None):
     return out
 
 
-def _bytes(weight):
-    """The weight's storage as bytes; bitsandbytes' parameter class is left behind, it makes every look at it slow."""
+def _bytes(weight: Tensor) -> Tensor:
+    """The weight's storage as bytes, as a plain Tensor: every attribute of bitsandbytes' parameter class is slow."""
     weight = weight.as_subclass(torch.Tensor)
     return weight if weight.dtype == torch.uint8 else weight.detach().reshape(-1).view(torch.uint8)
 
 
-def _dequantize_with_bitsandbytes(packed, state, out):
+def _dequantize_with_bitsandbytes(packed: Tensor, state: "QuantState", out: Tensor) -> Tensor:
+    """The dense weight written into `out` by bitsandbytes' kernels."""
     from bitsandbytes.functional import dequantize_blockwise
 
     absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
@@ -150,12 +152,12 @@ def _dequantize_with_bitsandbytes(packed, state, out):
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Of the card; 1 for a CPU, where Triton's interpreter runs one program after the other."""
+    """The card's number of multiprocessors; 1 for a CPU, where Triton's interpreter runs programs one by one."""
     return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def few_rows(x, quant_state) -> bool:
-    """Whether x [rows, in] is few enough rows for bitsandbytes' fused product to be the faster way."""
+def few_rows(x: Tensor, quant_state: "QuantState") -> bool:
+    """Whether x [rows, in] has so few rows that bitsandbytes' fused product is faster than dequantising and cuBLAS."""
     if not x.is_cuda:
         return False
     if x.shape[0] <= FEW_ROWS:
@@ -164,10 +166,16 @@ def few_rows(x, quant_state) -> bool:
     return x.shape[0] <= FEW_ROWS_FILLED and waves / ceil(waves) >= FILLED
 
 
-def matmul_few_rows(x, weight, quant_state, bias=None):
-    """x W^T + bias for few rows, the weight never written out: bitsandbytes' fused kernel.
+def matmul_few_rows(x: Tensor, weight: Tensor, quant_state: "QuantState", bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias for few rows by bitsandbytes' fused kernel, which never writes the dense weight.
 
-    x [rows, in] 16-bit; weight, quant_state as above; bias [out] in x's dtype. Returns [rows, out].
+    Args:
+        x (`Tensor`): [rows, in], 16-bit.
+        weight (`Tensor`): NF4, as for `dequantize_nf4`.
+        quant_state (`QuantState`): bitsandbytes' state of that weight.
+        bias (`Tensor`, *optional*): [out] in x's dtype, added before the product is rounded.
+
+    Returns [rows, out] in x's dtype.
     """
     import bitsandbytes  # noqa: F401  (registers the operator)
 

@@ -1,231 +1,244 @@
 """Products of a few rows with NF4 weights and with LoRA's A, all layers of a group in one launch.
 
     y_s = x[:, K_s] W[:, K_s]^T        s: the splits of K, W = code[q] absmax as in nf4.py, rounded to x's dtype first
-    t_s = x[:, K_s] A[:, K_s]^T        by a few programs more, beside the others
+    t_s = x[:, K_s] A[:, K_s]^T        by a few additional programs that run at the same time
 
-For a step of decoding the weights are all that is read, at half a byte each, so undoing them is most of the work: eight
-at a time, by looking up bytes (nf4_bytes.py). K is cut until the card is full, and what the splits give, [splits, rows,
-sum of out] in fp32, is added up by whoever reads it (decode_linear.py). What a turn of the loop needs is loaded a turn
-before: memory answers after a microsecond, and there are only a few turns.
+A decoding step reads little more than the weights, at half a byte each, so dequantising them is most of the work: eight
+at a time, by byte look-up (nf4_lookup.py). K is split until the programs fill the card; the splits' results,
+fp32 [splits, rows, sum of out], are summed by the kernel that reads them (decode_linear.py). The loop prefetches the
+operands of its next iteration: memory answers after a microsecond, and there are only a few iterations.
 
-Up to 16 rows of x take `_in_registers`, on a T4 too; more take `_base`, which goes through shared memory for tl.dot, or
-on a T4 bitsandbytes' kernel.
+Up to 16 rows of x are served by `_in_registers`, on a T4 too; more rows by `_base`, which goes through shared memory
+for tl.dot, or on a T4 by bitsandbytes' kernel.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .common import begin, ceil_div, early, power_of_2, tensor_cores, three, turing, wait
+from ..reference import Projection
+from .common import begin, ceil_div, early, pad_to_three, power_of_2, tensor_cores, turing, wait
 from .nf4 import multiprocessors
 from .nf4_lookup import PTX, eight_weights
 from .nf4_mma import LOAD, product
 
-MOST_ROWS = 128  # beyond, dequantising once and cuBLAS
+MOST_ROWS = 128  # for more: dequantise once and cuBLAS
 MOST_SPLITS = 16
 MOST_IN_REGISTERS = 16
 WARPS = 4
-THIN_WIDTH = 128  # of K that a program of the thin product takes at a turn
+THIN_WIDTH = 128  # columns of K per iteration of the thin product
 
 
 @triton.jit
-def _load_weights(w, absmax, outer, block, real, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr):
-    """What lies in memory of one block of 64 weights in each row, block [C]: their words [C, 8], and their scales."""
-    words = tl.load(w + block[:, None].to(tl.int64) * 8 + tl.arange(0, 8)[None, :], real[:, None], 0)
-    scale = tl.load(absmax + block, real, 0)
-    outer_scale = tl.load(outer + block // NESTED_BLOCK, real, 0.0) if NESTED else scale
+def _load_weights(w_ptr, absmax_ptr, outer_ptr, block, real, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr):
+    """Load one block of 64 weights per row, at `block` [C]: its words [C, 8], and its scales, still quantised."""
+    words = tl.load(w_ptr + block[:, None].to(tl.int64) * 8 + tl.arange(0, 8)[None, :], real[:, None], 0)
+    scale = tl.load(absmax_ptr + block, real, 0)
+    outer_scale = tl.load(outer_ptr + block // NESTED_BLOCK, real, 0.0) if NESTED else scale
     return words, scale, outer_scale
 
 
 @triton.jit
-def _base(x, y, code, code8, w, absmax, outer, offset, column, split, rows, turns, K, N, first, y_step, x_step,
-          NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-          PTX: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
-    """Columns `first + column` and on of y_split: COLUMNS rows of W by x."""
+def _base(x_ptr, y_ptr, code_ptr, code8_ptr, w_ptr, absmax_ptr, outer_ptr, offset_ptr, column, split, rows, iters, K, N,
+          first, y_stride, x_stride, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+          COLUMNS: tl.constexpr, PTX: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    """COLUMNS columns of y_split from `first + column` on: x by COLUMNS rows of W."""
     n, m, k = column + tl.arange(0, COLUMNS), tl.arange(0, ROWS), tl.arange(0, 64)
     real_m, real_n = m < rows, n < N
-    at_x = x + m[:, None] * x_step + k[None, :]
-    blocks, here = K // 64, split * turns
-    stop = tl.minimum(blocks, here + turns)
-    shift = tl.load(offset) if NESTED else 0.0
-    real = real_n & (here < stop)
-    next_words, next_scale, next_outer = _load_weights(w, absmax, outer, n * blocks + here, real, NESTED, NESTED_BLOCK)
+    x_ptrs = x_ptr + m[:, None] * x_stride + k[None, :]
+    blocks, block = K // 64, split * iters
+    stop = tl.minimum(blocks, block + iters)
+    shift = tl.load(offset_ptr) if NESTED else 0.0
+    real = real_n & (block < stop)
+    next_words, next_scale, next_outer = _load_weights(
+        w_ptr, absmax_ptr, outer_ptr, n * blocks + block, real, NESTED, NESTED_BLOCK)  # fmt: skip
     wait(EARLY)
-    next_x = tl.load(at_x + here * 64, real_m[:, None] & (here < stop), 0.0)
+    next_x = tl.load(x_ptrs + block * 64, real_m[:, None] & (block < stop), 0.0)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for _ in range(turns):
+    for _ in range(iters):
         words, scale, outer_scale, part, was_real = next_words, next_scale, next_outer, next_x, real
-        here += 1
-        real = real_n & (here < stop)
+        block += 1
+        real = real_n & (block < stop)
         next_words, next_scale, next_outer = _load_weights(
-            w, absmax, outer, n * blocks + here, real, NESTED, NESTED_BLOCK
-        )
-        next_x = tl.load(at_x + here * 64, real_m[:, None] & (here < stop), 0.0)
+            w_ptr, absmax_ptr, outer_ptr, n * blocks + block, real, NESTED, NESTED_BLOCK)  # fmt: skip
+        next_x = tl.load(x_ptrs + block * 64, real_m[:, None] & (block < stop), 0.0)
         if NESTED:
-            scale = tl.load(code8 + scale.to(tl.int32)) * outer_scale + shift
+            scale = tl.load(code8_ptr + scale.to(tl.int32)) * outer_scale + shift
         scale = tl.where(was_real, scale, 0.0)
-        w0, w1, w2, w3, w4, w5, w6, w7 = eight_weights(words, scale, code, x.dtype.element_ty, PTX)
-        # a later join is a faster index: of the eight, those 4 apart, 2 apart, and side by side
+        w0, w1, w2, w3, w4, w5, w6, w7 = eight_weights(words, scale, code_ptr, x_ptr.dtype.element_ty, PTX)
+        # each join appends a faster-varying index: join weights 4 apart first, then 2 apart, then neighbours
         weights = tl.join(
             tl.join(tl.join(w0, w4), tl.join(w2, w6)), tl.join(tl.join(w1, w5), tl.join(w3, w7))
         )  # [COLUMNS, 8, 2, 2, 2]
         weights = tl.reshape(weights, [COLUMNS, 64])
         total = tl.dot(part, tl.trans(weights), total, input_precision="ieee")
-    at_y = y + (split * rows + m[:, None]) * y_step + first + n[None, :]
-    tl.store(at_y, total, real_m[:, None] & real_n[None, :])
+    y_ptrs = y_ptr + (split * rows + m[:, None]) * y_stride + first + n[None, :]
+    tl.store(y_ptrs, total, real_m[:, None] & real_n[None, :])
 
 
 @triton.jit
-def _fetch(w, absmax, outer, row, block, half, blocks, stop, N, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr):
-    """Of each thread's half block of W: its four words, and its block's scales."""
-    real, at = (row < N) & (block < stop), row * blocks + block
-    address = (w + at * 8 + half * 4).to(tl.int64)
+def _fetch(w_ptr, absmax_ptr, outer_ptr, row, block, half, blocks, stop, N, NESTED: tl.constexpr,
+           NESTED_BLOCK: tl.constexpr):  # fmt: skip
+    """Load each thread's half block of W: its four words, and its block's scales, still quantised."""
+    real, index = (row < N) & (block < stop), row * blocks + block
+    address = (w_ptr + index * 8 + half * 4).to(tl.int64)
     w0, w1, w2, w3 = tl.inline_asm_elementwise(
         LOAD, "=r,=r,=r,=r,l,r", [address, real.to(tl.int32)], dtype=[tl.int32] * 4, is_pure=False, pack=1
     )
-    scale = tl.load(absmax + at, real, 0)
-    return w0, w1, w2, w3, scale, tl.load(outer + at // NESTED_BLOCK, real, 0.0) if NESTED else scale
+    scale = tl.load(absmax_ptr + index, real, 0)
+    return w0, w1, w2, w3, scale, tl.load(outer_ptr + index // NESTED_BLOCK, real, 0.0) if NESTED else scale
 
 
 @triton.jit
-def _unnested(fetched, code8, shift, NESTED: tl.constexpr):
+def _unnested(fetched, code8_ptr, shift, NESTED: tl.constexpr):
+    """The fp32 absmax of what `_fetch` loaded."""
     scale = fetched[4]
     if NESTED:
-        scale = tl.load(code8 + scale.to(tl.int32)) * fetched[5] + shift
+        scale = tl.load(code8_ptr + scale.to(tl.int32)) * fetched[5] + shift
     return scale
 
 
 @triton.jit
-def _put(y, sums, first_row, m, n, rows, N, first, y_step, WARPS: tl.constexpr):
-    """The warps' sums [WARPS * 32] added up, to row m and column n of y_split."""
+def _put(y_ptr, sums, first_row, m, n, rows, N, first, y_stride, WARPS: tl.constexpr):
+    """Store the sum of the warps' sums [WARPS * 32] at row m and column n of y_split."""
     total = tl.sum(tl.reshape(sums, [WARPS, 32]), axis=0)
-    tl.store(y + (first_row + m) * y_step + first + n, total, (m < rows) & (n < N))
+    tl.store(y_ptr + (first_row + m) * y_stride + first + n, total, (m < rows) & (n < N))
 
 
 @triton.jit
-def _in_registers(x, y, code8, w, absmax, outer, offset, first_row, split, rows, turns, K, N, first, y_step, x_step,
-                  NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, SIXTEEN: tl.constexpr, WARPS: tl.constexpr,
-                  ASM: tl.constexpr, CONSTRAINTS: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
-    """16 columns of y_split, from `first + first_row` on, without shared memory (nf4_mma.py), for up to 8 rows of x, or
-    16 if SIXTEEN. Each warp takes a part of K. Every tensor has one element a thread, in the threads' order."""
+def _in_registers(x_ptr, y_ptr, code8_ptr, w_ptr, absmax_ptr, outer_ptr, offset_ptr, first_row, split, rows, iters, K,
+                  N, first, y_stride, x_stride, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, SIXTEEN: tl.constexpr,
+                  WARPS: tl.constexpr, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    """16 columns of y_split from `first + first_row` on, without shared memory (nf4_mma.py), for up to 8 rows of x, or
+    16 if SIXTEEN. Each warp takes a part of K. Every tensor has one element per thread, in the threads' order.
+    """
     i = tl.arange(0, WARPS * 32)
     warp, g, t = i // 32, i % 32 // 4, i % 4
     row, half, blocks = first_row + g, t % 2, K // 64
-    block = (split * turns * WARPS + warp) * 2 + t // 2
-    stop = tl.minimum(blocks, (split + 1) * turns * WARPS * 2)
-    at_x = x + g * x_step + half * 32
-    shift = tl.load(offset) if NESTED else 0.0
-    a = _fetch(w, absmax, outer, row, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
-    b = _fetch(w, absmax, outer, row + 8, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
+    block = (split * iters * WARPS + warp) * 2 + t // 2
+    stop = tl.minimum(blocks, (split + 1) * iters * WARPS * 2)
+    x_ptrs = x_ptr + g * x_stride + half * 32
+    shift = tl.load(offset_ptr) if NESTED else 0.0
+    a = _fetch(w_ptr, absmax_ptr, outer_ptr, row, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
+    b = _fetch(w_ptr, absmax_ptr, outer_ptr, row + 8, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
     wait(EARLY)
     s0 = tl.zeros([WARPS * 32], tl.float32)
     s1, s2, s3, s4, s5, s6, s7 = s0, s0, s0, s0, s0, s0, s0
-    for _ in range(turns):
-        c, d, here = a, b, block
+    for _ in range(iters):
+        c, d, this_block = a, b, block
         block += WARPS * 2
-        a = _fetch(w, absmax, outer, row, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
-        b = _fetch(w, absmax, outer, row + 8, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
-        scale_c, scale_d = _unnested(c, code8, shift, NESTED), _unnested(d, code8, shift, NESTED)
-        at, read = (at_x + here * 64).to(tl.int64), here < stop
+        a = _fetch(w_ptr, absmax_ptr, outer_ptr, row, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
+        b = _fetch(w_ptr, absmax_ptr, outer_ptr, row + 8, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
+        scale_c, scale_d = _unnested(c, code8_ptr, shift, NESTED), _unnested(d, code8_ptr, shift, NESTED)
+        at, read = (x_ptrs + this_block * 64).to(tl.int64), this_block < stop
         if SIXTEEN:
             s0, s1, s2, s3, s4, s5, s6, s7 = tl.inline_asm_elementwise(
                 ASM, CONSTRAINTS,
                 [c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3], scale_c, scale_d,
-                 at, (read & (g < rows)).to(tl.int32), at + x_step * 16, (read & (g + 8 < rows)).to(tl.int32),
-                 s0, s1, s2, s3, s4, s5, s6, s7],
-                dtype=[tl.float32] * 8, is_pure=False, pack=1,
+                 at, (read & (g < rows)).to(tl.int32), at + x_stride * 16, (read & (g + 8 < rows)).to(tl.int32),
+                 s0, s1, s2, s3, s4, s5, s6, s7], dtype=[tl.float32] * 8, is_pure=False, pack=1,
             )  # fmt: skip
         else:
             s0, s1, s2, s3 = tl.inline_asm_elementwise(
                 ASM, CONSTRAINTS,
                 [c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3], scale_c, scale_d,
-                 at, (read & (g < rows)).to(tl.int32), s0, s1, s2, s3],
-                dtype=[tl.float32] * 4, is_pure=False, pack=1,
+                 at, (read & (g < rows)).to(tl.int32), s0, s1, s2, s3], dtype=[tl.float32] * 4, is_pure=False, pack=1,
             )  # fmt: skip
     lane = tl.arange(0, 32)
     m, n = lane % 4 * 2, first_row + lane // 4
-    _put(y, s0, split * rows, m, n, rows, N, first, y_step, WARPS)
-    _put(y, s1, split * rows, m + 1, n, rows, N, first, y_step, WARPS)
-    _put(y, s2, split * rows, m, n + 8, rows, N, first, y_step, WARPS)
-    _put(y, s3, split * rows, m + 1, n + 8, rows, N, first, y_step, WARPS)
+    _put(y_ptr, s0, split * rows, m, n, rows, N, first, y_stride, WARPS)
+    _put(y_ptr, s1, split * rows, m + 1, n, rows, N, first, y_stride, WARPS)
+    _put(y_ptr, s2, split * rows, m, n + 8, rows, N, first, y_stride, WARPS)
+    _put(y_ptr, s3, split * rows, m + 1, n + 8, rows, N, first, y_stride, WARPS)
     if SIXTEEN:
-        _put(y, s4, split * rows, m + 8, n, rows, N, first, y_step, WARPS)
-        _put(y, s5, split * rows, m + 9, n, rows, N, first, y_step, WARPS)
-        _put(y, s6, split * rows, m + 8, n + 8, rows, N, first, y_step, WARPS)
-        _put(y, s7, split * rows, m + 9, n + 8, rows, N, first, y_step, WARPS)
+        _put(y_ptr, s4, split * rows, m + 8, n, rows, N, first, y_stride, WARPS)
+        _put(y_ptr, s5, split * rows, m + 9, n, rows, N, first, y_stride, WARPS)
+        _put(y_ptr, s6, split * rows, m + 8, n + 8, rows, N, first, y_stride, WARPS)
+        _put(y_ptr, s7, split * rows, m + 9, n + 8, rows, N, first, y_stride, WARPS)
 
 
 @triton.jit
-def _adapter(x, t, a, split, rows, turns, K, R: tl.constexpr, first, t_step, x_step, R_BLOCK: tl.constexpr,
-          ROWS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
-    """Columns `first` and on of t_split: all of A by x."""
+def _adapter(x_ptr, t_ptr, a_ptr, split, rows, iters, K, R: tl.constexpr, first, t_stride, x_stride,
+             R_BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    """The columns of t_split from `first` on: x by all of A."""
     wait(EARLY)
     m, r, k = tl.arange(0, ROWS), tl.arange(0, R_BLOCK), tl.arange(0, WIDTH)
     real_m, real_r = (m < rows)[:, None], (r < R)[:, None]
-    at_x, at_a = x + m[:, None] * x_step + k[None, :], a + r[:, None] * K + k[None, :]
-    here, stop = split * turns * WIDTH, tl.minimum((split + 1) * turns * WIDTH, K)
-    within = (here + k < stop)[None, :]
-    next_x, next_a = tl.load(at_x + here, real_m & within, 0.0), tl.load(at_a + here, real_r & within, 0.0)
+    x_ptrs, a_ptrs = x_ptr + m[:, None] * x_stride + k[None, :], a_ptr + r[:, None] * K + k[None, :]
+    column, stop = split * iters * WIDTH, tl.minimum((split + 1) * iters * WIDTH, K)
+    within = (column + k < stop)[None, :]
+    next_x, next_a = tl.load(x_ptrs + column, real_m & within, 0.0), tl.load(a_ptrs + column, real_r & within, 0.0)
     total = tl.zeros([ROWS, R_BLOCK], tl.float32)
-    for _ in range(turns):
+    for _ in range(iters):
         part, rows_a = next_x, next_a
-        here += WIDTH
-        within = (here + k < stop)[None, :]
-        next_x, next_a = tl.load(at_x + here, real_m & within, 0.0), tl.load(at_a + here, real_r & within, 0.0)
+        column += WIDTH
+        within = (column + k < stop)[None, :]
+        next_x, next_a = tl.load(x_ptrs + column, real_m & within, 0.0), tl.load(a_ptrs + column, real_r & within, 0.0)
         total = tl.dot(part, tl.trans(rows_a.to(part.dtype)), total, input_precision="ieee")
-    tl.store(t + (split * rows + m[:, None]) * t_step + first + r[None, :], total, real_m & (r < R)[None, :])
+    tl.store(t_ptr + (split * rows + m[:, None]) * t_stride + first + r[None, :], total, real_m & (r < R)[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "turns", "thin_turns"])
+@triton.jit(do_not_specialize=["rows", "iters", "thin_iters"])
 def _few_rows(
-    x, y, t, code, code8,
-    w0, w1, w2,  # int32 [N K / 8]
-    absmax0, absmax1, absmax2,  # uint8 [N K / 64] if NESTED, else fp32
-    outer0, outer1, outer2, offset0, offset1, offset2,  # of the nested absmax: fp32 [blocks / NESTED_BLOCK], fp32 []
-    a0, a1, a2,  # [R, K] in fp32 or 16 bits
-    rows, turns, thin_turns, K, N0, N1, N2, x_step,
+    x_ptr, y_ptr, t_ptr, code_ptr, code8_ptr,
+    w0_ptr, w1_ptr, w2_ptr,  # int32 [N K / 8]
+    absmax0_ptr, absmax1_ptr, absmax2_ptr,  # uint8 [N K / 64] if NESTED, else fp32
+    outer0_ptr, outer1_ptr, outer2_ptr,  # of the nested absmax, fp32 [blocks / NESTED_BLOCK]
+    offset0_ptr, offset1_ptr, offset2_ptr,  # likewise, fp32 []
+    a0_ptr, a1_ptr, a2_ptr,  # [R, K] in fp32 or 16 bits
+    rows, iters, thin_iters, K, N0, N1, N2, x_stride,
     NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
     THIN: tl.constexpr, PIECES: tl.constexpr, R_BLOCK: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, PTX: tl.constexpr, WARPS: tl.constexpr, REGISTERS: tl.constexpr, ASM: tl.constexpr,
     CONSTRAINTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    """One program per block of y's columns and split, preceded by PIECES programs per part for the thin product t."""
     begin(EARLY)
     program, split = tl.program_id(0), tl.program_id(1)
     R: tl.constexpr = R0 + R1 + R2
     DOT_ROWS: tl.constexpr = max(16, ROWS)
-    if THIN > 0:  # else tl.dot must not be compiled: it is a T4's kernel, too
+    if THIN > 0:  # otherwise tl.dot must not be compiled: this is a T4's kernel too
         piece = split * PIECES + program % PIECES
         if program < PIECES:
-            _adapter(x, t, a0, piece, rows, thin_turns, K, R0, 0, R, x_step, R_BLOCK, DOT_ROWS, WIDTH, EARLY)
+            _adapter(x_ptr, t_ptr, a0_ptr, piece, rows, thin_iters, K, R0, 0, R, x_stride, R_BLOCK, DOT_ROWS, WIDTH,
+                     EARLY)  # fmt: skip
         elif program < 2 * PIECES and THIN > 1:
-            _adapter(x, t, a1, piece, rows, thin_turns, K, R1, R0, R, x_step, R_BLOCK, DOT_ROWS, WIDTH, EARLY)
+            _adapter(x_ptr, t_ptr, a1_ptr, piece, rows, thin_iters, K, R1, R0, R, x_stride, R_BLOCK, DOT_ROWS, WIDTH,
+                     EARLY)  # fmt: skip
         elif program < 3 * PIECES and THIN > 2:
-            _adapter(x, t, a2, piece, rows, thin_turns, K, R2, R0 + R1, R, x_step, R_BLOCK, DOT_ROWS, WIDTH, EARLY)
+            _adapter(x_ptr, t_ptr, a2_ptr, piece, rows, thin_iters, K, R2, R0 + R1, R, x_stride, R_BLOCK, DOT_ROWS,
+                     WIDTH, EARLY)  # fmt: skip
     if program >= THIN * PIECES:
         block = program - THIN * PIECES
-        w, absmax, outer, offset, N, first = w0, absmax0, outer0, offset0, N0, 0
+        w_ptr, absmax_ptr, outer_ptr, offset_ptr = w0_ptr, absmax0_ptr, outer0_ptr, offset0_ptr
+        N, first = N0, 0
         blocks0, blocks1 = tl.cdiv(N0, COLUMNS), tl.cdiv(N1, COLUMNS)
         if block >= blocks0:
             if block < blocks0 + blocks1:
-                w, absmax, outer, offset, N, first = w1, absmax1, outer1, offset1, N1, N0
+                w_ptr, absmax_ptr, outer_ptr, offset_ptr = w1_ptr, absmax1_ptr, outer1_ptr, offset1_ptr
+                N, first = N1, N0
                 block -= blocks0
             else:
-                w, absmax, outer, offset, N, first = w2, absmax2, outer2, offset2, N2, N0 + N1
+                w_ptr, absmax_ptr, outer_ptr, offset_ptr = w2_ptr, absmax2_ptr, outer2_ptr, offset2_ptr
+                N, first = N2, N0 + N1
                 block -= blocks0 + blocks1
         if REGISTERS:
-            _in_registers(x, y, code8, w, absmax, outer, offset, block * COLUMNS, split, rows, turns, K, N, first,
-                          N0 + N1 + N2, x_step, NESTED, NESTED_BLOCK, ROWS == 16, WARPS, ASM, CONSTRAINTS,
-                          EARLY)  # fmt: skip
+            _in_registers(x_ptr, y_ptr, code8_ptr, w_ptr, absmax_ptr, outer_ptr, offset_ptr, block * COLUMNS, split,
+                          rows, iters, K, N, first, N0 + N1 + N2, x_stride, NESTED, NESTED_BLOCK, ROWS == 16, WARPS,
+                          ASM, CONSTRAINTS, EARLY)  # fmt: skip
         else:
-            _base(x, y, code, code8, w, absmax, outer, offset, block * COLUMNS, split, rows, turns, K, N, first,
-                  N0 + N1 + N2, x_step, NESTED, NESTED_BLOCK, ROWS, COLUMNS, PTX, EARLY)  # fmt: skip
+            _base(x_ptr, y_ptr, code_ptr, code8_ptr, w_ptr, absmax_ptr, outer_ptr, offset_ptr, block * COLUMNS, split,
+                  rows, iters, K, N, first, N0 + N1 + N2, x_stride, NESTED, NESTED_BLOCK, ROWS, COLUMNS, PTX,
+                  EARLY)  # fmt: skip
 
 
-def serves(x, parts) -> bool:
-    """Whether `few_rows_product` can, and should, do this on this card."""
+def serves(x: Tensor, parts: Sequence[Projection]) -> bool:
+    """Whether `few_rows_product` supports this product on this card, and is the fastest way to compute it."""
     if tensor_cores(x.device):
         most = MOST_ROWS
     else:
@@ -233,31 +246,31 @@ def serves(x, parts) -> bool:
     return x.element_size() == 2 and x.shape[0] <= most and fits(x, parts)
 
 
-def fits(x, parts) -> bool:
-    """Whether the parts are NF4 in blocks of 64, nested or not all alike, and x's rows whole blocks."""
-    states = [part.quant_state for part in parts]
-    if len(parts) > 3 or x.shape[1] % 64 or any(s is None or s.quant_type != "nf4" for s in states):
+def fits(x: Tensor, parts: Sequence[Projection]) -> bool:
+    """Whether up to three parts are all NF4 in blocks of 64, quantised alike, and x's rows are whole blocks."""
+    states = [part.quant_state for part in parts if part.quant_state is not None]
+    if len(states) < len(parts) or len(parts) > 3 or x.shape[1] % 64 or any(s.quant_type != "nf4" for s in states):
         return False
-    alike = {(s.blocksize, s.nested, s.state2.blocksize if s.nested else 0, s.shape[1]) for s in states}
+    alike = {(s.blocksize, 0 if s.state2 is None else s.state2.blocksize, s.shape[1]) for s in states}
     return len(alike) == 1 and states[0].blocksize == 64
 
 
 class Tile(NamedTuple):
-    """How so many rows of x are served, as measured on an H200."""
+    """How a number of rows of x is served, as measured on an H200."""
 
     registers: bool  # by `_in_registers`, or by `_base`
-    rows: int  # of x, and
-    columns: int  # of W, that a program takes
-    width: int  # of K that it takes at a turn of its loop
-    held: int  # programs that a multiprocessor holds
-    turn: int  # what a turn takes, in units of what one more split costs those who add them up
+    rows: int  # of x per program
+    columns: int  # of y per program
+    width: int  # columns of K per iteration of the loop
+    resident: int  # programs that run on a multiprocessor at once
+    iter_cost: int  # time of an iteration, in units of what summing one more split costs
 
 
 def tile(rows: int) -> Tile:
-    """The tile for so many rows of x."""
+    """The tile for this many rows of x."""
     if rows <= MOST_IN_REGISTERS and PTX:
         return Tile(True, 8, 16, 128 * WARPS, 8, 1) if rows <= 8 else Tile(True, 16, 16, 128 * WARPS, 4, 2)
-    if rows <= 64:  # 64 rows at least: Hopper's own product is cut so
+    if rows <= 64:  # at least 64 rows: the tile height of Hopper's wgmma
         return Tile(False, 64, 64, 64, 5, 1)
     return Tile(False, 128, 128, 64, 2, 3)
 
@@ -268,60 +281,69 @@ def instructions(rows: int, dtype: torch.dtype, wide: bool) -> tuple[str, str]:
     return product(rows // 8, "bf16" if dtype == torch.bfloat16 else "f16", wide)
 
 
-def splits_for(programs: int, turns: int, slots: int, turn: int) -> int:
-    """Into how many splits `turns` of the loop are cut: few waves of programs over the card's slots, few turns each, of
-    which a program takes two to begin and to end, and few splits."""
+def splits_for(programs: int, iters: int, slots: int, iter_cost: int) -> int:
+    """How many splits the loop's `iters` iterations over K are cut into.
+
+    There should be few waves of programs (`programs` per split) on the card's `slots`, few iterations in each program,
+    of which starting and ending count as two, and few splits.
+    """
 
     def cost(splits: int) -> int:
-        return ceil_div(programs * splits, slots) * (ceil_div(turns, splits) + 2) * turn + splits
+        return ceil_div(programs * splits, slots) * (ceil_div(iters, splits) + 2) * iter_cost + splits
 
-    return min(range(1, min(MOST_SPLITS, turns) + 1), key=cost)
+    return min(range(1, min(MOST_SPLITS, iters) + 1), key=cost)
 
 
-def few_rows_product(x, parts):
-    """x [rows, K] 16-bit, up to three NF4 parts [N_i, K], each perhaps with a LoRA of rank r_i. Without bias:
+def few_rows_product(x: Tensor, parts: Sequence[Projection]) -> tuple[Tensor, Tensor | None]:
+    """The base and LoRA-A products of up to three parts, without bias, as sums still to be taken over splits of K.
 
-    y fp32 [splits, rows, sum of N], whose sum over the splits is [x W_1^T, x W_2^T, ..], and t fp32 [splits, rows, sum
-    of r] with x A^T likewise, without elements if no part has a LoRA; None where tl.dot has no tensor cores.
+    Args:
+        x (`Tensor`): [rows, K], 16-bit.
+        parts (`tuple[Projection, ...]`): One to three for which `fits` is true, NF4 [N_i, K], each with or without a
+            LoRA of rank r_i.
+
+    Returns y, fp32 [splits, rows, sum of N], whose sum over the splits is [x W_1^T, x W_2^T, ..]; and t, fp32 [splits,
+    rows, sum of r], likewise with x A^T: without elements if no part has a LoRA, None where tl.dot has no tensor cores.
     """
-    if x.stride(0) % 8 or x.stride(1) != 1 or x.data_ptr() % 16:  # it is read 16 bytes at a time
+    if x.stride(0) % 8 or x.stride(1) != 1 or x.data_ptr() % 16:  # the kernel loads 16 bytes at a time
         x = x.clone(memory_format=torch.contiguous_format)
-    states = [part.quant_state for part in parts]
+    states = [part.quant_state for part in parts if part.quant_state is not None]
     state, nested = states[0], states[0].state2
     rows, width = x.shape
-    outs = [s.shape[0] for s in states]
+    outs = [part.out_features for part in parts]
     ranks = [0 if part.lora_a is None else part.lora_a.shape[0] for part in parts]
     cut, dot = tile(rows), tensor_cores(x.device)
     thin = len(parts) if sum(ranks) and dot else 0
     programs = thin + sum(ceil_div(out, cut.columns) for out in outs)
-    turns = ceil_div(width, cut.width)
-    turns = ceil_div(turns, splits_for(programs, turns, cut.held * multiprocessors(x.device), cut.turn))
-    splits = ceil_div(width, turns * cut.width)
-    # Beside short programs the thin product is cut finer than the splits, as A is read in fp32; but those who add it up
-    # must not read too much of it.
+    iters = ceil_div(width, cut.width)
+    iters = ceil_div(iters, splits_for(programs, iters, cut.resident * multiprocessors(x.device), cut.iter_cost))
+    splits = ceil_div(width, iters * cut.width)
+    # Where programs are short, the thin product is split more finely than y, since A is read in fp32; but not so finely
+    # that the kernel that sums t reads too much of it.
     thin_width, pieces = 64, 1
     if cut.registers:
         thin_width, pieces = THIN_WIDTH, max(1, min(ceil_div(width, 2 * THIN_WIDTH), MOST_SPLITS) // splits)
-    thin_turns = ceil_div(width, thin_width * pieces * splits)
+    thin_iters = ceil_div(width, thin_width * pieces * splits)
     y = torch.empty(splits, rows, sum(outs), dtype=torch.float32, device=x.device)
     t = torch.empty(splits * pieces, rows, sum(ranks), dtype=torch.float32, device=x.device)
 
     words = [part.weight.detach().as_subclass(torch.Tensor).reshape(-1).view(torch.int32) for part in parts]
     absmax = [s.absmax for s in states]
-    outer = [s.state2.absmax if nested else s.absmax for s in states]
+    outer = [s.absmax if s.state2 is None else s.state2.absmax for s in states]
     offset = [s.offset if nested else s.absmax for s in states]
-    some = next((part.lora_a for part in parts if part.lora_a is not None), x)  # a kernel's branches want one type
+    some = next(
+        (part.lora_a for part in parts if part.lora_a is not None), x
+    )  # a kernel's branches need pointers of one type
     a = [(some if part.lora_a is None else part.lora_a).detach().contiguous() for part in parts]
     _few_rows[(programs + thin * (pieces - 1), splits)](
         x, y, t, state.code, nested.code if nested else state.code,
-        *(tensor for tensors in (words, absmax, outer, offset, a) for tensor in three(tensors, tensors[0])),
-        rows, turns, thin_turns, width, *three(outs, 0), x.stride(0),
-        nested is not None, nested.blocksize if nested else 1, *three(ranks, 0), thin, pieces,
+        *(tensor for tensors in (words, absmax, outer, offset, a) for tensor in pad_to_three(tensors, tensors[0])),
+        rows, iters, thin_iters, width, *pad_to_three(outs, 0), x.stride(0),
+        nested is not None, nested.blocksize if nested else 1, *pad_to_three(ranks, 0), thin, pieces,
         max(16, power_of_2(max(1, *ranks))), thin_width, cut.rows, cut.columns, PTX, WARPS, cut.registers,
         *(instructions(cut.rows, x.dtype, dot) if cut.registers else ("", "")),
-        **early(x.device),
-        num_warps=WARPS,
-        num_stages=1,  # pipelined by hand: Triton would take the table of absmax through shared memory as well
+        **early(x.device), num_warps=WARPS,
+        num_stages=1,  # pipelined by hand: Triton would stage the absmax table in shared memory as well
         enable_fp_fusion=False,  # a fused multiply-add would round once where nf4.py rounds twice
     )  # fmt: skip
     return y, t if dot else None

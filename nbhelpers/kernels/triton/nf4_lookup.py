@@ -1,12 +1,12 @@
-"""Eight NF4 weights out of one word of 32 bits, without touching memory: `prmt`, PTX's look-up of bytes.
+"""Eight NF4 weights from one 32-bit word without a memory access, by `prmt`, PTX's byte permutation.
 
-    W[i] = code[q[i]] * absmax[i // 64]       rounded to 16 bits, bit for bit as nf4.py does
+    W[i] = code[q[i]] * absmax[i // 64]       rounded to 16 bits, bit for bit as in nf4.py
 
-A block of 64 weights can only hold 16 numbers: they are computed once, and each weight is one of them. Kept as bytes
-they fill eight registers, four for their high bytes and four for the low ones; `prmt` picks four bytes out of eight by
-four indices of three bits, which is half of the look-up, and once more to choose between two halves.
+A block of 64 weights has only 16 possible values: they are computed once, and each weight is one of them. Stored as
+bytes they fill eight registers, four with the high bytes and four with the low ones. `prmt` selects four of eight bytes
+by four 3-bit indices, which covers half of the table; one more `prmt` selects between the two halves.
 
-In Triton's interpreter, which knows no PTX, the same numbers come from the code table in memory.
+Triton's interpreter does not execute PTX; there the same values come from the code table in memory.
 """
 
 import os
@@ -22,16 +22,20 @@ NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.
 
 
 def table(kind: str, names: list[str], absmax: str, pairs: bool = True) -> str:
-    """From absmax, fp32: the high bytes of the 16 numbers in the first four registers, the low ones in the others.
+    """PTX that computes a block's 16 possible weights.
 
-    kind: "bf16" or "f16"; pairs: convert two numbers in one instruction, which a T4 cannot.
+    Args:
+        kind (`str`): "bf16" or "f16".
+        names (`list[str]`): Eight registers to write: four for the high bytes, then four for the low ones.
+        absmax (`str`): The register with the block's absmax, fp32.
+        pairs (`bool`): Convert two numbers per instruction, which a T4 cannot.
     """
     lines = [".reg .f32 f<16>;", ".reg .b32 p<8>;", ".reg .b16 q, r;"]
     for i, level in enumerate(NF4):  # .rn: never fused with another operation
         lines.append(f"mul.rn.f32 f{i}, {absmax}, 0f{struct.unpack('<I', struct.pack('<f', level))[0]:08X};")
     for i in range(8):
         if pairs:
-            lines.append(f"cvt.rn.{kind}x2.f32 p{i}, f{2 * i + 1}, f{2 * i};")  # the second goes into the low half
+            lines.append(f"cvt.rn.{kind}x2.f32 p{i}, f{2 * i + 1}, f{2 * i};")  # the second operand is the low half
         else:
             lines.append(f"cvt.rn.{kind}.f32 q, f{2 * i}; cvt.rn.{kind}.f32 r, f{2 * i + 1}; mov.b32 p{i}, {{q, r}};")
     for i in range(4):
@@ -41,7 +45,7 @@ def table(kind: str, names: list[str], absmax: str, pairs: bool = True) -> str:
 
 
 def selectors(word: str, s: str, e: str) -> str:
-    """s: the three low bits of each nibble; e: the i-th nibble is i, or i + 4 if the fourth bit is set."""
+    """PTX that splits `word`'s nibbles: s gets their three low bits; nibble i of e is i, plus 4 if bit 3 is set."""
     return (
         f"and.b32 {s}, {word}, 0x77777777; shr.u32 {e}, {word}, 1; "
         f"lop3.b32 {e}, {e}, 0x44444444, 0x32103210, 0xEA; "  # (e & 0x4..) | 0x3..
@@ -49,10 +53,18 @@ def selectors(word: str, s: str, e: str) -> str:
 
 
 def look_up(names: list[str], s: str, e: str, first: str, second: str) -> str:
-    """The weights of the four low nibbles, in their order in the row: two in `first`, two in `second`.
+    """PTX that looks up the weights of the four low nibbles, in their order in the row: two in `first`, two in
+    `second`.
 
-    A byte's first weight is in its high half, so h and l have each pair the wrong way round: the last two `prmt` turn
-    it. The registers u, v, h, l are written to.
+    A byte's first weight is in its high half, so h and l have each pair in the wrong order: the last two `prmt` swap
+    them. It overwrites the registers u, v, h and l.
+
+    Args:
+        names (`list[str]`): The eight registers of `table`.
+        s (`str`): Register with the low bits, from `selectors`.
+        e (`str`): Register with the halves, from `selectors`.
+        first (`str`): Register to write the first two weights to.
+        second (`str`): Register to write the other two to.
     """
     n = names
     return (
@@ -63,7 +75,7 @@ def look_up(names: list[str], s: str, e: str, first: str, second: str) -> str:
 
 
 def _weights() -> str:
-    """From a word of nibbles $8 and the table $9 to $16: the weights $0 to $7 in their order in the row."""
+    """PTX from a word of nibbles $8 and the table $9 to $16 to the weights $0 to $7, in their order in the row."""
     names = [f"${i}" for i in range(9, 17)]
     four = look_up(names, "s", "e", "o", "p") + "mov.b32 {{${}, ${}}}, o; mov.b32 {{${}, ${}}}, p; "
     return (
@@ -78,8 +90,8 @@ WEIGHTS = tl.constexpr(_weights())
 
 
 @triton.jit
-def eight_weights(words, absmax, code, dtype: tl.constexpr, PTX: tl.constexpr):
-    """The weights in int32 words [C, W] with one absmax a row, fp32 [C]: eight tensors [C, W] of `dtype`."""
+def eight_weights(words, absmax, code_ptr, dtype: tl.constexpr, PTX: tl.constexpr):
+    """The weights in int32 words [C, W] with one absmax per row, fp32 [C]: eight tensors [C, W] of `dtype`."""
     if PTX:
         table: tl.constexpr = TABLE_BF16 if dtype == tl.bfloat16 else TABLE_FP16
         h0, h1, h2, h3, l0, l1, l2, l3 = tl.inline_asm_elementwise(
@@ -99,8 +111,12 @@ def eight_weights(words, absmax, code, dtype: tl.constexpr, PTX: tl.constexpr):
     else:
         a = absmax[:, None]
         return (
-            (tl.load(code + (words >> 4 & 15)) * a).to(dtype), (tl.load(code + (words & 15)) * a).to(dtype),
-            (tl.load(code + (words >> 12 & 15)) * a).to(dtype), (tl.load(code + (words >> 8 & 15)) * a).to(dtype),
-            (tl.load(code + (words >> 20 & 15)) * a).to(dtype), (tl.load(code + (words >> 16 & 15)) * a).to(dtype),
-            (tl.load(code + (words >> 28 & 15)) * a).to(dtype), (tl.load(code + (words >> 24 & 15)) * a).to(dtype),
-        )  # fmt: skip
+            (tl.load(code_ptr + (words >> 4 & 15)) * a).to(dtype),
+            (tl.load(code_ptr + (words & 15)) * a).to(dtype),
+            (tl.load(code_ptr + (words >> 12 & 15)) * a).to(dtype),
+            (tl.load(code_ptr + (words >> 8 & 15)) * a).to(dtype),
+            (tl.load(code_ptr + (words >> 20 & 15)) * a).to(dtype),
+            (tl.load(code_ptr + (words >> 16 & 15)) * a).to(dtype),
+            (tl.load(code_ptr + (words >> 28 & 15)) * a).to(dtype),
+            (tl.load(code_ptr + (words >> 24 & 15)) * a).to(dtype),
+        )

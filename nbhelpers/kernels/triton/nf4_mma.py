@@ -1,12 +1,13 @@
-"""PTX for products of NF4 weights with a few rows of x that never leave registers: undo the four bits, multiply, add.
+"""PTX for products of NF4 weights with a few rows of x, all in registers: dequantise, multiply, accumulate.
 
-    y[n, row] += sum_k x[n, k] code[q[row, k]] absmax[row, k // 64]       the weights rounded to 16 bits, as nf4.py does
+    y[n, row] += sum_k x[n, k] code[q[row, k]] absmax[row, k // 64]     the weights rounded to 16 bits, as in nf4.py
 
-The tensor cores' own instruction (mma) wants of each thread certain weights of a 16 x 16 tile: thread 4 g + t those of
-rows g and g + 8 at four positions k. A sum does not ask for its order, so k may be dealt out otherwise, as long as x is
-dealt out alike: here thread 4 g + t takes 32 weights that lie side by side, half a block with one absmax, in one load
-of 16 bytes, and the 64 bytes of x's row g that go with them. Nothing passes through shared memory and nobody waits at a
-barrier, which tl.dot cannot do: it would take each weight through shared memory, which then is the bottleneck.
+The tensor core instruction (mma) prescribes which weights of a 16 x 16 tile each thread supplies: thread 4 g + t those
+of rows g and g + 8 at four positions k. A sum over k does not depend on the order of its terms, so k may be permuted,
+as long as x is permuted in the same way. Here thread 4 g + t takes 32 consecutive weights, half a block with one
+absmax, in one load of 16 bytes, and the 64 bytes of x's row g that belong to them. So nothing passes through shared
+memory and no thread waits at a barrier. tl.dot cannot do this: it would pass each weight through shared memory, which
+then is the bottleneck.
 
 Fragments: PTX ISA 9.7.14, "Matrix Fragments for mma.m16n8k16" (and m16n8k8, which a T4 has).
 """
@@ -17,7 +18,10 @@ from .nf4_lookup import look_up, selectors, table
 
 
 def _load(registers: list[str], address: str, read: str) -> str:
-    """Fill registers, a multiple of four, from an address on, or with zeros where `read` is 0. Uses the predicate p."""
+    """PTX that fills registers, a multiple of four, from consecutive addresses, or with zeros where `read` is 0.
+
+    It overwrites the predicate p.
+    """
     lines = [f"setp.ne.b32 p, {read}, 0;", *(f"mov.b32 {register}, 0;" for register in registers)]
     for i in range(0, len(registers), 4):
         lines.append(f"@p ld.global.v4.b32 {{{', '.join(registers[i : i + 4])}}}, [{address} + {4 * i}];")
@@ -28,11 +32,15 @@ LOAD = tl.constexpr("{.reg .pred p; " + _load(["$0", "$1", "$2", "$3"], "$4", "$
 
 
 def product(eights: int, kind: str, wide: bool) -> tuple[str, str]:
-    """The instructions for 16 rows of W and `eights` times 8 rows of x, and their operands in LLVM's terms.
+    """The instructions for 16 rows of W and `eights` times 8 rows of x, and the constraints of their operands for LLVM.
 
-    Operands, in this order: out, the sums, four for each eight; in, four words of row g and four of row g + 8, their
-    two absmax, for each eight the address of x and whether to read it, and the sums so far.
-    kind: "bf16" or "f16". wide: sixteen positions k an instruction (Ampere and later), or eight.
+    Operands, in this order. Output: the sums, four per eight rows. Input: four words of row g and four of row g + 8,
+    their two absmax; for each eight rows the address of x and whether to read it; the sums so far.
+
+    Args:
+        eights (`int`): Rows of x divided by 8.
+        kind (`str`): "bf16" or "f16".
+        wide (`bool`): Sixteen positions k per instruction (Ampere and later), otherwise eight.
     """
     sums = 4 * eights
     words, scales, rows, before = sums, sums + 8, sums + 10, sums + 10 + 2 * eights
@@ -41,7 +49,7 @@ def product(eights: int, kind: str, wide: bool) -> tuple[str, str]:
         lines.append(_load([f"x{16 * n + i}" for i in range(16)], f"${rows + 2 * n}", f"${rows + 2 * n + 1}"))
     tables = [[f"{half}{i}" for i in range(8)] for half in "gj"]  # of row g, and of row g + 8
     lines += [table(kind, names, f"${scales + i}", wide) for i, names in enumerate(tables)]
-    for step in range(8):  # four positions of this thread: half a word
+    for step in range(8):  # four of this thread's positions: half a word
         for i, names in enumerate(tables):
             s, e = f"s{i}", f"e{i}"
             if step % 2 == 0:
@@ -56,7 +64,7 @@ def product(eights: int, kind: str, wide: bool) -> tuple[str, str]:
 
 
 def _mma(sums: int, before: int, b: int, kind: str, wide: bool) -> list[str]:
-    """The sums from $sums on: those from $before on, and the product of a0 to a3 with x{b} and x{b + 1}."""
+    """PTX for the sums from $sums on: those from $before on plus the product of a0 to a3 with x{b} and x{b + 1}."""
     to, first = (", ".join(f"${start + i}" for i in range(4)) for start in (sums, before))
     name = f"mma.sync.aligned.m16n8k{16 if wide else 8}.row.col.f32.{kind}.{kind}.f32"
     if wide:

@@ -1,4 +1,4 @@
-"""RMSNorm with the residual addition fused in (Zhang & Sennrich, arXiv 1910.07467).
+"""RMSNorm with the residual addition fused in (Zhang & Sennrich, arXiv:1910.07467).
 
     s = x + residual          r = 1 / sqrt(mean(s^2) + eps)          y = w * s * r
 
@@ -6,11 +6,12 @@ Backward, with g = dy * w and the mean over the H channels of a row:
 
     ds = r * (g - s r * mean(g * s r)) + (gradient that reaches s itself)          dw = sum over rows of dy * s r
 
-x, residual, s, y [rows, H]; w [H]; r [rows] in fp32. All arithmetic in fp32. A row lives in registers, so each tensor
-is read once and written once; kept for the backward: s and r (not y). Without a residual s is x itself.
+x, residual, s, y [rows, H]; w [H]; r [rows] in fp32. All arithmetic is in fp32. A row is held in registers, so each
+tensor is read once and written once; kept for the backward: s and r (not y). Without a residual s is x itself.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -20,70 +21,84 @@ from torch import Tensor
 from .common import begin, ceil_div, early, power_of_2, wait
 
 
-@triton.jit(do_not_specialize=["rows"])  # one build for every number of tokens
-def _forward(x, residual, w, s, y, r, rows, x_step, res_step, eps, H: tl.constexpr, ADD: tl.constexpr,
-             ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["rows"])  # one compilation for every number of tokens
+def _forward(x_ptr, residual_ptr, w_ptr, s_ptr, y_ptr, r_ptr, rows, x_stride, residual_stride, eps, H: tl.constexpr,
+             ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    """s = x + residual, r and y of ROWS rows; without ADD s is x and is not written."""
     begin(EARLY)
     wait(EARLY)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (col < H)
-    value = tl.load(x + row * x_step + col, mask, 0.0).to(tl.float32)
+    value = tl.load(x_ptr + row * x_stride + col, mask, 0.0).to(tl.float32)
     if ADD:
-        value += tl.load(residual + row * res_step + col, mask, 0.0).to(tl.float32)
-        if s.dtype.element_ty == tl.float16:
+        value += tl.load(residual_ptr + row * residual_stride + col, mask, 0.0).to(tl.float32)
+        if s_ptr.dtype.element_ty == tl.float16:
             value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
-        rounded = value.to(s.dtype.element_ty)
-        tl.store(s + row * H + col, rounded, mask)
-        value = rounded.to(tl.float32)  # the norm of what is stored, so that the backward sees the same numbers
+        rounded = value.to(s_ptr.dtype.element_ty)
+        tl.store(s_ptr + row * H + col, rounded, mask)
+        value = rounded.to(tl.float32)  # normalise what is stored, so that the backward uses the same numbers
     scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=1, keep_dims=True) / H + eps)
-    tl.store(r + row, scale, row < rows)
-    weight = tl.load(w + col, col < H, 0.0).to(tl.float32)
-    tl.store(y + row * H + col, (value * scale * weight).to(y.dtype.element_ty), mask)
+    tl.store(r_ptr + row, scale, row < rows)
+    weight = tl.load(w_ptr + col, col < H, 0.0).to(tl.float32)
+    tl.store(y_ptr + row * H + col, (value * scale * weight).to(y_ptr.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["rows"])  # one build for every number of tokens
-def _backward(dy, ds, s, w, r, dx, dw, rows, dy_step, ds_step, s_step, H: tl.constexpr, ADD: tl.constexpr,
-              WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
-    """A program takes STEPS x ROWS rows: one step when the weight is frozen, more when it sums dw over them."""
+@triton.jit(do_not_specialize=["rows"])  # one compilation for every number of tokens
+def _backward(dy_ptr, ds_ptr, s_ptr, w_ptr, r_ptr, dx_ptr, dw_ptr, rows, dy_stride, ds_stride, s_stride,
+              H: tl.constexpr, ADD: tl.constexpr, WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+              STEPS: tl.constexpr):  # fmt: skip
+    """STEPS x ROWS rows per program: one step when the weight is frozen, more when dw is summed over them."""
     first = tl.program_id(0).to(tl.int64) * ROWS * STEPS
     col = tl.arange(0, BLOCK)[None, :]
-    weight = tl.load(w + col, col < H, 0.0).to(tl.float32)
+    weight = tl.load(w_ptr + col, col < H, 0.0).to(tl.float32)
     total = tl.zeros([1, BLOCK], tl.float32)
     for step in range(STEPS):
         row = first + step * ROWS + tl.arange(0, ROWS)[:, None]
         mask = (row < rows) & (col < H)
-        grad = tl.load(dy + row * dy_step + col, mask, 0.0).to(tl.float32)
-        scale = tl.load(r + row, row < rows, 0.0)
-        normed = tl.load(s + row * s_step + col, mask, 0.0).to(tl.float32) * scale
+        grad = tl.load(dy_ptr + row * dy_stride + col, mask, 0.0).to(tl.float32)
+        scale = tl.load(r_ptr + row, row < rows, 0.0)
+        normed = tl.load(s_ptr + row * s_stride + col, mask, 0.0).to(tl.float32) * scale
         if WEIGHT:
             total += tl.sum(grad * normed, axis=0, keep_dims=True)
         grad *= weight
         grad = scale * (grad - normed * (tl.sum(grad * normed, axis=1, keep_dims=True) / H))
         if ADD:
-            grad += tl.load(ds + row * ds_step + col, mask, 0.0).to(tl.float32)
-        tl.store(dx + row * H + col, grad.to(dx.dtype.element_ty), mask)
+            grad += tl.load(ds_ptr + row * ds_stride + col, mask, 0.0).to(tl.float32)
+        tl.store(dx_ptr + row * H + col, grad.to(dx_ptr.dtype.element_ty), mask)
     if WEIGHT:
-        tl.store(dw + tl.program_id(0) * H + col, total, col < H)
+        tl.store(dw_ptr + tl.program_id(0) * H + col, total, col < H)
 
 
 @cache
-def _tiles(hidden: int, few: bool) -> dict:
-    """One long row, or several short ones, a program: at least 2,048 elements; 16 elements a thread (two loads of
-    16 bytes in 16 bits), up to 16 warps. Few rows (a decoder's) do not fill the device: 8 a thread."""
+def _tiles(hidden: int, few: bool) -> dict[str, int]:
+    """The tile and warps of a program: one long row or several short ones, at least 2,048 elements.
+
+    16 elements per thread (two loads of 16 bytes in 16 bits), up to 16 warps. Few rows (a decoding step's) do not fill
+    the device: then 8 per thread.
+    """
     block = power_of_2(hidden)
     rows = max(1, 2048 // block)
     return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(1, rows * block // (256 if few else 512)))}
 
 
 def _rows(t: Tensor) -> Tensor:
-    """t as [rows, H] with adjacent channels; a copy only where the strides leave no other way."""
+    """t as [rows, H] with adjacent channels; a copy only where the strides require one."""
     t = t.reshape(-1, t.shape[-1])
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
-    """(s, y, r) for x, residual [..., H]; s is x where there is no residual. No autograd."""
+def forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm without autograd.
+
+    Args:
+        x (`Tensor`): [..., H].
+        weight (`Tensor`): [H].
+        eps (`float`): Added to the mean square.
+        residual (`Tensor`, *optional*): [..., H].
+
+    Returns s [..., H], which is x if there is no residual; y [..., H]; r, fp32 [rows].
+    """
     x2 = _rows(x)
     res2 = x2 if residual is None else _rows(residual)
     rows, hidden = x2.shape
@@ -101,13 +116,26 @@ def forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = Non
     return (x if residual is None else s.view(x.shape)), y, r
 
 
-def backward(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, r: Tensor, weight_grad: bool):
-    """(gradient of s, gradient of the weight or None); ds is what reaches s from elsewhere. No autograd."""
+def backward(
+    dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, r: Tensor, weight_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of `forward`, without autograd.
+
+    Args:
+        dy (`Tensor`): [..., H], the gradient of y.
+        ds (`Tensor`, *optional*): [..., H], the gradient that reaches s from elsewhere.
+        s (`Tensor`): [..., H], from the forward.
+        weight (`Tensor`): [H].
+        r (`Tensor`): fp32 [rows], from the forward.
+        weight_grad (`bool`): Whether the weight's gradient is wanted.
+
+    Returns the gradient of s [..., H] in its dtype, and the weight's [H] in its dtype or None.
+    """
     dy2, s2 = _rows(dy), _rows(s)
     ds2 = dy2 if ds is None else _rows(ds)
     rows, hidden = s2.shape
     tiles = _tiles(hidden, rows <= 256)
-    # with a weight gradient: few enough programs that their partial sums are small, enough to fill the device
+    # with a weight gradient: few enough programs that their partial sums stay small, but enough to fill the device
     steps = power_of_2(max(1, ceil_div(ceil_div(rows, tiles["ROWS"]), 512))) if weight_grad else 1
     programs = ceil_div(rows, tiles["ROWS"] * steps)
     dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
@@ -122,15 +150,17 @@ def backward(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, r: Tensor
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps, residual):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         s, y, r = forward(x, weight, eps, residual)
         ctx.save_for_backward(s, weight, r)
         ctx.has_residual = residual is not None
-        ctx.set_materialize_grads(False)  # no zeros for an s whose gradient nobody asks for
+        ctx.set_materialize_grads(False)  # no tensor of zeros for an output that gets no gradient
         return (s, y) if residual is not None else y
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         s, weight, r = ctx.saved_tensors
         ds, dy = grads if ctx.has_residual else (None, grads[0])
         if dy is None:
@@ -139,6 +169,6 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dw, None, dx if ctx.has_residual else None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """See nbhelpers.kernels.rms_norm."""
     return _RMSNorm.apply(x, weight, eps, residual)

@@ -1,26 +1,29 @@
-"""A draw from softmax(z) by the exponential race: the logits are read once, and nothing of their size is written.
+"""A sample from softmax(z) by the exponential race: the logits are read once, and nothing of their size is written.
 
-    token = argmax_i z_i - log E_i        E_i = -log(1 - u_i), u_i a hash of (seed, counter, i)        arXiv 1611.01144
+    token = argmax_i z_i - log E_i        E_i = -log(1 - u_i), u_i a hash of (seed, counter, i)        arXiv:1611.01144
     logp  = z_token - log sum_i exp(z_i)
 
-A program takes BLOCK words of a row and leaves its part's maximum, sum of exponentials, and winner; a second kernel
-joins the parts. The hash is that of reference.py, number for number.
+Each program takes BLOCK words of a row and writes that part's maximum, sum of exponentials, and winner; a second kernel
+combines the parts. The hash is the one of reference.py, bit for bit.
 """
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 BLOCK = 4096
 
 
 @triton.jit
-def _race(logits, seeds, counters, most, total, best, word, step, words, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def _race(logits_ptr, seeds_ptr, counters_ptr, max_ptr, sum_ptr, best_ptr, word_ptr, logits_stride, words,
+          PARTS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Maximum, sum of exponentials, and winner of one part of a row."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = part * BLOCK + tl.arange(0, BLOCK)
-    z = tl.load(logits + row * step + i, i < words, float("-inf"))
+    z = tl.load(logits_ptr + row * logits_stride + i, i < words, float("-inf"))
 
-    key = tl.load(seeds + row) + tl.load(counters + row) * -0x61C8864680B583EB  # int64, products wrap around
+    key = tl.load(seeds_ptr + row) + tl.load(counters_ptr + row) * -0x61C8864680B583EB  # int64, products wrap around
     key = (key ^ ((key >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     key = (key ^ ((key >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     key = key ^ ((key >> 31) & 0x1FFFFFFFF)
@@ -35,28 +38,30 @@ def _race(logits, seeds, counters, most, total, best, word, step, words, PARTS: 
     score = tl.where(z == float("-inf"), float("-inf"), z - tl.log(exponential))
     winner = tl.argmax(score, axis=0)
     out = row * PARTS + part
-    tl.store(most + out, highest)
-    tl.store(total + out, tl.sum(tl.where(z == float("-inf"), 0.0, tl.exp(z - highest)), axis=0))
-    tl.store(best + out, tl.max(score, axis=0))
-    tl.store(word + out, part * BLOCK + winner)
+    tl.store(max_ptr + out, highest)
+    tl.store(sum_ptr + out, tl.sum(tl.where(z == float("-inf"), 0.0, tl.exp(z - highest)), axis=0))
+    tl.store(best_ptr + out, tl.max(score, axis=0))
+    tl.store(word_ptr + out, part * BLOCK + winner)
 
 
 @triton.jit
-def _winner(logits, most, total, best, word, token, logp, step, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr):
+def _winner(logits_ptr, max_ptr, sum_ptr, best_ptr, word_ptr, token_ptr, logp_ptr, logits_stride, PARTS: tl.constexpr,
+            PARTS_BLOCK: tl.constexpr):  # fmt: skip
+    """The winner of a row's parts, and its log-probability."""
     row = tl.program_id(0).to(tl.int64)
     p = tl.arange(0, PARTS_BLOCK)
-    here = row * PARTS + p
-    highest = tl.load(most + here, p < PARTS, float("-inf"))
+    index = row * PARTS + p
+    highest = tl.load(max_ptr + index, p < PARTS, float("-inf"))
     top = tl.max(highest, axis=0)
-    sums = tl.load(total + here, p < PARTS, 0.0)
+    sums = tl.load(sum_ptr + index, p < PARTS, 0.0)
     log_total = top + tl.log(tl.sum(tl.where(highest == float("-inf"), 0.0, sums * tl.exp(highest - top)), axis=0))
-    winner = tl.argmax(tl.load(best + here, p < PARTS, float("-inf")), axis=0)
-    chosen = tl.load(word + row * PARTS + winner)
-    tl.store(token + row, chosen.to(tl.int64))
-    tl.store(logp + row, tl.load(logits + row * step + chosen) - log_total)
+    winner = tl.argmax(tl.load(best_ptr + index, p < PARTS, float("-inf")), axis=0)
+    chosen = tl.load(word_ptr + row * PARTS + winner)
+    tl.store(token_ptr + row, chosen.to(tl.int64))
+    tl.store(logp_ptr + row, tl.load(logits_ptr + row * logits_stride + chosen) - log_total)
 
 
-def draw(logits, seeds, counters):
+def draw(logits: Tensor, seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tensor]:
     """See nbhelpers.kernels.draw."""
     rows, words = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()

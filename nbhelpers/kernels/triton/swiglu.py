@@ -1,15 +1,17 @@
-"""SwiGLU: h = silu(g) * u, silu(g) = g sigmoid(g) (Shazeer, arXiv 2002.05202).
+"""SwiGLU: h = silu(g) * u, silu(g) = g sigmoid(g) (Shazeer, arXiv:2002.05202).
 
 Backward, with a = sigmoid(g):
 
     du = dh * g a          dg = dh * u * a (1 + g (1 - a))
 
-g, u, h [rows, I] in one dtype, arithmetic in fp32. The backward writes dg over g and du over u: of a layer's tensors
-these are the widest, and nobody else needs them (see `storage` for how that is made safe). It can also give h again,
-over dh, for a down projection that did not keep its input.
+g, u, h [rows, I] in one dtype, arithmetic in fp32. The backward writes dg over g and du over u: these are a layer's
+widest tensors, and nothing else needs them (inplace.py makes that safe). It can also recompute h, written over dh, for
+a down projection that did not keep its input.
 
-fp16 ends at 65504: g, u and h saturate there, and h may be asked for divided by `shrink`, a power of two.
+fp16's largest number is 65504: g, u and h saturate there, and h can be requested divided by `shrink`, a power of two.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -19,11 +21,12 @@ from torch import Tensor
 from .common import ceil_div
 from .inplace import may_overwrite, overwritten, share_memory
 
-BLOCK = 1024  # 4 warps, one load of 16 bytes a thread and tensor
+BLOCK = 1024  # 4 warps, one load of 16 bytes per thread and tensor
 
 
 @triton.jit
 def _load(pointer, mask):
+    """Load in fp32; from fp16 clamped to its range."""
     value = tl.load(pointer, mask, 0.0).to(tl.float32)
     if pointer.dtype.element_ty == tl.float16:  # an infinite factor would make 0 * inf
         value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
@@ -32,39 +35,40 @@ def _load(pointer, mask):
 
 @triton.jit
 def _store(pointer, value, mask):
+    """Store in the pointer's dtype, saturating in fp16."""
     if pointer.dtype.element_ty == tl.float16:
         value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
     tl.store(pointer, value.to(pointer.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def _forward(g, u, h, width, blocks, g_step, u_step, h_step, keep, BLOCK: tl.constexpr):
-    """h may be g."""
-    row = (tl.program_id(0) // blocks).to(tl.int64)  # not the other way round: a division in 64 bits is slow
+def _forward(g_ptr, u_ptr, h_ptr, width, blocks, g_stride, u_stride, h_stride, scale, BLOCK: tl.constexpr):
+    """h = silu(g) * u * keep; h may be g."""
+    row = (tl.program_id(0) // blocks).to(tl.int64)  # divide before widening: a 64-bit division is slow
     col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = col < width
-    gate = _load(g + row * g_step + col, mask)
-    up = _load(u + row * u_step + col, mask)
-    _store(h + row * h_step + col, gate * tl.sigmoid(gate) * up * keep, mask)
+    gate = _load(g_ptr + row * g_stride + col, mask)
+    up = _load(u_ptr + row * u_stride + col, mask)
+    _store(h_ptr + row * h_stride + col, gate * tl.sigmoid(gate) * up * scale, mask)
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def _backward(dh, g, u, dg, du, h, width, blocks, dh_step, g_step, u_step, dg_step, du_step, h_step, keep,
-              AGAIN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """dg and du may be g and u; with AGAIN h is written too, and may be dh."""
-    row = (tl.program_id(0) // blocks).to(tl.int64)  # not the other way round: a division in 64 bits is slow
+def _backward(dh_ptr, g_ptr, u_ptr, dg_ptr, du_ptr, h_ptr, width, blocks, dh_stride, g_stride, u_stride, dg_stride,
+              du_stride, h_stride, scale, AGAIN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Gradients of g and u, which may be written over them; with AGAIN h is written too, and may be dh."""
+    row = (tl.program_id(0) // blocks).to(tl.int64)  # divide before widening: a 64-bit division is slow
     col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = col < width
-    gate = _load(g + row * g_step + col, mask)
-    up = _load(u + row * u_step + col, mask)
-    grad = tl.load(dh + row * dh_step + col, mask, 0.0).to(tl.float32)
+    gate = _load(g_ptr + row * g_stride + col, mask)
+    up = _load(u_ptr + row * u_stride + col, mask)
+    grad = tl.load(dh_ptr + row * dh_stride + col, mask, 0.0).to(tl.float32)
     a = tl.sigmoid(gate)
     silu = gate * a
     # gradients are not saturated: a loss scaler has to see them overflow
-    tl.store(dg + row * dg_step + col, (grad * up * (a + silu * (1.0 - a))).to(dg.dtype.element_ty), mask)
-    tl.store(du + row * du_step + col, (grad * silu).to(du.dtype.element_ty), mask)
+    tl.store(dg_ptr + row * dg_stride + col, (grad * up * (a + silu * (1.0 - a))).to(dg_ptr.dtype.element_ty), mask)
+    tl.store(du_ptr + row * du_stride + col, (grad * silu).to(du_ptr.dtype.element_ty), mask)
     if AGAIN:
-        _store(h + row * h_step + col, silu * up * keep, mask)
+        _store(h_ptr + row * h_stride + col, silu * up * scale, mask)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -74,19 +78,40 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def forward(gate: Tensor, up: Tensor, shrink: float = 1.0, over: bool = False) -> Tensor:
-    """h / shrink, [..., I] contiguous; over: written over gate [rows, I], with its strides. No autograd."""
+    """h / shrink, without autograd.
+
+    Args:
+        gate (`Tensor`): [..., I].
+        up (`Tensor`): [..., I] in gate's dtype.
+        shrink (`float`): Divides h, a power of two.
+        over (`bool`): Write the result over gate, which is then [rows, I], keeping its strides.
+
+    Returns [..., I], contiguous unless written over gate.
+    """
     g, u = _rows(gate), _rows(up)
     rows, width = g.shape
     h = gate if over else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    steps = (t.stride(0) for t in (g, u, _rows(h)))
+    strides = (t.stride(0) for t in (g, u, _rows(h)))
     blocks = ceil_div(width, BLOCK)
     if h.numel():
-        _forward[(rows * blocks,)](g, u, h, width, blocks, *steps, 1 / shrink, BLOCK, num_warps=4)
+        _forward[(rows * blocks,)](g, u, h, width, blocks, *strides, 1 / shrink, BLOCK, num_warps=4)
     return h
 
 
-def backward(dh: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor, h: Tensor | None = None, shrink: float = 1.0):
-    """Gradients of g and u into dg and du, and h / shrink into h if given; all [rows, I]. No autograd."""
+def backward(
+    dh: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor, h: Tensor | None = None, shrink: float = 1.0
+) -> None:
+    """Write the gradients of g and u into dg and du, without autograd; all tensors are [rows, I].
+
+    Args:
+        dh (`Tensor`): The gradient of h.
+        g (`Tensor`): From the forward.
+        u (`Tensor`): From the forward.
+        dg (`Tensor`): Written to; may be g.
+        du (`Tensor`): Written to; may be u.
+        h (`Tensor`, *optional*): h / shrink is written to it, if given; may be dh.
+        shrink (`float`): As in `forward`.
+    """
     rows, width = g.shape
     blocks = ceil_div(width, BLOCK)
     again, h = h is not None, dh if h is None else h
@@ -99,13 +124,13 @@ def backward(dh: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor, h: Tensor
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate, up):
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.reuse = may_overwrite(gate) and may_overwrite(up) and not share_memory(gate, up)
         ctx.save_for_backward(gate, up)
         return forward(gate, up)
 
     @staticmethod
-    def backward(ctx, dh):
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         g, u = _rows(gate), _rows(up)
         dg, du = (g, u) if ctx.reuse else (torch.empty(g.shape, dtype=g.dtype, device=g.device) for _ in range(2))
@@ -117,17 +142,20 @@ class _SwiGLU(torch.autograd.Function):
 
 class _SwiGLUPacked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate_up):
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.reuse = may_overwrite(gate_up)
         ctx.save_for_backward(gate_up)
-        return forward(*gate_up.chunk(2, dim=-1))
+        gate, up = gate_up.chunk(2, dim=-1)
+        return forward(gate, up)
 
     @staticmethod
-    def backward(ctx, dh):
+    def backward(ctx: Any, dh: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         both = _rows(gate_up)
         grad = both if ctx.reuse else torch.empty(both.shape, dtype=both.dtype, device=both.device)
-        backward(_rows(dh), *both.chunk(2, dim=-1), *grad.chunk(2, dim=-1))
+        g, u = both.chunk(2, dim=-1)
+        dg, du = grad.chunk(2, dim=-1)
+        backward(_rows(dh), g, u, dg, du)
         if ctx.reuse:
             overwritten(gate_up)
         return grad.view(gate_up.shape)
