@@ -40,6 +40,7 @@ class Family:
     down: str = "down_proj"
     qkv_bias: bool | None = None  # whether q, k and v have a bias; None: as `attention_bias` in the config says
     window: Literal["layer", "config"] | None = None  # whose `sliding_window` counts: each attention's, or the config's
+    head_norms: tuple[str, ...] = ()  # names of the RMSNorms over each head of q and of k
     residual_dropout: bool = False  # dropout on what a layer adds to the residual stream
     gguf: str = ""  # its name in gguf.MODEL_ARCH
     gguf_window: bool = False  # whether GGUF has a sliding window there
@@ -104,7 +105,8 @@ class Architecture:
         """Embedding, head, norms and biases: what stays in 16 bits."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         biases = sum(m.out_features for m in self.linears() if m.bias)
-        return embeddings + self.hidden_size + self.num_hidden_layers * (2 * self.hidden_size + biases)
+        norms = 2 * self.hidden_size + len(self.family.head_norms) * self.head_dim
+        return embeddings + self.hidden_size + self.num_hidden_layers * (norms + biases)
 
     def weight_bytes(self, quantization: str = "nf4", width: int = 2, budget: float = 0.10) -> int:
         """Bytes of the frozen weights; `width` is the size of an unquantised number.

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbhelpers import kernels
-from nbhelpers.kernels import Projection
+from nbhelpers.kernels import HeadNorms, Projection
 from nbhelpers.models import families
 from nbhelpers.models.projection import projection
 
@@ -66,12 +66,13 @@ class Layer(NamedTuple):
     gate_up: Group
     down: Group
     window: int | None  # positions that a token looks back to, None: all
+    head_norms: HeadNorms | None
 
 
 def _layer(parts: families.Layer) -> Layer:
     return Layer(
         parts.norm, Group.of(*parts.qkv), Group.of(parts.out), parts.mlp_norm, Group.of(*parts.gate_up),
-        Group.of(parts.down), parts.window,
+        Group.of(parts.down), parts.window, families.head_norms(parts.head_norms),
     )  # fmt: skip
 
 
@@ -99,18 +100,22 @@ class Decoder:
         norms = [norm.weight.data_ptr() for layer in self.layers for norm in (layer.norm, layer.mlp_norm)]
         groups = [g for layer in self.layers for g in (layer.qkv, layer.out, layer.gate_up, layer.down)]
         norms += [self.norm.weight.data_ptr(), self.embedding.weight.data_ptr()]
+        heads = [layer.head_norms for layer in self.layers if layer.head_norms]
+        norms += [weight.data_ptr() for each in heads for weight in (each.q, each.k)]
         return (*norms, *(g.addresses() for g in [*groups, self.head]))
 
     def hidden(self, tokens: Tensor, positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
         """tokens, positions int64 [B, S] -> the normed hidden states of the last layer [B, S, H].
 
-        attend(i, q, k, v, (cos, sin), window) gets layer i's q [B, heads, S, D], k, v [B, kv heads, S, D] and the
-        tables [1 or B, S, R] to rotate q and k with; it returns [B, S, heads * D].
+        attend(i, q, k, v, (cos, sin), window, head_norms) gets layer i's q [B, heads, S, D], k, v [B, kv heads, S, D],
+        the tables [1 or B, S, R] to rotate q and k with, and the norms that they go through before, or None; it
+        returns [B, S, heads * D].
         """
         x = F.embedding(tokens, self.embedding.weight)
         tables = self.rotary(x, positions)
         for i, layer in enumerate(self.layers):
-            (y,) = layer.out(attend(i, *self._heads(layer.qkv(_normed(layer.norm, x))), tables, layer.window))
+            q, k, v = self._heads(layer.qkv(_normed(layer.norm, x)))
+            (y,) = layer.out(attend(i, q, k, v, tables, layer.window, layer.head_norms))
             x, y = kernels.rms_norm(y, layer.mlp_norm.weight, layer.mlp_norm.variance_epsilon, x)
             x = _mlp(layer, y, x)
         return _normed(self.norm, x)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nbhelpers import kernels
 from nbhelpers.gpu import capability
+from nbhelpers.kernels import HeadNorms
 
 from .forward import Decoder
 
@@ -65,8 +66,10 @@ class KVCache:
         Rows shorter than S are padded on the right: what is computed there is looked at by nobody, and overwritten.
         """
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, tables: Tables, window: int | None) -> Tensor:
-            q, k = kernels.rope(q, k, *tables)
+        def attend(
+            layer: int, q: Tensor, k: Tensor, v: Tensor, tables: Tables, window: int | None, norms: HeadNorms | None
+        ) -> Tensor:
+            q, k = kernels.rope(q, k, *tables, norms)
             end = start + q.shape[2]
             keys, values = self.data[layer]
             keys[rows, :, start:end], values[rows, :, start:end] = k, v
@@ -96,9 +99,11 @@ class KVCache:
     def step(self, positions: Tensor, longest: int):
         """An attend for one token in each of the first B rows; positions int64 [B], all below `longest`."""
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, tables: Tables, window: int | None) -> Tensor:
+        def attend(
+            layer: int, q: Tensor, k: Tensor, v: Tensor, tables: Tables, window: int | None, norms: HeadNorms | None
+        ) -> Tensor:
             return kernels.decode_attention(
-                q, k, v, *tables, self.data, self.table, layer, positions, longest, self.scale, window
+                q, k, v, *tables, self.data, self.table, layer, positions, longest, self.scale, window, norms
             )
 
         return attend

@@ -24,7 +24,7 @@ from torch.cuda import device_of  # kernels launch on the current device, not on
 from nbhelpers.gpu import LOGITS_BYTES
 
 from . import reference
-from .reference import Projection
+from .reference import HeadNorms, Projection
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -83,7 +83,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         return _for(x).rms_norm(x, weight, eps, residual)
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, norms: HeadNorms | None = None) -> tuple[Tensor, Tensor]:
     """Rotary position embedding, pairs (i, i + R/2): q1' = q1 cos - q2 sin, q2' = q2 cos + q1 sin (arXiv:2104.09864).
 
     Args:
@@ -92,14 +92,17 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         cos (`Tensor`): [1 or B, S, R], R <= D, each frequency twice as transformers makes them, scaled in any way
             (Llama 3, longrope). Channels past R pass through.
         sin (`Tensor`): Like cos.
+        norms (`HeadNorms`, *optional*): RMSNorms that the heads of q and k go through first.
 
-    Returns (q', k'). Triton writes them over q and k: use the returned tensors, not the arguments.
+    Returns (q', k'). Without norms Triton writes them over q and k: use the returned tensors, not the arguments.
     """
     with device_of(q):
-        return _for(q).rope(q, k, cos, sin)
+        return _for(q).rope(q, k, cos, sin, norms)
 
 
-def rope_packed(qkv: Tensor, cos: Tensor, sin: Tensor, q_heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def rope_packed(
+    qkv: Tensor, cos: Tensor, sin: Tensor, q_heads: int, kv_heads: int, norms: HeadNorms | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """`rope` where Q, K and V are one tensor, as in Phi-3.
 
     Args:
@@ -108,11 +111,12 @@ def rope_packed(qkv: Tensor, cos: Tensor, sin: Tensor, q_heads: int, kv_heads: i
         sin (`Tensor`): As for `rope`.
         q_heads (`int`): Heads of Q.
         kv_heads (`int`): Heads of K, and of V.
+        norms (`HeadNorms`, *optional*): As for `rope`.
 
-    Returns (q', k', v), each [B, heads, S, D]: views of one storage, which in Triton is that of qkv.
+    Returns (q', k', v), each [B, heads, S, D]; without norms views of one storage, which in Triton is that of qkv.
     """
     with device_of(qkv):
-        return _for(qkv).rope_packed(qkv, cos, sin, q_heads, kv_heads)
+        return _for(qkv).rope_packed(qkv, cos, sin, q_heads, kv_heads, norms)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -280,7 +284,7 @@ def draw(logits: Tensor, seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tenso
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, table: Tensor,
                      layer: int, positions: Tensor, longest: int, scale: float,
-                     window: int | None = None) -> Tensor:  # fmt: skip
+                     window: int | None = None, norms: HeadNorms | None = None) -> Tensor:  # fmt: skip
     """Attention of one new token per row over that row's KV cache, into which the token's K and V are written first.
 
     Args:
@@ -298,11 +302,14 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
             own position.
         scale (`float`): Multiplies q K^T.
         window (`int`, *optional*): How many positions a token attends to, itself included.
+        norms (`HeadNorms`, *optional*): RMSNorms that the heads of q and k go through before they are rotated.
 
     Returns [B, 1, heads * D].
     """
     with device_of(q):
-        return _for(q).decode_attention(q, k, v, cos, sin, cache, table, layer, positions, longest, scale, window)
+        return _for(q).decode_attention(
+            q, k, v, cos, sin, cache, table, layer, positions, longest, scale, window, norms
+        )
 
 
 def decode_linear(x: Tensor, parts: tuple[Projection, ...]) -> tuple[Tensor, ...]:

@@ -36,6 +36,14 @@ class Projection(NamedTuple):
         return (self.weight if self.quant_state is None else self.quant_state).shape[1]
 
 
+class HeadNorms(NamedTuple):
+    """RMSNorms over the D channels of each head of Q and of K (Qwen3)."""
+
+    q: Tensor  # [D]
+    k: Tensor  # [D]
+    eps: float
+
+
 # ---------------------------------------------------------------------------------------------- element-wise
 
 
@@ -67,7 +75,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     return y if residual is None else (s, y)
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, norms: HeadNorms | None = None) -> tuple[Tensor, Tensor]:
+    if norms is not None:
+        q, k = rms_norm(q, norms.q, norms.eps), rms_norm(k, norms.k, norms.eps)
     """See nbhelpers.kernels.rope."""
     half = cos.shape[-1] // 2
     c, s = (_compute(t)[..., :half].unsqueeze(1) for t in (cos, sin))  # [1 or B, 1, S, R/2]
@@ -80,11 +90,13 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     return rotate(q), rotate(k)
 
 
-def rope_packed(qkv: Tensor, cos: Tensor, sin: Tensor, q_heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def rope_packed(
+    qkv: Tensor, cos: Tensor, sin: Tensor, q_heads: int, kv_heads: int, norms: HeadNorms | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """See nbhelpers.kernels.rope_packed."""
     heads = qkv.unflatten(-1, (q_heads + 2 * kv_heads, -1)).transpose(1, 2)  # [B, heads, S, D]
     q, k, v = heads.split([q_heads, kv_heads, kv_heads], dim=1)
-    return *rope(q, k, cos, sin), v
+    return *rope(q, k, cos, sin, norms), v
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -242,9 +254,9 @@ def draw(logits: Tensor, seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tenso
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, table: Tensor | None,
                      layer: int, positions: Tensor, longest: int, scale: float,
-                     window: int | None = None) -> Tensor:  # fmt: skip
+                     window: int | None = None, norms: HeadNorms | None = None) -> Tensor:  # fmt: skip
     """See nbhelpers.kernels.decode_attention."""
-    q, k = rope(q, k, cos, sin)
+    q, k = rope(q, k, cos, sin, norms)
     rows, q_heads, _, dim = q.shape
     keys, values = cache[layer, 0, :rows], cache[layer, 1, :rows]  # [B, kv heads, length, D]
     row = torch.arange(rows, device=q.device)

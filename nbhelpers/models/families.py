@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from nbhelpers.kernels import HeadNorms
+
 LLAMA = Family("llama", "Llama", gguf="LLAMA", gguf_pairs=True)
 QWEN2 = Family("qwen2", "Qwen2", qkv_bias=True, window="layer", gguf="QWEN2")
 MISTRAL = Family("mistral", "Mistral", window="config", gguf="LLAMA", gguf_pairs=True)
@@ -92,6 +94,7 @@ class Layer(NamedTuple):
     mlp_norm: "nn.Module"
     gate_up: "tuple[nn.Module, ...]"
     down: "nn.Module"
+    head_norms: "tuple[nn.Module, ...]"  # of q's heads and of k's, or ()
     window: int | None  # positions that a token looks back to, itself included; None: all
 
 
@@ -101,8 +104,15 @@ def layer(family: Family, module: "nn.Module") -> Layer:
     return Layer(
         module.input_layernorm, named(attention, family.qkv), named(attention, (family.out,))[0],
         module.post_attention_layernorm, named(mlp, family.gate_up), named(mlp, (family.down,))[0],
-        window(family, attention),
+        named(attention, family.head_norms), window(family, attention),
     )  # fmt: skip
+
+
+def head_norms(norms: "tuple[nn.Module, ...]") -> "HeadNorms | None":
+    """The norms of a layer's heads as the kernels take them; None where there are none."""
+    from nbhelpers.kernels import HeadNorms
+
+    return HeadNorms(norms[0].weight, norms[1].weight, norms[0].variance_epsilon) if norms else None
 
 
 def named(parent: "nn.Module", names: tuple[str, ...]) -> "tuple[nn.Module, ...]":

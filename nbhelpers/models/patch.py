@@ -84,11 +84,24 @@ class _Attention:
 
     def rotated(self, outputs, cos, sin):
         """Q, K and V [B, heads, S, D], Q and K rotated, from the first group's outputs: three, or one packed."""
+        counts = self.config.num_attention_heads, self.config.num_key_value_heads
+        norms = families.named(self, self.family.head_norms)
+        if norms and any(watched(norm) for norm in norms):  # they must be called
+            q, k, v = self._heads(outputs, counts)
+            q_norm, k_norm = norms
+            return *kernels.rope(q_norm(q), k_norm(k), cos, sin), v
+        weights = families.head_norms(norms)
         if len(outputs) == 1:
-            heads = self.config.num_attention_heads, self.config.num_key_value_heads
-            return kernels.rope_packed(*outputs, cos, sin, *heads)
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in outputs)
-        return *kernels.rope(q, k, cos, sin), v
+            return kernels.rope_packed(*outputs, cos, sin, *counts, weights)
+        q, k, v = self._heads(outputs, counts)
+        return *kernels.rope(q, k, cos, sin, weights), v
+
+    def _heads(self, outputs, counts):
+        """Q, K and V [B, heads, S, D] as views."""
+        if len(outputs) == 1:
+            q_heads, kv_heads = counts
+            outputs = outputs[0].split([self.head_dim * n for n in (q_heads, kv_heads, kv_heads)], dim=-1)
+        return (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in outputs)
 
     def forward(
         self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, norm=None, **kwargs

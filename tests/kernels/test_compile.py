@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nbhelpers import kernels
-from nbhelpers.kernels import Projection
+from nbhelpers.kernels import HeadNorms, Projection
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -87,8 +87,10 @@ def elementwise(hidden: int, wide: int, heads: int, kv_heads: int, dtype: torch.
         q, k = (
             torch.empty(1, tokens, n, 128, dtype=dtype, requires_grad=True).transpose(1, 2) for n in (heads, kv_heads)
         )
-        q, k = kernels.rope(q, k, cos, sin)
-        (q.sum() + k.sum()).backward()
+        norms = HeadNorms(*torch.empty(2, 128, dtype=dtype), 1e-6)
+        for each in (None, norms):
+            rotated = kernels.rope(q, k, cos, sin, each)
+            (rotated[0].sum() + rotated[1].sum()).backward()
 
 
 def products(dtype: torch.dtype) -> None:
@@ -112,8 +114,9 @@ def decoding(rows: int, heads: int, kv_heads: int, vocabulary: int, dtype: torch
                for n in (heads, kv_heads, kv_heads))  # fmt: skip
     cache, table = torch.empty(1, 2, rows, kv_heads, 4, 128, dtype=dtype), torch.zeros(4, dtype=torch.int64)
     positions, (cos, sin) = torch.zeros(rows, dtype=torch.int64), torch.empty(2, rows, 1, 128, dtype=dtype)
-    for window in (None, 512):
-        kernels.decode_attention(q, k, v, cos, sin, cache, table, 1, positions, 1, 0.1, window)
+    norms = HeadNorms(*torch.empty(2, 128, dtype=dtype), 1e-6)
+    for window, each in ((None, None), (512, None), (None, norms)):
+        kernels.decode_attention(q, k, v, cos, sin, cache, table, 1, positions, 1, 0.1, window, each)
     kernels.draw(torch.empty(rows, vocabulary), positions, positions)
     x = torch.randn(rows, 1, 64, dtype=dtype)
     dense = {"lora_a": torch.randn(8, 64), "lora_b": torch.randn(128, 8), "scale": 2.0}
@@ -141,7 +144,7 @@ def kernels_of_the_package() -> set[tuple[str, str]]:
     return {(fn.__name__, fn.__module__) for m in modules for fn in vars(m).values() if isinstance(fn, JITFunction)}
 
 
-INLINED = {"_delta", "_rotated", "_sum", "_within_fp16", "_rotate_heads", "_load", "_store",
+INLINED = {"_delta", "_head_rows", "_rotated", "_sum", "_within_fp16", "_rotate_heads", "_load", "_store",
            "_base", "_adapter", "_load_weights", "eight_weights", "_fetch", "_unnested", "_put",
            "_in_registers", "begin", "wait"}  # fmt: skip
 

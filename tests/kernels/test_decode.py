@@ -8,11 +8,21 @@ import pytest
 import torch
 
 from nbhelpers import kernels
-from nbhelpers.kernels import Projection
+from nbhelpers.kernels import HeadNorms, Projection
 
 
 def attention_case(
-    rows, heads, kv_heads, dim, positions, window=None, dtype=torch.float32, device="cpu", layer=1, rotary=None
+    rows,
+    heads,
+    kv_heads,
+    dim,
+    positions,
+    window=None,
+    dtype=torch.float32,
+    device="cpu",
+    layer=1,
+    rotary=None,
+    norms=False,
 ):
     """(arguments, what a copy of the cache holds in its stead) with more rows in the cache than in the batch."""
     generator = torch.Generator().manual_seed(0)
@@ -27,7 +37,10 @@ def attention_case(
     strides = cache.stride()
     table = torch.tensor([cache.data_ptr(), strides[0], strides[2], strides[3]], device=device)
     positions = torch.tensor(positions, device=device)
-    return (q, k, v, cos, sin, cache, table, layer, positions, int(positions.max()) + 1, dim**-0.5, window)
+    weights = [(torch.randn(dim, generator=generator) + 1).to(device, dtype) for _ in range(2)]
+    head_norms = HeadNorms(*weights, 1e-6) if norms else None
+    longest = int(positions.max()) + 1
+    return (q, k, v, cos, sin, cache, table, layer, positions, longest, dim**-0.5, window, head_norms)
 
 
 def check_attention(tolerance=1e-5, **case):
@@ -46,6 +59,8 @@ CASES = [
     {"rows": 3, "heads": 6, "kv_heads": 2, "dim": 16, "positions": [0, 17, 40]},
     {"rows": 2, "heads": 4, "kv_heads": 4, "dim": 24, "positions": [5, 33], "rotary": 16},
     {"rows": 3, "heads": 8, "kv_heads": 1, "dim": 32, "positions": [47, 3, 16], "window": 7},
+    {"rows": 3, "heads": 4, "kv_heads": 2, "dim": 16, "positions": [0, 17, 40], "norms": True},
+    {"rows": 2, "heads": 6, "kv_heads": 2, "dim": 24, "positions": [5, 33], "norms": True, "rotary": 16},
     {"rows": 1, "heads": 2, "kv_heads": 1, "dim": 64, "positions": [30], "window": 100, "layer": 0},
     {"rows": 2, "heads": 4, "kv_heads": 2, "dim": 16, "positions": [9, 21], "dtype": torch.float16, "tolerance": 2e-3},
 ]

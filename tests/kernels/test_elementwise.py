@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from nbhelpers import kernels
-from nbhelpers.kernels import reference
+from nbhelpers.kernels import HeadNorms, reference
 
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 # hidden sizes of Qwen2.5-1.5B, Llama-3.1-8B and Phi-4 cut by 64, primes, and one past a power of two
@@ -131,6 +131,40 @@ class TestInterpreted:
         oracle = packed(reference.rope_packed, cos.double(), sin.double())
         compare(through(packed(kernels.rope_packed)), oracle, (qkv,), dtype)
         compare(packed(kernels.rope_packed), oracle, (qkv,), dtype)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.parametrize("rotary, learns", [(16, False), (16, True), (12, False)])  # one launch, or two
+    def test_head_norms(self, rotary, learns, dtype):
+        """The norm of each head before its rotation: values, gradients of q and k, and of the weights if they learn."""
+        q, k = randn(2, 4, 5, 16, dtype=dtype), randn(2, 2, 5, 16, dtype=dtype)
+        weights = tuple((randn(16) + 1).detach().to(dtype).requires_grad_(learns) for _ in range(2))
+        cos, sin = tables(5, rotary, batch=2)
+
+        def with_norms(function, cos, sin):
+            def call(q, k, *learned):
+                return function(q, k, cos, sin, HeadNorms(*(learned or [w.to(q.dtype) for w in weights]), 1e-6))
+
+            return call
+
+        args = (q, k, *weights) if learns else (q, k)
+        oracle = with_norms(reference.rope, cos.double(), sin.double())
+        compare(with_norms(kernels.rope, cos, sin), oracle, args, dtype)
+
+    @pytest.mark.parametrize("rotary", [16, 12])
+    def test_head_norms_packed(self, rotary):
+        qkv, weights = randn(2, 5, 8 * 16), [randn(16).detach() + 1 for _ in range(2)]
+        cos, sin = tables(5, rotary)
+
+        def with_norms(function, cos, sin):
+            def call(qkv):
+                norms = HeadNorms(*(w.to(qkv.dtype) for w in weights), 1e-6)
+                return function(qkv, cos, sin, 4, 2, norms)
+
+            return call
+
+        oracle = with_norms(reference.rope_packed, cos.double(), sin.double())
+        compare(with_norms(kernels.rope_packed, cos, sin), oracle, (qkv,), torch.float32)
+        compare(through(with_norms(kernels.rope_packed, cos, sin)), oracle, (qkv,), torch.float32)
 
     def test_rope_works_in_place_on_what_is_not_a_leaf(self):
         leaf, other = randn(1, 2, 3, 8), randn(1, 1, 3, 8, learns=False)

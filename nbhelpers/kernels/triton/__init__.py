@@ -2,12 +2,12 @@
 
 from .decode_attention import decode_attention
 from .decode_linear import decode_linear, decode_mlp
+from .head_norm_rope import rope, rope_packed
 from .linear_logprob import linear_logprob
 from .lora_linear import lora_linear, lora_linear_group
 from .lora_mlp import lora_mlp
 from .nf4 import dequantize_nf4
 from .rms_norm import rms_norm
-from .rope import rope, rope_packed
 from .sampling import draw
 from .swiglu import swiglu, swiglu_packed
 

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import HeadNorms
 from .common import begin, early, tensor_cores, wait
 
 TILE = 8192  # without tensor cores: query heads of a group x positions x D that a program multiplies per iteration
@@ -29,23 +30,31 @@ MOST_SPLITS = 16
 
 
 @triton.jit
-def _rotated(head_ptr, d, real, cos_ptr, sin_ptr, HALF: tl.constexpr):
-    """The channels d of the head at `head_ptr`, those below 2 HALF rotated, rounded to its dtype."""
+def _rotated(head_ptr, d, real, cos_ptr, sin_ptr, weight_ptr, eps, D: tl.constexpr, HALF: tl.constexpr,
+             NORM: tl.constexpr, AXIS: tl.constexpr):  # fmt: skip
+    """The channels d (along AXIS) of the head at `head_ptr`, behind its norm if there is one, those below 2 HALF
+    rotated, rounded to its dtype."""
     partner = tl.where(d < HALF, d + HALF, d - HALF)
     rotary = d < 2 * HALF
     value = tl.load(head_ptr + d, real, 0.0).to(tl.float32)
     other = tl.load(head_ptr + partner, real & rotary, 0.0).to(tl.float32)
+    if NORM:
+        r = 1.0 / tl.sqrt(tl.sum(value * value, axis=AXIS, keep_dims=True) / D + eps)
+        value *= r * tl.load(weight_ptr + d, d < D, 0.0).to(tl.float32)
+        other *= r * tl.load(weight_ptr + partner, rotary, 0.0).to(tl.float32)
     c = tl.load(cos_ptr + d % HALF, rotary, 1.0).to(tl.float32)
     s = tl.load(sin_ptr + d % HALF, rotary, 0.0).to(tl.float32)
     return (value * c + tl.where(d < HALF, -other, other) * s).to(head_ptr.dtype.element_ty)
 
 
 @triton.jit(do_not_specialize=["layer"])
-def _attend(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, table_ptr, positions_ptr, out_ptr, lse_ptr, layer, scale, window,
+def _attend(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, table_ptr, positions_ptr, out_ptr, lse_ptr, q_weight_ptr,
+            k_weight_ptr, layer, scale, window, eps,
             q_batch_stride, q_head_stride, k_batch_stride, k_head_stride, v_batch_stride, v_head_stride,
             cos_batch_stride, sin_batch_stride, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
             SPLITS: tl.constexpr, WINDOW: tl.constexpr, GROUP_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr,
-            BLOCK: tl.constexpr, HALF: tl.constexpr, DOT: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+            BLOCK: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, DOT: tl.constexpr,
+            EARLY: tl.constexpr):  # fmt: skip
     begin(EARLY)
     wait(EARLY)
     row = (tl.program_id(0) // KV_HEADS).to(tl.int64)
@@ -62,8 +71,10 @@ def _attend(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, table_ptr, positions_ptr, out
     cos_ptr += row * cos_batch_stride
     sin_ptr += row * sin_batch_stride
     q_ptrs = q_ptr + row * q_batch_stride + (head * GROUP + g[:, None]) * q_head_stride
-    query = _rotated(q_ptrs, d[None, :], real_g[:, None] & real_d[None, :], cos_ptr, sin_ptr, HALF).to(tl.float32)
-    new_key = _rotated(k_ptr + row * k_batch_stride + head * k_head_stride, d, real_d, cos_ptr, sin_ptr, HALF)
+    real_q = real_g[:, None] & real_d[None, :]
+    query = _rotated(q_ptrs, d[None, :], real_q, cos_ptr, sin_ptr, q_weight_ptr, eps, D, HALF, NORM, 1).to(tl.float32)
+    new_key_ptr = k_ptr + row * k_batch_stride + head * k_head_stride
+    new_key = _rotated(new_key_ptr, d, real_d, cos_ptr, sin_ptr, k_weight_ptr, eps, D, HALF, NORM, 0)
     new_value = tl.load(v_ptr + row * v_batch_stride + head * v_head_stride + d, real_d, 0.0)
     position = tl.load(positions_ptr + row)
 
@@ -131,13 +142,14 @@ def splits_for(rows: int, kv_heads: int) -> int:
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, table: Tensor,
                      layer: int, positions: Tensor, longest: int, scale: float,
-                     window: int | None = None) -> Tensor:  # fmt: skip
+                     window: int | None = None, norms: HeadNorms | None = None) -> Tensor:  # fmt: skip
     """See nbhelpers.kernels.decode_attention."""
     rows, heads, _, dim = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
     q, k, v, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, cos, sin))
     splits, dot = splits_for(rows, kv_heads), tensor_cores(q.device)
+    *weights, eps = norms or (q, k, 0.0)  # not read without norms
     out = torch.empty(rows, 1, heads * dim, dtype=q.dtype, device=q.device)
     parts = torch.empty(rows, heads, splits, dim, dtype=torch.float32, device=q.device) if splits > 1 else out
     lse = torch.empty(rows, heads, splits, dtype=torch.float32, device=q.device) if splits > 1 else out
@@ -147,10 +159,11 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
     else:
         block = max(8, min(64, TILE // (group_block * dim_block)))
     _attend[(rows * kv_heads, splits)](
-        q, k, v, cos, sin, table, positions, parts, lse, layer, scale, window or 0,
+        q, k, v, cos, sin, table, positions, parts, lse, *weights, layer, scale, window or 0, eps,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         *(t.stride(0) if t.shape[0] > 1 else 0 for t in (cos, sin)),
-        kv_heads, group, dim, splits, window is not None, group_block, dim_block, block, cos.shape[-1] // 2, dot,
+        kv_heads, group, dim, splits, window is not None, group_block, dim_block, block, cos.shape[-1] // 2,
+        norms is not None, dot,
         num_warps=WARPS, num_stages=STAGES if dot else 1, **early(q.device),
     )  # fmt: skip
     if splits > 1:

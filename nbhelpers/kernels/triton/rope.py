@@ -92,15 +92,15 @@ def _copy_rest(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, rotary: int) 
         q_out[..., rotary:], k_out[..., rotary:] = q[..., rotary:], k[..., rotary:]
 
 
-def _adjacent(t: Tensor) -> Tensor:
+def adjacent(t: Tensor) -> Tensor:
     """t, copied if its last dimension is not contiguous."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-class _Rope(torch.autograd.Function):
+class Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = _adjacent(cos), _adjacent(sin)
+        cos, sin = adjacent(cos), adjacent(sin)
         # a copy where q or k must not be overwritten, or where both are the same tensor
         alone = q.data_ptr() != k.data_ptr()
         q, k = (t.detach() if may_overwrite(t) and t.stride(-1) == 1 and alone else t.clone() for t in (q, k))
@@ -112,7 +112,7 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        dq, dk = _adjacent(dq), _adjacent(dk)
+        dq, dk = adjacent(dq), adjacent(dk)
         # not over dq and dk: other code may hold them, and the bytes moved are the same. Laid out like a projection's
         # output, [B, S, heads, D], because the projection's backward comes next.
         q_out, k_out = (t.new_empty([t.shape[n] for n in (0, 2, 1, 3)]).transpose(1, 2) for t in (dq, dk))
@@ -121,7 +121,7 @@ class _Rope(torch.autograd.Function):
         return q_out, k_out, None, None
 
 
-def _heads(qkv: Tensor, counts: list[int]) -> list[Tensor]:
+def heads_of(qkv: Tensor, counts: list[int]) -> list[Tensor]:
     """Q, K and V [B, heads, S, D] as views of qkv [B, S, (sum of counts) * D]."""
     batch, tokens, width = qkv.shape
     heads = qkv.view(batch, tokens, sum(counts), width // sum(counts)).transpose(1, 2)
@@ -129,36 +129,26 @@ def _heads(qkv: Tensor, counts: list[int]) -> list[Tensor]:
     return [heads[:, start : start + count] for start, count in zip(first, counts, strict=True)]
 
 
-class _RopePacked(torch.autograd.Function):
+class RopePacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
-        cos, sin = _adjacent(cos), _adjacent(sin)
+        cos, sin = adjacent(cos), adjacent(sin)
         qkv = qkv.detach() if may_overwrite(qkv) and qkv.is_contiguous() else qkv.contiguous().clone()
-        q, k, _ = _heads(qkv, counts)
+        q, k, _ = heads_of(qkv, counts)
         rotate(q, k, q, k, cos, sin, 1.0)
         overwritten(qkv)
         ctx.save_for_backward(cos, sin)
         ctx.counts = counts
-        return tuple(_heads(qkv, counts))
+        return tuple(heads_of(qkv, counts))
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        dq, dk = _adjacent(dq), _adjacent(dk)
+        dq, dk = adjacent(dq), adjacent(dk)
         batch, _, tokens, width = dq.shape
         grad = dq.new_empty(batch, tokens, sum(ctx.counts) * width)  # one tensor, as the projection's backward takes it
-        q_out, k_out, v_out = _heads(grad, ctx.counts)
+        q_out, k_out, v_out = heads_of(grad, ctx.counts)
         _copy_rest(dq, dk, q_out, k_out, cos.shape[-1])
         v_out.copy_(dv)
         rotate(dq, dk, q_out, k_out, cos, sin, -1.0)
         return grad, None, None, None
-
-
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """See nbhelpers.kernels.rope."""
-    return _Rope.apply(q, k, cos, sin)
-
-
-def rope_packed(qkv: Tensor, cos: Tensor, sin: Tensor, q_heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See nbhelpers.kernels.rope_packed."""
-    return _RopePacked.apply(qkv, cos, sin, [q_heads, kv_heads, kv_heads])
