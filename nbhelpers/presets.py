@@ -40,6 +40,7 @@ class Preset:
     learning_rate: float = 1e-5
     max_steps: int = 250
     dataset: str = "openai/gsm8k"  # what the notebooks hand to tasks.gsm8k
+    notebook: bool = True  # whether notebooks/models/ has one
     smoke: bool = False
     cards: tuple[tuple[int, tuple[tuple[str, object], ...]], ...] = ()  # (GB from which it holds, what changes)
 
@@ -86,6 +87,8 @@ def _cards(**by_size: dict) -> tuple:
 _LLAMA3 = {"family": families.LLAMA, "vocab_size": 128256, "rope_theta": 500000.0, "rms_norm_eps": 1e-5}
 _LLAMA3 |= {"max_position_embeddings": 131072}
 _QWEN25 = {"family": families.QWEN2, "attention_bias": True, "rope_theta": 1000000.0}
+_QWEN3 = {"family": families.QWEN3, "rope_theta": 1000000.0, "num_key_value_heads": 8, "head_dim": 128}
+_QWEN3 |= {"vocab_size": 151936, "max_position_embeddings": 40960}
 _QWEN25_7B = Architecture(
     **_QWEN25, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
     num_key_value_heads=4, head_dim=128, vocab_size=152064, tie_word_embeddings=False,
@@ -128,6 +131,38 @@ _TABLE = {
         Preset(
             "qwen2.5-7b", "Qwen2.5 7B Instruct", "Qwen/Qwen2.5-7B-Instruct", _QWEN25_7B,
             lora_rank=16, lora_alpha=16, learning_rate=5e-6, cards=_CARDS_7B,
+        ),
+        Preset(
+            "qwen3-0.6b", "Qwen3 0.6B", "Qwen/Qwen3-0.6B",
+            Architecture(
+                **_QWEN3, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+                tie_word_embeddings=True,
+            ),
+            notebook=False, cards=_CARDS_SMALL,
+        ),
+        Preset(
+            "qwen3-1.7b", "Qwen3 1.7B", "Qwen/Qwen3-1.7B",
+            Architecture(
+                **_QWEN3, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
+                tie_word_embeddings=True,
+            ),
+            notebook=False, cards=_CARDS_SMALL,
+        ),
+        Preset(
+            "qwen3-4b", "Qwen3 4B", "Qwen/Qwen3-4B",
+            Architecture(
+                **_QWEN3, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+                tie_word_embeddings=True,
+            ),
+            notebook=False, cards=_CARDS_SMALL,
+        ),
+        Preset(
+            "qwen3-8b", "Qwen3 8B", "Qwen/Qwen3-8B",
+            Architecture(
+                **_QWEN3, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+                tie_word_embeddings=False,
+            ),
+            notebook=False, lora_rank=16, lora_alpha=16, learning_rate=5e-6, cards=_CARDS_7B,
         ),
         Preset(
             "llama-3.2-3b", "Llama 3.2 3B Instruct", "meta-llama/Llama-3.2-3B-Instruct",
@@ -189,7 +224,7 @@ def _workshop() -> Preset:
     architecture = families.architecture(json.loads((WORKSHOP / "config.json").read_text()))
     return Preset(
         "workshop", "the workshop model", str(WORKSHOP), architecture,
-        quantization="none", lora_rank=0, lora_alpha=0, num_generations=8, max_prompt_length=96,
+        notebook=False, quantization="none", lora_rank=0, lora_alpha=0, num_generations=8, max_prompt_length=96,
         max_completion_length=64, learning_rate=5e-4, max_steps=80,
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ from nbhelpers import presets
 
 HERE = Path(__file__).parent
 REPOSITORY = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
-MODELS = tuple(name for name in presets.names() if name != "workshop")
+MODELS = tuple(name for name in presets.names() if presets.get(name).notebook)
 ACCESS = {
     False: "It is open: no account, no login.",
     True: "It is gated: accept its licence at <https://huggingface.co/{hub_id}>, make a token at "

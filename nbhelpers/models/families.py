@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 LLAMA = Family("llama", "Llama", gguf="LLAMA", gguf_pairs=True)
 QWEN2 = Family("qwen2", "Qwen2", qkv_bias=True, window="layer", gguf="QWEN2")
+QWEN3 = Family("qwen3", "Qwen3", window="layer", head_norms=("q_norm", "k_norm"), gguf="QWEN3")
 MISTRAL = Family("mistral", "Mistral", window="config", gguf="LLAMA", gguf_pairs=True)
 PHI3 = Family(
     "phi3", "Phi3", qkv=("qkv_proj",), gate_up=("gate_up_proj",), window="config", residual_dropout=True, gguf="PHI3",
     gguf_window=True,
 )  # fmt: skip
-FAMILIES = {family.model_type: family for family in (QWEN2, LLAMA, MISTRAL, PHI3)}
+FAMILIES = {family.model_type: family for family in (QWEN2, QWEN3, LLAMA, MISTRAL, PHI3)}
 SILU = ("silu", "swish")  # the names of the activation that the kernels compute
 ROPES_OF_LENGTH = ("dynamic", "longrope")  # rope types whose frequencies depend on the longest text of a batch
 

@@ -87,7 +87,7 @@ def test_a_layer_of_vllm_is_ours_where_it_lies(ours, name, four_bit):
         parts = [model.get_submodule(part) for part in vllm_model.parts_of(prefix, config.packed_modules_mapping)]
         assert len(parts) == count == len(list(layer.parameters()))
         assert storages(layer) == {vllm_model.linear(part).weight.untyped_storage().data_ptr() for part in parts}
-        x = torch.randn(5, 64)
+        x = torch.randn(5, vllm_model.linear(parts[0]).in_features)
         with torch.no_grad():
             wanted = torch.cat([vllm_model.linear(part)(x) for part in parts], dim=-1)
             torch.testing.assert_close(method.apply(layer, x), wanted, atol=1e-5, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Small random models of the four architectures, in NF4 or not, with a live LoRA or not; also for the GPU checks."""
+"""Small random models of every family, in NF4 or not, with a live LoRA or not; also for the GPU checks."""
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_fre
 PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 SPECIAL = {
     "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 32},  # not hidden_size / num_attention_heads, as in Qwen3-0.6B
     "llama": {"rope_parameters": LLAMA3, "mlp_bias": True, "attention_bias": True},
     "mistral": {"sliding_window": 12},
     "phi3": {"rope_parameters": PARTIAL},

@@ -15,12 +15,15 @@ from transformers import (
     Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )  # fmt: skip
 
 from nbhelpers.training import lean_step, packing, trainer
 
 FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
     "phi3": (Phi3Config, Phi3ForCausalLM),
@@ -33,7 +36,7 @@ def make_model(family="llama", lora=True, seed=0, **config):
     cls_config, cls = FAMILIES[family]
     settings = dict(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.08, sliding_window=None,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=256, initializer_range=0.08, sliding_window=None,
         bos_token_id=None, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(seed)

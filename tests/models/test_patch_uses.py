@@ -187,7 +187,7 @@ def test_an_unknown_architecture_is_left_alone():
     model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=97, eos_token_id=2))
     before = [type(module) for module in model.modules()]
     report = patch.with_kernels(model)
-    assert "not an architecture that the kernels know (Qwen2, Llama, Mistral, Phi3)" in str(report)
+    assert "not an architecture that the kernels know (Qwen2, Qwen3, Llama, Mistral, Phi3)" in str(report)
     assert "no kernels" in str(report) and [type(module) for module in model.modules()] == before
 
 
