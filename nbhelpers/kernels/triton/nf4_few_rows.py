@@ -332,9 +332,8 @@ def few_rows_product(x: Tensor, parts: Sequence[Projection]) -> tuple[Tensor, Te
     absmax = [s.absmax for s in states]
     outer = [s.absmax if s.state2 is None else s.state2.absmax for s in states]
     offset = [s.offset if nested else s.absmax for s in states]
-    some = next(
-        (part.lora_a for part in parts if part.lora_a is not None), x
-    )  # a kernel's branches need pointers of one type
+    # where a part has no LoRA, another's A: a kernel's branches need pointers of one type
+    some = next((part.lora_a for part in parts if part.lora_a is not None), x)
     a = [(some if part.lora_a is None else part.lora_a).detach().contiguous() for part in parts]
     _few_rows[(programs + thin * (pieces - 1), splits)](
         x, y, t, state.code, nested.code if nested else state.code,
