@@ -268,8 +268,10 @@ def linear_logprob(
 
 
 def draw(logits: Tensor, seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tensor]:
-    """One token per row, sampled from softmax(logits) by the exponential race (arXiv:1611.01144): the largest
-    logit_i - log E_i wins, E_i = -log(1 - u_i), where u_i is a hash of (seed, counter, i) and of nothing else.
+    """One token per row, sampled from softmax(logits) by the exponential race (arXiv:1611.01144).
+
+    The largest logit_i - log E_i wins, E_i = -log(1 - u_i), where u_i is a hash of (seed, counter, i) and of nothing
+    else.
 
     Args:
         logits (`Tensor`): fp32 [B, V], -inf where a token is excluded.

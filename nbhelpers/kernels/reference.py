@@ -29,10 +29,12 @@ class Projection(NamedTuple):
 
     @property
     def out_features(self) -> int:
+        """Rows of W."""
         return (self.weight if self.quant_state is None else self.quant_state).shape[0]
 
     @property
     def in_features(self) -> int:
+        """Columns of W."""
         return (self.weight if self.quant_state is None else self.quant_state).shape[1]
 
 
@@ -141,11 +143,7 @@ def dequantize_nf4(
 
 
 def stack_adapters(parts: Sequence[Projection], dtype: torch.dtype) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """(A, B) of several parts in `dtype`, stacked as triton/lora_stack.py describes; (None, None) if no part has a
-    LoRA.
-
-    No gradient flows through.
-    """
+    """(A, B) of the parts in `dtype`, stacked as in triton/lora_stack.py; (None, None) without a LoRA. No gradients."""
     a_list = [part.lora_a.detach().to(dtype) for part in parts if part.lora_a is not None]
     if not a_list:
         return None, None

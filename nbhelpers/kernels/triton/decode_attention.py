@@ -55,6 +55,7 @@ def _attend(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, table_ptr, positions_ptr, out
             SPLITS: tl.constexpr, WINDOW: tl.constexpr, GROUP_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr,
             BLOCK: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, DOT: tl.constexpr,
             EARLY: tl.constexpr):  # fmt: skip
+    """One split of the positions of a row and key head, for the query heads that share it; see the module's text."""
     begin(EARLY)
     wait(EARLY)
     row = (tl.program_id(0) // KV_HEADS).to(tl.int64)
@@ -124,6 +125,7 @@ def _attend(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, table_ptr, positions_ptr, out
 @triton.jit
 def _join(parts_ptr, lse_ptr, out_ptr, D: tl.constexpr, SPLITS: tl.constexpr, D_BLOCK: tl.constexpr,
           EARLY: tl.constexpr):  # fmt: skip
+    """The output of a row and query head from its splits."""
     begin(EARLY)
     wait(EARLY)
     slot = tl.program_id(0).to(tl.int64)

@@ -112,8 +112,7 @@ def _gradient_kernel(
 
 
 class _Head:
-    """The vocabulary matrix in `dtype`: whole if it is stored so, else slice by slice; and the sizes that follow from
-    that.
+    """The vocabulary matrix in `dtype`, whole if it is stored so, else slice by slice; and the sizes that follow.
 
     tile: (tokens, words) of one product. None: all words and as many tokens as the scratch buffer holds if the gradient
     is formed in the forward (`in_one`), else FORWARD_TOKENS.

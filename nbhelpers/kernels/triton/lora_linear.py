@@ -38,8 +38,7 @@ _scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
 def scratch(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor in the one buffer that every layer dequantises into. The buffer grows to the largest request and is
-    kept.
+    """A tensor in the one buffer that every layer dequantises into; it grows to the largest request and is kept.
 
     Its contents are valid until the next call. That is safe because the work of one stream runs in order: the product
     that reads a weight is queued before the kernel that overwrites it. So it takes one stream per device. While a CUDA
@@ -90,8 +89,9 @@ def products(parts: Sequence[Projection], dtype: torch.dtype, device: torch.devi
 
 
 def pieces(part: Projection, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first row, W [rows, in] in `dtype` from that row on): all of a 16-bit weight at once, an NF4 one in blocks
-    of rows of at most DENSE_BYTES.
+    """Yield (first row, W [rows, in] in `dtype` from that row on).
+
+    A 16-bit weight comes as one piece, an NF4 weight in blocks of rows of at most DENSE_BYTES.
     """
     state = part.quant_state
     if state is None:
@@ -185,8 +185,7 @@ def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class LoraLinear(torch.autograd.Function):
-    """The functions above for autograd, which sees the A's and B's because they are passed flat in addition to the
-    parts.
+    """The functions above for autograd. A's and B's are passed flat in addition to the parts, for autograd to see them.
 
     norm: (weight [in], eps) of an RMSNorm applied to x first, or None. dtype: what the products run in.
     """

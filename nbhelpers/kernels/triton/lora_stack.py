@@ -31,6 +31,7 @@ def _stack(
     r1, r2, r3,  # and their columns (the rows of A_0, A_1, A_2 in a)
     RANKS: tl.constexpr, ROWS: tl.constexpr, A_BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A_BLOCK elements of the stacked A, and ROWS rows of the stacked B, per program."""
     i = tl.program_id(0) * A_BLOCK + tl.arange(0, A_BLOCK)
     e1, e2, e3 = r1 * inputs, r2 * inputs, r3 * inputs
     value = tl.load(a0_ptr + i, i < e1, 0.0).to(tl.float32)

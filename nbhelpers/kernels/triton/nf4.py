@@ -66,6 +66,7 @@ def _dequantize_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
+    """BLOCKS blocks of weights per program, dequantised into out."""
     HALF: tl.constexpr = BLOCK_SIZE // 2
     # int64: a large model's vocabulary matrix takes more than 2^31 bytes
     block = first_block + tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)

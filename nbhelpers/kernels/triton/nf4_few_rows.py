@@ -114,8 +114,9 @@ def _put(y_ptr, sums, first_row, m, n, rows, N, first, y_stride, WARPS: tl.const
 def _in_registers(x_ptr, y_ptr, code8_ptr, w_ptr, absmax_ptr, outer_ptr, offset_ptr, first_row, split, rows, iters, K,
                   N, first, y_stride, x_stride, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, SIXTEEN: tl.constexpr,
                   WARPS: tl.constexpr, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
-    """16 columns of y_split from `first + first_row` on, without shared memory (nf4_mma.py), for up to 8 rows of x, or
-    16 if SIXTEEN. Each warp takes a part of K. Every tensor has one element per thread, in the threads' order.
+    """16 columns of y_split from `first + first_row` on, for up to 8 rows of x, or 16 if SIXTEEN (nf4_mma.py).
+
+    Each warp takes a part of K. Every tensor has one element per thread, in the threads' order.
     """
     i = tl.arange(0, WARPS * 32)
     warp, g, t = i // 32, i % 32 // 4, i % 4
@@ -331,9 +332,8 @@ def few_rows_product(x: Tensor, parts: Sequence[Projection]) -> tuple[Tensor, Te
     absmax = [s.absmax for s in states]
     outer = [s.absmax if s.state2 is None else s.state2.absmax for s in states]
     offset = [s.offset if nested else s.absmax for s in states]
-    some = next(
-        (part.lora_a for part in parts if part.lora_a is not None), x
-    )  # a kernel's branches need pointers of one type
+    # where a part has no LoRA, another's A: a kernel's branches need pointers of one type
+    some = next((part.lora_a for part in parts if part.lora_a is not None), x)
     a = [(some if part.lora_a is None else part.lora_a).detach().contiguous() for part in parts]
     _few_rows[(programs + thin * (pieces - 1), splits)](
         x, y, t, state.code, nested.code if nested else state.code,

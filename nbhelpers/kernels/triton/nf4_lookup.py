@@ -53,8 +53,7 @@ def selectors(word: str, s: str, e: str) -> str:
 
 
 def look_up(names: list[str], s: str, e: str, first: str, second: str) -> str:
-    """PTX that looks up the weights of the four low nibbles, in their order in the row: two in `first`, two in
-    `second`.
+    """PTX that looks up the weights of the four low nibbles, in row order: two in `first`, two in `second`.
 
     A byte's first weight is in its high half, so h and l have each pair in the wrong order: the last two `prmt` swap
     them. It overwrites the registers u, v, h and l.

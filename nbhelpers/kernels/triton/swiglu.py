@@ -43,7 +43,7 @@ def _store(pointer, value, mask):
 
 @triton.jit(do_not_specialize=["blocks"])
 def _forward(g_ptr, u_ptr, h_ptr, width, blocks, g_stride, u_stride, h_stride, scale, BLOCK: tl.constexpr):
-    """h = silu(g) * u * keep; h may be g."""
+    """h = silu(g) * u * scale; h may be g."""
     row = (tl.program_id(0) // blocks).to(tl.int64)  # divide before widening: a 64-bit division is slow
     col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = col < width
