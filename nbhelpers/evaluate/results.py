@@ -5,8 +5,11 @@ the decoding that it came from, and answers that differ in these are not compare
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from nbhelpers.html import cell, table
 
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
 
@@ -103,9 +106,9 @@ class Score:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        rows = {"accuracy": self.accuracy, "format": self.format, "mean length": f"{self.mean_length:.1f} tokens"}
-        cells = "".join(f"<tr><th style='text-align:left'>{name}</th><td>{rows[name]}</td></tr>" for name in rows)
-        return f"<table>{cells}</table>"
+        shown = {"accuracy": self.accuracy, "format": self.format, "mean length": f"{self.mean_length:.1f} tokens"}
+        rows = [[cell(name, "text-align:left", tag="th"), cell(str(shown[name]), "")] for name in shown]
+        return table((), rows, "")
 
 
 @dataclass(frozen=True)
@@ -192,9 +195,14 @@ def paired(before: Score, after: Score) -> Paired:
         ValueError: If questions, prompts, right answers or decoding differ.
     """
     check_comparable(before.rows, after.rows)
-    counts = {(True, True): 0, (False, True): 0, (True, False): 0, (False, False): 0}
+    pairs: Counter[tuple[bool, bool]] = Counter()
     for i, (old, new) in enumerate(zip(before.rows, after.rows, strict=True)):
         if old.gold != new.gold:
             raise ValueError(f"the right answer to question {i} was {old.gold!r} before and is {new.gold!r} after")
-        counts[old.correct, new.correct] += 1
-    return Paired(*counts.values())
+        pairs[old.correct, new.correct] += 1
+    return Paired(
+        both_right=pairs[True, True],
+        gained=pairs[False, True],
+        lost=pairs[True, False],
+        both_wrong=pairs[False, False],
+    )

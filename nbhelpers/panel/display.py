@@ -7,8 +7,9 @@ a saved notebook shows them on GitHub, Kaggle and nbviewer too, and where HTML i
 import base64
 import html
 import sys
+from collections.abc import Iterable
 
-from nbhelpers.html import BOX, TEXT, framed
+from nbhelpers.html import BOX, GRID, TEXT, bar, cell, framed, pre, table
 from nbhelpers.rewards import Sample
 
 from . import curves
@@ -134,29 +135,22 @@ class View:
     def _numbers_html(self) -> str:
         row = self.history[-1]
         numbers = [("reward", _number(row["reward"])), *self._shares(row), *self._times(row)]
-        head = "".join(f"<th title='{HELP.get(name, '')}' style='{_CELL}'>{name}</th>" for name, _ in numbers)
-        cells = "".join(f"<td style='{_CELL};font-size:115%'>{value}</td>" for _, value in numbers)
+        values = [cell(value, f"{_CELL};font-size:115%") for _, value in numbers]
+        table_of_numbers = table(_head(name for name, _ in numbers), [values])
         note = self.note and f"<p style='color:{COLORS[1]};margin:0 0 4px'><b>{html.escape(self.note)}</b></p>"
         share = min(1.0, row["step"] / max(1, self.total_steps))
         return framed(
-            f"{note}<b>{self._progress()}</b>{_bar({COLORS[0]: share})}"
-            f"<table style='border-collapse:collapse'><tr>{head}</tr><tr>{cells}</tr></table>"
+            f"{note}<b>{self._progress()}</b>{bar({COLORS[0]: share})}{table_of_numbers}"
             f"{_rewards_html(row)}{_memory_html(row['memory'])}"
         )
 
 
 _CELL = "text-align:left;padding:2px 14px 2px 0;border:0;background:none"
+_FULL_WIDTH = f"{GRID};width:100%;table-layout:fixed"
 
 
-def _bar(shares: dict[str, float]) -> str:
-    """A bar from 0 to 1: {colour: where it ends}, the longest first."""
-    ends = "".join(
-        f"<div style='position:absolute;left:0;top:0;height:6px;border-radius:3px;width:{min(1, share):.1%};"
-        f"background:{color}'></div>"
-        for color, share in shares.items()
-    )
-    ground = "position:relative;height:6px;margin:4px 0 8px;border-radius:3px;background:rgba(128,128,128,.25)"
-    return f"<div style='{ground}'>{ends}</div>"
+def _head(names: Iterable[str]) -> list[str]:
+    return [cell(name, _CELL, tag="th", title=HELP.get(name, "")) for name in names]
 
 
 def _rewards_html(row: dict) -> str:
@@ -165,10 +159,8 @@ def _rewards_html(row: dict) -> str:
         return ""
     names = [*row["rewards"], *(["total"] if len(row["rewards"]) > 1 else [])]
     head = ["reward function", "mean"]
-    columns = [
-        [html.escape(name) for name in names],
-        [_number((row["rewards"] | {"total": row["reward"]})[n]) for n in names],
-    ]
+    means = row["rewards"] | {"total": row["reward"]}
+    columns = [[html.escape(name) for name in names], [_number(means[name]) for name in names]]
     if row["within"]:
         head += ["spread in a group", "between groups"]
         columns += [[_number(row[kind].get(name)) for name in names] for kind in ("within", "between")]
@@ -176,12 +168,8 @@ def _rewards_html(row: dict) -> str:
         head += ["spread, all answers"]
         stds = row["stds"] | {"total": row["reward_std"]}
         columns += [[_number(stds.get(name)) for name in names]]
-    top = "".join(f"<th title='{HELP.get(name, '')}' style='{_CELL}'>{name}</th>" for name in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td style='{_CELL}'>{cell}</td>" for cell in cells) + "</tr>"
-        for cells in zip(*columns, strict=True)
-    )
-    return f"<table style='border-collapse:collapse;margin-top:8px'><tr>{top}</tr>{body}</table>"
+    rows = [[cell(text, _CELL) for text in texts] for texts in zip(*columns, strict=True)]
+    return table(_head(head), rows, f"{GRID};margin-top:8px")
 
 
 def _memory_text(memory: dict) -> str:
@@ -202,7 +190,7 @@ def _memory_html(memory: dict | None) -> str:
     else:
         text = f"memory of this process: {memory['used']:.1f} of {memory['total']:.1f} GB"
         bars = {COLORS[0]: share["used"]}
-    return f"<div style='margin-top:8px'><small>{text}</small>{_bar(bars)}</div>"
+    return f"<div style='margin-top:8px'><small>{text}</small>{bar(bars)}</div>"
 
 
 def _probes_html(probed: dict) -> str:
@@ -211,21 +199,17 @@ def _probes_html(probed: dict) -> str:
         return ""
     newest = max(probed)
     when = {step: "before" if step == 0 else f"step {step}" for step in sorted(probed)}
-    rows = ""
+    rows = []
     for i, answer in enumerate(probed[newest]):
         said = [(when[step], probed[step][i].answer) for step in when]
         changes = [pair for j, pair in enumerate(said) if j == 0 or pair[1] != said[j - 1][1] or j == len(said) - 1]
         told = "<br>".join(
             f"{name}: <b>{_shortened('(no answer)' if text is None else text, 60)}</b>" for name, text in changes
         )
-        rows += (
-            f"<tr><td style='{BOX}'>{_shortened(answer.question, 300)}</td><td style='{BOX}'>{told}</td>"
-            f"<td style='{BOX}'><pre style='{TEXT}'>{_shortened(answer.completion)}</pre></td></tr>"
-        )
+        rows.append([cell(_shortened(answer.question, 300)), cell(told), cell(pre(_shortened(answer.completion)))])
     widths = {"always the same questions": 25, "answer, where it changed": 22, f"{when[newest]}, in full": 53}
-    head = "".join(f"<th style='{BOX};width:{width}%'>{name}</th>" for name, width in widths.items())
-    style = "border-collapse:collapse;width:100%;table-layout:fixed;margin-bottom:10px"
-    return f"<table style='{style}'><tr>{head}</tr>{rows}</table>"
+    head = [cell(name, f"{BOX};width:{width}%", tag="th") for name, width in widths.items()]
+    return table(head, rows, f"{_FULL_WIDTH};margin-bottom:10px")
 
 
 def _pair_html(pair: list[Sample], step: int) -> str:
@@ -235,16 +219,16 @@ def _pair_html(pair: list[Sample], step: int) -> str:
     shown = [(f"step {step}: best answer of a group", pair[0]), ("worst answer of the same group", pair[-1])]
     if len(pair) == 1:
         shown = [(f"step {step}: an answer (in each group all have the same reward)", pair[0])]
-    cells = ""
+    cells = []
     for title, sample in shown:
         given = " · ".join(f"{name} {_number(value)}" for name, value in sample.rewards.items())
         advantage = "" if sample.advantage is None else f" · advantage {sample.advantage:+.2f}"
-        cells += (
-            f"<td style='{BOX};width:50%'><b>{title}</b><br><small>{html.escape(given)}{advantage}</small>"
-            f"<pre style='{TEXT};opacity:.75'>{_shortened(sample.prompt)}</pre>"
-            f"<pre style='{TEXT}'>{_shortened(sample.completion)}</pre></td>"
+        inside = (
+            f"<b>{title}</b><br><small>{html.escape(given)}{advantage}</small>"
+            f"{pre(_shortened(sample.prompt), f'{TEXT};opacity:.75')}{pre(_shortened(sample.completion))}"
         )
-    return f"<table style='border-collapse:collapse;width:100%;table-layout:fixed'><tr>{cells}</tr></table>"
+        cells.append(cell(inside, f"{BOX};width:50%"))
+    return table((), [cells], _FULL_WIDTH)
 
 
 def _shortened(text: str, limit: int = 700) -> str:

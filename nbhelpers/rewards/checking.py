@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from nbhelpers.html import framed
+from nbhelpers.html import cell, framed, table
 
 from .answers import number_of, same
 from .guard import named
@@ -41,6 +41,7 @@ HOSTILE = (
     "(",
 )
 
+_NARROW = "padding:3px 10px;border:1px solid rgba(128,128,128,.4);text-align:"  # a cell of the table
 _NUMBERS = re.compile(r"(?<![\d.])\d{1,12}(?:\.\d{1,12})?(?!\d)")
 
 
@@ -87,15 +88,17 @@ class Check:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        box = "padding:3px 10px;border:1px solid rgba(128,128,128,.4);text-align:"
-        body = ""
-        for index, (first, *rest) in enumerate(self.rows()):
-            tag = "td" if index else "th"
-            cells = "".join(f"<{tag} style='{box}right'>{html.escape(text)}</{tag}>" for text in rest)
-            body += f"<tr><{tag} style='{box}left'>{html.escape(first)}</{tag}>{cells}</tr>"
+        def line(texts: list[str], tag: str) -> list[str]:
+            name, *scores = (html.escape(text) for text in texts)
+            return [
+                cell(name, f"{_NARROW}left", tag=tag),
+                *(cell(score, f"{_NARROW}right", tag=tag) for score in scores),
+            ]
+
+        head, *rows = self.rows()
         said = "".join(f"<li>⚠ {html.escape(warning)}</li>" for warning in self.warnings)
         said = f"<ul style='list-style:none;padding-left:0'>{said}</ul>" if said else "<p>nothing to warn about</p>"
-        return framed(f"<table style='border-collapse:collapse'>{body}</table>{said}")
+        return framed(table(line(head, "th"), [line(row, "td") for row in rows]) + said)
 
 
 def check(reward_funcs: Callable | Sequence[Callable], task, *, n: int = 4, form: str = FORM) -> Check:

@@ -7,6 +7,8 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nbhelpers.html import NO_FORMULAS
+
 _BAR = 40  # characters of the longest bar
 _MOST = 400  # pieces of one prompt: of a longer one its start and its end are shown
 
@@ -48,7 +50,7 @@ class Preview:
     def _repr_html_(self) -> str:
         text = self._text(lambda text, special: f"<b>{html.escape(text)}</b>" if special else html.escape(text))
         style = "white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.35;background:none;color:inherit"
-        return f"<pre class='mathjax_ignore tex2jax_ignore' style='{style}'>{text}</pre>"
+        return f"<pre class='{NO_FORMULAS}' style='{style}'>{text}</pre>"
 
     def _text(self, show) -> str:
         lines = [show(self.title, True)]
