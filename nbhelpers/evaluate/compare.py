@@ -22,7 +22,11 @@ PLAIN = frozenset(string.ascii_letters + string.digits + " .,;()=+-/'\"%?")  # m
 class Cell:
     """A text that may hold anything at all, whether it is right, if that is known, and what to mark in it.
 
-    changed: (start, end) of each stretch of the text that the text beside it does not have, in order.
+    Args:
+        text (`str`): As a model wrote it.
+        right (`bool`, *optional*): None where nobody knows, or nothing is asked.
+        changed (`tuple[tuple[int, int], ...]`): (start, end) of each stretch of the text, in characters, that the text
+            beside it does not have, in order.
     """
 
     text: str
@@ -34,6 +38,7 @@ class Cell:
         return _harmless(self.text).strip("\n")
 
     def html(self) -> str:
+        """The inside of a table's cell; markup in the text is shown, not obeyed."""
         mark, color = MARKS[self.right] if self.right is not None else ("", "")
         mark = mark and f"<b style='color:{color}'>{mark}</b>"
         inside = "".join(
@@ -43,6 +48,8 @@ class Cell:
         return mark + pre(inside)
 
     def markdown(self) -> str:
+        """The inside of a cell in GitHub's Markdown; markup in the text is shown, not obeyed."""
+
         def escaped(text: str) -> str:
             text = "".join(c if c in PLAIN or ord(c) > 127 else f"&#{ord(c)};" for c in text.replace("\t", " "))
             return text.replace("&#10;", "<br>")
@@ -55,7 +62,9 @@ class Cell:
 
     def _parts(self) -> list[tuple[str, bool]]:
         """The text, cut where what is changed begins and ends."""
-        text, parts, at = self.text.rstrip("\n"), [], 0
+        text = self.text.rstrip("\n")
+        parts: list[tuple[str, bool]] = []
+        at = 0
         for start, end in self.changed:
             parts += [(text[at:start], False), (text[start:end], True)]
             at = end
@@ -77,13 +86,13 @@ def differences(old: str, new: str) -> tuple[tuple[tuple[int, int], ...], tuple[
     words = [list(re.finditer(r"\w+(?:\.\w+)*|[^\w\s]", text)) for text in (old, new)]  # 9.11 is one word
     if old == new or max(map(len, words)) > MOST_WORDS:
         return (), ()
-    found: tuple[list, list] = ([], [])
-    matcher = SequenceMatcher(None, *([word.group() for word in side] for side in words))
+    changed: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
+    matcher = SequenceMatcher(None, [word.group() for word in words[0]], [word.group() for word in words[1]])
     for kind, *ends in matcher.get_opcodes():
         for side, (start, end) in enumerate((ends[:2], ends[2:])):
             if kind != "equal" and end > start:
-                found[side].append((words[side][start].start(), words[side][end - 1].end()))
-    return tuple(found[0]), tuple(found[1])
+                changed[side].append((words[side][start].start(), words[side][end - 1].end()))
+    return tuple(changed[0]), tuple(changed[1])
 
 
 @dataclass(frozen=True)
