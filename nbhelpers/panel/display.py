@@ -8,12 +8,17 @@ import base64
 import html
 import sys
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
+from nbhelpers.evaluate import Answer
 from nbhelpers.html import BOX, GRID, TEXT, bar, cell, framed, pre, table
 from nbhelpers.rewards import Sample
 
 from . import curves
 from .curves import COLORS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HELP = {
     "reward": "mean over the answers of the newest step, all reward functions together",
@@ -33,8 +38,14 @@ HELP = {
 class View:
     """What is known of a run, and its outputs.
 
-    Attributes: `history`, `probed`, `ended` as in `panel.Live`; `pair`, the best and the worst answer to show, or one,
-    of step `pair_step`; `total_steps` of the whole run; `note`, a line above everything, in text and picture.
+    Args:
+        total_steps (`int`): Of the whole run.
+        note (`str`): A line above everything, in text and picture.
+
+    Attributes:
+        history, probed, ended: As in `panel.Live`.
+        pair (`list[rewards.Sample]`): The best and the worst answer to show, or one, of step `pair_step` (`int`).
+        first_step (`int`): Where this session began: more than 0 after a resume.
     """
 
     def __init__(self, total_steps: int = 0, note: str = ""):
@@ -42,11 +53,11 @@ class View:
         self.history: list[dict] = []
         self.pair: list[Sample] = []
         self.pair_step = 0
-        self.probed: dict = {}
+        self.probed: dict[int, list[Answer]] = {}
         self.ended: float | None = None
-        self.first_step = 0  # of this session: more than 0 after a resume
-        self.handles: list = []
-        self._figure = None
+        self.first_step = 0
+        self.handles: list[Any] = []  # IPython's, of the outputs that are updated
+        self._figure: Figure | None = None
 
     def line(self) -> str:
         """The newest step as one line of plain text."""
@@ -62,7 +73,7 @@ class View:
 
     __repr__ = line
 
-    def figure(self):
+    def figure(self) -> "Figure":
         """The curves as a `matplotlib.figure.Figure` on white, to be saved: `live.figure().savefig("curve.png")`."""
         from matplotlib.figure import Figure
 
@@ -94,11 +105,11 @@ class View:
         if not self.history:
             return [({"text/html": f"<p>{html.escape(self.line())} …</p>", "text/plain": self.line()}, {})]
         answers = _probes_html(self.probed) + _pair_html(self.pair, self.pair_step)
-        curves = base64.b64encode(self.picture()).decode()
+        picture = base64.b64encode(self.picture()).decode()
         return [
             ({"text/html": self._numbers_html(), "text/plain": self.line()}, {}),
             # an output of its own: within HTML a viewer that cleans the HTML may leave it out
-            ({"image/png": curves, "text/plain": ""}, {"image/png": {"width": 1000}}),
+            ({"image/png": picture, "text/plain": ""}, {"image/png": {"width": 1000}}),
             ({"text/html": framed(answers), "text/plain": ""}, {}),
         ]
 
@@ -112,7 +123,7 @@ class View:
         return f"done: {step}" if row["step"] >= self.total_steps else f"stopped: {step}"
 
     def _shares(self, row: dict) -> list[tuple[str, str]]:
-        found = {
+        shares = {
             "format": _percent(row["format"]),
             "length": None if row["length"] is None else f"{row['length']:.0f} tokens",
             "cut off": _percent(row["clipped"]),
@@ -121,7 +132,7 @@ class View:
             "KL": None if row["kl"] is None else f"{row['kl']:.3g}",
             "tokens/s": None if row["speed"] is None else f"{row['speed']:,.0f}",
         }
-        return [(name, value) for name, value in found.items() if value is not None]
+        return [(name, value) for name, value in shares.items() if value is not None]
 
     def _times(self, row: dict) -> list[tuple[str, str]]:
         if self.ended is not None:
@@ -172,12 +183,12 @@ def _rewards_html(row: dict) -> str:
     return table(_head(head), rows, f"{GRID};margin-top:8px")
 
 
-def _memory_text(memory: dict) -> str:
+def _memory_text(memory: dict[str, float]) -> str:
     return f"{memory['used']:.1f}/{memory['total']:.1f} GB"
 
 
-def _memory_html(memory: dict | None) -> str:
-    """A gauge: on a card what torch allocated at most, what it holds, what the card gave, of what the card has."""
+def _memory_html(memory: dict[str, float] | None) -> str:
+    """A gauge: on a card the most that torch allocated, what it has reserved and what everyone uses, of its memory."""
     if not memory:
         return ""
     share = {name: memory[name] / memory["total"] for name in memory if name != "total"}
@@ -193,7 +204,7 @@ def _memory_html(memory: dict | None) -> str:
     return f"<div style='margin-top:8px'><small>{text}</small>{bar(bars)}</div>"
 
 
-def _probes_html(probed: dict) -> str:
+def _probes_html(probed: dict[int, list[Answer]]) -> str:
     """The same questions, asked again and again: what was answered at each step, and the newest answer in full."""
     if not probed:
         return ""
