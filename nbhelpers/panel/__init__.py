@@ -118,7 +118,7 @@ class Live(display.View, TrainerCallback):
         if state.is_world_process_zero and self.probes and state.global_step % self.probe_every == 0:
             start = time.monotonic()
             self.probed[state.global_step] = evaluate.ask_again(model, processing_class, self.probes, self.engine)
-            self._since += time.monotonic() - start  # asking is no training: it does not count in the speed
+            self._since += time.monotonic() - start  # the speed is that of the training, without the probes
 
     def on_log(
         self,

@@ -32,13 +32,13 @@ class Sample:
     Args:
         prompt (`str`): The question, as a person would read it.
         completion (`str`): What the model wrote.
-        rewards (`dict[str, float]`): Score by reward function; a function that did not apply is missing or None.
+        rewards (`dict[str, float | None]`): Score by reward function; a function that did not apply is missing or None.
         advantage (`float`, *optional*): Its advantage over its group, in the units of the loss.
     """
 
     prompt: str
     completion: str
-    rewards: dict[str, float]
+    rewards: dict[str, float | None]
     advantage: float | None = None
 
 

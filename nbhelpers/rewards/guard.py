@@ -97,7 +97,7 @@ class _Guard:
         self.failures = 0  # failed batches in a row
         self.warned = False  # about a value that is no number
         self.scored = False  # whether the newest batch had any score
-        self.silent = 0  # batches in a row in which nobody in the team had any score
+        self.silent = 0  # batches in a row in which no function of the team had any score
         self.team: list[_Guard] = []  # all functions of the run, this one too
 
     def guarded(self) -> Reward:

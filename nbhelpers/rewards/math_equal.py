@@ -88,8 +88,8 @@ class Worker:
                         pipe.close()
 
     def _compare(self, gold: str, given: str) -> bool:
-        # In a fork (accelerate's notebook launcher) the process is nobody's child, so poll() calls it gone: each rank
-        # starts its own, and no answers are mixed.
+        # In a fork (accelerate's notebook launcher) the worker is not a child of the forked process, so poll() calls it
+        # gone: each rank starts its own, and no answers are mixed.
         process = self.process
         if process is None or process.poll() is not None:
             process = self._start()

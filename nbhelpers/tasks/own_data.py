@@ -54,14 +54,7 @@ def from_data(
         return text_of(row.get(question), "question"), text_of(row.get(answer), "answer")
 
     rows, dropped = collect(
-        opened.rows,
-        read,
-        opened.name,
-        unit=opened.unit,
-        tokenizer=tokenizer,
-        system_prompt=system_prompt,
-        max_prompt_length=max_prompt_length,
-        n=n,
+        opened, read, tokenizer=tokenizer, system_prompt=system_prompt, max_prompt_length=max_prompt_length, n=n
     )
     return split_by_hash(Path(opened.name).stem, rows, dropped, test_share)
 

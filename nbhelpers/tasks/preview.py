@@ -4,6 +4,7 @@ The same text in a terminal, in a notebook (where special tokens are bold) and o
 """
 
 import html
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -109,7 +110,7 @@ def histogram(lengths: Sequence[int], bins: int = 10) -> list[str]:
         return ["none"]
     ordered = sorted(lengths)
     low, high = ordered[0], ordered[-1]
-    width = max(1, -(-(high - low + 1) // bins))
+    width = max(1, math.ceil((high - low + 1) / bins))
     counts = [0] * ((high - low) // width + 1)
     for length in ordered:
         counts[(length - low) // width] += 1

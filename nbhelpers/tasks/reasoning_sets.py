@@ -86,15 +86,12 @@ def reasoning(
     spec = SETS[name]
     place = spec.hub_id if source is None else source
     opened = open_source(place, (spec.question, *spec.answer), config=spec.config, stream=n is not None)
+
+    def read(row: dict) -> tuple[str, str]:
+        return _read(row, spec)
+
     rows, dropped = collect(
-        opened.rows,
-        lambda row: _read(row, spec),
-        opened.name,
-        unit=opened.unit,
-        tokenizer=tokenizer,
-        system_prompt=system_prompt,
-        max_prompt_length=max_prompt_length,
-        n=n,
+        opened, read, tokenizer=tokenizer, system_prompt=system_prompt, max_prompt_length=max_prompt_length, n=n
     )
     return split(name, rows, dropped, test_share)
 

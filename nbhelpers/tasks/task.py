@@ -5,7 +5,7 @@ A task is two `datasets.Dataset`s, train and test. A row holds `prompt`, a list 
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from nbhelpers.models.chat import prompt_ids
 
 from .preview import Preview
+from .sources import Source
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,11 +67,9 @@ def messages(question: str, system_prompt: str | None = SYSTEM_PROMPT) -> list[d
 
 
 def collect(
-    rows: Iterable[tuple[int, dict]],
+    source: Source,
     read: Callable[[dict], tuple[str, str]],
-    source: str,
     *,
-    unit: str = "row",
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     system_prompt: str | None = SYSTEM_PROMPT,
     max_prompt_length: int | None = None,
@@ -79,10 +78,8 @@ def collect(
     """The usable rows as {prompt, answer}, and a note for each reason why others were left out.
 
     Args:
-        rows (`Iterable[tuple[int, dict]]`): Each with its number, as the reader counts: lines of a file, or rows.
+        source (`Source`): The rows with their numbers, and what the notes call them.
         read (`Callable[[dict], tuple[str, str]]`): Question and answer of a row; may raise `Unusable`.
-        source (`str`): What the notes call the place that the rows come from.
-        unit (`str`): What the numbers count, "row" or "line".
         tokenizer (`transformers.PreTrainedTokenizerBase`, *optional*): With it, prompts that are too long are left out.
         system_prompt (`str`, *optional*): Stands before each question.
         max_prompt_length (`int`, *optional*): Tokens; with a tokenizer the default is all that its model takes.
@@ -93,7 +90,7 @@ def collect(
         longest = tokenizer.model_max_length
     kept: dict[str, dict] = {}
     dropped: dict[str, list[int]] = {}
-    for number, row in rows:
+    for number, row in source.rows:
         if n is not None and len(kept) >= n:
             break
         try:
@@ -109,7 +106,7 @@ def collect(
         except Unusable as reason:
             dropped.setdefault(str(reason), []).append(number)
     return list(kept.values()), [
-        f"left out {_counted(numbers, unit)} of {source}: {reason}" for reason, numbers in dropped.items()
+        f"left out {_counted(numbers, source.unit)} of {source.name}: {reason}" for reason, numbers in dropped.items()
     ]
 
 

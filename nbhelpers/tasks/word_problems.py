@@ -1,5 +1,6 @@
 """GSM8K, grade-school word problems whose answers are numbers, from the hub or from a folder with a copy."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,15 +42,8 @@ def gsm8k(
     parts, dropped = {}, []
     for part, n in (("train", n_train), ("test", n_test)):
         opened = open_source(folder, ("question", "answer"), config="main", split=part)
-        parts[part], notes = collect(
-            opened.rows,
-            _read,
-            f"{part} of {source}",
-            unit=opened.unit,
-            tokenizer=tokenizer,
-            max_prompt_length=max_prompt_length,
-            n=n,
-        )
+        opened = replace(opened, name=f"{part} of {source}")
+        parts[part], notes = collect(opened, _read, tokenizer=tokenizer, max_prompt_length=max_prompt_length, n=n)
         dropped += notes
         if not parts[part]:
             raise ValueError(f"no usable question in {part} of {source}: " + ("; ".join(notes) or f"n_{part} is {n}"))
