@@ -63,11 +63,11 @@ class Check:
     def rows(self) -> list[list[str]]:
         """The table as text: the names of the functions, their mean score for each kind of text, and their time."""
         names = list(self.scores)
-        table = [["", *names]]
-        table += [[kind, *(_shown(self.mean(name, kind)) for name in names)] for kind in KINDS]
+        head = ["", *names]
+        means = [[kind, *(_shown(self.mean(name, kind)) for name in names)] for kind in KINDS]
         times = (self.slowest[name] for name in names)
         cost = [f"{ms:.1f} ms" + (f" for {n:,}" if n < CHARACTERS else "") for n, ms in times]
-        return [*table, [f"slowest, {CHARACTERS:,} characters", *cost]]
+        return [head, *means, [f"slowest, {CHARACTERS:,} characters", *cost]]
 
     def __str__(self) -> str:
         rows = self.rows()
