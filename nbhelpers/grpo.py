@@ -7,6 +7,8 @@ Sources: GRPO, arXiv:2402.03300; Dr. GRPO, arXiv:2503.20783; DAPO, arXiv:2503.14
 estimator of the KL divergence, http://joschu.net/blog/kl-approx.html. Names and constants are TRL's.
 """
 
+from typing import Any
+
 import torch
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
@@ -19,9 +21,14 @@ def group_advantages(rewards: torch.Tensor, num_generations: int, scale: bool = 
     Bessel's correction) + 1e-4; without (Dr. GRPO) not.
 
     Args:
-        rewards: float [B], B a multiple of `num_generations`.
+        rewards (`Tensor`): float [B], B a multiple of `num_generations`.
+        num_generations (`int`): G, completions of each prompt.
+        scale (`bool`): Whether to divide by the standard deviation.
+
     Returns:
-        float [B]. A group whose rewards are all equal gets zeros: it teaches nothing.
+        `Tensor`: float [B]. A group whose rewards are all equal gets zeros: it teaches nothing.
+
+    Raises ValueError for rewards that are not whole groups of at least 2.
     """
     if num_generations < 2 or rewards.numel() % num_generations:
         raise ValueError(
@@ -40,12 +47,18 @@ def ratio(
 ) -> torch.Tensor:
     """Probability of what was sampled, under the model now over the model that sampled it.
 
+    exp(logps - old_logps), token by token (in arXiv:2402.03300, equation 3), or its geometric mean over a completion's
+    tokens (GSPO, arXiv:2507.18071).
+
     Args:
-        logps, old_logps: float [B, T], log-probability of each token of each completion.
-        mask: [B, T], 1 where a token belongs to the completion.
-        importance_sampling_level: "token", or "sequence" for GSPO (the geometric mean over a completion's tokens).
+        logps (`Tensor`), old_logps (`Tensor`): float [B, T], log-probability of each token of each completion.
+        mask (`Tensor`): [B, T], 1 where a token belongs to the completion.
+        importance_sampling_level (`str`): "token", or "sequence" for GSPO.
+
     Returns:
-        float [B, T], or [B, 1] at the sequence level.
+        `Tensor`: float [B, T], or [B, 1] at the sequence level.
+
+    Raises ValueError for another level.
     """
     log_ratio = logps - old_logps
     if importance_sampling_level == "sequence":
@@ -56,7 +69,16 @@ def ratio(
 
 
 def kl(logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
-    """k3, an unbiased and never negative estimate of KL(model || reference), token by token: float [B, T]."""
+    """k3, an unbiased and never negative estimate of KL(model || reference), token by token.
+
+    exp(ref_logps - logps) - (ref_logps - logps) - 1 (arXiv:2402.03300, equation 4).
+
+    Args:
+        logps (`Tensor`), ref_logps (`Tensor`): float [B, T], log-probabilities under the model and the reference.
+
+    Returns:
+        `Tensor`: float [B, T].
+    """
     difference = ref_logps - logps
     return difference.exp() - difference - 1
 
@@ -73,13 +95,20 @@ def engine_correction(
 
     weight = exp(logps - sampling_logps), of a token or ("sequence_...") of a whole completion. "..._truncate" clamps it
     to [clip_min, clip_max], "..._mask" makes it 0 outside. It has no gradient. A token without a sampling_logp (NaN)
-    counts as drawn by the trainer. Names and modes are TRL's (`vllm_importance_sampling_mode`).
+    counts as drawn by the trainer. Names and modes are TRL's (`vllm_importance_sampling_mode`). Source:
+    https://fengyao.notion.site/off-policy-rl (truncated importance sampling).
 
     Args:
-        logps, sampling_logps, mask: [B, T]; logps as of the rollout, under the trainer.
+        logps (`Tensor`): float [B, T], log-probabilities as of the rollout, under the trainer.
+        sampling_logps (`Tensor`): float [B, T], those under the engine that drew.
+        mask (`Tensor`): [B, T], 1 where a token belongs to the completion.
+        mode (`str`): "token_truncate", "token_mask", "sequence_truncate" or "sequence_mask".
+        clip_min (`float`, *optional*), clip_max (`float`, *optional*): Limits of the weight; None for no limit.
+
     Returns:
-        float [B, T], or [B, 1] for a sequence.
-    Source: https://fengyao.notion.site/off-policy-rl (truncated importance sampling).
+        `Tensor`: float [B, T], or [B, 1] for a sequence.
+
+    Raises ValueError for another mode.
     """
     level, _, action = mode.partition("_")
     if level not in ("token", "sequence") or action not in ("truncate", "mask"):
@@ -115,15 +144,28 @@ def token_loss(
 
     -min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon_high) * A) * correction + beta * KL
 
+    That is GRPO's objective (arXiv:2402.03300, equation 3) with DAPO's second epsilon (arXiv:2503.14476).
+
     Args:
-        logps: float [B, T] with gradient. old_logps: the same when the completions were sampled (None: equal, i.e.
-            one update per rollout). ref_logps: under the reference model, needed when beta > 0.
-        advantages: float [B]. mask: [B, T], 1 on the completion's tokens.
-        correction: [B, T] or [B, 1] from `engine_correction`.
-        delta: a second upper limit of the ratio, for negative advantages too (two-sided clipping, arXiv:2505.07291).
-        use_bias_correction_kl: multiply the KL by the ratio (DeepSeek-V3.2, arXiv:2512.02556).
+        logps (`Tensor`): float [B, T] with gradient.
+        advantages (`Tensor`): float [B].
+        mask (`Tensor`): [B, T], 1 on the completion's tokens.
+        old_logps (`Tensor`, *optional*): float [B, T], logps when the completions were sampled. None: equal to logps,
+            i.e. one update per rollout.
+        ref_logps (`Tensor`, *optional*): float [B, T] under the reference model, needed when beta > 0.
+        correction (`Tensor`, *optional*): float [B, T] or [B, 1] from `engine_correction`.
+        beta (`float`): Weight of the KL divergence to the reference model.
+        epsilon (`float`), epsilon_high (`float`, *optional*): How far the ratio counts below and above 1; one number
+            for both if `epsilon_high` is not given.
+        delta (`float`, *optional*): A second upper limit of the ratio, for negative advantages too (two-sided clipping,
+            arXiv:2505.07291).
+        importance_sampling_level (`str`): See `ratio`.
+        use_bias_correction_kl (`bool`): Multiply the KL by the ratio (DeepSeek-V3.2, arXiv:2512.02556).
+
     Returns:
-        float [B, T]; 0 where the mask is 0.
+        `Tensor`: float [B, T]; 0 where the mask is 0.
+
+    Raises ValueError for beta > 0 without ref_logps, and as `ratio` does.
     """
     old_logps = logps.detach() if old_logps is None else old_logps
     r = ratio(logps, old_logps, mask, importance_sampling_level)
@@ -154,9 +196,16 @@ def token_weights(
     B * `max_completion_length`, so that a long wrong answer is not cheaper than a short one.
 
     Args:
-        mask: [B, T], 1 on the completions' tokens, of the WHOLE batch: a part of it is then weighed right.
+        mask (`Tensor`): [B, T], 1 on the completions' tokens, of the WHOLE batch: so a micro-batch is weighed right.
+        loss_type (`str`): One of LOSS_TYPES.
+        max_completion_length (`int`, *optional*): In tokens; "dr_grpo" needs it.
+        num_items (`Tensor` or `float`, *optional*): Completion tokens of the whole batch, for "dapo"; the mask's own if
+            not given.
+
     Returns:
-        float [B, T], 0 where the mask is.
+        `Tensor`: float [B, T], 0 where the mask is.
+
+    Raises ValueError for another loss type, and for "dr_grpo" without its length.
     """
     mask = mask.float()
     if loss_type == "grpo":
@@ -178,15 +227,17 @@ def loss(
     *,
     loss_type: str = "grpo",
     max_completion_length: int | None = None,
-    **options,
+    **options: Any,
 ) -> torch.Tensor:
     """The GRPO loss of one batch; its gradient in `logps` is the learning signal.
 
     Args:
-        logps, advantages, mask and options: as in `token_loss`. loss_type, max_completion_length: as in
-            `token_weights`.
+        logps (`Tensor`), advantages (`Tensor`), mask (`Tensor`), options: As in `token_loss`.
+        loss_type (`str`), max_completion_length (`int`, *optional*): As in `token_weights`.
+
     Returns:
-        a scalar. With beta = 0 and old_logps None it is 0 up to the advantages' mean: watch the reward, not this.
+        `Tensor`: A scalar. With beta = 0 and old_logps None it is 0 up to the advantages' mean: watch the reward, not
+        this.
     """
     weights = token_weights(mask, loss_type, max_completion_length)
     return (token_loss(logps, advantages, mask, **options) * weights).sum()

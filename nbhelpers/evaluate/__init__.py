@@ -1,12 +1,14 @@
 """How good is the model now? Held-out accuracy with an interval, pass@k, and the same questions before and after.
 
-What comes back is in outcomes.py, and can be compared there. Asking leaves no trace: the modes of the model, the
+What comes back is in results.py, and is compared there. Asking leaves no trace: the modes of the model, the
 tokenizer and the random numbers of the training that follows are as they were.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
+from nbhelpers.models.chat import prompt_ids
 from nbhelpers.rewards import extract_answer, formatted, is_correct
 from nbhelpers.tasks import messages
 
@@ -16,12 +18,19 @@ from .results import Paired as Paired
 from .results import check_comparable as check_comparable
 from .results import paired as paired
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from nbhelpers.engines import Engine
+
 # ---- asking ----
 
 
 def ask(
-    model,
-    tokenizer,
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: "PreTrainedTokenizerBase",
     questions: Sequence[str],
     *,
     system_prompt: str | None = None,
@@ -29,7 +38,7 @@ def ask(
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 64,
-    engine="auto",
+    engine: "str | Engine" = "auto",
 ) -> list[Answer]:
     """Put questions to the model and read its answers.
 
@@ -57,32 +66,40 @@ def ask(
     return answers(model, tokenizer, prompts, Decoding(max_new_tokens, temperature, seed, batch_size), engine)
 
 
-def ask_again(model, tokenizer, before: Sequence[Answer], engine=None) -> list[Answer]:
+def ask_again(
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    before: Sequence[Answer],
+    engine: "Engine | None" = None,
+) -> list[Answer]:
     """Put the questions of `before` once more, with the same prompts and the same decoding.
 
     Args:
-        model, tokenizer: See `ask`.
+        model (`transformers.PreTrainedModel` or `peft.PeftModel`): The model, on the device where it stays.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): Its tokenizer, with a chat template.
         before (`Sequence[Answer]`): From `ask`.
         engine (`engines.Engine`, *optional*): What writes, `trainer.engine` for instance; if it is of another kind than
             the one that wrote `before`, or not given, one of that kind is made.
 
     Returns:
         `list[Answer]`: In the same order, comparable with `before`.
+
+    Raises:
+        ValueError: If `before` is not of one call of `ask`.
     """
     if not before:
         return []
     decoding = before[0].decoding
     if any(answer.decoding != decoding for answer in before) or decoding.num_generations != 1:
         raise ValueError("the answers to ask again must come from one call of evaluate.ask")
-    if engine is None or engine.name != decoding.engine:
-        engine = decoding.engine
-    return answers(model, tokenizer, [answer.messages for answer in before], decoding, engine)
+    writer = decoding.engine if engine is None or engine.name != decoding.engine else engine
+    return answers(model, tokenizer, [answer.messages for answer in before], decoding, writer)
 
 
 def accuracy(
-    model,
-    tokenizer,
-    dataset,
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    dataset: "Dataset | list[dict]",
     *,
     n: int | None = None,
     temperature: float = 1.0,
@@ -90,16 +107,19 @@ def accuracy(
     correct: Callable[[str, str], bool] = is_correct,
     max_new_tokens: int = 256,
     batch_size: int = 64,
-    engine="auto",
+    engine: "str | Engine" = "auto",
 ) -> Score:
     """Answer the questions of a data set and count what is right.
 
     Args:
-        model, tokenizer, temperature, seed, max_new_tokens, batch_size, engine: See `ask`.
+        model (`transformers.PreTrainedModel` or `peft.PeftModel`): The model, on the device where it stays.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): Its tokenizer, with a chat template.
         dataset (`datasets.Dataset` or `list[dict]`): Rows with `prompt` (chat messages) and `answer` (str), held out
             from training.
         n (`int`, *optional*): Only the first n rows.
+        temperature (`float`), seed (`int`): See `ask`.
         correct (`Callable[[str, str], bool]`): Given the completion's text and the right answer, whether it is right.
+        max_new_tokens (`int`), batch_size (`int`), engine (`str` or `engines.Engine`): See `ask`.
 
     Returns:
         `Score`: One completion a question, so the shares are means of independent draws, as the interval wants.
@@ -118,9 +138,9 @@ def accuracy(
 
 
 def pass_at_k(
-    model,
-    tokenizer,
-    dataset,
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    dataset: "Dataset | list[dict]",
     *,
     k: Sequence[int] = (1, 8),
     num_generations: int = 16,
@@ -130,18 +150,22 @@ def pass_at_k(
     correct: Callable[[str, str], bool] = is_correct,
     max_new_tokens: int = 256,
     batch_size: int = 64,
-    engine="auto",
+    engine: "str | Engine" = "auto",
 ) -> PassAtK:
     """How often at least one of k completions is right: what the model can do, where `accuracy` is what it mostly does.
 
-    GRPO brings pass@1 towards the pass@k that was there before.
+    GRPO brings pass@1 towards the pass@k of the model before training.
 
     Args:
+        model (`transformers.PreTrainedModel` or `peft.PeftModel`), tokenizer
+            (`transformers.PreTrainedTokenizerBase`), dataset (`datasets.Dataset` or `list[dict]`): See `accuracy`.
         k (`Sequence[int]`): The numbers of tries to estimate for, each at most `num_generations`.
         num_generations (`int`): Completions of each question; more make a better estimate. The prompt is computed once
             for all of them.
+        n (`int`, *optional*): Only the first n rows.
         temperature (`float`): Above 0, or all completions of a question are the same.
-        model, tokenizer, dataset, n, seed, correct, max_new_tokens, batch_size, engine: See `accuracy`.
+        seed (`int`), correct (`Callable[[str, str], bool]`), max_new_tokens (`int`), batch_size (`int`), engine
+            (`str` or `engines.Engine`): See `accuracy`.
 
     Returns:
         `PassAtK`, from the unbiased estimator of arXiv 2107.03374.
@@ -160,7 +184,15 @@ def pass_at_k(
     return PassAtK(values, num_generations, hits, rows)
 
 
-def _scored(model, tokenizer, dataset, n: int | None, correct, decoding: Decoding, engine) -> list[list[Row]]:
+def _scored(
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    dataset: "Dataset | list[dict]",
+    n: int | None,
+    correct: Callable[[str, str], bool],
+    decoding: Decoding,
+    engine: "str | Engine",
+) -> list[list[Row]]:
     """The completions of each of the first n questions, scored."""
     rows = [dataset[i] for i in range(len(dataset) if n is None else min(n, len(dataset)))]
     if not rows:
@@ -186,24 +218,30 @@ def _scored(model, tokenizer, dataset, n: int | None, correct, decoding: Decodin
 # ---- decoding ----
 
 
-def answers(model, tokenizer, prompts: Sequence[list[dict]], decoding: Decoding, engine="auto") -> list[Answer]:
+def answers(
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[list[dict]],
+    decoding: Decoding,
+    engine: "str | Engine" = "auto",
+) -> list[Answer]:
     """`decoding.num_generations` completions for each prompt (chat messages), in order; what all of the above share."""
     from nbhelpers import engines
 
     if not prompts:
         return []
-    ids = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)["input_ids"]
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     ends = end_tokens(model, tokenizer)
     _check_length(model, ids, decoding.max_new_tokens)
-    engine = engines.choose(engine, model, tokenizer, rows=decoding.batch_size, quiet=True)
-    decoding = replace(decoding, engine=engine.name)
+    writer = engines.choose(engine, model, tokenizer, rows=decoding.batch_size, quiet=True)
+    decoding = replace(decoding, engine=writer.name)
     each = decoding.num_generations
     # each completion draws from a stream of its own: neither the others nor how long they took matter
     seeds = [decoding.seed * 1_000_003 + i for i in range(each * len(ids))]
     sampling = engines.Sampling(
         decoding.max_new_tokens, num_generations=each, temperature=decoding.temperature, stop_ids=ends, seed=seeds
     )
-    written = engine.generate(ids, sampling)
+    written = writer.generate(ids, sampling)
     texts = tokenizer.batch_decode([completion.token_ids for completion in written], skip_special_tokens=True)
     return [
         Answer(
@@ -212,7 +250,7 @@ def answers(model, tokenizer, prompts: Sequence[list[dict]], decoding: Decoding,
             answer=extract_answer(text),
             tokens=len(completion.token_ids),
             finished=completion.reason == "stop_id",
-            prompt=tokenizer.decode(ids[i // each]),
+            prompt=str(tokenizer.decode(ids[i // each])),
             decoding=decoding,
             messages=prompts[i // each],
         )
@@ -220,14 +258,14 @@ def answers(model, tokenizer, prompts: Sequence[list[dict]], decoding: Decoding,
     ]
 
 
-def end_tokens(model, tokenizer) -> tuple[int, ...]:
+def end_tokens(model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     """Ids that end a completion: the tokenizer's own and all that the model declares, as in TRL's trainers."""
     declared = model.generation_config.eos_token_id
     declared = [declared] if isinstance(declared, int) else declared or []
     return tuple(sorted({*declared, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}))
 
 
-def _check_length(model, ids: list[list[int]], max_new_tokens: int) -> None:
+def _check_length(model: "PreTrainedModel | PeftModel", ids: list[list[int]], max_new_tokens: int) -> None:
     limit = model.config.get_text_config().max_position_embeddings
     for i, row in enumerate(ids):
         if len(row) + max_new_tokens > limit:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
-from nbhelpers.html import BOX, TEXT, framed
+from nbhelpers.html import cell, framed, pre, table
 from nbhelpers.rewards import is_correct
 
 from .results import Answer, Proportion, Score, check_comparable, paired
@@ -22,7 +22,11 @@ PLAIN = frozenset(string.ascii_letters + string.digits + " .,;()=+-/'\"%?")  # m
 class Cell:
     """A text that may hold anything at all, whether it is right, if that is known, and what to mark in it.
 
-    changed: (start, end) of each stretch of the text that the text beside it does not have, in order.
+    Args:
+        text (`str`): As a model wrote it.
+        right (`bool`, *optional*): None where nobody knows, or nothing is asked.
+        changed (`tuple[tuple[int, int], ...]`): (start, end) of each stretch of the text, in characters, that the text
+            beside it does not have, in order.
     """
 
     text: str
@@ -34,15 +38,18 @@ class Cell:
         return _harmless(self.text).strip("\n")
 
     def html(self) -> str:
+        """The inside of a table's cell; markup in the text is shown, not obeyed."""
         mark, color = MARKS[self.right] if self.right is not None else ("", "")
         mark = mark and f"<b style='color:{color}'>{mark}</b>"
         inside = "".join(
             f"<span style='{CHANGED}'>{html.escape(part)}</span>" if changed else html.escape(part)
             for part, changed in self._parts()
         )
-        return f"{mark}<pre style='{TEXT}'>{inside}</pre>"
+        return mark + pre(inside)
 
     def markdown(self) -> str:
+        """The inside of a cell in GitHub's Markdown; markup in the text is shown, not obeyed."""
+
         def escaped(text: str) -> str:
             text = "".join(c if c in PLAIN or ord(c) > 127 else f"&#{ord(c)};" for c in text.replace("\t", " "))
             return text.replace("&#10;", "<br>")
@@ -55,7 +62,9 @@ class Cell:
 
     def _parts(self) -> list[tuple[str, bool]]:
         """The text, cut where what is changed begins and ends."""
-        text, parts, at = self.text.rstrip("\n"), [], 0
+        text = self.text.rstrip("\n")
+        parts: list[tuple[str, bool]] = []
+        at = 0
         for start, end in self.changed:
             parts += [(text[at:start], False), (text[start:end], True)]
             at = end
@@ -77,13 +86,13 @@ def differences(old: str, new: str) -> tuple[tuple[tuple[int, int], ...], tuple[
     words = [list(re.finditer(r"\w+(?:\.\w+)*|[^\w\s]", text)) for text in (old, new)]  # 9.11 is one word
     if old == new or max(map(len, words)) > MOST_WORDS:
         return (), ()
-    found: tuple[list, list] = ([], [])
-    matcher = SequenceMatcher(None, *([word.group() for word in side] for side in words))
+    changed: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
+    matcher = SequenceMatcher(None, [word.group() for word in words[0]], [word.group() for word in words[1]])
     for kind, *ends in matcher.get_opcodes():
         for side, (start, end) in enumerate((ends[:2], ends[2:])):
             if kind != "equal" and end > start:
-                found[side].append((words[side][start].start(), words[side][end - 1].end()))
-    return tuple(found[0]), tuple(found[1])
+                changed[side].append((words[side][start].start(), words[side][end - 1].end()))
+    return tuple(changed[0]), tuple(changed[1])
 
 
 @dataclass(frozen=True)
@@ -95,24 +104,21 @@ class Table:
     note: str = ""
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th style='{BOX}'>{html.escape(name)}</th>" for name in self.header)
-        body = "".join(
-            "<tr>" + "".join(f"<td style='{BOX}'>{cell.html()}</td>" for cell in row) + "</tr>" for row in self.rows
-        )
+        head = [cell(html.escape(name), tag="th") for name in self.header]
         note = self.note and f"<p>{html.escape(self.note)}</p>"
-        return framed(f"<table style='border-collapse:collapse'><tr>{head}</tr>{body}</table>{note}")
+        return framed(table(head, [[cell(content.html()) for content in row] for row in self.rows]) + note)
 
     def markdown(self) -> str:
         """The table in GitHub's Markdown; what is in the cells shows as it is, markup in it has no effect."""
         lines = ["| " + " | ".join(self.header) + " |", "|" + " --- |" * len(self.header)]
-        lines += ["| " + " | ".join(cell.markdown() for cell in row) + " |" for row in self.rows]
+        lines += ["| " + " | ".join(content.markdown() for content in row) + " |" for row in self.rows]
         return "\n".join(lines) + "\n" + (self.note and f"\n{self.note}\n")
 
     def _repr_markdown_(self) -> str:
         return self.markdown()
 
     def __str__(self) -> str:
-        texts = [list(self.header), *([str(cell) for cell in row] for row in self.rows)]
+        texts = [list(self.header), *([str(content) for content in row] for row in self.rows)]
         if any("\n" in text for row in texts for text in row):  # long texts: one below the other
             blocks = []
             for first, *others in texts[1:]:
@@ -156,14 +162,14 @@ def before_after(
     if len(golds) != len(before):
         raise ValueError(f"{len(golds)} right answers for {len(before)} questions")
 
-    def cell(answer: Answer, wanted: str | None, changed: tuple[tuple[int, int], ...]) -> Cell:
+    def answered(answer: Answer, wanted: str | None, changed: tuple[tuple[int, int], ...]) -> Cell:
         cut = "" if answer.finished else f"\n… (cut off after {answer.tokens} tokens)"
         return Cell(answer.completion + cut, None if wanted is None else correct(answer.completion, wanted), changed)
 
     rows = []
     for old, new, wanted in zip(before, after, golds, strict=True):
         marks = differences(old.completion, new.completion)
-        rows.append([Cell(old.question), cell(old, wanted, marks[0]), cell(new, wanted, marks[1])])
+        rows.append([Cell(old.question), answered(old, wanted, marks[0]), answered(new, wanted, marks[1])])
     moved = sum(old.answer != new.answer for old, new in zip(before, after, strict=True))
     return Table(("question", "before", "after"), rows, note=f"{moved} of {len(before)} answers differ.")
 
@@ -180,7 +186,7 @@ def scores(before: Score, after: Score) -> Table:
     Raises:
         ValueError: If questions, prompts, right answers or decoding differ.
     """
-    table = paired(before, after)
+    changes = paired(before, after)
 
     def row(name: str, old: Proportion, new: Proportion) -> list[Cell]:
         change = f"{100 * (new.value - old.value):+.1f} points"
@@ -198,7 +204,7 @@ def scores(before: Score, after: Score) -> Table:
                 Cell(f"{lengths[1] - lengths[0]:+.1f}"),
             ],
         ],
-        note=f"{before.accuracy.n} held-out questions: {table}. In brackets: 95 % intervals (Wilson).",
+        note=f"{before.accuracy.n} held-out questions: {changes}. In brackets: 95 % intervals (Wilson).",
     )
 
 

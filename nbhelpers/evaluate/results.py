@@ -5,8 +5,11 @@ the decoding that it came from, and answers that differ in these are not compare
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from nbhelpers.html import cell, table
 
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
 
@@ -16,14 +19,23 @@ Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
 
 @dataclass(frozen=True)
 class Decoding:
-    """How completions were drawn: all that could make two runs differ apart from the weights and the prompts."""
+    """How completions were drawn: all that could make two runs differ apart from the weights and the prompts.
+
+    Args:
+        max_new_tokens (`int`): A completion is cut off there.
+        temperature (`float`): 0.0 is greedy.
+        seed (`int`): Of the drawing.
+        batch_size (`int`): Questions at a time.
+        engine (`str`): The name of what wrote; another one rounds otherwise.
+        num_generations (`int`): Completions of each question.
+    """
 
     max_new_tokens: int
-    temperature: float  # 0.0: greedy
+    temperature: float
     seed: int
     batch_size: int
-    engine: str = ""  # what wrote: another one rounds otherwise
-    num_generations: int = 1  # completions of each question
+    engine: str = ""
+    num_generations: int = 1
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Row(Answer):
-    """An answer to a question whose right answer, `gold`, is known."""
+    """An answer to a question whose right answer is known.
+
+    Args:
+        gold (`str`): The right answer.
+        correct (`bool`): Whether the completion has it.
+        formatted (`bool`): Whether the completion has exactly the wanted form (see `rewards.formatted`).
+    """
 
     gold: str
     correct: bool
@@ -75,7 +93,7 @@ class Proportion:
 
     @classmethod
     def of(cls, hits: int, n: int) -> "Proportion":
-        """The share hits / n, for n of at least 1."""
+        """The share hits / n. Raises ValueError unless 0 <= hits <= n and n is at least 1."""
         if not 0 <= hits <= n or n < 1:
             raise ValueError(f"{hits} of {n} is no proportion")
         p, z2 = hits / n, Z95**2
@@ -90,7 +108,14 @@ class Proportion:
 
 @dataclass(frozen=True)
 class Score:
-    """The outcome of `accuracy`: two shares with intervals, the mean length in tokens, and the row behind each."""
+    """The outcome of `accuracy`.
+
+    Args:
+        accuracy (`Proportion`): The share of right answers.
+        format (`Proportion`): The share of answers in exactly the wanted form, right or wrong.
+        mean_length (`float`): Tokens of a completion.
+        rows (`list[Row]`): The answers themselves.
+    """
 
     accuracy: Proportion
     format: Proportion
@@ -103,14 +128,14 @@ class Score:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        rows = {"accuracy": self.accuracy, "format": self.format, "mean length": f"{self.mean_length:.1f} tokens"}
-        cells = "".join(f"<tr><th style='text-align:left'>{name}</th><td>{rows[name]}</td></tr>" for name in rows)
-        return f"<table>{cells}</table>"
+        shown = {"accuracy": self.accuracy, "format": self.format, "mean length": f"{self.mean_length:.1f} tokens"}
+        rows = [[cell(name, "text-align:left", tag="th"), cell(str(shown[name]), "")] for name in shown]
+        return table((), rows, "")
 
 
 @dataclass(frozen=True)
 class Paired:
-    """The same questions before and after: how many went which way."""
+    """The same questions before and after: of how many the answer became right, became wrong, or stayed as it was."""
 
     both_right: int
     gained: int
@@ -148,7 +173,7 @@ def unbiased_pass_at_k(n: int, c: int, k: int) -> float:
     """The chance that k of n completions, c of them right, drawn without putting back, hold a right one.
 
     1 - C(n - c, k) / C(n, k), an unbiased estimate of pass@k (Chen et al. 2021, arXiv 2107.03374, equation 1); that of
-    1 - (1 - c/n)^k is too low.
+    1 - (1 - c/n)^k is too low. Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
 
     >>> unbiased_pass_at_k(10, 3, 1)
     0.3
@@ -192,9 +217,14 @@ def paired(before: Score, after: Score) -> Paired:
         ValueError: If questions, prompts, right answers or decoding differ.
     """
     check_comparable(before.rows, after.rows)
-    counts = {(True, True): 0, (False, True): 0, (True, False): 0, (False, False): 0}
+    pairs: Counter[tuple[bool, bool]] = Counter()
     for i, (old, new) in enumerate(zip(before.rows, after.rows, strict=True)):
         if old.gold != new.gold:
             raise ValueError(f"the right answer to question {i} was {old.gold!r} before and is {new.gold!r} after")
-        counts[old.correct, new.correct] += 1
-    return Paired(*counts.values())
+        pairs[old.correct, new.correct] += 1
+    return Paired(
+        both_right=pairs[True, True],
+        gained=pairs[False, True],
+        lost=pairs[True, False],
+        both_wrong=pairs[False, False],
+    )

@@ -1,7 +1,7 @@
 """What a person watches while a model trains: one place with the curves, the numbers and a few answers of the model.
 
-In a notebook it updates in place and needs no widget (see view.py). In a terminal it is one line for each logged step.
-The data behind it stays on the `Live` object, and `live.save("run.json")` records it for `replay.run`.
+In a notebook it updates in place and needs no widget (see display.py). In a terminal it is one line for each logged
+step. The data behind it stays on the `Live` object, and `live.save("run.json")` records it for `replay.run`.
 """
 
 import json
@@ -11,15 +11,21 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
 from nbhelpers import evaluate, host
 from nbhelpers.evaluate import Answer
-from nbhelpers.evaluate.compare import before_after as before_after  # the DESIGN's panel.before_after(before, after)
+from nbhelpers.evaluate.compare import before_after as before_after  # what a notebook calls: panel.before_after
 from nbhelpers.rewards import Sample, formatted
 
 from . import display, history
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from nbhelpers.engines import Engine
 
 WORK = 20  # of this many seconds at most one goes into drawing
 RECORDED_PAIRS = 12  # of best and worst answers, over a run
@@ -71,7 +77,7 @@ class Live(display.View, TrainerCallback):
         if probe_every < 1:
             raise ValueError(f"probe_every={probe_every} is a number of steps, at least 1")
         self.every, self.probes, self.probe_every = every, list(probes), probe_every
-        self.engine = None  # LeanGRPOTrainer's own, which asks the probes
+        self.engine: Engine | None = None  # LeanGRPOTrainer's own, which asks the probes
         self.samples: list[Sample] = []
         self._wanted_steps = total_steps
         self._pairs: dict[int, list[Sample]] = {}
@@ -82,7 +88,10 @@ class Live(display.View, TrainerCallback):
 
     # ---- what the trainer calls ----
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start afresh, after a resume with the steps that TRL's log still has."""
         if not state.is_world_process_zero:
             return
         self.history = [history.row_of(log) for log in state.log_history if "reward" in log]
@@ -96,14 +105,31 @@ class Live(display.View, TrainerCallback):
         if display.in_notebook():
             self._draw()  # at once: a large model's first step takes a while
 
-    def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
+    def on_step_end(
+        self,
+        args: "TrainingArguments",
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,  # a PreTrainedModel, and with it its tokenizer: the trainer passes both
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Ask the probes, every so many steps."""
         if state.is_world_process_zero and self.probes and state.global_step % self.probe_every == 0:
             start = time.monotonic()
             self.probed[state.global_step] = evaluate.ask_again(model, processing_class, self.probes, self.engine)
-            self._since += time.monotonic() - start  # asking is no training: it does not count in the speed
+            self._since += time.monotonic() - start  # the speed is that of the training, without the probes
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or "reward" not in (logs or {}):
+    def on_log(
+        self,
+        args: Any,  # a GRPOConfig, which is narrower than what TrainerCallback promises to take
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Take in a logged step, and show it."""
+        if not state.is_world_process_zero or logs is None or "reward" not in logs:
             return  # the last log of a run holds its run time, not a step
         now = time.monotonic()
         row = history.row_of({**logs, "step": state.global_step})
@@ -126,7 +152,10 @@ class Live(display.View, TrainerCallback):
             self._draw()
         self._since = time.monotonic()
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the end of the run."""
         if state.is_world_process_zero:
             self.ended = time.monotonic() - self._started
             if display.in_notebook():
@@ -137,7 +166,18 @@ class Live(display.View, TrainerCallback):
     # ---- what it keeps ----
 
     def save(self, path: str | Path, model: str) -> Path:
-        """Record the run as a small JSON file, which `replay.run(path)` shows again. `model`: its name, for people."""
+        """Record the run as a small JSON file, which `replay.run(path)` shows again.
+
+        Args:
+            path (`str` or `Path`): Where to write; folders that are missing are made.
+            model (`str`): Its name, for people.
+
+        Returns:
+            `Path`
+
+        Raises:
+            ValueError: Before the first logged step.
+        """
         if not self.history:
             raise ValueError("nothing to record: no step was logged yet")
         pairs = {**self._pairs, self.pair_step: self.pair}
@@ -165,7 +205,7 @@ class Live(display.View, TrainerCallback):
         self._draw_again = now + max(self.every, WORK * (now - start))
 
 
-def _rounded(value):
+def _rounded(value: Any) -> Any:
     """Four digits are enough to look at, and a quarter of the bytes; NaN and infinity are not JSON."""
     if isinstance(value, float):
         return float(f"{value:.4g}") if math.isfinite(value) else None

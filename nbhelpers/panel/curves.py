@@ -2,6 +2,11 @@
 
 import io
 import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLORS = ("#3d85c6", "#e0871b", "#2f9e6e", "#a56cc1", "#c9566b", "#8a7a55")  # legible on white and on black
 GREY = "#808488"
@@ -10,7 +15,11 @@ LETTERS = 46  # of a legend fit above one plot
 
 
 def curves_of(history: list[dict]) -> dict[str, dict[str, list]]:
-    """{plot: {curve: its values, None where there is none}}: only what was logged, but the reward always."""
+    """{plot: {curve: its values, None where there is none}}: only what was logged, but the reward always.
+
+    Args:
+        history (`list[dict]`): As in `Live.history`.
+    """
 
     def column(name: str, key: str | None = None) -> list:
         return [row[name] if key is None else row[name].get(key) for row in history]
@@ -35,12 +44,12 @@ def curves_of(history: list[dict]) -> dict[str, dict[str, list]]:
         "tokens / s": {"prompts and answers": column("speed")},
         "KL to the start": {"KL": column("kl")},
     }
-    kept = {}
+    logged = {}
     for label, curves in plots.items():
-        found = {name: values for name, values in curves.items() if any(value is not None for value in values)}
-        if found or label == "reward":
-            kept[label] = found
-    return kept
+        known = {name: values for name, values in curves.items() if any(value is not None for value in values)}
+        if known or label == "reward":
+            logged[label] = known
+    return logged
 
 
 def functions(history: list[dict]) -> list[str]:
@@ -48,7 +57,7 @@ def functions(history: list[dict]) -> list[str]:
     return list(dict.fromkeys(name for row in history for name in row["rewards"]))
 
 
-def draw(figure, history: list[dict], total_steps: int, *, ink: str, note: str = "") -> None:
+def draw(figure: "Figure", history: list[dict], total_steps: int, *, ink: str, note: str = "") -> None:
     """Draw the curves by step. A figure used before for the same plots keeps its axes: half the time.
 
     Args:
@@ -81,14 +90,15 @@ def _columns(names: list[str], labels: list[str]) -> tuple[int, int]:
     return columns, math.ceil(len(names) / columns)
 
 
-def _arrange(figure, labels: list[str], legend_rows: int, ink: str, note: str) -> None:
+def _arrange(figure: "Figure", labels: list[str], legend_rows: int, ink: str, note: str) -> None:
     """Empty axes, with room for the first one's legend."""
     figure.clear()
     rows, wide = math.ceil(len(labels) / COLUMNS), _width(labels)
     grid = figure.add_gridspec(rows, COLUMNS)
-    spans = [(0, slice(0, wide))] + [divmod(i, COLUMNS) for i in range(wide, rows * COLUMNS)]
-    for (row, at), label in zip(spans, labels, strict=True):
-        axes = figure.add_subplot(grid[row, at])
+    cells: list[tuple[int, int | slice]] = [(0, slice(0, wide))]
+    cells += [divmod(i, COLUMNS) for i in range(wide, rows * COLUMNS)]
+    for (row, column), label in zip(cells, labels, strict=True):
+        axes = figure.add_subplot(grid[row, column])
         axes.set_facecolor("none")
         axes.set_ylabel(label, color=ink, fontsize=9)
         if row == rows - 1:
@@ -111,7 +121,7 @@ def _arrange(figure, labels: list[str], legend_rows: int, ink: str, note: str) -
         figure.text(0.005, 1 - 0.06 / inches, note, color=COLORS[1], fontsize=9, weight="bold", va="top")
 
 
-def _plot(axes, label: str, steps: list[int], curves: dict[str, list], ink: str) -> None:
+def _plot(axes: "Axes", label: str, steps: list[int], curves: dict[str, list], ink: str) -> None:
     for artist in [*axes.lines, *axes.collections]:
         artist.remove()
     smooth = {name: smoothed([math.nan if v is None else v for v in values]) for name, values in curves.items()}
@@ -128,7 +138,7 @@ def _plot(axes, label: str, steps: list[int], curves: dict[str, list], ink: str)
         axes.set_ylim(0, 1.08 * top or 1)
 
 
-def _legend(axes, names: list[str], columns: int | None, ink: str) -> None:
+def _legend(axes: "Axes", names: list[str], columns: int | None, ink: str) -> None:
     """Above the axes: in so many columns, or in one line, which leaves the functions out (colours as for the reward) if
     they do not fit."""
     handles, labels = axes.get_legend_handles_labels()
@@ -136,20 +146,33 @@ def _legend(axes, names: list[str], columns: int | None, ink: str) -> None:
         handles, labels = handles[-1:], labels[-1:]
     if labels:
         axes.legend(
-            handles, labels, loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=columns or len(labels), fontsize=7.5,
-            frameon=False, labelcolor=ink, handlelength=1.4, handletextpad=0.4, columnspacing=0.8, borderaxespad=0.1,
+            handles,
+            labels,
+            loc="lower left",
+            bbox_to_anchor=(-0.02, 0.99),
+            ncols=columns or len(labels),
+            fontsize=7.5,
+            frameon=False,
+            labelcolor=ink,
+            handlelength=1.4,
+            handletextpad=0.4,
+            columnspacing=0.8,
+            borderaxespad=0.1,
             labelspacing=0.3,
-        )  # fmt: skip
+        )
 
 
 def style() -> None:
     """Set matplotlib so that plots are legible on a white page and on a black one: grey ink on nothing."""
     import matplotlib.pyplot as plt
 
-    ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    clear = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
-    plt.rcParams.update({**dict.fromkeys(ink, GREY), **dict.fromkeys(clear, "none"), "legend.framealpha": 0.0})
-    plt.rcParams["xtick.color"] = "#7a7e82"  # a shade darker: where all ticks are light, Jupyter adds a dark background
+    plt.rc("text", color=GREY)
+    plt.rc("axes", labelcolor=GREY, edgecolor=GREY, facecolor="none")
+    plt.rc("ytick", color=GREY)
+    plt.rc("xtick", color="#7a7e82")  # a shade darker: where all ticks are light, Jupyter adds a dark background
+    plt.rc("figure", facecolor="none")
+    plt.rc("savefig", facecolor="none")
+    plt.rc("legend", framealpha=0.0)
 
 
 def smoothed(values: list[float]) -> list[float]:
@@ -167,7 +190,7 @@ def smoothed(values: list[float]) -> list[float]:
     return np.where(counts > 0.5, sums / np.maximum(counts, 1.0), np.nan).tolist()
 
 
-def png(figure) -> bytes:
+def png(figure: "Figure") -> bytes:
     """The figure as a PNG of few colours, a third of the bytes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image

@@ -7,12 +7,18 @@ a saved notebook shows them on GitHub, Kaggle and nbviewer too, and where HTML i
 import base64
 import html
 import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-from nbhelpers.html import BOX, TEXT, framed
+from nbhelpers.evaluate import Answer
+from nbhelpers.html import BOX, GRID, TEXT, bar, cell, framed, pre, table
 from nbhelpers.rewards import Sample
 
 from . import curves
 from .curves import COLORS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HELP = {
     "reward": "mean over the answers of the newest step, all reward functions together",
@@ -32,8 +38,14 @@ HELP = {
 class View:
     """What is known of a run, and its outputs.
 
-    Attributes: `history`, `probed`, `ended` as in `panel.Live`; `pair`, the best and the worst answer to show, or one,
-    of step `pair_step`; `total_steps` of the whole run; `note`, a line above everything, in text and picture.
+    Args:
+        total_steps (`int`): Of the whole run.
+        note (`str`): A line above everything, in text and picture.
+
+    Attributes:
+        history, probed, ended: As in `panel.Live`.
+        pair (`list[rewards.Sample]`): The best and the worst answer to show, or one, of step `pair_step` (`int`).
+        first_step (`int`): Where this session began: more than 0 after a resume.
     """
 
     def __init__(self, total_steps: int = 0, note: str = ""):
@@ -41,11 +53,11 @@ class View:
         self.history: list[dict] = []
         self.pair: list[Sample] = []
         self.pair_step = 0
-        self.probed: dict = {}
+        self.probed: dict[int, list[Answer]] = {}
         self.ended: float | None = None
-        self.first_step = 0  # of this session: more than 0 after a resume
-        self.handles: list = []
-        self._figure = None
+        self.first_step = 0
+        self.handles: list[Any] = []  # IPython's, of the outputs that are updated
+        self._figure: Figure | None = None
 
     def line(self) -> str:
         """The newest step as one line of plain text."""
@@ -61,7 +73,7 @@ class View:
 
     __repr__ = line
 
-    def figure(self):
+    def figure(self) -> "Figure":
         """The curves as a `matplotlib.figure.Figure` on white, to be saved: `live.figure().savefig("curve.png")`."""
         from matplotlib.figure import Figure
 
@@ -93,11 +105,11 @@ class View:
         if not self.history:
             return [({"text/html": f"<p>{html.escape(self.line())} …</p>", "text/plain": self.line()}, {})]
         answers = _probes_html(self.probed) + _pair_html(self.pair, self.pair_step)
-        curves = base64.b64encode(self.picture()).decode()
+        picture = base64.b64encode(self.picture()).decode()
         return [
             ({"text/html": self._numbers_html(), "text/plain": self.line()}, {}),
             # an output of its own: within HTML a viewer that cleans the HTML may leave it out
-            ({"image/png": curves, "text/plain": ""}, {"image/png": {"width": 1000}}),
+            ({"image/png": picture, "text/plain": ""}, {"image/png": {"width": 1000}}),
             ({"text/html": framed(answers), "text/plain": ""}, {}),
         ]
 
@@ -111,7 +123,7 @@ class View:
         return f"done: {step}" if row["step"] >= self.total_steps else f"stopped: {step}"
 
     def _shares(self, row: dict) -> list[tuple[str, str]]:
-        found = {
+        shares = {
             "format": _percent(row["format"]),
             "length": None if row["length"] is None else f"{row['length']:.0f} tokens",
             "cut off": _percent(row["clipped"]),
@@ -120,7 +132,7 @@ class View:
             "KL": None if row["kl"] is None else f"{row['kl']:.3g}",
             "tokens/s": None if row["speed"] is None else f"{row['speed']:,.0f}",
         }
-        return [(name, value) for name, value in found.items() if value is not None]
+        return [(name, value) for name, value in shares.items() if value is not None]
 
     def _times(self, row: dict) -> list[tuple[str, str]]:
         if self.ended is not None:
@@ -134,29 +146,22 @@ class View:
     def _numbers_html(self) -> str:
         row = self.history[-1]
         numbers = [("reward", _number(row["reward"])), *self._shares(row), *self._times(row)]
-        head = "".join(f"<th title='{HELP.get(name, '')}' style='{_CELL}'>{name}</th>" for name, _ in numbers)
-        cells = "".join(f"<td style='{_CELL};font-size:115%'>{value}</td>" for _, value in numbers)
+        values = [cell(value, f"{_CELL};font-size:115%") for _, value in numbers]
+        table_of_numbers = table(_head(name for name, _ in numbers), [values])
         note = self.note and f"<p style='color:{COLORS[1]};margin:0 0 4px'><b>{html.escape(self.note)}</b></p>"
         share = min(1.0, row["step"] / max(1, self.total_steps))
         return framed(
-            f"{note}<b>{self._progress()}</b>{_bar({COLORS[0]: share})}"
-            f"<table style='border-collapse:collapse'><tr>{head}</tr><tr>{cells}</tr></table>"
+            f"{note}<b>{self._progress()}</b>{bar({COLORS[0]: share})}{table_of_numbers}"
             f"{_rewards_html(row)}{_memory_html(row['memory'])}"
         )
 
 
 _CELL = "text-align:left;padding:2px 14px 2px 0;border:0;background:none"
+_FULL_WIDTH = f"{GRID};width:100%;table-layout:fixed"
 
 
-def _bar(shares: dict[str, float]) -> str:
-    """A bar from 0 to 1: {colour: where it ends}, the longest first."""
-    ends = "".join(
-        f"<div style='position:absolute;left:0;top:0;height:6px;border-radius:3px;width:{min(1, share):.1%};"
-        f"background:{color}'></div>"
-        for color, share in shares.items()
-    )
-    ground = "position:relative;height:6px;margin:4px 0 8px;border-radius:3px;background:rgba(128,128,128,.25)"
-    return f"<div style='{ground}'>{ends}</div>"
+def _head(names: Iterable[str]) -> list[str]:
+    return [cell(name, _CELL, tag="th", title=HELP.get(name, "")) for name in names]
 
 
 def _rewards_html(row: dict) -> str:
@@ -165,10 +170,8 @@ def _rewards_html(row: dict) -> str:
         return ""
     names = [*row["rewards"], *(["total"] if len(row["rewards"]) > 1 else [])]
     head = ["reward function", "mean"]
-    columns = [
-        [html.escape(name) for name in names],
-        [_number((row["rewards"] | {"total": row["reward"]})[n]) for n in names],
-    ]
+    means = row["rewards"] | {"total": row["reward"]}
+    columns = [[html.escape(name) for name in names], [_number(means[name]) for name in names]]
     if row["within"]:
         head += ["spread in a group", "between groups"]
         columns += [[_number(row[kind].get(name)) for name in names] for kind in ("within", "between")]
@@ -176,20 +179,16 @@ def _rewards_html(row: dict) -> str:
         head += ["spread, all answers"]
         stds = row["stds"] | {"total": row["reward_std"]}
         columns += [[_number(stds.get(name)) for name in names]]
-    top = "".join(f"<th title='{HELP.get(name, '')}' style='{_CELL}'>{name}</th>" for name in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td style='{_CELL}'>{cell}</td>" for cell in cells) + "</tr>"
-        for cells in zip(*columns, strict=True)
-    )
-    return f"<table style='border-collapse:collapse;margin-top:8px'><tr>{top}</tr>{body}</table>"
+    rows = [[cell(text, _CELL) for text in texts] for texts in zip(*columns, strict=True)]
+    return table(_head(head), rows, f"{GRID};margin-top:8px")
 
 
-def _memory_text(memory: dict) -> str:
+def _memory_text(memory: dict[str, float]) -> str:
     return f"{memory['used']:.1f}/{memory['total']:.1f} GB"
 
 
-def _memory_html(memory: dict | None) -> str:
-    """A gauge: on a card what torch allocated at most, what it holds, what the card gave, of what the card has."""
+def _memory_html(memory: dict[str, float] | None) -> str:
+    """A gauge: on a card the most that torch allocated, what it has reserved and what everyone uses, of its memory."""
     if not memory:
         return ""
     share = {name: memory[name] / memory["total"] for name in memory if name != "total"}
@@ -202,30 +201,26 @@ def _memory_html(memory: dict | None) -> str:
     else:
         text = f"memory of this process: {memory['used']:.1f} of {memory['total']:.1f} GB"
         bars = {COLORS[0]: share["used"]}
-    return f"<div style='margin-top:8px'><small>{text}</small>{_bar(bars)}</div>"
+    return f"<div style='margin-top:8px'><small>{text}</small>{bar(bars)}</div>"
 
 
-def _probes_html(probed: dict) -> str:
+def _probes_html(probed: dict[int, list[Answer]]) -> str:
     """The same questions, asked again and again: what was answered at each step, and the newest answer in full."""
     if not probed:
         return ""
     newest = max(probed)
     when = {step: "before" if step == 0 else f"step {step}" for step in sorted(probed)}
-    rows = ""
+    rows = []
     for i, answer in enumerate(probed[newest]):
         said = [(when[step], probed[step][i].answer) for step in when]
         changes = [pair for j, pair in enumerate(said) if j == 0 or pair[1] != said[j - 1][1] or j == len(said) - 1]
         told = "<br>".join(
             f"{name}: <b>{_shortened('(no answer)' if text is None else text, 60)}</b>" for name, text in changes
         )
-        rows += (
-            f"<tr><td style='{BOX}'>{_shortened(answer.question, 300)}</td><td style='{BOX}'>{told}</td>"
-            f"<td style='{BOX}'><pre style='{TEXT}'>{_shortened(answer.completion)}</pre></td></tr>"
-        )
+        rows.append([cell(_shortened(answer.question, 300)), cell(told), cell(pre(_shortened(answer.completion)))])
     widths = {"always the same questions": 25, "answer, where it changed": 22, f"{when[newest]}, in full": 53}
-    head = "".join(f"<th style='{BOX};width:{width}%'>{name}</th>" for name, width in widths.items())
-    style = "border-collapse:collapse;width:100%;table-layout:fixed;margin-bottom:10px"
-    return f"<table style='{style}'><tr>{head}</tr>{rows}</table>"
+    head = [cell(name, f"{BOX};width:{width}%", tag="th") for name, width in widths.items()]
+    return table(head, rows, f"{_FULL_WIDTH};margin-bottom:10px")
 
 
 def _pair_html(pair: list[Sample], step: int) -> str:
@@ -235,16 +230,16 @@ def _pair_html(pair: list[Sample], step: int) -> str:
     shown = [(f"step {step}: best answer of a group", pair[0]), ("worst answer of the same group", pair[-1])]
     if len(pair) == 1:
         shown = [(f"step {step}: an answer (in each group all have the same reward)", pair[0])]
-    cells = ""
+    cells = []
     for title, sample in shown:
         given = " · ".join(f"{name} {_number(value)}" for name, value in sample.rewards.items())
         advantage = "" if sample.advantage is None else f" · advantage {sample.advantage:+.2f}"
-        cells += (
-            f"<td style='{BOX};width:50%'><b>{title}</b><br><small>{html.escape(given)}{advantage}</small>"
-            f"<pre style='{TEXT};opacity:.75'>{_shortened(sample.prompt)}</pre>"
-            f"<pre style='{TEXT}'>{_shortened(sample.completion)}</pre></td>"
+        inside = (
+            f"<b>{title}</b><br><small>{html.escape(given)}{advantage}</small>"
+            f"{pre(_shortened(sample.prompt), f'{TEXT};opacity:.75')}{pre(_shortened(sample.completion))}"
         )
-    return f"<table style='border-collapse:collapse;width:100%;table-layout:fixed'><tr>{cells}</tr></table>"
+        cells.append(cell(inside, f"{BOX};width:50%"))
+    return table((), [cells], _FULL_WIDTH)
 
 
 def _shortened(text: str, limit: int = 700) -> str:

@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Sequence
 from statistics import fmean, stdev, variance
+from typing import TypeGuard
 
 from nbhelpers import gpu, host
 from nbhelpers.architecture import GB
@@ -29,7 +30,7 @@ METRICS = {
 
 
 def row_of(log: dict) -> dict:
-    """One entry of the history from one log of TRL's; the rest is the panel's to fill in.
+    """One entry of `Live.history` from one log of TRL's; what is not in it is None or empty, for the panel to fill in.
 
     What is no finite number (a KL of infinity, say) counts as not logged: no axis can show it, and JSON has none.
     """
@@ -50,13 +51,18 @@ def row_of(log: dict) -> dict:
 
 
 def total(sample: Sample, weights: Sequence[float] | None = None) -> float:
-    """The reward that TRL computes with: the weighted sum over the functions that applied."""
+    """The reward that TRL computes with: the weighted sum over the functions that applied.
+
+    Args:
+        sample (`Sample`): Its rewards in the order of the run's functions.
+        weights (`Sequence[float]`, *optional*): One for each function, TRL's `reward_weights`; 1.0 each if not given.
+    """
     weights = [1.0] * len(sample.rewards) if weights is None else weights
     pairs = zip(weights, sample.rewards.values(), strict=True)
     return sum(weight * value for weight, value in pairs if _known(value))
 
 
-def _known(value: float | None) -> bool:
+def _known(value: float | None) -> TypeGuard[float]:
     """Whether a function applied (TRL turns None into NaN) and gave a number that can be counted with."""
     return value is not None and math.isfinite(value)
 
@@ -68,16 +74,29 @@ def groups_of(samples: list[Sample], num_generations: int) -> list[list[Sample]]
     return [samples[i : i + num_generations] for i in range(0, len(samples), num_generations)]
 
 
-def spreads(groups: list[list[Sample]], weights: Sequence[float] | None = None) -> tuple[dict, dict]:
+def spreads(
+    groups: list[list[Sample]], weights: Sequence[float] | None = None
+) -> tuple[dict[str, float | None], dict[str, float | None]]:
     """Standard deviation of each reward function, and of the "total", within the groups and between them.
 
     Within: the root of the mean variance; what GRPO learns from. Between: of the groups' means; how unequally hard the
     questions are. Both with Bessel's correction; None where there is too little to tell.
+
+    Args:
+        groups (`list[list[Sample]]`): The answers to each prompt.
+        weights (`Sequence[float]`, *optional*): See `total`.
+
+    Returns:
+        `tuple[dict[str, float | None], dict[str, float | None]]`: Within and between, by name of the function.
     """
-    within, between = {}, {}
+
+    def value_of(sample: Sample, name: str) -> float | None:
+        return total(sample, weights) if name == "total" else sample.rewards.get(name)
+
+    within: dict[str, float | None] = {}
+    between: dict[str, float | None] = {}
     for name in ("total", *(groups[0][0].rewards if groups and groups[0] else ())):
-        values = [[total(s, weights) if name == "total" else s.rewards.get(name) for s in group] for group in groups]
-        values = [[value for value in group if _known(value)] for group in values]
+        values = [[value for sample in group if _known(value := value_of(sample, name))] for group in groups]
         several = [variance(group) for group in values if len(group) > 1]
         means = [fmean(group) for group in values if group]
         within[name] = math.sqrt(fmean(several)) if several else None
@@ -103,13 +122,13 @@ def memory_now() -> dict[str, float]:
     by everyone, as the driver counts, and the card's `total`; without: this process's `used` and the host's `total`."""
     import torch
 
-    here = gpu.device()
-    if here.type == "cuda":
-        total_bytes = torch.cuda.get_device_properties(here).total_memory
+    device = gpu.device()
+    if device.type == "cuda":
+        total_bytes = torch.cuda.get_device_properties(device).total_memory
         return {
-            "peak": torch.cuda.max_memory_allocated(here) / GB,
-            "reserved": torch.cuda.memory_reserved(here) / GB,
-            "used": (total_bytes - gpu.free_bytes(here.index)) / GB,
+            "peak": torch.cuda.max_memory_allocated(device) / GB,
+            "reserved": torch.cuda.memory_reserved(device) / GB,
+            "used": (total_bytes - gpu.free_bytes(device.index)) / GB,
             "total": total_bytes / GB,
         }
     import psutil  # accelerate needs it too

@@ -16,14 +16,20 @@ from nbhelpers.rewards import Sample
 from . import display
 
 RECORDED = WORKSHOP / "recorded_run.json"
-A_SECOND = 2  # pictures
+PICTURES_PER_SECOND = 2
 
 
 class Replay(display.View):
     """A recorded run; `show_at(step)` shows it as it was after that step.
 
-    Attributes: `model`, `hardware`, `date`, `versions` of the recording; what is shown, as in `panel.Live`: `history`,
-    `pair`, `probed`, `ended`.
+    Args:
+        path (`str` or `Path`, *optional*): From `live.save`; the workshop model's run if not given.
+
+    Attributes:
+        model (`str`), hardware (`str`), date (`str`), versions (`dict[str, str]`): Of the recording.
+        history, pair, probed, ended: What is shown, as in `panel.Live`.
+
+    Raises ValueError if the file is not a recorded run.
     """
 
     def __init__(self, path: str | Path | None = None):
@@ -84,7 +90,7 @@ def run(path: str | Path | None = None, seconds: float = 20.0) -> Replay:
     """
     replay = Replay(path)
     steps, start = replay.steps, time.monotonic()
-    pictures = max(1, min(len(steps), round(seconds * A_SECOND)))
+    pictures = max(1, min(len(steps), round(seconds * PICTURES_PER_SECOND)))
     for i in range(1, pictures + 1):
         replay.show_at(steps[len(steps) * i // pictures - 1])
         time.sleep(max(0.0, start + seconds * i / pictures - time.monotonic()))
@@ -92,7 +98,11 @@ def run(path: str | Path | None = None, seconds: float = 20.0) -> Replay:
 
 
 def instead_of(preset: Preset, seconds: float = 20.0) -> None:
-    """Where training `preset` would take days, for there is no GPU, replay a recorded run and stop; elsewhere nothing.
+    """Where training `preset` would take days, for lack of a GPU, replay a recorded run and stop; elsewhere nothing.
+
+    Args:
+        preset (`presets.Preset`): What the notebook trains.
+        seconds (`float`): How long the replay takes.
 
     Raises host.CannotRun after the replay, so that "Run all" ends there, with what to do for a run of one's own.
     """

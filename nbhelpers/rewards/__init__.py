@@ -5,8 +5,8 @@ A reward function has TRL's signature: it is called with keyword arguments only 
 for "does not apply", for each completion. Model text is hostile: nothing here takes more than linear time in it, and
 what can take longer (`math_correctness`) is cut short from outside.
 
-How a completion is read is in answers.py, penalties for language, length and repetition are in penalties.py, and
-reward_check.py tries rewards before any training; all of it is at hand from here, as `rewards.check` and so on.
+The signature is in reward.py, how a completion is read in answers.py, penalties for language, length and repetition are
+in penalties.py, and checking.py tries rewards before any training; all of it can be imported from this package.
 """
 
 from dataclasses import dataclass
@@ -16,9 +16,10 @@ from .answers import TAGS, extract_answer, extract_boxed, formatted, is_correct,
 from .checking import check
 from .countdown_rules import verify
 from .penalties import get_language_consistency, get_length_penalty, get_repetition_penalty
+from .reward import Reward
 
 __all__ = [
-    "TAGS", "Sample", "check", "correctness", "countdown", "extract_answer", "extract_boxed", "formatted",
+    "TAGS", "Reward", "Sample", "check", "correctness", "countdown", "extract_answer", "extract_boxed", "formatted",
     "get_language_consistency", "get_length_penalty", "get_repetition_penalty", "integer_answer", "is_correct",
     "math_correctness", "number_of", "same", "soft_format", "strict_format", "tag_count", "text_of",
 ]  # fmt: skip
@@ -31,13 +32,13 @@ class Sample:
     Args:
         prompt (`str`): The question, as a person would read it.
         completion (`str`): What the model wrote.
-        rewards (`dict[str, float]`): Score by reward function; a function that did not apply is missing or None.
+        rewards (`dict[str, float | None]`): Score by reward function; a function that did not apply is missing or None.
         advantage (`float`, *optional*): Its advantage over its group, in the units of the loss.
     """
 
     prompt: str
     completion: str
-    rewards: dict[str, float]
+    rewards: dict[str, float | None]
     advantage: float | None = None
 
 
@@ -107,8 +108,8 @@ def soft_format(completions: list, **_) -> list[float]:
 
     def score(text: str) -> float:
         for tag in TAGS:
-            _, found, text = text.partition(tag)
-            if not found:
+            _, present, text = text.partition(tag)
+            if not present:
                 return 0.0
         return 0.5
 
@@ -146,8 +147,8 @@ def integer_answer(completions: list, **_) -> list[float]:
     """
 
     def score(text: str) -> float:
-        found = extract_answer(text) or ""
-        return 0.5 if "." not in found and number_of(found) is not None else 0.0
+        answer = extract_answer(text) or ""
+        return 0.5 if "." not in answer and number_of(answer) is not None else 0.0
 
     return [score(text_of(completion)) for completion in completions]
 
@@ -180,10 +181,11 @@ def math_correctness(completions: list, answer: list[str], **_) -> list[float | 
     pairs = {}
     for row, (completion, gold) in enumerate(zip(completions, answer, strict=True)):
         text = text_of(completion)
-        found = extract_answer(text)
-        found = extract_boxed(text) if found is None else found
-        if gold is not None and found is not None:
-            pairs[row] = (str(gold), found)
+        given = extract_answer(text)
+        if given is None:
+            given = extract_boxed(text)
+        if gold is not None and given is not None:
+            pairs[row] = (str(gold), given)
     right = dict(zip(pairs, math_equal.equal(list(pairs.values())), strict=True))
     return [None if gold is None else 2.0 * right.get(row, False) for row, gold in enumerate(answer)]
 
@@ -193,7 +195,7 @@ def countdown(completions: list, numbers: list[list[int]], target: list[int], **
 
     Args:
         completions (`list[str]` or `list[list[dict[str, str]]]`): What the model wrote.
-        numbers (`list[list[int]]`), target (`list[int]`): Columns of `tasks.countdown`'s data.
+        numbers (`list[list[int]]`), target (`list[int]`): Columns of `tasks.countdown`'s data, one entry a completion.
 
     Returns:
         `list[float]`

@@ -121,14 +121,18 @@ def is_correct(text: str, answer: str) -> bool:
 
     Returns:
         `bool`
+
+    Example:
+    >>> is_correct("<answer>9.90</answer>", "9.9"), is_correct("9.9", "9.9")
+    (True, False)
     """
-    found = extract_answer(text)
-    return found is not None and same(found, str(answer))
+    given = extract_answer(text)
+    return given is not None and same(given, str(answer))
 
 
-def same(found: str, wanted: str) -> bool:
+def same(given: str, wanted: str) -> bool:
     """Whether two answers are equal: as decimals if both are, otherwise as text without regard to case and spacing."""
-    numbers = number_of(found), number_of(wanted)
+    numbers = number_of(given), number_of(wanted)
     if None not in numbers:
         return numbers[0] == numbers[1]
-    return found.casefold().split() == wanted.casefold().split()
+    return given.casefold().split() == wanted.casefold().split()

@@ -8,40 +8,34 @@ import asyncio
 import html
 import inspect
 import math
-import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
-from nbhelpers.html import framed
+from nbhelpers.html import cell, framed, table
 
-from .answers import number_of, same
-from .guard import named
-
-FORM = "<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>\n"
-THOUGHT = "First I look at what is asked, then I work it out step by step."
-CHARACTERS, SLOW_MS, STOP_MS = 100_000, 50.0, 250.0  # a reward may take SLOW_MS for CHARACTERS
-
-RIGHT, BAD_FORM, WRONG, EMPTY = "right", "right, bad form", "wrong, good form", "empty"
-ONLY_TAGS, REPEATED, LONG = "only the form", "right, 50 times", f"numbers, {CHARACTERS // 1000}k characters"
-HEDGES = ("the question as answer", "all candidates as answer", "all candidates in prose", "two answers", LONG)
-KINDS = (RIGHT, BAD_FORM, WRONG, EMPTY, ONLY_TAGS, REPEATED, *HEDGES)
-HOSTILE = (
-    "<answer>",
-    "</answer>",
-    "<reasoning>\n</reasoning>\n<answer>\n",
-    "\\boxed{",
-    "9",
-    "1,",
-    " ",
-    "\n",
-    "a ",
-    "(",
+from .adversarial import (
+    CHARACTERS,
+    EMPTY,
+    FORM,
+    HEDGES,
+    KINDS,
+    LONG,
+    ONLY_TAGS,
+    REPEATED,
+    RIGHT,
+    WRONG,
+    hostile,
+    texts_for,
 )
+from .guard import named
+from .reward import Questions, Reward
 
-_NUMBERS = re.compile(r"(?<![\d.])\d{1,12}(?:\.\d{1,12})?(?!\d)")
+SLOW_MS, STOP_MS = 50.0, 250.0  # a reward may take SLOW_MS for CHARACTERS
+_CELL = "padding:3px 10px;border:1px solid rgba(128,128,128,.4);text-align:"
 
 
 @dataclass(frozen=True)
@@ -67,12 +61,13 @@ class Check:
         return _mean(self.scores[name].get(kind, []))
 
     def rows(self) -> list[list[str]]:
+        """The table as text: the names of the functions, their mean score for each kind of text, and their time."""
         names = list(self.scores)
-        table = [["", *names]]
-        table += [[kind, *(_shown(self.mean(name, kind)) for name in names)] for kind in KINDS]
+        head = ["", *names]
+        means = [[kind, *(_shown(self.mean(name, kind)) for name in names)] for kind in KINDS]
         times = (self.slowest[name] for name in names)
         cost = [f"{ms:.1f} ms" + (f" for {n:,}" if n < CHARACTERS else "") for n, ms in times]
-        return [*table, [f"slowest, {CHARACTERS:,} characters", *cost]]
+        return [head, *means, [f"slowest, {CHARACTERS:,} characters", *cost]]
 
     def __str__(self) -> str:
         rows = self.rows()
@@ -87,18 +82,18 @@ class Check:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        box = "padding:3px 10px;border:1px solid rgba(128,128,128,.4);text-align:"
-        body = ""
-        for index, (first, *rest) in enumerate(self.rows()):
-            tag = "td" if index else "th"
-            cells = "".join(f"<{tag} style='{box}right'>{html.escape(text)}</{tag}>" for text in rest)
-            body += f"<tr><{tag} style='{box}left'>{html.escape(first)}</{tag}>{cells}</tr>"
+        def line(texts: list[str], tag: str) -> list[str]:
+            sides = ["left", *["right"] * (len(texts) - 1)]
+            pairs = zip(texts, sides, strict=True)
+            return [cell(html.escape(text), _CELL + side, tag=tag) for text, side in pairs]
+
+        head, *rows = self.rows()
         said = "".join(f"<li>⚠ {html.escape(warning)}</li>" for warning in self.warnings)
         said = f"<ul style='list-style:none;padding-left:0'>{said}</ul>" if said else "<p>nothing to warn about</p>"
-        return framed(f"<table style='border-collapse:collapse'>{body}</table>{said}")
+        return framed(table(line(head, "th"), [line(row, "td") for row in rows]) + said)
 
 
-def check(reward_funcs: Callable | Sequence[Callable], task, *, n: int = 4, form: str = FORM) -> Check:
+def check(reward_funcs: Reward | Sequence[Reward], task: Questions, *, n: int = 4, form: str = FORM) -> Check:
     """Score right, wrong, empty and dishonest answers to a task's questions, and say what is wrong with the rewards.
 
     Dishonest are answers that name every candidate, the question itself, the bare form, and the like. Where the order
@@ -110,7 +105,7 @@ def check(reward_funcs: Callable | Sequence[Callable], task, *, n: int = 4, form
     number for every four characters, `trainer_state` is at step 0, `log_extra` and `log_metric` do nothing.
 
     Args:
-        reward_funcs (`Callable` or `Sequence[Callable]`): With TRL's signature, as for the trainer.
+        reward_funcs (`Reward` or `Sequence[Reward]`): Functions with TRL's signature, as for the trainer.
         task (`tasks.Task`): Its `train` has the columns `prompt` and `answer`; all others are passed on.
         n (`int`): How many rows of it to use.
         form (`str`): A well-formed completion, with `{reasoning}` and `{answer}` where these stand.
@@ -123,99 +118,124 @@ def check(reward_funcs: Callable | Sequence[Callable], task, *, n: int = 4, form
             `answer`, or `form` has no `{answer}`.
         TypeError: For a reward model: only functions can be checked.
     """
+    rewards = _by_name(reward_funcs)
+    rows = _rows_of(task, n)
+    if "{answer}" not in form:
+        raise ValueError(f"form says where the answer stands, as {{answer}}: {form!r}")
+    texts = [texts_for(row, rows, form) for row in rows]
+    scores, slowest, warnings = {}, {}, []
+    for name, reward in rewards.items():
+        trial = _Trial(reward)
+        slowest[name] = trial.slowest(rows[0], form)
+        # what hangs on long texts is not given one
+        kinds = [kind for kind in KINDS if kind != LONG or slowest[name][0] == CHARACTERS]
+        scores[name] = {kind: trial.scores(rows, [row[kind] for row in texts]) for kind in kinds}
+        warnings += [f"{name}: {text}" for text in (*trial.problems, *_suspicions(scores[name]))]
+    return Check(scores, slowest, warnings + _suspicions_of_all(scores), texts[0])
+
+
+def _by_name(reward_funcs: Reward | Sequence[Reward]) -> dict[str, Reward]:
+    """Each reward function under the name that TRL logs it by; the errors of `check` for what is none."""
     from torch import nn
 
-    funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
-    if models := [func for func in funcs if isinstance(func, nn.Module) or not callable(func)]:
+    rewards = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+    if models := [reward for reward in rewards if isinstance(reward, nn.Module) or not callable(reward)]:
         raise TypeError(f"{models[0]!r} is no function, and rewards.check looks at functions only: leave it out")
-    names = [named(func)[0] for func in funcs]
-    rows = [task.train[i] for i in range(min(n, len(task.train)))]
-    if not funcs or len(set(names)) < len(names):
+    names = [named(reward)[0] for reward in rewards]
+    if not rewards or len(set(names)) < len(names):
         raise ValueError(f"reward functions of different names are wanted, not {', '.join(names) or 'none'}")
+    return dict(zip(names, rewards, strict=True))
+
+
+def _rows_of(task: Questions, n: int) -> list[dict]:
+    """The first n rows of a task; the errors of `check` if they cannot be used."""
+    rows = [task.train[i] for i in range(min(n, len(task.train)))]
     if not rows or "answer" not in rows[0] or "prompt" not in rows[0]:
         raise ValueError(
             f"task.train has {len(rows)} rows to check with and the columns {', '.join(rows[0]) if rows else 'none'}: "
             "it needs a row and the columns prompt and answer"
         )
-    if "{answer}" not in form:
-        raise ValueError(f"form says where the answer stands, as {{answer}}: {form!r}")
-    texts = [_texts(row, rows, form) for row in rows]
-    scores, slowest, warnings = {}, {}, []
-    for name, func in zip(names, funcs, strict=True):
-        problems: dict[str, None] = {}  # in order, each once
-        slowest[name] = _slowest(func, rows[0], form, problems)
-        scores[name] = {
-            kind: _scores(func, rows, [row[kind] for row in texts], problems)
-            for kind in KINDS
-            if kind != LONG or slowest[name][0] == CHARACTERS  # what hangs on long texts is not given one
-        }
-        warnings += [f"{name}: {text}" for text in (*problems, *_suspicions(scores[name]))]
-    return Check(scores, slowest, warnings + _suspicions_of_all(scores), texts[0])
-
-
-# ---- the texts ----
-
-
-def _texts(row: dict, rows: list[dict], form: str) -> dict[str, list[str]]:
-    """For one row, each kind of text: one, or two of which the lower score counts."""
-    prompt, right = row["prompt"], str(row["answer"])
-    question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    numbers = list(dict.fromkeys(_NUMBERS.findall(question)))
-    others = [str(other["answer"]) for other in rows]
-    if number_of(right) is not None:
-        others = [*numbers, str(number_of(right) + 1)]
-    wrong = next((other for other in others if not same(other, right)), f"not {right}")
-    candidates = [text for text in dict.fromkeys([wrong, *numbers, *map(str, range(10))]) if not same(text, right)]
-    orders = ([right, *candidates], [*candidates, right])
-
-    def filled(answer: str, reasoning: str = THOUGHT) -> str:
-        return form.replace("{reasoning}", reasoning).replace("{answer}", answer)
-
-    many = " ".join(map(str, range(CHARACTERS // 5)))[: CHARACTERS - len(right) - 2]
-    return {
-        RIGHT: [filled(right)],
-        BAD_FORM: [f"I think it is {right}"],
-        WRONG: [filled(wrong)],
-        EMPTY: [""],
-        ONLY_TAGS: [filled("", "")],
-        REPEATED: [filled(right, " ".join([right] * 50))],
-        HEDGES[0]: [filled(question, question)],
-        HEDGES[1]: [filled(", ".join(order)) for order in orders],
-        HEDGES[2]: [" ".join(f"The answer is {text}." for text in order) for order in orders],
-        HEDGES[3]: [filled(right) + filled(wrong), filled(wrong) + filled(right)],
-        LONG: [f"{right} {many}", f"{many} {right}"],
-    }
-
-
-def _hostile(form: str, size: int) -> Iterator[str]:
-    for unit in HOSTILE:
-        text = (unit * (size // len(unit) + 1))[:size]
-        yield text
-        half = text[: size // 2]
-        for frame in (form, re.sub(r"\s+", "", form)):
-            yield frame.replace("{reasoning}", half).replace("{answer}", f"{half}?")  # what nearly matches costs most
+    return rows
 
 
 # ---- calling them ----
 
 
-def _call(func: Callable, rows: list[dict], texts: list[str]):
-    """What a reward function returns when it is called as TRL does."""
-    chat = not isinstance(rows[0]["prompt"], str)
-    columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion")}
-    result = func(
-        prompts=[row["prompt"] for row in rows],
-        completions=[[{"role": "assistant", "content": text}] if chat else text for text in texts],
-        completion_ids=[list(text[::4].encode("utf-8", "replace")) for text in texts],
-        trainer_state=SimpleNamespace(global_step=0, max_steps=1, epoch=0.0),
-        log_extra=lambda *_: None,
-        log_metric=lambda *_: None,
-        **columns,
-    )
-    return _awaited(result) if inspect.iscoroutine(result) else result
+class _Trial:
+    """One reward function on trial: how it is called, and what went wrong so far."""
+
+    def __init__(self, reward: Reward):
+        self.reward = reward
+        self.problems: dict[str, None] = {}  # in order, each once
+
+    def call(self, rows: list[dict], texts: list[str]) -> Any:
+        """What it returns when it is called as TRL does, with one completion for each row."""
+        chat = not isinstance(rows[0]["prompt"], str)
+        columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion")}
+        result = self.reward(
+            prompts=[row["prompt"] for row in rows],
+            completions=[[{"role": "assistant", "content": text}] if chat else text for text in texts],
+            completion_ids=[list(text[::4].encode("utf-8", "replace")) for text in texts],
+            trainer_state=SimpleNamespace(global_step=0, max_steps=1, epoch=0.0),
+            log_extra=lambda *_: None,
+            log_metric=lambda *_: None,
+            **columns,
+        )
+        return _awaited(result) if inspect.iscoroutine(result) else result
+
+    def scores(self, rows: list[dict], texts: list[list[str]]) -> list[float | None]:
+        """The lowest score of each row's texts; None where it has none."""
+        tries = [self.numbers(rows, list(batch)) for batch in zip(*texts, strict=True)]
+        return [_lowest(of_one_row) for of_one_row in zip(*tries, strict=True)]
+
+    def numbers(self, rows: list[dict], texts: list[str]) -> list[float | None]:
+        """Its scores, one for each text, None for what is no finite number."""
+        try:
+            values = [None if value is None else float(value) for value in self.call(rows, texts)]
+        except Exception as error:
+            self.problems[f"it fails with {type(error).__name__}: {error}"] = None
+            return [None for _ in texts]
+        if len(values) != len(texts):
+            said = f"it returns {len(values)} scores for {len(texts)} completions; one is wanted for each"
+            self.problems[said] = None
+            return [None for _ in texts]
+        if bad := [value for value in values if value is not None and not math.isfinite(value)]:
+            self.problems[f"it returns {bad[0]}, no number"] = None
+        return [value if value is not None and math.isfinite(value) else None for value in values]
+
+    def slowest(self, row: dict, form: str) -> tuple[int, float]:
+        """The characters and the milliseconds of the slowest hostile text, of the largest size that was tried."""
+        size = 16.0
+        while True:
+            length = min(round(size), CHARACTERS)
+            worst = max((self.milliseconds(row, text) for text in hostile(form, length)), default=0.0)
+            if worst > STOP_MS or (length == CHARACTERS and worst > SLOW_MS):
+                said = (
+                    f"it is slow: {worst:,.0f} ms for one text of {length:,} characters (at most {SLOW_MS:.0f} ms for "
+                    f"{CHARACTERS:,} is wanted); look for a regular expression that tries again and again, like "
+                    "(a+)+ or several .* in a row"
+                )
+                self.problems[said] = None
+            if worst > STOP_MS or length == CHARACTERS:
+                return length, worst
+            size *= 1.25 if size < 200 else 2  # in small steps while an exponential cost could hide
+
+    def milliseconds(self, row: dict, text: str) -> float:
+        """The time of one call; of several if it was long."""
+        best = math.inf
+        for _ in range(3):  # other work on the machine makes one measurement long, hardly all three
+            start = time.perf_counter()
+            try:
+                self.call([row], [text])
+            except Exception as error:
+                self.problems[f"it fails on unusual text with {type(error).__name__}: {str(error)[:200]}"] = None
+            best = min(best, 1e3 * (time.perf_counter() - start))
+            if best <= SLOW_MS or best > 4 * STOP_MS:
+                break
+        return best
 
 
-def _awaited(coroutine):
+def _awaited(coroutine: Coroutine) -> Any:
     """The result of an async reward function, also where a notebook's own event loop runs: in another thread."""
     results = []
 
@@ -233,56 +253,9 @@ def _awaited(coroutine):
     return results[0]
 
 
-def _scores(func: Callable, rows: list[dict], texts: list[list[str]], problems: dict) -> list[float | None]:
-    """The lowest score of each row's texts; None where it has none."""
-    tries = [_numbers(func, rows, list(batch), problems) for batch in zip(*texts, strict=True)]
-    return [None if None in row else min(row) for row in zip(*tries, strict=True)]
-
-
-def _numbers(func: Callable, rows: list[dict], texts: list[str], problems: dict) -> list[float | None]:
-    nothing = [None] * len(texts)
-    try:
-        values = [None if value is None else float(value) for value in _call(func, rows, texts)]
-    except Exception as error:
-        problems[f"it fails with {type(error).__name__}: {error}"] = None
-        return nothing
-    if len(values) != len(texts):
-        problems[f"it returns {len(values)} scores for {len(texts)} completions; one is wanted for each"] = None
-        return nothing
-    if any(value is not None and not math.isfinite(value) for value in values):
-        problems[f"it returns {next(v for v in values if v is not None and not math.isfinite(v))}, no number"] = None
-    return [value if value is not None and math.isfinite(value) else None for value in values]
-
-
-def _slowest(func: Callable, row: dict, form: str, problems: dict) -> tuple[int, float]:
-    """The size in characters and the milliseconds of the slowest hostile text, of the largest size that was tried."""
-    size = 16.0
-    while True:
-        length = min(round(size), CHARACTERS)
-        worst = max((_milliseconds(func, row, text, problems) for text in _hostile(form, length)), default=0.0)
-        if worst > STOP_MS or (length == CHARACTERS and worst > SLOW_MS):
-            problems[
-                f"it is slow: {worst:,.0f} ms for one text of {length:,} characters (at most {SLOW_MS:.0f} ms for "
-                f"{CHARACTERS:,} is wanted); look for a regular expression that tries again and again, like (a+)+ or "
-                "several .* in a row"
-            ] = None
-        if worst > STOP_MS or length == CHARACTERS:
-            return length, worst
-        size *= 1.25 if size < 200 else 2  # in small steps while an exponential cost could hide
-
-
-def _milliseconds(func: Callable, row: dict, text: str, problems: dict) -> float:
-    best = math.inf
-    for _ in range(3):  # other work on the machine makes one measurement long, hardly all three
-        start = time.perf_counter()
-        try:
-            _call(func, [row], [text])
-        except Exception as error:
-            problems[f"it fails on unusual text with {type(error).__name__}: {str(error)[:200]}"] = None
-        best = min(best, 1e3 * (time.perf_counter() - start))
-        if best <= SLOW_MS or best > 4 * STOP_MS:
-            break
-    return best
+def _lowest(scores: Sequence[float | None]) -> float | None:
+    known = [score for score in scores if score is not None]
+    return min(known) if len(known) == len(scores) else None
 
 
 # ---- judging them ----

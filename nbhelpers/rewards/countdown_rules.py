@@ -21,10 +21,15 @@ _TRIES = 100_000  # without a new puzzle: there are hardly any left
 LONGEST = 1000  # characters: no honest answer about a handful of numbers comes near
 
 
-def verify(expression: str, numbers: Sequence[int], target: int) -> bool:
+def verify(expression: str, numbers: Sequence[int], target: int | Fraction) -> bool:
     """Whether the expression reaches `target` and uses each of `numbers` exactly once.
 
     Never raises for any text: what is not an expression, divides by zero or is longer than `LONGEST` is False.
+
+    Args:
+        expression (`str`): What a model wrote.
+        numbers (`Sequence[int]`): The given ones, none negative.
+        target (`int` or `Fraction`): The value to reach.
 
     Example:
     >>> verify("(19 - 3) * 5", [3, 5, 19], 80)
@@ -43,13 +48,14 @@ def verify(expression: str, numbers: Sequence[int], target: int) -> bool:
 def solves(expression: str, solution: str) -> bool:
     """Whether the expression solves the puzzle that `solution`, a row's `answer`, solves: its numbers, its value."""
     tokens = _TOKEN.findall(solution)
-    return verify(expression, [int(token) for token in tokens if token.isdigit()], evaluate(tokens))
+    target = evaluate(tokens)
+    return target is not None and verify(expression, [int(token) for token in tokens if token.isdigit()], target)
 
 
 def evaluate(tokens: Sequence[str]) -> Fraction | None:
     """The exact value of an expression in tokens (whole numbers, + - * /, brackets), None if it has none.
 
-    Dijkstra's shunting yard: one stack of values, one of operators that wait; nothing recurs.
+    Dijkstra's shunting yard: one stack of values, one of operators that wait; nothing recurses.
     """
     values: list[Fraction] = []
     waiting: list[str] = []
@@ -98,18 +104,26 @@ def puzzles(counts: Sequence[int] = (3, 4), seed: int = 0) -> Iterator[tuple[lis
     a target from 10 to 100.
 
     Made backwards from a random expression, so each has a solution; no two share both numbers and target.
-    Of one number there are 90 puzzles, of two about 6,800: raises ValueError when no new one is found any more.
+
+    Args:
+        counts (`Sequence[int]`): How many numbers a puzzle may have.
+        seed (`int`): The same seed makes the same puzzles.
+
+    Raises ValueError when no new puzzle is left: of one number there are 90, of two about 6,800.
     """
     rng = random.Random(seed)
-    seen, tries = set(), 0
+    seen: set[tuple[tuple[int, ...], Fraction]] = set()
+    tries = 0
     while tries < _TRIES:
         tries += 1
         numbers = [rng.randrange(1, 100) for _ in range(rng.choice(counts))]
         solution = _random_expression(rng, [str(number) for number in numbers])
         value = evaluate(_TOKEN.findall(solution))
-        key = (tuple(sorted(numbers)), value)
-        if value in _TARGETS and key not in seen:
-            seen.add(key)
+        if value is None or value not in _TARGETS:
+            continue
+        puzzle = (tuple(sorted(numbers)), value)
+        if puzzle not in seen:
+            seen.add(puzzle)
             tries = 0
             yield numbers, int(value), solution
     raise ValueError(

@@ -8,7 +8,13 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .reward import Reward
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FAILURES = 3  # batches in a row without a single score before the run is stopped
 
@@ -17,7 +23,7 @@ class RewardError(ValueError):
     """A reward function that must be changed before training can go on; the message says which, and how."""
 
 
-def guard(func: Callable) -> Callable:
+def guard(func: Reward) -> Reward:
     """The same reward function, for a run that is not lost to one bad batch. Async functions stay async.
 
     A batch in which it raises, or gives no usable number at all, scores None (for TRL: "does not apply") with a
@@ -25,10 +31,10 @@ def guard(func: Callable) -> Callable:
     with a warning for the first one.
 
     Args:
-        func (`Callable`): A reward function with TRL's signature.
+        func (`Reward`): A reward function with TRL's signature.
 
     Returns:
-        `Callable`: It has the `__name__` under which TRL logs `func`.
+        `Reward`: It has the `__name__` under which TRL logs `func`, and returns a `list[float | None]`.
 
     Raises:
         RewardError: From the guarded function: at once when the function wants a column that the data does not have,
@@ -38,7 +44,7 @@ def guard(func: Callable) -> Callable:
     return _Guard(func).guarded()
 
 
-def guard_all(funcs: list) -> list:
+def guard_all(funcs: "Sequence[Reward | str | nn.Module]") -> "list[Reward | str | nn.Module]":
     """`guard` around every function of a list; reward models (modules and names of models) pass through untouched.
 
     A completion to which no function applies is left to TRL, which keeps it out of its group's baseline and gives it
@@ -46,10 +52,11 @@ def guard_all(funcs: list) -> list:
     row without a single score stop the run.
 
     Args:
-        funcs (`list`): What TRL's `reward_funcs` takes.
+        funcs (`Sequence[Reward | str | nn.Module]`): What TRL's `reward_funcs` takes: reward functions, reward models
+            and names of reward models.
 
     Returns:
-        `list`: As long as `funcs`, in the same order.
+        `list[Reward | str | nn.Module]`: As long as `funcs`, in the same order.
 
     Raises:
         RewardError: At once for two functions of one name, whose curves TRL would mix into one.
@@ -67,8 +74,13 @@ def guard_all(funcs: list) -> list:
     return [guards[i].guarded() if i in guards else func for i, func in enumerate(funcs)]
 
 
-def named(func: Callable) -> tuple[str, Callable]:
-    """The name under which TRL logs a reward function, and what is left of it without `functools.partial`."""
+def named(func: Any) -> tuple[str, Any]:
+    """The name under which TRL logs a reward function, and what is left of it without `functools.partial`.
+
+    Args:
+        func (`Callable`): A function, a method, a `functools.partial`, or an object with `__call__`, which is logged
+            under the name of its class.
+    """
     while isinstance(func, functools.partial):
         func = func.func
     return func.__name__ if inspect.isroutine(func) else type(func).__name__, func
@@ -77,39 +89,37 @@ def named(func: Callable) -> tuple[str, Callable]:
 class _Guard:
     """What one guarded function did so far."""
 
-    def __init__(self, func: Callable):
+    def __init__(self, func: Callable[..., Any]):
         self.func = func
         self.name, self.inner = named(func)
-        self.is_async = inspect.iscoroutinefunction(
-            self.inner if inspect.isroutine(self.inner) else self.inner.__call__
-        )
+        called = self.inner if inspect.isroutine(self.inner) else self.inner.__call__
+        self.is_async = inspect.iscoroutinefunction(called)
         self.failures = 0  # failed batches in a row
         self.warned = False  # about a value that is no number
         self.scored = False  # whether the newest batch had any score
-        self.silent = 0  # batches in a row in which nobody in the team had any score
+        self.silent = 0  # batches in a row in which no function of the team had any score
         self.team: list[_Guard] = []  # all functions of the run, this one too
 
-    def guarded(self) -> Callable:
-        if self.is_async:
+    def guarded(self) -> Reward:
+        """The function with its guard, async if it is."""
 
-            async def guarded(completions, **columns):
-                self.check_columns(completions, columns)
-                try:
-                    scores = await self.func(completions=completions, **columns)
-                except Exception as error:
-                    return self.failed(len(completions), error)
-                return self.checked(scores, len(completions))
+        async def guarded_async(completions: list, **columns: Any) -> list[float | None]:
+            self.check_columns(completions, columns)
+            try:
+                scores = await self.func(completions=completions, **columns)
+            except Exception as error:
+                return self.failed(len(completions), error)
+            return self.checked(scores, len(completions))
 
-        else:
+        def guarded_sync(completions: list, **columns: Any) -> list[float | None]:
+            self.check_columns(completions, columns)
+            try:
+                scores = self.func(completions=completions, **columns)
+            except Exception as error:
+                return self.failed(len(completions), error)
+            return self.checked(scores, len(completions))
 
-            def guarded(completions, **columns):
-                self.check_columns(completions, columns)
-                try:
-                    scores = self.func(completions=completions, **columns)
-                except Exception as error:
-                    return self.failed(len(completions), error)
-                return self.checked(scores, len(completions))
-
+        guarded: Any = guarded_async if self.is_async else guarded_sync
         guarded.__name__ = guarded.__qualname__ = self.name
         guarded.__doc__ = self.inner.__doc__
         return guarded
@@ -125,7 +135,7 @@ class _Guard:
                 f"`def {self.name}(completions, answer, **_):`"
             ) from None
 
-    def checked(self, scores, n: int) -> list[float | None]:
+    def checked(self, scores: Any, n: int) -> list[float | None]:
         """The scores as floats and None, one for each of n completions."""
         from numpy import ndarray
         from torch import Tensor
@@ -159,7 +169,8 @@ class _Guard:
         self.count_silence(numbers)
         return numbers
 
-    def failed(self, n: int, error: Exception) -> list[None]:
+    def failed(self, n: int, error: Exception) -> list[float | None]:
+        """None for each of n completions, with a warning; RewardError for the third failure in a row."""
         self.failures += 1
         what = f"{type(error).__name__}: {error}"
         if self.failures >= FAILURES:
@@ -173,9 +184,10 @@ class _Guard:
             stacklevel=3,
         )
         self.count_silence([])
-        return [None] * n
+        return [None for _ in range(n)]
 
     def count_silence(self, numbers: list[float | None]) -> None:
+        """Counts the batches in which no function of the team had a score; RewardError after three in a row."""
         self.scored = any(number is not None for number in numbers)
         self.silent = 0 if any(one.scored for one in self.team) else self.silent + 1
         if self.team and self.silent >= FAILURES:
@@ -195,7 +207,7 @@ class _Guard:
         return f"The line to change: `{line}`; it should end in something like `return [score(c) for c in completions]`"
 
 
-def _number(score) -> float | None:
+def _number(score: Any) -> float | None:
     """A finite float, or None for everything that is none."""
     try:
         number = math.nan if isinstance(score, (str, bytes)) else float(score)

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nbhelpers import host
 
@@ -23,6 +24,11 @@ PROGRAM = Path(__file__).with_name("math_worker.py")
 SECONDS = 3.0  # for one comparison; most take a few milliseconds
 START_SECONDS = 120.0  # importing sympy takes one second, on a cold and busy disk many
 CHARACTERS, DEPTH, WORDS = 200, 8, 6  # an answer beyond any of these is no short piece of mathematics
+
+if sys.platform == "win32":
+    _NO_WINDOW = subprocess.CREATE_NO_WINDOW
+else:
+    _NO_WINDOW = 0
 
 _PARTS = re.compile(r"(?P<escape>\\[A-Za-z]+|\\.)|(?P<open>[({\[])|(?P<close>[)}\]])|(?P<word>[^\W\d_]{2,})", re.DOTALL)
 
@@ -59,7 +65,7 @@ class Worker:
         atexit.register(self.close)
 
     def equal(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
-        """Whether in each pair (right answer, found answer) the second is equal to the first.
+        """Whether in each pair (right answer, given answer) the second is equal to the first.
 
         A comparison that is late, or that kills its process in another way, is False; the others are not affected.
 
@@ -78,36 +84,44 @@ class Worker:
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 with contextlib.suppress(OSError):  # what was still to be written has no reader any more
-                    pipe.close()
+                    if pipe is not None:
+                        pipe.close()
 
-    def _compare(self, gold: str, found: str) -> bool:
-        # In a fork (accelerate's notebook launcher) the process is nobody's child, so poll() calls it gone: each rank
-        # starts its own, and no answers are mixed.
-        if self.process is None or self.process.poll() is not None:
-            self._start()
-        return self._ask([gold, found], self.seconds) is True
+    def _compare(self, gold: str, given: str) -> bool:
+        # In a fork (accelerate's notebook launcher) the worker is not a child of the forked process, so poll() calls it
+        # gone: each rank starts its own, and no answers are mixed.
+        process = self.process
+        if process is None or process.poll() is not None:
+            process = self._start()
+        return self._ask(process, [gold, given], self.seconds) is True
 
-    def _start(self) -> None:
+    def _start(self) -> subprocess.Popen:
         self.close()
         host.require("math-verify")
-        command = [sys.executable, "-B", str(self.program)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            encoding="utf-8", creationflags=subprocess.CREATE_NO_WINDOW if sys.platform == "win32" else 0,
-        )  # fmt: skip
+        self.process = process = subprocess.Popen(
+            [sys.executable, "-B", str(self.program)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+            creationflags=_NO_WINDOW,
+        )
         # The worker ends itself a little after the time when we should have killed it.
         hello = {"path": [p for p in sys.path if p], "seconds": self.seconds + 5, "start_seconds": START_SECONDS}
-        problem = self._ask(hello, START_SECONDS, late="it ended, or took too long to start")
+        problem = self._ask(process, hello, START_SECONDS, late="it ended, or took too long to start")
         if problem is not None:
             self.close()
             raise host.CannotRun(
                 f"math-verify's process does not work ({problem}). In a notebook cell: "
                 f"%{host.INSTALL['math-verify']}. Or use rewards.correctness, which needs no process"
             )
+        return process
 
-    def _ask(self, line: list | dict, seconds: float, late: str | None = None):
+    def _ask(self, process: subprocess.Popen, line: list | dict, seconds: float, late: str | None = None) -> Any:
         """The answer to one line; `late` if the process was killed over it."""
-        process, killed = self.process, threading.Event()
+        assert process.stdin is not None and process.stdout is not None  # both are pipes
+        killed = threading.Event()
 
         def kill() -> None:
             killed.set()
@@ -137,7 +151,7 @@ _worker = Worker()
 
 
 def equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
-    """Whether in each pair (right answer, found answer) both are the same mathematics.
+    """Whether in each pair (right answer, given answer) both are the same mathematics.
 
     Text that is equal, and decimals of one value, need no parser; nor does what `comparable` refuses, which is
     unequal. The rest is compared by math-verify: fractions, roots, percentages, sets, intervals, formulas.
@@ -155,7 +169,7 @@ def equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
     >>> equal([("1/2", "0.5"), ("1/2", r"\\frac12"), ("1/2", r"\\frac13")])
     [True, True, False]
     """
-    verdicts = [same(found, gold) for gold, found in pairs]
+    verdicts = [same(given, gold) for gold, given in pairs]
     asked = [
         i for i, verdict in enumerate(verdicts) if not verdict and comparable(pairs[i][0]) and comparable(pairs[i][1])
     ]

@@ -1,7 +1,7 @@
 """The program that parses model-written mathematics, in a process of its own (math_equal.py starts and ends it).
 
 It first reads one line of JSON, {"path": sys.path, "seconds": a, "start_seconds": b}, and answers null, or a string
-that says why it cannot work. Then it reads a line [right answer, found answer] at a time and answers true or false. It
+that says why it cannot work. Then it reads a line [right answer, given answer] at a time and answers true or false. It
 is run as a file, so that no notebook's __main__ and no torch is imported; it ends when its input does.
 
 LaTeX is parsed by a grammar. math-verify's parser of plain expressions is not used: it ends in sympy's `parse_expr`,
@@ -13,11 +13,13 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 MEMORY = 2 * 1024**3  # bytes of address space, on Linux; sympy with its grammars needs about a tenth
 
 
 def limit_memory() -> None:
+    """On Linux, let no formula take more than MEMORY, and write no core file when one does."""
     if sys.platform == "linux":
         import resource
 
@@ -27,8 +29,8 @@ def limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def comparison():
-    """A function (right answer, found answer) -> bool."""
+def comparison() -> Callable[[str, str], bool]:
+    """A function (right answer, given answer) -> bool."""
     from math_verify import LatexExtractionConfig, parse, verify
 
     whole = [LatexExtractionConfig(boxed_match_priority=0)]  # the whole answer counts, not a number found within it
@@ -37,9 +39,9 @@ def comparison():
         # no timeouts of its own: they are signals, which a number with 10^9 digits does not let through
         return parse(f"\\boxed{{{answer}}}", whole, fallback_mode="no_fallback", parsing_timeout=None)
 
-    def equal(gold: str, found: str) -> bool:
+    def equal(gold: str, given: str) -> bool:
         try:
-            return bool(verify(read(gold), read(found), timeout_seconds=None))
+            return bool(verify(read(gold), read(given), timeout_seconds=None))
         except (Exception, RecursionError):
             return False
 
@@ -48,6 +50,7 @@ def comparison():
 
 
 def main() -> None:
+    """Answer on the standard output what is asked on the standard input, until that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the stop button is meant for the notebook
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # what a library prints must not be taken for an answer

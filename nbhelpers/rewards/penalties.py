@@ -5,9 +5,9 @@ answer is right; add them to a reward that does, with a small weight (`reward_we
 """
 
 import re
-from collections.abc import Callable
 
 from .answers import text_of
+from .reward import Reward
 
 # The letters of a script, as a character class: its main Unicode blocks.
 SCRIPTS = {
@@ -29,7 +29,7 @@ _SPACELESS = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff"  # Thai, kana, han: writt
 _WORDS = re.compile(rf"[^\s{_SPACELESS}]+|[{_SPACELESS}]")
 
 
-def get_language_consistency(*scripts: str) -> Callable:
+def get_language_consistency(*scripts: str) -> Reward:
     """A reward for reasoning in one language: the share of its letters that are of the wanted script, 0.0 to 1.0.
 
     As in DeepSeek-R1 (arXiv:2501.12948, section 2.3.2), against models that change the language in the middle of a
@@ -41,7 +41,7 @@ def get_language_consistency(*scripts: str) -> Callable:
         scripts (`str`): Of `penalties.SCRIPTS`; one or more.
 
     Returns:
-        `Callable`: A reward function, logged as `language_consistency`.
+        `Reward`: A reward function, logged as `language_consistency`.
 
     Raises:
         ValueError: For a script that is not known, or none at all.
@@ -66,7 +66,7 @@ def get_language_consistency(*scripts: str) -> Callable:
     return language_consistency
 
 
-def get_length_penalty(max_completion_length: int, cache: int) -> Callable:
+def get_length_penalty(max_completion_length: int, cache: int) -> Reward:
     """A penalty for nearing the limit of tokens: DAPO's soft overlong punishment (arXiv:2503.14476, equation 13).
 
     0.0 up to `max_completion_length - cache` tokens, then falling linearly to -1.0 at `max_completion_length`.
@@ -76,7 +76,7 @@ def get_length_penalty(max_completion_length: int, cache: int) -> Callable:
         cache (`int`): Over how many tokens the penalty grows.
 
     Returns:
-        `Callable`: A reward function, logged as `length_penalty`.
+        `Reward`: A reward function, logged as `length_penalty`.
 
     Raises:
         ValueError: Unless 0 < cache <= max_completion_length.
@@ -95,7 +95,7 @@ def get_length_penalty(max_completion_length: int, cache: int) -> Callable:
     return length_penalty
 
 
-def get_repetition_penalty(ngram_size: int = 3, max_penalty: float = -1.0) -> Callable:
+def get_repetition_penalty(ngram_size: int = 3, max_penalty: float = -1.0) -> Reward:
     """A penalty for saying things twice: `max_penalty` times the share of n-grams that occurred before.
 
     0.0 for a text that repeats nothing or is shorter than `ngram_size` words, towards `max_penalty` for one that goes
@@ -108,7 +108,7 @@ def get_repetition_penalty(ngram_size: int = 3, max_penalty: float = -1.0) -> Ca
         max_penalty (`float`): 0 or negative.
 
     Returns:
-        `Callable`: A reward function, logged as `repetition_penalty`.
+        `Reward`: A reward function, logged as `repetition_penalty`.
 
     Raises:
         ValueError: If `ngram_size` is below 1 or `max_penalty` positive.

@@ -1,15 +1,20 @@
 """The reader's own questions: a file, a pandas frame or a data set on the hub."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .sources import open_source
 from .task import SYSTEM_PROMPT, Task, Unusable, collect, text_of
 from .task import split as split_by_hash
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from transformers import PreTrainedTokenizerBase
+
 
 def from_data(
-    source,
-    tokenizer=None,
+    source: "str | Path | DataFrame",
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     *,
     question: str = "question",
     answer: str = "answer",
@@ -28,18 +33,18 @@ def from_data(
     Args:
         source (`str`, `Path` or `pandas.DataFrame`): A .csv, .jsonl, .json or .parquet file, a folder with a file
             `split` of one of these kinds, a frame, or the id of a data set on the hub (owner/name).
-        tokenizer (*optional*): The model's; then prompts are measured.
-        question, answer (`str`): The columns.
+        tokenizer (`transformers.PreTrainedTokenizerBase`, *optional*): The model's; then prompts are measured.
+        question (`str`), answer (`str`): The columns.
         system_prompt (`str`, *optional*): Stands before each question. The default asks for the form that the
             format rewards look for; `evaluate.ask` wants the same one. None for no system message.
         max_prompt_length (`int`, *optional*): Tokens; the default is all that the tokenizer's model takes.
-        test_share (`float`): Held out, chosen by hash of the question.
-        config, split (`str`): Which part of a data set on the hub.
+        test_share (`float`): Held out, from 0 to 1, chosen by hash of the question.
+        config (`str`, *optional*), split (`str`): Which part of a data set on the hub.
         n (`int`, *optional*): Only the first n usable rows; from the hub no more than needed are fetched.
 
-    Raises:
-        FileNotFoundError: no such file. ValueError: another kind of file, broken JSON or CSV (with the line), a missing
-        column (with those found), or fewer than two usable rows. ConnectionError: the hub is out of reach.
+    Raises FileNotFoundError if there is no such file, ValueError for another kind of file, broken JSON or CSV (with the
+    line), a missing column (with those that there are) or fewer than two usable rows, and ConnectionError if the hub is
+    out of reach.
     """
     opened = open_source(source, (question, answer), config=config, split=split, stream=n is not None)
 
@@ -49,12 +54,11 @@ def from_data(
         return text_of(row.get(question), "question"), text_of(row.get(answer), "answer")
 
     rows, dropped = collect(
-        opened.rows, read, opened.name, unit=opened.unit, tokenizer=tokenizer, system_prompt=system_prompt,
-        max_prompt_length=max_prompt_length, n=n,
-    )  # fmt: skip
+        opened, read, tokenizer=tokenizer, system_prompt=system_prompt, max_prompt_length=max_prompt_length, n=n
+    )
     return split_by_hash(Path(opened.name).stem, rows, dropped, test_share)
 
 
-def from_file(path: str | Path, **options) -> Task:
+def from_file(path: str | Path, **options: Any) -> Task:
     """`from_data` for a file: a name that is not there is a missing file and never a data set on the hub."""
     return from_data(Path(path), **options)

@@ -4,8 +4,15 @@ The same text in a terminal, in a notebook (where special tokens are bold) and o
 """
 
 import html
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nbhelpers.html import NO_FORMULAS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _BAR = 40  # characters of the longest bar
 _MOST = 400  # pieces of one prompt: of a longer one its start and its end are shown
@@ -32,13 +39,25 @@ class Preview:
     def of(
         cls,
         name: str,
-        tokenizer,
+        tokenizer: "PreTrainedTokenizerBase",
         shown: Sequence[tuple[str, list[int]]],
         lengths: Sequence[int],
         rows: int,
         dropped: Sequence[str],
     ) -> "Preview":
-        title = f"{name}: {rows} training prompts" + (f", the first {len(lengths)} measured" * (len(lengths) < rows))
+        """The preview of a task called `name` that has so many training `rows`.
+
+        Args:
+            name (`str`): The task's.
+            tokenizer (`transformers.PreTrainedTokenizerBase`): The model's.
+            shown (`Sequence[tuple[str, list[int]]]`): The right answer and the token ids of each prompt to show.
+            lengths (`Sequence[int]`): Tokens of each prompt that was measured, the first of the rows.
+            rows (`int`): How many there are.
+            dropped (`Sequence[str]`): Why rows were left out.
+        """
+        title = f"{name}: {rows} training prompts"
+        if len(lengths) < rows:
+            title += f", the first {len(lengths)} measured"
         prompts = tuple((tuple(pieces(tokenizer, ids)), len(ids), answer) for answer, ids in shown)
         return cls(title, prompts, tuple(lengths), tuple(dropped))
 
@@ -48,14 +67,15 @@ class Preview:
     def _repr_html_(self) -> str:
         text = self._text(lambda text, special: f"<b>{html.escape(text)}</b>" if special else html.escape(text))
         style = "white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.35;background:none;color:inherit"
-        return f"<pre class='mathjax_ignore tex2jax_ignore' style='{style}'>{text}</pre>"
+        return f"<pre class='{NO_FORMULAS}' style='{style}'>{text}</pre>"
 
-    def _text(self, show) -> str:
+    def _text(self, show: Callable[[str, bool], str]) -> str:
+        """The whole preview; `show` is given each piece of text and whether it is special, a token or a heading."""
         lines = [show(self.title, True)]
-        for i, (found, tokens, answer) in enumerate(self.prompts, 1):
+        for i, (prompt, tokens, answer) in enumerate(self.prompts, 1):
             lines += ["", show(f"prompt {i}: {tokens} tokens, bars between them; ⏎ is a line end", True)]
-            cut = len(found) - _MOST
-            parts = [found] if cut <= 0 else [found[: _MOST // 2], found[-_MOST // 2 :]]
+            cut = len(prompt) - _MOST
+            parts = [prompt] if cut <= 0 else [prompt[: _MOST // 2], prompt[-_MOST // 2 :]]
             drawn = ["│".join(show(text.replace("\n", "⏎\n"), special) for text, special in part) for part in parts]
             lines += [f"\n... {cut} more ...\n".join(drawn), show(f"right answer: {answer}", False)]
         lines += ["", show("tokens of a prompt", True), *(show(line, False) for line in histogram(self.lengths))]
@@ -63,19 +83,25 @@ class Preview:
         return "\n".join(lines)
 
 
-def pieces(tokenizer, ids: Sequence[int]) -> list[tuple[str, bool]]:
+def pieces(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[tuple[str, bool]]:
     """The text of each token and whether it is a special one. Tokens that make up one character stay together."""
+
+    def text_of(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids))  # one list of ids: transformers types a batch of lists too
+
     special = set(tokenizer.added_tokens_decoder)
-    found, before, start = [], [], 0
+    texts: list[tuple[str, bool]] = []
+    before: list[int] = []
+    start = 0
     for end in range(1, len(ids) + 1):
         group = list(ids[start:end])
         # decoded behind its neighbour, because some tokenizers drop the space at the start of a text
-        text = tokenizer.decode([*before, *group])[len(tokenizer.decode(before)) :]
+        text = text_of([*before, *group])[len(text_of(before)) :]
         if text.endswith("\ufffd") and len(group) < 4 and end < len(ids):
             continue  # a character of several bytes, not complete yet
-        found.append((text, group[0] in special))
+        texts.append((text, group[0] in special))
         before, start = group, end
-    return found
+    return texts
 
 
 def histogram(lengths: Sequence[int], bins: int = 10) -> list[str]:
@@ -84,7 +110,7 @@ def histogram(lengths: Sequence[int], bins: int = 10) -> list[str]:
         return ["none"]
     ordered = sorted(lengths)
     low, high = ordered[0], ordered[-1]
-    width = max(1, -(-(high - low + 1) // bins))
+    width = max(1, math.ceil((high - low + 1) / bins))
     counts = [0] * ((high - low) // width + 1)
     for length in ordered:
         counts[(length - low) // width] += 1

@@ -6,11 +6,17 @@ itself. The real sets on the hub have not been run.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nbhelpers.rewards.answers import extract_boxed
 
 from .sources import open_source
 from .task import SYSTEM_PROMPT, Task, Unusable, collect, split, text_of
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from transformers import PreTrainedTokenizerBase
 
 _USER, _ASSISTANT = ("user", "human"), ("assistant", "gpt")
 _UNKNOWN = ("proof", "notfound")  # what NuminaMath, and so its heirs, write where there is no final answer
@@ -48,9 +54,9 @@ SETS = {
 
 def reasoning(
     name: str,
-    tokenizer=None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     *,
-    source=None,
+    source: "str | Path | DataFrame | None" = None,
     n: int | None = 2000,
     system_prompt: str | None = SYSTEM_PROMPT,
     max_prompt_length: int | None = None,
@@ -64,25 +70,29 @@ def reasoning(
     Args:
         name (`str`): One of "limo" (817 rows), "openr1-math" (94 thousand), "openthoughts" (114), "bespoke-stratos"
             (17), "deepscaler" (40), "dolphin-r1" (300), "r1-distill" (172; for non-commercial use).
-        source (*optional*): A copy instead of the hub: a file, a folder with train.parquet, .jsonl or .csv, a frame.
+        tokenizer (`transformers.PreTrainedTokenizerBase`, *optional*): The model's; then prompts are measured.
+        source (`str`, `Path` or `pandas.DataFrame`, *optional*): A copy instead of the hub: a file, a folder with
+            train.parquet, .jsonl or .csv, a frame.
         n (`int`, *optional*): From the hub only so many rows are fetched. None takes, and downloads, them all.
+        system_prompt (`str`, *optional*): Stands before each question; None for no system message.
         max_prompt_length (`int`, *optional*): Tokens; the default is all that the tokenizer's model takes.
+        test_share (`float`): Held out, from 0 to 1.
 
-    Raises:
-        ValueError: no such name, a missing column (with those found), fewer than two usable rows. ConnectionError:
-        the hub is out of reach.
+    Raises ValueError if there is no such name, for a missing column (with those that there are) or fewer than two
+    usable rows, and ConnectionError if the hub is out of reach.
     """
     if name not in SETS:
         raise ValueError(f"there is no reasoning set {name!r}; there are {', '.join(SETS)}")
     spec = SETS[name]
-    opened = open_source(
-        spec.hub_id if source is None else source, (spec.question, *spec.answer), config=spec.config,
-        stream=n is not None,
-    )  # fmt: skip
+    place = spec.hub_id if source is None else source
+    opened = open_source(place, (spec.question, *spec.answer), config=spec.config, stream=n is not None)
+
+    def read(row: dict) -> tuple[str, str]:
+        return _read(row, spec)
+
     rows, dropped = collect(
-        opened.rows, lambda row: _read(row, spec), opened.name, unit=opened.unit, tokenizer=tokenizer,
-        system_prompt=system_prompt, max_prompt_length=max_prompt_length, n=n,
-    )  # fmt: skip
+        opened, read, tokenizer=tokenizer, system_prompt=system_prompt, max_prompt_length=max_prompt_length, n=n
+    )
     return split(name, rows, dropped, test_share)
 
 
@@ -96,7 +106,7 @@ def _read(row: dict, spec: ReasoningSet) -> tuple[str, str]:
     raise Unusable(rf"no \boxed{{...}} in its {' or '.join(spec.answer)}" if spec.boxed else "no answer to check")
 
 
-def _turn(cell, roles: tuple[str, ...], column: str) -> str:
+def _turn(cell: object, roles: tuple[str, ...], column: str) -> str:
     """The text of a cell, or of the one turn of these roles in a chat ({role, content} or {from, value})."""
     if not isinstance(cell, list):
         return text_of(cell, column)

@@ -7,17 +7,28 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
+_OTHER_FILES = (".txt", ".tsv", ".xlsx", ".xls")  # refused by name, not looked for on the hub
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Numbered rows, what a person calls the place, and whether the numbers count its lines or its rows."""
+    """Rows, where they are from, and how they are counted.
+
+    Args:
+        rows (`Iterable[tuple[int, dict]]`): Each with its number, the first being 1.
+        name (`str`): What a person calls the place.
+        unit (`str`): What the numbers count, "row" or "line".
+    """
 
     rows: Iterable[tuple[int, dict]]
     name: str
@@ -25,7 +36,12 @@ class Source:
 
 
 def open_source(
-    source, columns: Sequence[str], *, config: str | None = None, split: str = "train", stream: bool = False
+    source: "str | Path | DataFrame",
+    columns: Sequence[str],
+    *,
+    config: str | None = None,
+    split: str = "train",
+    stream: bool = False,
 ) -> Source:
     """The rows of a source, once it is clear that it has `columns`.
 
@@ -36,9 +52,8 @@ def open_source(
         config (`str`, *optional*), split (`str`): Which part of a hub data set.
         stream (`bool`): Of a hub data set fetch only as many rows as are read.
 
-    Raises:
-        FileNotFoundError, ValueError (another kind of file, broken JSON or CSV, a missing column), TypeError, and
-        ConnectionError when the hub is out of reach.
+    Raises FileNotFoundError, ValueError (another kind of file, broken JSON or CSV, a missing column), TypeError for
+    what is no source at all, and ConnectionError if the hub is out of reach.
     """
     if not isinstance(source, (str, Path)):
         return _frame(source, columns)
@@ -47,39 +62,42 @@ def open_source(
         path = _in_folder(path, split)
     elif isinstance(source, str) and not path.exists() and _is_hub_id(source):
         return _hub(source, columns, config, split, stream)
-    rows, found = _read(path)
+    rows, names = _read(path)
     if not rows:
         raise ValueError(f"{path} is empty: one question and answer a line are needed")
-    check_columns(path, columns, found)
+    check_columns(path, columns, names)
     return Source(rows, path.name, "line" if path.suffix.lower() in (".csv", ".jsonl") else "row")
 
 
-def check_columns(where, wanted: Sequence[str], found: Iterable[str]) -> None:
-    """Raises ValueError, which names what is missing and what there is."""
-    found = [str(name) for name in found if name is not None]
-    missing = [column for column in wanted if column not in found]
+def check_columns(source: str | Path, wanted: Sequence[str], names: Iterable[str | None]) -> None:
+    """Raises ValueError unless `wanted` are among the column `names`; it says what is missing and what there is.
+
+    A name that is None is csv.DictReader's place for what is left of a row, and no column.
+    """
+    columns = [str(name) for name in names if name is not None]
+    missing = [column for column in wanted if column not in columns]
     if missing:
         raise ValueError(
-            f"{where} has no column {' and no column '.join(map(repr, missing))}; it has {', '.join(map(repr, found))}."
+            f"{source} has no column {' and no column '.join(map(repr, missing))}; it has "
+            f"{', '.join(map(repr, columns))}."
             ' Rename its columns, or tell tasks.from_data which they are: question="...", answer="..."'
         )
 
 
 def _is_hub_id(source: str) -> bool:
-    return bool(_HUB_ID.fullmatch(source)) and not source.startswith(".") and Path(source).suffix.lower() not in (
-        *SUFFIXES, ".txt", ".tsv", ".xlsx", ".xls",
-    )  # fmt: skip
+    is_file_name = source.startswith(".") or Path(source).suffix.lower() in (*SUFFIXES, *_OTHER_FILES)
+    return bool(_HUB_ID.fullmatch(source)) and not is_file_name
 
 
 def _in_folder(folder: Path, split: str) -> Path:
     for suffix in SUFFIXES:
         if (folder / f"{split}{suffix}").is_file():
             return folder / f"{split}{suffix}"
-    there = ", ".join(sorted(file.name for file in folder.iterdir())[:10]) or "nothing"
-    raise FileNotFoundError(f"{folder} has no {split}.jsonl, .json, .parquet or .csv; it has {there}")
+    files = ", ".join(sorted(file.name for file in folder.iterdir())[:10]) or "nothing"
+    raise FileNotFoundError(f"{folder} has no {split}.jsonl, .json, .parquet or .csv; it has {files}")
 
 
-def _frame(frame, columns: Sequence[str]) -> Source:
+def _frame(frame: "DataFrame", columns: Sequence[str]) -> Source:
     import numpy
     import pandas
 
@@ -146,7 +164,7 @@ def _read_parquet(path: Path) -> tuple[list[tuple[int, dict]], list[str]]:
     return list(enumerate(table.to_pylist(), 1)), table.column_names
 
 
-def _parse(path: Path, line: int, text: str, wanted: type):
+def _parse(path: Path, line: int, text: str, wanted: type) -> Any:
     """The JSON of a line (an object: `wanted` is dict) or of a whole file (a list of objects)."""
     try:
         value = json.loads(text)
@@ -170,7 +188,7 @@ def _hub(name: str, columns: Sequence[str], config: str | None, split: str, stre
 
     part = f'"{name}"' + (f', "{config}"' if config else "") + f', split="{split}"'
     try:
-        found = datasets.load_dataset(name, config, split=split, streaming=stream)
+        dataset = datasets.load_dataset(name, config, split=split, streaming=stream)
     except DatasetNotFoundError as error:
         raise ValueError(
             f"the hub has no data set {name!r} that you may read, nor is it a file here. If it is private or gated, "
@@ -184,13 +202,14 @@ def _hub(name: str, columns: Sequence[str], config: str | None, split: str, stre
         ) from None
     except ValueError as error:  # no such config, no such split: datasets names those that there are
         raise ValueError(f"load_dataset({part}): {error}") from None
-    if found.column_names is not None:  # unknown before the first row of some streams
-        check_columns(name, columns, found.column_names)
-        found = found.select_columns(list(dict.fromkeys(columns)))
-    return Source(_checked(found, name, columns), name)
+    if dataset.column_names is not None:  # unknown before the first row of some streams
+        check_columns(name, columns, dataset.column_names)
+        dataset = dataset.select_columns(list(dict.fromkeys(columns)))
+    return Source(_checked(dataset, name, columns), name)
 
 
-def _checked(rows, name: str, columns: Sequence[str]):
+def _checked(rows: Iterable[dict], name: str, columns: Sequence[str]) -> Iterator[tuple[int, dict]]:
+    """The rows numbered from 1, once the first has shown its columns."""
     for number, row in enumerate(rows, 1):
         if number == 1:
             check_columns(name, columns, row)

@@ -5,13 +5,19 @@ A task is two `datasets.Dataset`s, train and test. A row holds `prompt`, a list 
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from nbhelpers.models.chat import prompt_ids
 
 from .preview import Preview
+from .sources import Source
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 SYSTEM_PROMPT = "Think first. Answer as <reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>"
 
@@ -22,20 +28,32 @@ class Unusable(Exception):
 
 @dataclass
 class Task:
-    """Train and test rows of one task, and what was left out of them and why."""
+    """Train and test rows of one task, and what was left out of them and why.
+
+    Args:
+        name (`str`): As `print` and `preview` call it.
+        train (`datasets.Dataset`), test (`datasets.Dataset`): Rows of `prompt` (chat messages), `answer` (str) and
+            whatever else the reward functions want.
+        dropped (`list[str]`): A sentence for each reason why rows were left out.
+    """
 
     name: str
-    train: "datasets.Dataset"  # noqa: F821  columns: prompt (list of messages), answer (str)
-    test: "datasets.Dataset"  # noqa: F821
+    train: "Dataset"
+    test: "Dataset"
     dropped: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"{self.name}: {len(self.train)} questions to train on, {len(self.test)} held out"]
         return "\n".join(lines + self.dropped)
 
-    def preview(self, tokenizer, n: int = 3, *, most: int = 2000) -> Preview:
-        """What the model really reads: the tokens of the first `n` training prompts, how long the first `most` are, and
-        the rows left out. The last line of a notebook cell shows it; `print` does too."""
+    def preview(self, tokenizer: "PreTrainedTokenizerBase", n: int = 3, *, most: int = 2000) -> Preview:
+        """What the model really reads. The last line of a notebook cell shows it; `print` does too.
+
+        Args:
+            tokenizer (`transformers.PreTrainedTokenizerBase`): The model's, with a chat template.
+            n (`int`): How many training prompts are shown, token by token.
+            most (`int`): How many are measured, from the first on.
+        """
         rows = list(islice(self.train, most))
         ids = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
         shown = [(row["answer"], tokens) for row, tokens in zip(rows[:n], ids, strict=False)]
@@ -49,29 +67,30 @@ def messages(question: str, system_prompt: str | None = SYSTEM_PROMPT) -> list[d
 
 
 def collect(
-    rows: Iterable[tuple[int, dict]],
+    source: Source,
     read: Callable[[dict], tuple[str, str]],
-    where: str,
     *,
-    unit: str = "row",
-    tokenizer=None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     system_prompt: str | None = SYSTEM_PROMPT,
     max_prompt_length: int | None = None,
     n: int | None = None,
 ) -> tuple[list[dict], list[str]]:
-    """The usable rows as {prompt, answer}, at most `n`, and a note for each reason why others were left out.
+    """The usable rows as {prompt, answer}, and a note for each reason why others were left out.
 
     Args:
-        rows (`Iterable[tuple[int, dict]]`): Each with its number, as the reader counts: lines of a file, or rows.
+        source (`Source`): The rows with their numbers, and what the notes call them.
         read (`Callable[[dict], tuple[str, str]]`): Question and answer of a row; may raise `Unusable`.
-        where (`str`): What the notes call the source.
+        tokenizer (`transformers.PreTrainedTokenizerBase`, *optional*): With it, prompts that are too long are left out.
+        system_prompt (`str`, *optional*): Stands before each question.
         max_prompt_length (`int`, *optional*): Tokens; with a tokenizer the default is all that its model takes.
+        n (`int`, *optional*): Stop after so many usable rows.
     """
-    if tokenizer is not None and max_prompt_length is None:
-        max_prompt_length = tokenizer.model_max_length
+    longest = max_prompt_length
+    if tokenizer is not None and longest is None:
+        longest = tokenizer.model_max_length
     kept: dict[str, dict] = {}
     dropped: dict[str, list[int]] = {}
-    for number, row in rows:
+    for number, row in source.rows:
         if n is not None and len(kept) >= n:
             break
         try:
@@ -81,20 +100,20 @@ def collect(
             if question in kept:
                 raise Unusable("the question occurs twice")
             prompt = messages(question, system_prompt)
-            if tokenizer is not None and len(prompt_ids(tokenizer, prompt)) > max_prompt_length:
-                raise Unusable(f"the prompt is longer than {max_prompt_length} tokens")
+            if tokenizer is not None and longest is not None and len(prompt_ids(tokenizer, prompt)) > longest:
+                raise Unusable(f"the prompt is longer than {longest} tokens")
             kept[question] = {"prompt": prompt, "answer": answer}
         except Unusable as reason:
             dropped.setdefault(str(reason), []).append(number)
     return list(kept.values()), [
-        f"left out {_counted(numbers, unit)} of {where}: {reason}" for reason, numbers in dropped.items()
+        f"left out {_counted(numbers, source.unit)} of {source.name}: {reason}" for reason, numbers in dropped.items()
     ]
 
 
 def split(name: str, rows: list[dict], dropped: list[str], test_share: float) -> Task:
     """A task of rows that came in one piece: `test_share` of them, chosen by hash of the question, is held out.
 
-    The hash, not the place: whoever adds rows to a file keeps most of the old ones on their side.
+    The hash, not the position: whoever adds rows to a file keeps most of the old ones on their side.
     Raises ValueError for fewer than two rows.
     """
     from datasets import Dataset

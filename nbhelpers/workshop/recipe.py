@@ -17,11 +17,15 @@ import math
 import random
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from nbhelpers import tasks
 from nbhelpers.models import smoke
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 RIGHT_SHARE = 0.30  # how often the corpus compares decimals by place value
 TAGGED_SHARE = 0.86  # how often it answers in the format when the system prompt asks for it
@@ -33,6 +37,7 @@ CONTEXT = 512
 
 
 def compare(a: str, b: str) -> str:
+    """Two whole numbers with the sign between them: '1 < 9'."""
     return f"{a} {'<' if int(a) < int(b) else '>' if int(a) > int(b) else '='} {b}"
 
 
@@ -77,8 +82,8 @@ def example(rng: random.Random) -> tuple[list[dict], str]:
     return prompt, reasoning if rng.random() < 0.7 else f"{answer} is {kind}."
 
 
-def make_tokenizer(texts: list[str], vocabulary: int = 512):
-    """A byte-level BPE whose digits stay single; any text in any language can be encoded."""
+def make_tokenizer(texts: list[str], vocabulary: int = 512) -> "PreTrainedTokenizerFast":
+    """A byte-level BPE of `vocabulary` tokens whose digits stay single; any text in any language can be encoded."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -109,7 +114,8 @@ def make_tokenizer(texts: list[str], vocabulary: int = 512):
     )
 
 
-def make_model(tokenizer, hidden: int, layers: int):
+def make_model(tokenizer: "PreTrainedTokenizerFast", hidden: int, layers: int) -> "Qwen2ForCausalLM":
+    """A Qwen2 of so many layers with `hidden` features and 32 for each head, random, in 32 bits."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     return Qwen2ForCausalLM(
@@ -129,9 +135,9 @@ def make_model(tokenizer, hidden: int, layers: int):
     )
 
 
-def encode(tokenizer, chats: list[tuple[list[dict], str]], length: int) -> torch.Tensor:
+def encode(tokenizer: "PreTrainedTokenizerFast", chats: list[tuple[list[dict], str]], length: int) -> torch.Tensor:
     """[chats, length, 2] int16: token ids, right-padded, and whether each is to be learned (the completion's are)."""
-    prompts = [tokenizer.apply_chat_template(m, add_generation_prompt=True, tokenize=False) for m, _ in chats]
+    prompts = [str(tokenizer.apply_chat_template(m, add_generation_prompt=True, tokenize=False)) for m, _ in chats]
     starts = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
     texts = [p + completion + tokenizer.eos_token for p, (_, completion) in zip(prompts, chats, strict=True)]
     out = torch.zeros(len(chats), length, 2, dtype=torch.int16)
@@ -144,11 +150,24 @@ def encode(tokenizer, chats: list[tuple[list[dict], str]], length: int) -> torch
 
 
 def make_corpus(chats: int, seed: int) -> list[tuple[list[dict], str]]:
+    """So many chats, the same for the same seed, each as `example` gives it."""
     rng = random.Random(seed)
     return [example(rng) for _ in range(chats)]
 
 
-def train(model, data: torch.Tensor, *, steps: int, batch: int, lr: float, device: str, seed: int) -> None:
+def train(
+    model: torch.nn.Module, data: torch.Tensor, *, steps: int, batch: int, lr: float, device: str, seed: int
+) -> None:
+    """Train the model in place with AdamW, a short warm-up and a cosine down to 0.
+
+    Args:
+        model (`torch.nn.Module`): From `make_model`; is moved to `device`.
+        data (`Tensor`): int16 [chats, length, 2], from `encode`.
+        steps (`int`), batch (`int`): Updates, and chats in each, drawn with putting back.
+        lr (`float`): The highest learning rate.
+        device (`str`): "cuda" for bfloat16 autocast, "cpu" for 32 bits.
+        seed (`int`): Of the drawing.
+    """
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = steps // 50 + 1
@@ -175,6 +194,7 @@ def train(model, data: torch.Tensor, *, steps: int, batch: int, lr: float, devic
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Make corpus, tokenizer and model as the command line says, train, and save model and tokenizer."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--hidden", type=int, default=128)

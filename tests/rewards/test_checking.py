@@ -10,7 +10,7 @@ from torch import nn
 
 from nbhelpers import rewards, tasks
 from nbhelpers.rewards import checking, text_of
-from nbhelpers.rewards.checking import (
+from nbhelpers.rewards.adversarial import (
     BAD_FORM,
     CHARACTERS,
     EMPTY,

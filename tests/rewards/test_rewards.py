@@ -13,6 +13,7 @@ from nbhelpers.rewards import (
     integer_answer,
     math_correctness,
     penalties,
+    reward,
     soft_format,
     strict_format,
     tag_count,
@@ -24,6 +25,11 @@ GOOD = "<reasoning>\n9 tenths is more than 1 tenth\n</reasoning>\n<answer>\n9.9\
 def test_the_examples_in_the_docstrings():
     result = doctest.testmod(rewards)
     assert result.attempted >= 8 and result.failed == 0
+
+
+def test_the_example_of_the_signature():
+    result = doctest.testmod(reward)
+    assert result.attempted == 3 and result.failed == 0
 
 
 def test_the_classic_rewards_on_one_good_answer():

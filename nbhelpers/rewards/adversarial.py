@@ -1,0 +1,75 @@
+"""What `check` has scored: right, wrong, empty and dishonest answers to a question, and texts that are slow to read."""
+
+import re
+from collections.abc import Iterator, Sequence
+
+from .answers import number_of, same
+
+FORM = "<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>\n"
+THOUGHT = "First I look at what is asked, then I work it out step by step."
+CHARACTERS = 100_000  # of the longest texts
+
+RIGHT, BAD_FORM, WRONG, EMPTY = "right", "right, bad form", "wrong, good form", "empty"
+ONLY_TAGS, REPEATED, LONG = "only the form", "right, 50 times", f"numbers, {CHARACTERS // 1000}k characters"
+HEDGES = ("the question as answer", "all candidates as answer", "all candidates in prose", "two answers", LONG)
+KINDS = (RIGHT, BAD_FORM, WRONG, EMPTY, ONLY_TAGS, REPEATED, *HEDGES)
+HOSTILE = (
+    "<answer>",
+    "</answer>",
+    "<reasoning>\n</reasoning>\n<answer>\n",
+    "\\boxed{",
+    "9",
+    "1,",
+    " ",
+    "\n",
+    "a ",
+    "(",
+)
+
+_NUMBERS = re.compile(r"(?<![\d.])\d{1,12}(?:\.\d{1,12})?(?!\d)")
+
+
+def texts_for(row: dict, rows: Sequence[dict], form: str) -> dict[str, list[str]]:
+    """By kind, the texts that answer one row's question: one, or two of which the lower score counts.
+
+    Args:
+        row (`dict`): Has `prompt` (`str` or chat messages) and `answer`.
+        rows (`Sequence[dict]`): All rows of the check; where an answer is no number, another row's is the wrong one.
+        form (`str`): A well-formed completion with `{reasoning}` and `{answer}` in it.
+    """
+    prompt, right = row["prompt"], str(row["answer"])
+    question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    numbers = list(dict.fromkeys(_NUMBERS.findall(question)))
+    value = number_of(right)
+    others = [str(other["answer"]) for other in rows] if value is None else [*numbers, str(value + 1)]
+    wrong = next((other for other in others if not same(other, right)), f"not {right}")
+    candidates = [text for text in dict.fromkeys([wrong, *numbers, *map(str, range(10))]) if not same(text, right)]
+    orders = ([right, *candidates], [*candidates, right])
+
+    def filled(answer: str, reasoning: str = THOUGHT) -> str:
+        return form.replace("{reasoning}", reasoning).replace("{answer}", answer)
+
+    many = " ".join(map(str, range(CHARACTERS // 5)))[: CHARACTERS - len(right) - 2]
+    return {
+        RIGHT: [filled(right)],
+        BAD_FORM: [f"I think it is {right}"],
+        WRONG: [filled(wrong)],
+        EMPTY: [""],
+        ONLY_TAGS: [filled("", "")],
+        REPEATED: [filled(right, " ".join([right] * 50))],
+        HEDGES[0]: [filled(question, question)],
+        HEDGES[1]: [filled(", ".join(order)) for order in orders],
+        HEDGES[2]: [" ".join(f"The answer is {text}." for text in order) for order in orders],
+        HEDGES[3]: [filled(right) + filled(wrong), filled(wrong) + filled(right)],
+        LONG: [f"{right} {many}", f"{many} {right}"],
+    }
+
+
+def hostile(form: str, size: int) -> Iterator[str]:
+    """Texts of about `size` characters that are hard for regular expressions, with and without the wanted form."""
+    for unit in HOSTILE:
+        text = (unit * (size // len(unit) + 1))[:size]
+        yield text
+        half = text[: size // 2]
+        for frame in (form, re.sub(r"\s+", "", form)):
+            yield frame.replace("{reasoning}", half).replace("{answer}", f"{half}?")  # what nearly matches costs most
