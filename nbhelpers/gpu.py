@@ -33,8 +33,8 @@ def cards() -> list[Card]:
 
 
 def free_bytes(index: int) -> int:
-    """Bytes free on GPU `index`, whoever uses the rest. Ask for your own card only: this creates a CUDA context, which
-    takes some hundred MB of it."""
+    """Bytes that no process uses on GPU `index`. Ask for your own card only: this creates a CUDA context, which takes
+    some hundred MB of it."""
     import torch
 
     return torch.cuda.mem_get_info(index)[0]

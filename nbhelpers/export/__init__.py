@@ -230,11 +230,11 @@ def _replaced(folder: str | Path) -> AbstractContextManager[Path]:
     inside = sorted(folder.iterdir()) if folder.exists() else []
     if inside and not any((folder / name).exists() for name in _MODELS):
         raise FileExistsError(f"{folder} is there and holds no model: it is left alone. Choose another folder")
-    beside = [path.name for path in inside if path.is_dir() or path.suffix not in _ENDINGS]
-    if beside:
+    foreign = [path.name for path in inside if path.is_dir() or path.suffix not in _ENDINGS]
+    if foreign:
         raise FileExistsError(
-            f"{folder} would be replaced as a whole, and it holds {beside[0]} beside a model: it is "
-            "left alone. Choose another folder"
+            f"{folder} would be replaced as a whole, and it holds {foreign[0]} beside a model: it is left alone. "
+            "Choose another folder"
         )
     return files.whole_folder(folder)
 

@@ -161,6 +161,6 @@ def _weights(base: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Of the matrix that it stands for, if it is in 4 bits."""
+    """Its shape; of one in 4 bits, that of the matrix [out, in] before it was packed."""
     state = parameter.__dict__.get("quant_state")
     return tuple(parameter.shape if state is None else state.shape)

@@ -44,7 +44,7 @@ def build(
         stream.keep_in_16_bits(model, choice, shards, request.device, request.dtype)
     shards.release()
     if request.device.type == "cuda":
-        torch.cuda.empty_cache()  # the matrices that passed through in 16 bits
+        torch.cuda.empty_cache()  # torch caches the memory of the 16-bit matrices that were quantised
     _describe(model, source, tokenizer, request.quantization != "none")
     keep_base(model, Base(source.id, source.config_hash(), shards.fingerprint(), request.quantization), choice)
     return model, tokenizer

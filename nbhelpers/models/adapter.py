@@ -76,8 +76,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     base = base_of(model)
     if base is None:
         raise ValueError(
-            "loader.load did not make this model, so what its adapter was trained on is not known: save "
-            "it with model.save_pretrained(folder)"
+            "loader.load did not make this model, so what its adapter was trained on is not known: save it with "
+            "model.save_pretrained(folder)"
         )
     folder = Path(folder)
     # save_embedding_layers="auto" would ask the hub whether the vocabulary grew
