@@ -32,7 +32,7 @@ def build(
     request = _accepted(request, source)
     tokenizer = source.tokenizer()
     shards = source.weights()
-    model = stream.build(source, request.weight_dtype)
+    model = stream.empty_model(source, request.weight_dtype)
     if request.quantization != "none":
         stream.swap_linears(model, shards, request.dtype, request.choice)
     silent = not progress or shards.nbytes < SMALL

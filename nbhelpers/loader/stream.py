@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def build(source: Source, dtype: torch.dtype) -> "PreTrainedModel":
+def empty_model(source: Source, dtype: torch.dtype) -> "PreTrainedModel":
     """The model of a checkpoint without its weights: parameters on meta, buffers (rotary frequencies) real, on the CPU.
 
     Args:
@@ -49,7 +49,7 @@ def swap_linears(model: "PreTrainedModel", shards: Shards, dtype: torch.dtype, c
     """Put empty 4-bit layers where the checkpoint is in 4 bits already, else for all that `choice` does not keep.
 
     Args:
-        model (`PreTrainedModel`): As `build` returns it.
+        model (`PreTrainedModel`): As `empty_model` returns it.
         shards (`Shards`): The checkpoint; only its names are read.
         dtype (`torch.dtype`): What the 4-bit layers compute in.
         choice (`Choice`, *optional*): Which layers stay in 16 bits.

@@ -175,7 +175,7 @@ def peak_of(work):
     return max(most) - start
 
 source = hub.find(sys.argv[1])
-model = stream.build(source, torch.float32)
+model = stream.empty_model(source, torch.float32)
 card = torch.device("meta")  # stands for a card: what is sent there leaves the host
 load = lambda: stream.fill(model, source.weights(), card, torch.float32, torch.float32, lambda n: None)
 files = sorted(Path(sys.argv[1]).glob("*.safetensors"))
