@@ -6,6 +6,7 @@ Names are looked up on first use, so `import nbhelpers` costs milliseconds and t
 import logging
 import os
 from importlib import import_module
+from typing import Any
 
 # Read when torch is first imported. Without it torch's CPU threads spin while they wait, and a second busy program
 # (a browser, another notebook) makes every step ten times slower.
@@ -16,9 +17,11 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = "0.2.0"
 
-_ROOMS = ("engines", "evaluate", "export", "kernels", "loader", "memory", "panel", "rewards", "tasks")
-_ROOMS += ("grpo", "host", "install", "presets")
-_MODULES = {room: room for room in _ROOMS} | {  # and what the notebooks ask for that lies inside a room
+_ROOMS = (
+    "engines", "evaluate", "export", "kernels", "loader", "memory", "panel", "rewards", "tasks",
+    "grpo", "host", "install", "presets",
+)  # fmt: skip
+_MODULES = {room: room for room in _ROOMS} | {  # and the modules inside a room that the notebooks use
     "compare": "evaluate.compare",
     "hub": "loader.hub",
     "quantize": "models.quantize",
@@ -28,7 +31,7 @@ _NAMES = {"LeanGRPOConfig": "training.trainer", "LeanGRPOTrainer": "training.tra
 __all__ = [*_MODULES, *_NAMES]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return import_module(f"{__name__}.{_MODULES[name]}")
     if name in _NAMES:
@@ -36,5 +39,5 @@ def __getattr__(name: str):
     raise AttributeError(f"nbhelpers has no {name!r}; it has {', '.join(__all__)}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])

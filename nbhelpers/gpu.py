@@ -39,7 +39,7 @@ def cards() -> list[Card]:
 
 
 def free_bytes(index: int) -> int:
-    """Bytes free on GPU `index`, whoever uses the rest. Ask for your own card only: it wakes the card up, which takes
+    """Bytes that no process uses on GPU `index`. Ask for your own card only: this creates a CUDA context, which takes
     some hundred MB of it."""
     import torch
 
@@ -63,8 +63,8 @@ def room(device, budget_gb: float | None = None, asleep: int = 0, reserve: float
     return max(0.0, left if budget_gb is None else min(left, budget_gb * GB - allocated))
 
 
-def device():
-    """The torch.device that this process works on: its own GPU of several (LOCAL_RANK), or the CPU."""
+def device() -> "torch.device":
+    """What this process works on: its own GPU of several (LOCAL_RANK), or the CPU."""
     import torch
 
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cards() else torch.device("cpu")
@@ -72,9 +72,9 @@ def device():
 
 def card(index: int | None = None) -> Card | None:
     """The GPU `index`, by default the one that `device()` names; None without a GPU."""
-    found = cards()
+    every = cards()
     index = int(os.environ.get("LOCAL_RANK", 0)) if index is None else index
-    return found[index] if index < len(found) else None
+    return every[index] if index < len(every) else None
 
 
 @cache
@@ -85,24 +85,25 @@ def capability(device: "torch.device") -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
-def compute_dtype():
-    """The torch.dtype to compute in: bfloat16 from compute capability 8.0, float16 below (a T4), float32 on a CPU.
+def compute_dtype() -> "torch.dtype":
+    """What to compute in: bfloat16 from compute capability 8.0, float16 below (a T4), float32 on a CPU.
 
     torch.cuda.is_bf16_supported() is not asked: it says yes on a T4, where bf16 is emulated.
     """
     import torch
 
-    here = card()
-    if here is None:
+    own = card()
+    if own is None:
         return torch.float32
-    return torch.bfloat16 if here.capability >= (8, 0) else torch.float16
+    return torch.bfloat16 if own.capability >= (8, 0) else torch.float16
 
 
 def grow_blocks(yes: bool = True) -> None:
-    """Have torch's CUDA allocator let its blocks grow ("expandable segments") rather than lay new ones beside them.
+    """Whether torch's CUDA allocator lets its blocks grow ("expandable segments") instead of allocating new ones.
 
-    Generation and training take turns in the same memory; what one leaves free lies in one piece for the other then.
-    vLLM's sleep cannot work with it: "no" is for good. Where the user has set PYTORCH_ALLOC_CONF, that stays.
+    Generation and training take turns in the same memory: blocks that grow leave it less fragmented for the other.
+    vLLM's sleep mode does not work with it: after grow_blocks(False) it cannot be turned on again in this process.
+    Where the user has set PYTORCH_ALLOC_CONF, that stays.
     """
     import torch
 

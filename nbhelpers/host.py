@@ -30,6 +30,20 @@ class CannotRun(RuntimeError):
     """This machine cannot do what was asked; the message says what it lacks and what to change."""
 
 
+def hub_out_of_reach(name: str, error: Exception, remedy: str) -> ConnectionError:
+    """The error to raise when `name` can be had neither from the hub nor from this machine's cache.
+
+    Args:
+        name (`str`): The model or data set.
+        error (`Exception`): What huggingface_hub or datasets raised.
+        remedy (`str`): What else the reader can do, as in "pass the folder of a copy".
+    """
+    return ConnectionError(
+        f"the hub is out of reach and {name} is not in this machine's cache ({type(error).__name__}). Switch the "
+        f"network on (Kaggle: Settings > Internet), or {remedy}"
+    )
+
+
 def is_first_process() -> bool:
     """Whether this process is the one of several (RANK, as torchrun and accelerate set it) that writes results."""
     return os.environ.get("RANK", "0") == "0"
@@ -37,8 +51,8 @@ def is_first_process() -> bool:
 
 def card_gb() -> float | None:
     """GB of this process's GPU, as `Preset.on_card` wants it; None without a GPU."""
-    here = gpu.card()
-    return here.total / GB if here else None
+    card = gpu.card()
+    return card.total / GB if card else None
 
 
 def cpu() -> str:
@@ -50,13 +64,13 @@ def cpu() -> str:
 
 def versions() -> dict[str, str]:
     """{package: version} of those installed, plus python; nothing is imported."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def where() -> str:
@@ -67,11 +81,11 @@ def where() -> str:
 
 
 def require(package: str) -> None:
-    """CannotRun, with the line that installs it, if `package` is missing or this GPU is too old for it."""
+    """Raises CannotRun, with the line that installs it, if `package` is missing or this GPU is too old for it."""
     if package == "vllm":
-        here = gpu.card()
-        if here is None or here.capability < (8, 0):
-            has = "no CUDA GPU" if here is None else f"a {here.name} (compute capability {_dots(here)})"
+        card = gpu.card()
+        if card is None or card.capability < (8, 0):
+            has = "no CUDA GPU" if card is None else f"a {card.name} (compute capability {_dots(card)})"
             raise CannotRun(
                 f"vLLM needs an Ampere GPU or newer (compute capability 8.0) and here is {has}. "
                 'Use the project\'s own decoder: LeanGRPOTrainer(..., engine="graph")'
@@ -102,18 +116,18 @@ def report(preset: "presets.Preset | None" = None) -> None:
     Raises CannotRun when it cannot, with the remedy. Without a GPU a 4-bit preset is only warned about: it is
     hopelessly slow there, and it works.
     """
-    found, own = gpu.cards(), int(os.environ.get("LOCAL_RANK", 0))
-    here = gpu.card(own)
-    free = f", {gpu.free_bytes(own) / GB:.1f} free" if here else ""
+    cards, own = gpu.cards(), int(os.environ.get("LOCAL_RANK", 0))
+    card = gpu.card(own)
+    free = f", {gpu.free_bytes(own) / GB:.1f} free" if card else ""
     ram = _ram_bytes()
     memory = f" · {ram / GB:.1f} GB of host memory" if ram else ""
     print(f"{where()} · {platform.system()} · {os.cpu_count()} CPU cores{memory}")
-    for index, each in enumerate(found):
+    for index, each in enumerate(cards):
         print(
             f"GPU {index}: {each.name} · {each.total / GB:.1f} GB{free if index == own else ''} · "
             f"compute capability {_dots(each)} · computes in {str(gpu.compute_dtype()).removeprefix('torch.')}"
         )
-    if not found:
+    if not cards:
         print("no CUDA GPU: computes in float32 on the CPU")
     print(" · ".join(f"{package} {number}" for package, number in versions().items()))
     if preset is None:
@@ -122,8 +136,8 @@ def report(preset: "presets.Preset | None" = None) -> None:
         require("bitsandbytes")
     if preset.lora_rank:
         require("peft")
-    if here is not None:
-        check_fits(preset, here.total)
+    if card is not None:
+        check_fits(preset, card.total)
     elif needs_gpu(preset):
         warn_slow(preset.title)
     chosen = preset.on_card(card_gb())
@@ -142,6 +156,7 @@ def needs_gpu(preset: "presets.Preset") -> bool:
 
 
 def warn_slow(what: str) -> None:
+    """Warn that `what`, the start of a sentence, is slow without a GPU, and where to get one."""
     warnings.warn(
         f"{what} on a CPU works but is hopelessly slow (minutes for one answer). {GET_A_GPU}; "
         'or take presets.get("workshop"), made for a CPU.',
@@ -149,8 +164,8 @@ def warn_slow(what: str) -> None:
     )
 
 
-def _dots(gpu: gpu.Card) -> str:
-    return ".".join(map(str, gpu.capability))
+def _dots(card: gpu.Card) -> str:
+    return ".".join(map(str, card.capability))
 
 
 def _ram_bytes() -> int | None:

@@ -44,8 +44,10 @@ def run() -> None:
         print(f"{place}: everything is installed")
         return
     if place == "local":
-        print(f"local: not installed or of another version: {', '.join(map(str, wanted))}. "
-              "Run `pip install -e .` in the folder of the repository")  # fmt: skip
+        print(
+            f"local: not installed or of another version: {', '.join(map(str, wanted))}. "
+            "Run `pip install -e .` in the folder of the repository"
+        )
         return
     print(f"{place}: installing {', '.join(need.name for need in wanted)} (up to three minutes) ...")
     changes = planned(wanted)
@@ -59,8 +61,10 @@ def run() -> None:
     importlib.invalidate_caches()
     if stale:
         menu = "Runtime > Restart session" if place == "Colab" else "Run > Restart & clear cell outputs"
-        raise Stop(f"Please restart once ({menu}) and run on from the top: {', '.join(stale)} had been imported and "
-                   "is now another version.")  # fmt: skip
+        raise Stop(
+            f"Please restart once ({menu}) and run on from the top: {', '.join(stale)} had been imported and "
+            "is now another version."
+        )
     print("ready, no restart needed")
 
 
@@ -77,7 +81,7 @@ def missing() -> list[Requirement]:
             "nbhelpers was found as a folder and is not installed, so what it requires is not known. In a notebook "
             "cell: %pip install --no-deps -e path/to/the/repository, then restart the session"
         ) from None
-    found = []
+    lacking = []
     for need in map(Requirement, needs):
         if need.marker and not need.marker.evaluate({"extra": ""}):
             continue
@@ -87,8 +91,8 @@ def missing() -> list[Requirement]:
         if version and need.name in KEPT:
             print(f"warning: {need.name} {version} is outside the tested range {need.specifier}; it stays as it is")
         else:
-            found.append(need)
-    return found
+            lacking.append(need)
+    return lacking
 
 
 def planned(wanted: list[Requirement]) -> dict[str, str]:
@@ -104,8 +108,8 @@ def planned(wanted: list[Requirement]) -> dict[str, str]:
 
 
 def conflicts(changes: dict[str, str]) -> list[str]:
-    """Which installed packages get today the version they ask for and would not any more, a sentence each."""
-    found = []
+    """A sentence for each installed package that has the version of another that it asks for, and would lose it."""
+    sentences = []
     for package in metadata.distributions():
         if not package.name or canonicalize_name(package.name) in changes:  # no name: what an uninstall left behind
             continue
@@ -114,8 +118,10 @@ def conflicts(changes: dict[str, str]) -> list[str]:
             if new is None or old is None or (need.marker and not need.marker.evaluate({"extra": ""})):
                 continue
             if need.specifier.contains(old, prereleases=True) and not need.specifier.contains(new, prereleases=True):
-                found.append(f"{package.name} {package.version} asks for {need.name}{need.specifier} and gets {new}")
-    return found
+                sentences.append(
+                    f"{package.name} {package.version} asks for {need.name}{need.specifier} and gets {new}"
+                )
+    return sentences
 
 
 def _readable(requirements: Iterable[str]) -> Iterator[Requirement]:
@@ -133,6 +139,7 @@ def loaded(packages: list[str]) -> list[str]:
 
 
 def installed(package: str) -> str | None:
+    """Its version; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

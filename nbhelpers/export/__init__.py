@@ -5,23 +5,26 @@
     export.gguf(model, tokenizer, "my-reasoner.gguf")          # for llama.cpp, Ollama, LM Studio
     export.push("my-reasoner", "me/my-reasoner")
 
-Each of them is written beside its place and renamed into it, so it is complete or not there. Of several processes that
-train together (torchrun) the first one writes, and the others go on at once.
+Each of them is written under a temporary name next to its own, then renamed, so it is complete or not there. Of several
+processes that train together (torchrun) the first one writes, and the others return at once.
 """
 
 import copy
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nbhelpers import files, host
 from nbhelpers.architecture import GB
 from nbhelpers.models import adapter
 
 from .merge import Folder, Merged
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHARD = 2e9  # bytes of a file of merged weights; the host holds one
 CARD = """---
@@ -42,105 +45,139 @@ TRL and PEFT.
 """
 
 
-def save(model, tokenizer, folder: str | Path) -> Path:
+def save(model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: str | Path) -> Path:
     """Write the adapter, or all weights of a model without one, with the tokenizer and a short README; the folder.
 
-    `loader.load(folder)` loads it onto its base. FileExistsError if `folder` holds something beside a model, the
-    checkpoints of a run for instance; ValueError if an adapter would take the place of its own base.
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): As `loader.load` returns it.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        folder (`str` or `Path`): Replaced if it holds a model and nothing else. `loader.load(folder)` loads an adapter
+            onto its base.
+
+    Raises FileExistsError if `folder` holds something besides a model, the checkpoints of a run for instance;
+    ValueError if an adapter would replace its own base.
     """
     if not host.is_first_process():
         return Path(folder)
     if adapter.loras(model):
         _not_the_base(model, folder)
-    with _whole(folder) as new:
+    with _replaced(folder) as new:
         if adapter.loras(model):
             adapter.save_adapter(model, new)
             use = f'from nbhelpers import loader\n\nmodel, tokenizer = loader.load("{Path(folder).name}")'
             _card(new, model, Path(folder).name, "A LoRA adapter for", "peft", use)
         else:
-            model.save_pretrained(new)
+            model.save_pretrained(str(new))
             _card(new, model, Path(folder).name, "All weights of", "transformers", _load_line(folder))
         tokenizer.save_pretrained(new)
     return Path(folder)
 
 
-def merged(model, tokenizer, folder: str | Path, dtype: str = "bfloat16") -> Path:
+def merged(
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: str | Path,
+    dtype: str = "bfloat16",
+) -> Path:
     """Write the model with its adapter merged in, in 16 bits, as transformers and vLLM load it; the folder.
 
-    dtype: "bfloat16" or "float16". The base's numbers are those of its original checkpoint if that is at hand, else
-        what its 4 bits stand for, and a line says which. Host memory: 2 GB and the largest tensor. The model in memory
-        stays as it is.
+    The base's numbers are those of its original checkpoint if that can be had, else its 4 bits dequantised, and a line
+    says which. Host memory: 2 GB and the largest tensor. The model in memory stays as it is.
 
-    Raises ValueError for another dtype, an adapter that is not plain LoRA or is merged already, or the base's own
-    folder; FileExistsError as `save`.
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): As `loader.load` returns it.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        folder (`str` or `Path`): Replaced if it holds a model and nothing else.
+        dtype (`str`): "bfloat16" or "float16".
+
+    Raises ValueError for another dtype, an adapter that cannot be merged (`merge.why_not`), a number that float16 does
+    not hold, or the base's own folder; FileExistsError as `save`.
     """
     import torch
-    from safetensors.torch import save_file
 
     if dtype not in ("bfloat16", "float16"):
         raise ValueError(f'dtype={dtype!r}: it is "bfloat16" or "float16"')
     if not host.is_first_process():
         return Path(folder)
     _not_the_base(model, folder)
-    tensors, kind = Merged(model), getattr(torch, dtype)
+    tensors, kind = Merged(model), {"bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
     print(f"merged into {tensors.source}")
-    files, sizes = [[]], [0]
-    for name, shape in tensors.shapes.items():
-        nbytes = 2 * torch.Size(shape).numel()
-        if files[-1] and sizes[-1] + nbytes > SHARD:
-            files.append([])
-            sizes.append(0)
-        files[-1].append(name)
-        sizes[-1] += nbytes
-    with _whole(folder) as new:
-        index = {}
-        for i, names in enumerate(files, start=1):
-            file = "model.safetensors" if len(files) == 1 else f"model-{i:05}-of-{len(files):05}.safetensors"
-            part = {}
-            for name in names:
-                part[name] = tensors.read(name).to(kind)
-                if not torch.isfinite(part[name]).all():
-                    raise ValueError(f'{name} does not fit into {dtype}: dtype="bfloat16"')
-            save_file(part, new / file, metadata={"format": "pt"})
-            index |= dict.fromkeys(names, file)
-        if len(files) > 1:
-            index = {"metadata": {"total_size": sum(sizes)}, "weight_map": index}
-            (new / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    with _replaced(folder) as new:
+        total = _write_shards(tensors, kind, new)
         config = copy.deepcopy(tensors.config)
         config.dtype, config.architectures = kind, [tensors.architecture]
         config.save_pretrained(new)
-        tensors.generation_config.save_pretrained(new)
+        if tensors.generation_config is not None:
+            tensors.generation_config.save_pretrained(new)
         tokenizer.save_pretrained(new)
         _card(new, model, Path(folder).name, "The merged 16-bit weights of", "transformers", _load_line(folder))
-    print(f"{folder}: {sum(sizes) / GB:.3f} GB in {dtype}")
+    print(f"{folder}: {total / GB:.3f} GB in {dtype}")
     return Path(folder)
 
 
-def gguf(model_or_folder, tokenizer, file: str | Path, quantization: str = "q8_0") -> Path:
+def _write_shards(tensors: Merged, dtype: "torch.dtype", folder: Path) -> int:
+    """Write safetensors files of at most `SHARD` bytes or one tensor, and an index of several; the bytes in all."""
+    import torch
+    from safetensors.torch import save_file
+
+    shards: list[list[str]] = [[]]
+    sizes = [0]
+    for name, shape in tensors.shapes.items():
+        nbytes = 2 * torch.Size(shape).numel()
+        if shards[-1] and sizes[-1] + nbytes > SHARD:
+            shards.append([])
+            sizes.append(0)
+        shards[-1].append(name)
+        sizes[-1] += nbytes
+    file_of: dict[str, str] = {}
+    for i, names in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+        shard = {}
+        for name in names:
+            shard[name] = tensors.read(name).to(dtype)
+            if not torch.isfinite(shard[name]).all():
+                kind = str(dtype).removeprefix("torch.")
+                raise ValueError(f'{name} does not fit into {kind}: dtype="bfloat16"')
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        file_of |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": file_of}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    return sum(sizes)
+
+
+def gguf(
+    model_or_folder: "PreTrainedModel | PeftModel | str | Path",
+    tokenizer: "PreTrainedTokenizerBase",
+    file: str | Path,
+    quantization: str = "q8_0",
+) -> Path:
     """Write the model with its adapter merged in as one GGUF file, for llama.cpp and what is built on it; the file.
 
-    model_or_folder: a model as for `merged`, or the folder that `merged` wrote.
-    quantization: "q8_0" (8.5 bits a weight), "bf16" or "f16", of the matrices; vectors stay in fp32. Smaller ones:
-        llama-quantize, from bf16. Tensors are written one at a time.
+    Args:
+        model_or_folder (`PreTrainedModel`, `PeftModel`, `str` or `Path`): A model as for `merged`, or the folder that
+            `merged` wrote. Tensors are read and written one at a time.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        file (`str` or `Path`): Replaced if it is there.
+        quantization (`str`): Of the matrices: "q8_0" (8.5 bits per weight), "bf16" or "f16"; vectors stay in fp32.
+            llama-quantize makes smaller ones from bf16.
 
-    Raises host.CannotRun without the gguf package; ValueError for an architecture, a rope or a tokenizer that could not
-    be written faithfully.
+    Raises host.CannotRun without the gguf package; ValueError for an adapter that cannot be merged, and for an
+    architecture, a rope or a tokenizer that could not be written faithfully.
     """
     from . import gguf_file
 
-    is_folder, file = isinstance(model_or_folder, (str, Path)), Path(file)
+    file = Path(file)
     if not host.is_first_process():
         return file
-    tensors = Folder(model_or_folder) if is_folder else Merged(model_or_folder)
-    print(f"from {tensors.source}" if is_folder else f"merged into {tensors.source}")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(f".{file.name}-new")
-    try:
+    if isinstance(model_or_folder, (str, Path)):
+        tensors: Folder | Merged = Folder(model_or_folder)
+        print(f"from {tensors.source}")
+    else:
+        tensors = Merged(model_or_folder)
+        print(f"merged into {tensors.source}")
+    with files.whole_file(file) as new:
         gguf_file.write(tensors, tokenizer, new, quantization, file.stem)
-        files.sync(new)
-        os.replace(new, file)
-    finally:
-        new.unlink(missing_ok=True)
     print(f"{file}: {file.stat().st_size / GB:.3f} GB in {quantization}")
     return file
 
@@ -148,8 +185,12 @@ def gguf(model_or_folder, tokenizer, file: str | Path, quantization: str = "q8_0
 def push(folder: str | Path, repo_id: str, private: bool = True, token: str | None = None) -> str:
     """Upload a folder that `save` or `merged` wrote to the hub; the repository's address.
 
-    repo_id: "name" or "owner/name", made if it is not there, private unless told. token: with write access; None is the
-        one that huggingface_hub knows (HF_TOKEN or an earlier login). It is never printed.
+    Args:
+        folder (`str` or `Path`): With the model's files.
+        repo_id (`str`): "name" or "owner/name", made if it is not there.
+        private (`bool`): Whether a new repository is.
+        token (`str`, *optional*): With write access; None is the one that huggingface_hub knows (HF_TOKEN or an earlier
+            login). It is never printed.
 
     Raises FileNotFoundError for a folder without a model, PermissionError without a usable token.
     """
@@ -163,8 +204,8 @@ def push(folder: str | Path, repo_id: str, private: bool = True, token: str | No
         raise FileNotFoundError(f"{folder} is no folder that export.save or export.merged wrote")
     api = huggingface_hub.HfApi(token=token)
     try:
-        where = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=where.repo_id, folder_path=str(folder), commit_message="Upload by nbhelpers")
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=address.repo_id, folder_path=str(folder), commit_message="Upload by nbhelpers")
     except (HfHubHTTPError, LocalTokenNotFoundError) as error:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else 401
         if status not in (401, 403):
@@ -173,59 +214,52 @@ def push(folder: str | Path, repo_id: str, private: bool = True, token: str | No
             f"the hub does not let this token write to {repo_id} ({status}). Make one with write access at "
             'https://huggingface.co/settings/tokens and pass export.push(..., token="hf_...") or set HF_TOKEN'
         ) from None
-    return str(where)
+    return str(address)
 
 
 _MODELS = ("config.json", "adapter_config.json")
-_ENDINGS = (".json", ".safetensors", ".md", ".txt", ".jinja", ".model")  # of what stands in a model's folder
+_ENDINGS = (".json", ".safetensors", ".md", ".txt", ".jinja", ".model")  # of the files in a model's folder
 
 
-@contextmanager
-def _whole(folder: str | Path) -> Iterator[Path]:
-    """A new folder that takes the place of `folder` when everything is in it. Only a model folder is replaced."""
+def _replaced(folder: str | Path) -> AbstractContextManager[Path]:
+    """`files.whole_folder`, after a look at what it would replace: only a model's folder is.
+
+    Raises FileExistsError for any other.
+    """
     folder = Path(folder)
     inside = sorted(folder.iterdir()) if folder.exists() else []
     if inside and not any((folder / name).exists() for name in _MODELS):
         raise FileExistsError(f"{folder} is there and holds no model: it is left alone. Choose another folder")
-    beside = [path.name for path in inside if path.is_dir() or path.suffix not in _ENDINGS]
-    if beside:
-        raise FileExistsError(f"{folder} would be replaced as a whole, and it holds {beside[0]} beside a model: it is "
-                              "left alone. Choose another folder")  # fmt: skip
-    new, old = (folder.with_name(f".{folder.name}-{which}") for which in ("new", "old"))
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
-        yield new
-        for path in new.rglob("*"):
-            files.sync(path)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(new, folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+    foreign = [path.name for path in inside if path.is_dir() or path.suffix not in _ENDINGS]
+    if foreign:
+        raise FileExistsError(
+            f"{folder} would be replaced as a whole, and it holds {foreign[0]} beside a model: it is left alone. "
+            "Choose another folder"
+        )
+    return files.whole_folder(folder)
 
 
-def _base_id(model) -> str:
+def _base_id(model: "PreTrainedModel | PeftModel") -> str:
     base = adapter.base_of(model)
     return base.id if base is not None else str(model.config.name_or_path)
 
 
-def _not_the_base(model, folder: str | Path) -> None:
-    """ValueError if `folder` is the one that the model was loaded from: it would be gone."""
+def _not_the_base(model: "PreTrainedModel | PeftModel", folder: str | Path) -> None:
+    """ValueError if `folder` is the one that the model was loaded from: it would be lost."""
     base = Path(_base_id(model))
     if (base / "config.json").exists() and base.resolve() == Path(folder).resolve():
         raise ValueError(f"{folder} is the base model itself: write to another folder")
 
 
-def _card(folder: Path, model, name: str, what: str, library: str, use: str) -> None:
-    """The README; of a base that is a folder only its last name, for the card may be published."""
+def _card(folder: Path, model: "PreTrainedModel | PeftModel", name: str, what: str, library: str, use: str) -> None:
+    """Write the README. Of a base that is a folder it has the last name only, because it may be published."""
     base = _base_id(model)
     base = Path(base).name if Path(base).is_absolute() or Path(base).exists() else base
     (folder / "README.md").write_text(CARD.format(name=name, what=what, base=base, library=library, use=use))
 
 
 def _load_line(folder: str | Path) -> str:
-    return ("from transformers import AutoModelForCausalLM\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{Path(folder).name}")')  # fmt: skip
+    return (
+        "from transformers import AutoModelForCausalLM\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{Path(folder).name}")'
+    )

@@ -8,6 +8,7 @@ where the rule that cuts text into words is one that llama.cpp knows: a wrong on
 import json
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -15,13 +16,31 @@ import torch
 from nbhelpers import host
 from nbhelpers.models import families
 
+from .merge import Folder, Merged
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter, TokenType
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
 QUANTIZATIONS = ("q8_0", "f16", "bf16")
 _LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def write(tensors, tokenizer, file: Path, quantization: str, name: str) -> None:
-    """See `export.gguf`. tensors: a `merge.Merged` or `merge.Folder`."""
+def write(
+    tensors: Merged | Folder, tokenizer: "PreTrainedTokenizerBase", file: Path, quantization: str, name: str
+) -> None:
+    """Write the file.
+
+    Args:
+        tensors (`Merged` or `Folder`): Read one at a time.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        file (`Path`): Where to; overwritten.
+        quantization (`str`): One of `QUANTIZATIONS`.
+        name (`str`): The model's name, as programs show it.
+
+    Raises as `export.gguf`.
+    """
     host.require("gguf")
     import gguf
 
@@ -39,7 +58,7 @@ def write(tensors, tokenizer, file: Path, quantization: str, name: str) -> None:
     _tokenizer(writer, tokenizer, config)
 
     def encode(weight: torch.Tensor) -> tuple[np.ndarray, gguf.GGMLQuantizationType]:
-        """A tensor's bytes: vectors, and matrices whose rows are no whole number of blocks, stay in 32 or 16 bits."""
+        """A tensor's bytes and type: vectors are fp32, matrices whose rows no whole number of blocks fills are fp16."""
         chosen = kind if weight.dim() > 1 else gguf.GGMLQuantizationType.F32
         if chosen == gguf.GGMLQuantizationType.Q8_0 and weight.shape[-1] % 32:
             chosen = gguf.GGMLQuantizationType.F16
@@ -77,14 +96,25 @@ def write(tensors, tokenizer, file: Path, quantization: str, name: str) -> None:
 
 
 def interleave(weight: torch.Tensor, heads: int | None) -> torch.Tensor:
-    """Rows of each head reordered from (first halves, second halves) to pairs; `heads` None: nothing to do."""
+    """Rows of each head reordered from (first halves, second halves) to pairs.
+
+    Args:
+        weight (`Tensor`): [heads · head_dim, in] or [heads · head_dim].
+        heads (`int`, *optional*): None: the tensor is no q or k, and is returned as it is.
+    """
     if heads is None:
         return weight
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
 
 
-def llama3_factors(rope: dict, head_dim: int) -> np.ndarray:
-    """By what each of the head_dim / 2 frequencies is divided, fp32 (Llama 3.1's "llama3" scaling)."""
+def llama3_factors(rope: dict[str, Any], head_dim: int) -> np.ndarray:
+    """By what each of the head_dim / 2 frequencies is divided, fp32 (Llama 3.1's scaling, as in transformers'
+    `_compute_llama3_parameters`).
+
+    Args:
+        rope (`dict`): The config's rope_parameters, of rope_type "llama3".
+        head_dim (`int`): Numbers per head.
+    """
     frequencies = rope["rope_theta"] ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # within the original context
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -92,7 +122,7 @@ def llama3_factors(rope: dict, head_dim: int) -> np.ndarray:
     return (1.0 / (kept + (1.0 - kept) / rope["factor"])).astype(np.float32)
 
 
-def _settings(writer, config, name: str, file_type: int) -> np.ndarray | None:
+def _settings(writer: "GGUFWriter", config: "PreTrainedConfig", name: str, file_type: int) -> np.ndarray | None:
     """Write the hyperparameters; Llama 3's frequency factors if there are any."""
     rope = config.rope_parameters
     head_dim = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
@@ -125,57 +155,98 @@ def _settings(writer, config, name: str, file_type: int) -> np.ndarray | None:
 # ------------------------------------------------------------------------------------------------------ tokenizer
 
 
-def _tokenizer(writer, tokenizer, config) -> None:
-    if not tokenizer.is_fast:
-        raise ValueError("GGUF needs a fast tokenizer (tokenizer.json); this one is written in Python")
-    found = json.loads(tokenizer.backend_tokenizer.to_str())
-    if found["model"]["type"] != "BPE":
-        raise ValueError(f"a {found['model']['type']} tokenizer cannot be written to GGUF here, only BPE")
-    special = {token["id"]: token for token in found["added_tokens"]}
-    by_id = {index: text for text, index in tokenizer.get_vocab().items()}
-    sentencepiece = found["model"].get("byte_fallback", False)
-    tokens, kinds = [], []
-    for index in range(config.vocab_size):
-        text = by_id.get(index)
-        if text is None:
-            kind, text = 5, f"[PAD{index}]"  # unused: matrices are often larger than the vocabulary
-        elif index in special:
-            kind = 3 if special[index]["special"] else 4
-        else:
-            kind = 6 if sentencepiece and len(text) == 6 and text.startswith("<0x") else 1
-        tokens.append(text)
-        kinds.append(kind)
-    if sentencepiece:
-        writer.add_tokenizer_model("llama")
-        writer.add_tokenizer_pre("default")
-        # SentencePiece numbers its BPE pieces in the order of their merges, so the id is the rank
-        writer.add_token_scores([-float(i) if kind == 1 else 0.0 for i, kind in enumerate(kinds)])
+def _tokenizer(writer: "GGUFWriter", tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig") -> None:
+    """Write vocabulary, merges or scores, special tokens and chat template."""
+    content = _content(tokenizer)
+    tokens, kinds = _vocabulary(tokenizer, content, config.vocab_size)
+    if content["model"].get("byte_fallback", False):
+        _sentencepiece(writer, kinds)
     else:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(pre_type(found, config.model_type))
-        merges = [m if isinstance(m, str) else " ".join(m) for m in found["model"]["merges"]]
-        if merges:  # GGUF has no empty arrays
-            writer.add_token_merges(merges)
+        _byte_level(writer, content, config.model_type)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    for add, index in ((writer.add_bos_token_id, tokenizer.bos_token_id),
-                       (writer.add_eos_token_id, tokenizer.eos_token_id),
-                       (writer.add_unk_token_id, tokenizer.unk_token_id),
-                       (writer.add_pad_token_id, tokenizer.pad_token_id)):  # fmt: skip
-        if index is not None:
-            add(index)
-    starts = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    writer.add_add_bos_token(starts)
+    _special_tokens(writer, tokenizer)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def pre_type(found: dict, model_type: str) -> str:
-    """llama.cpp's name for the rule by which a byte-level tokenizer (its tokenizer.json) cuts text into words.
+def _content(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """Its tokenizer.json. ValueError for a tokenizer without one, or one that is no BPE."""
+    if not tokenizer.is_fast:
+        raise ValueError("GGUF needs a fast tokenizer (tokenizer.json); this one is written in Python")
+    content = json.loads(cast("PreTrainedTokenizerFast", tokenizer).backend_tokenizer.to_str())
+    if content["model"]["type"] != "BPE":
+        raise ValueError(f"a {content['model']['type']} tokenizer cannot be written to GGUF here, only BPE")
+    return content
 
-    ValueError for one that is not known.
+
+def _vocabulary(
+    tokenizer: "PreTrainedTokenizerBase", content: dict[str, Any], size: int
+) -> "tuple[list[str], list[TokenType]]":
+    """Text and kind of each of `size` tokens; ids that the tokenizer does not use are there too, as padding."""
+    from gguf import TokenType
+
+    special = {token["id"]: token for token in content["added_tokens"]}
+    by_id = {index: text for text, index in tokenizer.get_vocab().items()}
+    has_bytes = content["model"].get("byte_fallback", False)
+    tokens, kinds = [], []
+    for index in range(size):
+        text = by_id.get(index)
+        if text is None:  # matrices are often larger than the vocabulary
+            kind, text = TokenType.UNUSED, f"[PAD{index}]"
+        elif index in special:
+            kind = TokenType.CONTROL if special[index]["special"] else TokenType.USER_DEFINED
+        elif has_bytes and len(text) == 6 and text.startswith("<0x"):
+            kind = TokenType.BYTE
+        else:
+            kind = TokenType.NORMAL
+        tokens.append(text)
+        kinds.append(kind)
+    return tokens, kinds
+
+
+def _sentencepiece(writer: "GGUFWriter", kinds: "list[TokenType]") -> None:
+    from gguf import TokenType
+
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    # SentencePiece numbers its BPE pieces in the order of their merges, so the id is the rank
+    writer.add_token_scores([-float(i) if kind == TokenType.NORMAL else 0.0 for i, kind in enumerate(kinds)])
+
+
+def _byte_level(writer: "GGUFWriter", content: dict[str, Any], model_type: str) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_type(content, model_type))
+    merges = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
+    if merges:  # GGUF has no empty arrays
+        writer.add_token_merges(merges)
+
+
+def _special_tokens(writer: "GGUFWriter", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """The ids of begin, end, unknown and padding, and whether a text starts with the first."""
+    ids = (
+        (writer.add_bos_token_id, tokenizer.bos_token_id),
+        (writer.add_eos_token_id, tokenizer.eos_token_id),
+        (writer.add_unk_token_id, tokenizer.unk_token_id),
+        (writer.add_pad_token_id, tokenizer.pad_token_id),
+    )
+    for add, index in ids:
+        if index is not None:
+            add(index)
+    begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    writer.add_add_bos_token(begins)
+
+
+def pre_type(content: dict[str, Any], model_type: str) -> str:
+    """llama.cpp's name for the rule by which a byte-level tokenizer cuts text into words.
+
+    Args:
+        content (`dict`): Its tokenizer.json.
+        model_type (`str`): Of the model, as in its config: two names stand for the same rule.
+
+    Raises ValueError for a rule that is not known.
     """
-    rule = found["pre_tokenizer"] or {}
+    rule = content["pre_tokenizer"] or {}
     steps = rule.get("pretokenizers", [rule])
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"] and steps[0]["use_regex"]:

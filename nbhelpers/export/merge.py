@@ -1,11 +1,12 @@
 """The tensors of a trained model in full precision, one at a time: base + B A · scale, however the base was loaded.
 
-The base's numbers come from its own 16-bit checkpoint where that can be had: merging into what NF4 stands for would
-keep NF4's rounding error for good. A tensor is made when it is asked for, so the host holds one at a time.
+The base's numbers come from its own 16-bit checkpoint where that can be had: merging into dequantised NF4 would make
+NF4's rounding error part of the result. A tensor is made when it is asked for, so the host holds one at a time.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -14,74 +15,88 @@ from nbhelpers.loader import hub
 from nbhelpers.loader.shards import Shards
 from nbhelpers.models import adapter, quantize
 
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from peft.tuners.lora import LoraLayer
+    from transformers import PreTrainedModel
+
 
 @dataclass(frozen=True)
 class Loras:
-    """What to add to one weight matrix: pairs (A [r, in], B [out, r]) with their scale."""
+    """What to add to one weight matrix: (A [rank, in], B [out, rank], scale) of each active adapter."""
 
-    parts: list[tuple[torch.Tensor, torch.Tensor, float]]
+    factors: list[tuple[torch.Tensor, torch.Tensor, float]]
 
     def delta(self) -> torch.Tensor:
-        return sum(b.float().cpu() @ a.float().cpu() * scale for a, b, scale in self.parts)
+        """The sum of B A · scale: [out, in], fp32, on the CPU."""
+        first, *others = (b.float().cpu() @ a.float().cpu() * scale for a, b, scale in self.factors)
+        return sum(others, start=first)
+
+
+def why_not(model: "PreTrainedModel | PeftModel") -> str | None:
+    """Why this model's adapter cannot be merged here, and what to do instead; None if it can be, or there is none."""
+    for name, config in adapter.loras(model).items():
+        if not _is_plain(config):
+            return (
+                f"adapter {name!r} is not plain LoRA (DoRA, biases, whole modules) and cannot be merged here: "
+                "model.merge_and_unload()"
+            )
+    base = _base(model)
+    layers = _lora_layers(base)
+    if any(layer.merged for layer in layers.values()):
+        return "the adapter is merged into the weights already: model.unmerge_adapter() first"
+    weights = _weights(base)
+    mergeable = {
+        id(factor.weight)
+        for name, layer in layers.items()
+        if f"{name}.weight" in weights
+        for factor in (*layer.lora_A.values(), *layer.lora_B.values())
+    }
+    for name, parameter in base.named_parameters():
+        if ".lora_" in name and id(parameter) not in mergeable:  # on an embedding, or on a head that is one; a bias
+            return f"{name} is no LoRA on a linear layer of its own and cannot be merged here: model.merge_and_unload()"
+    return None
 
 
 class Merged:
-    """The tensors of a model, adapter merged in. `shapes` is {name in the checkpoint: shape}; tied ones stand once.
+    """The tensors of a model, adapter merged in.
 
-    `source` says where the base's numbers come from. ValueError for an adapter other than plain LoRA on linear layers,
-    or one that is merged into the model's weights already.
+    `shapes` is {name in the checkpoint: shape}, tied tensors once; `config` and `generation_config` are the base's,
+    `architecture` its class in transformers; `source` says where the base's numbers come from.
+
+    Raises ValueError, with the reason that `why_not` gives.
     """
 
-    def __init__(self, model: nn.Module):
-        from peft import LoraConfig
-
-        adapted = adapter.loras(model)
-        base = model.get_base_model() if adapted else model
-        for name, config in adapted.items():
-            plain = isinstance(config, LoraConfig) and config.bias == "none"
-            if not plain or config.use_dora or config.modules_to_save or config.trainable_token_indices:
-                raise ValueError(f"adapter {name!r} is not plain LoRA (DoRA, biases, whole modules) and cannot be "
-                                 "merged here: model.merge_and_unload()")  # fmt: skip
+    def __init__(self, model: "PreTrainedModel | PeftModel"):
+        reason = why_not(model)
+        if reason is not None:
+            raise ValueError(reason)
+        base = _base(model)
         self.config, self.generation_config = base.config, base.generation_config
         self.architecture = next(c.__name__ for c in type(base).__mro__ if c.__module__.startswith("transformers."))
-        self._parameters, self._loras, self.shapes = {}, {}, {}
-        for full, parameter in base.named_parameters():
-            if ".lora_" in full:
-                continue
-            name = full.replace(".base_layer.", ".")
-            state = parameter.__dict__.get("quant_state")
-            self._parameters[name] = parameter
-            self.shapes[name] = tuple(parameter.shape if state is None else state.shape)
-        served = set()
-        for name, module in base.named_modules():
-            if "lora_A" in module._modules:
-                if module.merged:
-                    raise ValueError("the adapter is merged into the weights already: model.unmerge_adapter() first")
-                active = [one for one in model.active_adapters if one in module.lora_A]
-                parts = [(module.lora_A[a].weight, module.lora_B[a].weight, module.scaling[a]) for a in active]
-                self._loras[f"{name}.weight"] = Loras(parts)
-                if f"{name}.weight" in self.shapes:
-                    served |= {id(one.weight) for one in (*module.lora_A.values(), *module.lora_B.values())}
-        for full, parameter in base.named_parameters():
-            if ".lora_" in full and id(parameter) not in served:  # on an embedding, or on a head that is one; a bias
-                raise ValueError(f"{full} is no LoRA on a linear layer of its own and cannot be merged here: "
-                                 "model.merge_and_unload()")  # fmt: skip
+        self._parameters = _weights(base)
+        self.shapes = {name: _shape(parameter) for name, parameter in self._parameters.items()}
+        self._loras = {}
+        for name, layer in _lora_layers(base).items():
+            active = [one for one in cast("PeftModel", model).active_adapters if one in layer.lora_A]
+            if active:
+                self._loras[f"{name}.weight"] = Loras([_factors(layer, one) for one in active])
         self._shards, self.source = self._originals(model)
 
     @torch.no_grad()
     def read(self, name: str) -> torch.Tensor:
         """A tensor in fp32 on the CPU, of its own memory."""
-        parameter = self._parameters[name].detach()
+        parameter = self._parameters[name]
         if self._shards is not None:
             tensor = self._shards.read(name).float().clone()
-        elif "quant_state" in self._parameters[name].__dict__:
-            tensor = quantize.unpack(self._parameters[name]).float().cpu()
+        elif "quant_state" in parameter.__dict__:
+            tensor = quantize.unpack(parameter).float().cpu()
         else:
-            tensor = parameter.float().cpu().clone()
+            tensor = parameter.detach().float().cpu().clone()
         return tensor + self._loras[name].delta() if name in self._loras else tensor
 
-    def _originals(self, model: nn.Module) -> tuple[Shards | None, str]:
-        """The base's own checkpoint, if it is at hand and the model was made from it; and what to say."""
+    def _originals(self, model: "PreTrainedModel | PeftModel") -> tuple[Shards | None, str]:
+        """The base's own checkpoint, if it can be had and the model was made from it; and what to say."""
         packed = any("quant_state" in p.__dict__ for p in self._parameters.values())
         if not packed:
             return None, "the model's own weights"
@@ -104,7 +119,7 @@ class Merged:
 
 
 class Folder:
-    """The same for a folder of safetensors, as `export.merged` writes it."""
+    """The same for a folder of safetensors, as `export.merged` writes it. Raises as `Shards`."""
 
     def __init__(self, folder: str | Path):
         from transformers import AutoConfig
@@ -115,4 +130,37 @@ class Folder:
         self.source = f"the weights in {folder}"
 
     def read(self, name: str) -> torch.Tensor:
+        """A tensor in fp32 on the CPU, of its own memory."""
         return self._shards.read(name).float().clone()
+
+
+def _base(model: "PreTrainedModel | PeftModel") -> "PreTrainedModel":
+    return cast("PreTrainedModel", cast("PeftModel", model).get_base_model() if adapter.loras(model) else model)
+
+
+def _is_plain(config: "PeftConfig") -> bool:
+    from peft import LoraConfig
+
+    if not isinstance(config, LoraConfig) or config.bias != "none":
+        return False
+    return not (config.use_dora or config.modules_to_save or config.trainable_token_indices)
+
+
+def _lora_layers(base: nn.Module) -> "dict[str, LoraLayer]":
+    return {name: cast("LoraLayer", m) for name, m in base.named_modules() if "lora_A" in m._modules}
+
+
+def _factors(layer: "LoraLayer", name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """A, B and the scale of the adapter `name`."""
+    return cast(nn.Linear, layer.lora_A[name]).weight, cast(nn.Linear, layer.lora_B[name]).weight, layer.scaling[name]
+
+
+def _weights(base: nn.Module) -> dict[str, nn.Parameter]:
+    """{name in the checkpoint: parameter} of the base, without peft's."""
+    return {n.replace(".base_layer.", "."): p for n, p in base.named_parameters() if ".lora_" not in n}
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Its shape; of one in 4 bits, that of the matrix [out, in] before it was packed."""
+    state = parameter.__dict__.get("quant_state")
+    return tuple(parameter.shape if state is None else state.shape)

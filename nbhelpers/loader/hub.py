@@ -1,4 +1,4 @@
-"""From a preset, a hub id or a folder to a checkpoint on this disk, refusing early what cannot be loaded.
+"""From a preset, a hub id or a folder to a checkpoint on this disk; what cannot be loaded is refused early.
 
 The config comes first (kilobytes), so a model that needs remote code, a licence or a larger card is refused before its
 weights are downloaded.
@@ -10,19 +10,24 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nbhelpers import host, presets
-from nbhelpers.models import smoke
+from nbhelpers.models import chat, smoke
 from nbhelpers.presets import Preset
 
 from .shards import Shards
 
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
 _SMALL = ["*.json", "*.jinja", "*.model", "*.txt"]  # config, index, tokenizer
 _WEIGHTS = ["model*.safetensors"]  # not Mistral's consolidated.safetensors, not Llama's original/*.pth
+_HUB_ID = r"[\w.-]+/[\w.-]+"  # owner/model
 # what decides the shapes; the rest of a config.json changes with the version that wrote it
 _SHAPE_KEYS = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -32,57 +37,102 @@ _SHAPE_KEYS = (
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint: `id` is what a person calls it, `config` its config.json."""
+    """A checkpoint. The rest of the loader reads it through these methods alone, whatever it is stored as.
+
+    `id` is what a person calls it, `folder` where it is on this disk, `config` its config.json. `remote`: its weights
+    are on the hub until `weights` is called.
+    """
 
     id: str
     folder: Path
-    config: dict
+    config: dict[str, Any]
     remote: bool = False
     token: str | None = field(default=None, repr=False)  # nothing that is shown holds it
 
     def config_hash(self) -> str:
+        """16 hexadecimal digits that differ where shapes differ."""
         shape = {key: self.config.get(key) for key in _SHAPE_KEYS}
         return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
 
     def prequantized(self) -> bool:
         """Whether bitsandbytes wrote this checkpoint in 4 bits. ValueError for any other quantisation."""
-        found = self.config.get("quantization_config")
-        if not found:
+        settings = self.config.get("quantization_config")
+        if not settings:
             return False
-        method = found.get("quant_method", "bitsandbytes" if "load_in_4bit" in found else "unknown")
-        if method != "bitsandbytes" or not found.get("load_in_4bit", found.get("_load_in_4bit")):
+        method = settings.get("quant_method", "bitsandbytes" if "load_in_4bit" in settings else "unknown")
+        if method != "bitsandbytes" or not settings.get("load_in_4bit", settings.get("_load_in_4bit")):
             raise ValueError(
                 f"{self.id} is quantised with {method if method != 'bitsandbytes' else 'bitsandbytes in 8 bits'}; "
                 "only 16-bit checkpoints and bitsandbytes' 4 bits can be trained here: take the original model"
             )
         return True
 
+    def model_config(self) -> "PreTrainedConfig":
+        """The config as transformers builds a model from it."""
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+
+    def generation_config(self) -> "GenerationConfig | None":
+        """How its makers generate, if they say so."""
+        from transformers import GenerationConfig
+
+        if not (self.folder / "generation_config.json").exists():
+            return None
+        return GenerationConfig.from_pretrained(self.folder)
+
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """Ready for GRPO, see `models.chat`. ValueError if there is none."""
+        return chat.load_tokenizer(self.folder)
+
     def weights(self) -> Shards:
-        """The tensors, downloaded first if they are on the hub."""
+        """The tensors, downloaded first if they are on the hub. Raises as `Shards`, and ConnectionError."""
         if self.remote:
             _download(self.id, _WEIGHTS, self.token)
         return Shards(self.folder)
 
 
-def find(what: "Preset | str | Path", token: str | None = None) -> Source:
+def find(what: Preset | str | Path, token: str | None = None) -> Source:
     """The checkpoint that a preset, a preset's name, a hub id or a folder means; its weights are not fetched yet.
 
     Raises ValueError (unknown name, remote code, unsupported quantisation, a garbled token), FileNotFoundError (no such
     folder, no config), PermissionError (a licence to accept, a token to pass or one that is refused) and
     ConnectionError (the hub is out of reach).
     """
+    return locate(identify(what), token)
+
+
+def identify(what: Preset | str | Path) -> Preset | str:
+    """The preset that `what` is or names, else the text of the folder or hub id that it is. Nothing is downloaded.
+
+    A text that is a preset's name means the preset even where a folder has that name: a Path means the folder.
+
+    Raises ValueError for a name that could be none of these.
+    """
+    if isinstance(what, Preset):
+        return what
+    name = str(what)
+    if Path(what).expanduser().is_dir() and (isinstance(what, Path) or name not in presets.names()):
+        return name
+    if _names_a_folder(name) or re.fullmatch(_HUB_ID, name):
+        return name
+    try:
+        return presets.get(name)
+    except ValueError as error:
+        raise ValueError(f"{error}. Nor is it a folder here, nor a hub id (owner/model)") from None
+
+
+def locate(model: Preset | str, token: str | None = None) -> Source:
+    """The checkpoint of what `identify` returned. Raises as `find`."""
     token = _checked_token(token)
-    preset = what if isinstance(what, Preset) else None
-    if preset is None and str(what) in presets.names() and not Path(what).is_dir():
-        preset = presets.get(str(what))
-    if preset is None:
-        source = _find(str(what), token)
-    elif Path(preset.hub_id).is_dir():  # the workshop model, in smoke too
-        source = _local(Path(preset.hub_id), preset.name)
-    elif preset.smoke:
-        source = _local(smoke.make(preset.name, preset.architecture), preset.name)
+    if isinstance(model, str):
+        source = _folder_or_hub(model, token)
+    elif Path(model.hub_id).is_dir():  # the workshop model, in smoke too
+        source = _local(Path(model.hub_id), model.name)
+    elif model.smoke:
+        source = _local(smoke.make(model.name, model.architecture), model.name)
     else:
-        source = _find(preset.hub_id, token)
+        source = _folder_or_hub(model.hub_id, token)
     _check_code(source)
     source.prequantized()
     return source
@@ -97,26 +147,26 @@ def _checked_token(token: str | None) -> str | None:
     return token or None
 
 
-def _find(name: str, token: str | None) -> Source:
+def _folder_or_hub(name: str, token: str | None) -> Source:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return _local(folder, name)
-    if folder.is_absolute() or name.startswith((".", "~")):
+    if _names_a_folder(name):
         raise FileNotFoundError(f"there is no folder {name}")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        try:
-            presets.get(name)
-        except ValueError as error:
-            raise ValueError(f"{error}. Nor is it a folder here, nor a hub id (owner/model)") from None
     folder = Path(_download(name, _SMALL, token))
     return Source(name, folder, _config(folder), remote=True, token=token)
+
+
+def _names_a_folder(name: str) -> bool:
+    """Whether it is written as a path; a relative one without a dot looks like a hub id."""
+    return Path(name).expanduser().is_absolute() or name.startswith((".", "~"))
 
 
 def _local(folder: Path, name: str) -> Source:
     return Source(name, folder, _config(folder))
 
 
-def _config(folder: Path) -> dict:
+def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"{folder} has no config.json, so it is not a model folder: point at the one that has")
@@ -152,10 +202,8 @@ def _download(name: str, patterns: list[str], token: str | None) -> str:
             f"Presets: {', '.join(presets.names())}"
         ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
-        raise ConnectionError(
-            f"the hub is out of reach and {name} is not in this machine's cache ({type(error).__name__}). Switch the "
-            'network on (Kaggle: Settings > Internet), or pass the folder of a copy: loader.load("path/to/model")'
-        ) from None
+        copy = 'pass the folder of a copy: loader.load("path/to/model")'
+        raise host.hub_out_of_reach(name, error, copy) from None
     except errors.HfHubHTTPError as error:
         if error.response.status_code not in (401, 403):
             raise
@@ -178,9 +226,9 @@ def login(preset: Preset) -> None:
     """
     if not preset.gated or Path(preset.hub_id).is_dir():
         return
-    for place, found in _tokens():
-        if found and found.strip():
-            os.environ["HF_TOKEN"] = found.strip()  # where huggingface_hub looks
+    for place, token in _tokens():
+        if token and token.strip():
+            os.environ["HF_TOKEN"] = token.strip()  # where huggingface_hub looks
             print(f"{preset.hub_id} is gated: your token comes from {place}")
             return
     print(f"no token found. {_access(preset.hub_id)}")
@@ -195,7 +243,7 @@ def _access(name: str) -> str:
 
 
 def _tokens() -> Iterator[tuple[str, str | None]]:
-    """(where, token or None), one place after the other; a place that refuses is passed over without its words."""
+    """(where, token or None), one place after the other; what a place says when it refuses is not shown."""
     place = host.where()
     if place == "Colab":
         yield "Colab's secrets", _quietly(lambda: import_module("google.colab.userdata").get("HF_TOKEN"))
@@ -211,8 +259,8 @@ def _tokens() -> Iterator[tuple[str, str | None]]:
         yield "the prompt", _quietly(lambda: getpass.getpass("token of huggingface.co (hidden; Enter: none): "))
 
 
-def _quietly(ask) -> str | None:
-    """None where asking fails: no such secret, no access granted, nobody at the keyboard. A traceback could show it."""
+def _quietly(ask: Callable[[], str | None]) -> str | None:
+    """None where asking fails: no such secret, no access, nobody to type. The traceback could show a token."""
     try:
         return ask()
     except Exception:

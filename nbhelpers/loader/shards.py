@@ -1,7 +1,7 @@
 """The tensors of a safetensors checkpoint, read one at a time into one host buffer.
 
-The host then holds the largest tensor and no more, whatever the size of a shard: nothing is mapped, so no page of the
-file counts as this process's memory. The format: https://huggingface.co/docs/safetensors (8 bytes little-endian length
+The host holds the largest tensor and no more, whatever the size of a shard: no file is mapped into memory, so none of
+its pages count as this process's. The format: https://huggingface.co/docs/safetensors (8 bytes little-endian length
 of the header, the header in JSON, the bytes of the tensors).
 """
 
@@ -22,7 +22,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: `start` and `nbytes` are bytes in `file`."""
+    """Where one tensor is stored: `nbytes` bytes from byte `start` of `file`."""
 
     file: Path
     dtype: torch.dtype
@@ -33,6 +33,9 @@ class Entry:
 
 class Shards:
     """The checkpoint in a folder. `entries` is {tensor name: Entry} in the order of the files.
+
+    Args:
+        folder (`str` or `Path`): With model.safetensors, or shards and their index.
 
     Raises FileNotFoundError for a folder without weights or with a shard missing, ValueError for a pickle-only
     checkpoint or a damaged file.
@@ -46,6 +49,7 @@ class Shards:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.entries.values())
 
     @property
@@ -54,15 +58,18 @@ class Shards:
         return max(entry.nbytes for entry in self.entries.values())
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU in the checkpoint's dtype. It lives in the one buffer: copy it before the next read."""
+        """The tensor on the CPU in the checkpoint's dtype, a view of the one buffer: copy it before the next read.
+
+        Raises ValueError for a file that ends too early.
+        """
         entry = self.entries[name]
         if self._buffer.numel() < entry.nbytes:
             self._buffer = torch.empty(self.largest, dtype=torch.uint8)
-        target = memoryview(self._buffer.numpy())[: entry.nbytes]
+        target = self._buffer.numpy().data[: entry.nbytes]
         with open(entry.file, "rb", buffering=0) as f:
             f.seek(entry.start)
             done = 0
-            while done < entry.nbytes:  # one read brings 2 GB at most
+            while done < entry.nbytes:  # one read returns 2 GB at most
                 count = f.readinto(target[done:])
                 if not count:
                     raise ValueError(f"{entry.file} ends inside {name}: download it again")
@@ -70,11 +77,11 @@ class Shards:
         return self._buffer[: entry.nbytes].view(entry.dtype).view(entry.shape)
 
     def release(self) -> None:
-        """Give the host buffer back; a later read makes a new one."""
+        """Free the host buffer; a later read makes a new one."""
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def fingerprint(self) -> str:
-        """A hash that tells two checkpoints apart: every tensor's name, shape and first 4 KB, however it is sharded."""
+        """16 hexadecimal digits of every tensor's name, shape and first 4 KB; the same however it is sharded."""
         digest = hashlib.sha256()
         for name, entry in sorted(self.entries.items()):
             digest.update(f"{name} {entry.shape}".encode())

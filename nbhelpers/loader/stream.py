@@ -4,6 +4,9 @@ The model is built on the meta device, which takes no memory; its linear layers 
 then every tensor is read, sent to the device and, where its layer is in 4 bits, quantised there.
 """
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
 import torch
 from torch import nn
 
@@ -13,16 +16,24 @@ from nbhelpers.models.quantize import Choice
 from .hub import Source
 from .shards import Shards
 
+if TYPE_CHECKING:
+    from bitsandbytes.nn import Params4bit
+    from transformers import PreTrainedModel
 
-def build(source: Source, dtype: torch.dtype) -> nn.Module:
+
+def empty_model(source: Source, dtype: torch.dtype) -> "PreTrainedModel":
     """The model of a checkpoint without its weights: parameters on meta, buffers (rotary frequencies) real, on the CPU.
 
-    ValueError if transformers has no causal language model for it.
+    Args:
+        source (`Source`): The checkpoint; only its config is read.
+        dtype (`torch.dtype`): Of the parameters.
+
+    Raises ValueError if transformers has no causal language model for it.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    config = source.model_config()
     if source.prequantized():
         del config.quantization_config  # else transformers would want to do the loading
     try:
@@ -34,10 +45,16 @@ def build(source: Source, dtype: torch.dtype) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def swap_linears(model: nn.Module, shards: Shards, dtype: torch.dtype, choice: Choice | None = None) -> None:
+def swap_linears(model: "PreTrainedModel", shards: Shards, dtype: torch.dtype, choice: Choice | None = None) -> None:
     """Put empty 4-bit layers where the checkpoint is in 4 bits already, else for all that `choice` does not keep.
 
-    ValueError if the choice names a layer that the model does not have.
+    Args:
+        model (`PreTrainedModel`): As `empty_model` returns it.
+        shards (`Shards`): The checkpoint; only its names are read.
+        dtype (`torch.dtype`): What the 4-bit layers compute in.
+        choice (`Choice`, *optional*): Which layers stay in 16 bits.
+
+    Raises ValueError if the choice names a layer that the model does not have.
     """
     packed = {name.removesuffix(".weight.absmax") for name in shards.entries if name.endswith(".weight.absmax")}
     if not packed:
@@ -47,15 +64,27 @@ def swap_linears(model: nn.Module, shards: Shards, dtype: torch.dtype, choice: C
             raise ValueError(f"the dynamic 4-bit choice is another model's: this one has no {min(unknown)}")
         packed = names - set(choice.kept if choice else ())
     for name in packed:
-        model.set_submodule(name, quantize.empty_linear4bit(model.get_submodule(name), dtype))
+        linear = cast(nn.Linear, model.get_submodule(name))
+        model.set_submodule(name, quantize.empty_linear4bit(linear, dtype))
 
 
 def fill(
-    model: nn.Module, shards: Shards, device: torch.device, weight_dtype: torch.dtype, dtype: torch.dtype, bar
+    model: "PreTrainedModel",
+    shards: Shards,
+    device: torch.device,
+    weight_dtype: torch.dtype,
+    dtype: torch.dtype,
+    progress: Callable[[int], object],
 ) -> None:
     """Read every tensor of `shards` into `model`.
 
-    weight_dtype: of what is not quantised. dtype: what quantised layers compute in. bar(bytes) is told of progress.
+    Args:
+        model (`PreTrainedModel`): On meta, its 4-bit layers empty.
+        shards (`Shards`): The checkpoint.
+        device (`torch.device`): Where each tensor goes.
+        weight_dtype (`torch.dtype`): Of what is not quantised.
+        dtype (`torch.dtype`): What quantised layers compute in.
+        progress (`Callable[[int], object]`): Called before each tensor with its bytes in the checkpoint.
 
     Raises ValueError for a tensor of the wrong shape or one that is missing.
     """
@@ -63,21 +92,21 @@ def fill(
     wanted = dict(model.named_parameters(remove_duplicate=False))
     filled, unused = set(), []
     for name, entry in shards.entries.items():
-        bar(entry.nbytes)
+        progress(entry.nbytes)
         owner, _, leaf = name.rpartition(".")
         if name not in wanted or name == tied:
             unused.append(name)
             continue
         filled.add(name)
         module = model.get_submodule(owner)
-        four_bits = leaf == "weight" and quantize.is_nf4(module)
-        if four_bits and f"{name}.absmax" in shards.entries:
-            quantize.fill(module, _packed(shards, name, device, dtype))
+        linear4bit = module if leaf == "weight" and quantize.is_nf4(module) else None
+        if linear4bit is not None and f"{name}.absmax" in shards.entries:
+            quantize.fill(linear4bit, _packed(shards, name, device, dtype))
             continue
         if tuple(wanted[name].shape) != entry.shape:
             raise ValueError(f"{entry.file.name}: {name} is {entry.shape}, the config says {tuple(wanted[name].shape)}")
-        if four_bits:
-            quantize.fill(module, quantize.pack(shards.read(name).to(device), dtype))
+        if linear4bit is not None:
+            quantize.fill(linear4bit, quantize.pack(shards.read(name).to(device), dtype))
         else:
             tensor = shards.read(name).to(weight_dtype).to(device, copy=True)  # converts on the host
             setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
@@ -95,10 +124,20 @@ def fill(
             module._buffers[key] = buffer.to(device)
 
 
-def keep_in_16_bits(model: nn.Module, choice: Choice, shards: Shards, device: torch.device, dtype: torch.dtype) -> None:
-    """Replace the layers that `choice` keeps, now in 4 bits, by linear layers with the checkpoint's own numbers."""
+def keep_in_16_bits(
+    model: "PreTrainedModel", choice: Choice, shards: Shards, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Replace the layers that `choice` keeps, now in 4 bits, by linear layers with the checkpoint's own numbers.
+
+    Args:
+        model (`PreTrainedModel`): Filled, on `device`.
+        choice (`Choice`): Which layers.
+        shards (`Shards`): The checkpoint that the model was filled from.
+        device (`torch.device`): Where the matrices go.
+        dtype (`torch.dtype`): Of the matrices there.
+    """
     for name in choice.kept:
-        old = model.get_submodule(name)
+        old = cast(nn.Linear, model.get_submodule(name))
         with torch.device("meta"):
             new = nn.Linear(old.in_features, old.out_features, bias=False)
         weight = shards.read(f"{name}.weight").to(dtype).to(device, copy=True)
@@ -107,7 +146,7 @@ def keep_in_16_bits(model: nn.Module, choice: Choice, shards: Shards, device: to
         model.set_submodule(name, new.eval())
 
 
-def _packed(shards: Shards, name: str, device: torch.device, dtype: torch.dtype):
+def _packed(shards: Shards, name: str, device: torch.device, dtype: torch.dtype) -> "Params4bit":
     """The Params4bit that a checkpoint stores as `name` and its statistics."""
     from bitsandbytes.nn import Params4bit
 
@@ -116,11 +155,11 @@ def _packed(shards: Shards, name: str, device: torch.device, dtype: torch.dtype)
 
     stats = {key.removeprefix(f"{name}."): read(key) for key in shards.entries if key.startswith(f"{name}.")}
     weight = Params4bit.from_prequantized(read(name), stats, device=device)
-    weight.quant_state.dtype = dtype  # it may have been written for bf16, and this card has none
+    weight.quant_state.dtype = dtype  # the checkpoint may say bf16, which this card may not have
     return weight
 
 
-def _tied_head(model: nn.Module) -> str | None:
+def _tied_head(model: "PreTrainedModel") -> str | None:
     """The name of the output head's matrix if it is the embedding's: some checkpoints store it a second time."""
     if not model.config.tie_word_embeddings:
         return None

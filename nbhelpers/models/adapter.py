@@ -1,6 +1,6 @@
-"""LoRA adapters (Hu et al. 2021) that know their base: attach, save, load, and refuse the wrong one.
+"""LoRA adapters (Hu et al. 2021, arXiv:2106.09685) that know their base: attach, save, load, and refuse the wrong one.
 
-Beside peft's own two files stand base.json (what the adapter was trained on) and, for dynamic 4-bit, dynamic.json (the
+A saved adapter is peft's own two files, base.json (what it was trained on) and, for dynamic 4-bit, dynamic.json (the
 layers that were in 16 bits): an adapter learns to correct the errors of exactly that base.
 """
 
@@ -8,19 +8,21 @@ import json
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from . import families, quantize
 from .quantize import Choice
 
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
+
 
 @dataclass(frozen=True)
 class Base:
-    """What an adapter is trained on; `loader.load` keeps it on the model as `nbhelpers_base`.
-
-    config_hash is of the shapes in its config, weights_hash of its tensors' first bytes.
-    """
+    """What an adapter is trained on: a hash of the shapes in its config, and one of its tensors' first bytes."""
 
     id: str
     config_hash: str
@@ -28,10 +30,23 @@ class Base:
     quantization: str
 
 
-def attach(model: nn.Module, rank: int, alpha: int, dropout: float, targets: tuple[str, ...] = ()) -> nn.Module:
-    """`model` with a new LoRA in fp32 on the layers named in `targets`, all linear ones if empty.
+def keep_base(model: "PreTrainedModel", base: Base, choice: Choice | None) -> None:
+    """Keep on `model` what it was loaded from, as `nbhelpers_base` and `nbhelpers_choice`, for adapters to be saved."""
+    model.__dict__.update(nbhelpers_base=base, nbhelpers_choice=choice)  # not setattr, which expects tensors or modules
 
-    ValueError for a target that the model does not have.
+
+def attach(
+    model: "PreTrainedModel", rank: int, alpha: int, dropout: float, targets: tuple[str, ...] = ()
+) -> "PeftModel":
+    """`model` with a new LoRA in fp32: W x + alpha/rank · B (A x), A [rank, in] random, B [out, rank] zero.
+
+    Args:
+        model (`PreTrainedModel`): The base, frozen.
+        rank (`int`), alpha (`int`): As in the equation.
+        dropout (`float`): Share of x that the adapter does not see in training.
+        targets (`tuple[str, ...]`): Last names of the layers that get one ("q_proj"); empty: all linear layers.
+
+    Raises ValueError for a target that the model does not have.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -42,7 +57,7 @@ def attach(model: nn.Module, rank: int, alpha: int, dropout: float, targets: tup
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets or names), task_type="CAUSAL_LM"
     )
-    with warnings.catch_warnings():  # peft asks a name that transformers 5.23 calls deprecated
+    with warnings.catch_warnings():  # peft reads an attribute that transformers 5.23 calls deprecated
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         return _in_fp32(get_peft_model(model, config))
 
@@ -50,18 +65,27 @@ def attach(model: nn.Module, rank: int, alpha: int, dropout: float, targets: tup
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Write the adapter of a model that `loader.load` made: peft's files, base.json and dynamic.json.
 
-    ValueError if the model has no adapter, or was not made by `loader.load`; both have model.save_pretrained(folder).
+    Args:
+        model (`nn.Module`): With an adapter.
+        folder (`str` or `Path`): Made if it is not there.
+
+    Raises ValueError if the model has no adapter, or was not made by `loader.load`; both have
+    model.save_pretrained(folder).
     """
-    peft_model(model)
-    if base_of(model) is None:
-        raise ValueError("loader.load did not make this model, so what its adapter was trained on is not known: save "
-                         "it with model.save_pretrained(folder)")  # fmt: skip
+    model = peft_model(model)
+    base = base_of(model)
+    if base is None:
+        raise ValueError(
+            "loader.load did not make this model, so what its adapter was trained on is not known: save it with "
+            "model.save_pretrained(folder)"
+        )
     folder = Path(folder)
     # save_embedding_layers="auto" would ask the hub whether the vocabulary grew
-    model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "base.json").write_text(json.dumps(asdict(model.nbhelpers_base), indent=1) + "\n")
-    if model.nbhelpers_choice is not None:
-        model.nbhelpers_choice.save(folder / "dynamic.json")
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "base.json").write_text(json.dumps(asdict(base), indent=1) + "\n")
+    choice: Choice | None = vars(model.get_base_model())["nbhelpers_choice"]
+    if choice is not None:
+        choice.save(folder / "dynamic.json")
 
 
 def base_of(model: nn.Module) -> Base | None:
@@ -69,38 +93,54 @@ def base_of(model: nn.Module) -> Base | None:
     return vars(families.unwrap(model)).get("nbhelpers_base")
 
 
-def loras(model: nn.Module) -> dict:
-    """{name: peft's LoraConfig} of the adapters on `model`; empty without one."""
+def loras(model: nn.Module) -> "dict[str, PeftConfig]":
+    """{name: config} of the adapters on `model`; empty without one."""
     from peft import PeftModel
 
     return dict(model.peft_config) if isinstance(model, PeftModel) else {}
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Put a saved adapter into a model that `loader.load` made; returns the model with it, ready to train on.
+def load_adapter(model: nn.Module, folder: str | Path) -> "PeftModel":
+    """Put a saved adapter into a model that `loader.load` made; returns the model with it, in eval mode, trainable.
 
-    A model with an adapter gets the saved numbers in its place, so both must have the same rank and targets.
+    Args:
+        model (`nn.Module`): If it has an adapter, that gets the saved numbers, so both must have the same rank and
+            targets.
+        folder (`str` or `Path`): What `save_adapter` wrote.
 
-    Raises FileNotFoundError if no adapter is there, ValueError if it was trained on another base or has another shape.
+    Raises FileNotFoundError if no adapter is there, ValueError if it was trained on another base or has another shape,
+    or if `loader.load` did not make the model.
     """
     from peft import PeftConfig, PeftModel, set_peft_model_state_dict
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    refuse_other(folder, model.nbhelpers_base.id, model.nbhelpers_base.config_hash, model.nbhelpers_base.weights_hash)
+    base = base_of(model)
+    if base is None:
+        raise ValueError("loader.load did not make this model, so whether the adapter fits it is not known")
+    refuse_other(folder, base.id, base.config_hash, base.weights_hash)
     if not isinstance(model, PeftModel):
-        return _in_fp32(PeftModel.from_pretrained(model, folder, is_trainable=True))
-    config, wanted = PeftConfig.from_pretrained(folder), model.peft_config["default"]
+        return _in_fp32(PeftModel.from_pretrained(model, str(folder), is_trainable=True))
+    saved, own = vars(PeftConfig.from_pretrained(str(folder))), vars(model.peft_config["default"])
     for field in ("r", "lora_alpha", "target_modules"):
-        there, here = getattr(config, field), getattr(wanted, field)
-        if there != here:
-            raise ValueError(f"the adapter in {folder} has {field}={there}, this model {here}: load({str(folder)!r})")
+        if saved[field] != own[field]:
+            raise ValueError(
+                f"the adapter in {folder} has {field}={saved[field]}, this model {own[field]}: load({str(folder)!r})"
+            )
     set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
     return model
 
 
 def refuse_other(folder: Path, base_id: str, config_hash: str, weights_hash: str | None = None) -> None:
-    """ValueError if the adapter in `folder` was not trained on this base; weights_hash None: not known yet."""
+    """Compare the adapter in `folder` with a base.
+
+    Args:
+        folder (`Path`): What `save_adapter` wrote.
+        base_id (`str`), config_hash (`str`), weights_hash (`str`, *optional*): The base's, as in `Base`; a hash of None
+            is not known yet and not compared.
+
+    Raises ValueError if the adapter was trained on another base, FileNotFoundError as `read_base`.
+    """
     saved = read_base(folder)
     if saved.config_hash != config_hash:
         what = "shapes"
@@ -115,7 +155,7 @@ def refuse_other(folder: Path, base_id: str, config_hash: str, weights_hash: str
 
 
 def read_base(folder: Path) -> Base:
-    """What the adapter in `folder` was trained on. FileNotFoundError without an adapter, or without its base.json."""
+    """What the adapter in `folder` was trained on. Raises FileNotFoundError without an adapter or its base.json."""
     for name in ("adapter_config.json", "base.json"):
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder} has no {name}: it is not a folder that loader.save_adapter wrote")
@@ -123,13 +163,13 @@ def read_base(folder: Path) -> Base:
 
 
 def read_choice(folder: Path) -> Choice | None:
-    """The dynamic 4-bit choice beside the adapter in `folder`, if there is one."""
+    """The dynamic 4-bit choice of the adapter in `folder`, if there is one."""
     file = folder / "dynamic.json"
     return Choice.load(file) if file.exists() else None
 
 
-def peft_model(model: nn.Module) -> nn.Module:
-    """The same model, known to carry an adapter; else ValueError."""
+def peft_model(model: nn.Module) -> "PeftModel":
+    """The same model, known to carry an adapter. Raises ValueError if it does not."""
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):
@@ -137,8 +177,9 @@ def peft_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def _in_fp32(model: nn.Module) -> nn.Module:
-    """Master weights: in bf16 a step of 1e-5 on 0.02 is rounded away, in fp16 gradients cannot be scaled."""
+def _in_fp32(model: "PeftModel") -> "PeftModel":
+    """Trained weights as fp32 master weights: bf16 rounds a step of 1e-5 on 0.02 away, and gradients in fp16 cannot be
+    scaled."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -5,23 +5,27 @@ gives one list of token ids.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
-# For a base model that has no template: plain text, no token that the model has not met. The first token is the
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+# For a base model that has no template: plain text, no token that the model was not trained on. The first token is the
 # tokenizer's own begin token, if it has one; an answer ends with the end token.
 DEFAULT_TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}{{ message['role'].capitalize() }}: {{ message['content'] }}"
     "{{ eos_token if message['role'] == 'assistant' else '' }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-# tokens that their makers set aside for padding or never use in text, best first
+# tokens that are reserved for padding or never used in text, best first
 _PAD = (
     "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<|dummy_85|>", "<|endoftext|>", "<|fim_pad|>",
     "<|vision_pad|>", "[control_8]", "<unk>",
 )  # fmt: skip
 
 
-def load_tokenizer(folder: str | Path):
-    """The tokenizer of a model folder, ready. ValueError if it has none, or no token that could serve as padding."""
+def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a model folder, prepared. Raises ValueError if it has none, or as `prepare`."""
     from transformers import AutoTokenizer
 
     try:
@@ -31,10 +35,12 @@ def load_tokenizer(folder: str | Path):
     return prepare(tokenizer)
 
 
-def prepare(tokenizer):
-    """The same tokenizer, changed where it must be.
+def prepare(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+    """The same tokenizer, changed in place: a pad token, a chat template if it has none, padding on the left.
 
-    The pad token: if it is the end token, a loss that ignores padding never learns to stop, so another is taken.
+    If the pad token is the end token, a loss that ignores padding never learns to stop, so another is taken.
+
+    Raises ValueError without an end token, or any token that could serve as padding.
     """
     if tokenizer.eos_token is None:
         raise ValueError("the tokenizer has no end token, so a completion could not end: set tokenizer.eos_token first")
@@ -53,7 +59,13 @@ def prepare(tokenizer):
     return tokenizer
 
 
-def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
-    """Token ids of a conversation up to where the answer begins. Never tokenize its text again: BOS would double."""
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation up to where the answer begins.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): As `prepare` returns it.
+        messages (`list[dict]`): {"role", "content"} each. Don't tokenize the templated text instead: it holds the begin
+            token, and the tokenizer would add another.
+    """
     encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return list(encoded["input_ids"])
+    return list(cast("BatchEncoding", encoded)["input_ids"])

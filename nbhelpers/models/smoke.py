@@ -1,5 +1,4 @@
-"""A small random model of a preset's architecture, a tokenizer and word problems, made on the spot: for CI, where
-wiring counts.
+"""A small random model of a preset's architecture, a tokenizer and word problems, made on the spot for CI.
 
 The same preset gives the same weights every time, so an adapter trained on one can be loaded onto the next.
 """
@@ -7,11 +6,16 @@ The same preset gives the same weights every time, so an adapter trained on one 
 import json
 import random
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nbhelpers.architecture import Architecture
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 DATASET = "smoke/gsm8k"  # the `dataset` of a smoke preset: `make_dataset`'s folder
 CHATML = (
@@ -31,12 +35,12 @@ def make_dataset() -> Path:
     return _once("gsm8k", "test.jsonl", _write_problems)
 
 
-def _once(name: str, last: str, write_into) -> Path:
+def _once(name: str, last: str, write_into: Callable[[Path], object]) -> Path:
     """The folder `name` in the system's temporary directory, written unless its file `last` is there."""
     folder = Path(tempfile.gettempdir()) / "nbhelpers-smoke" / name
     if not (folder / last).exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as new:  # another process may be making it as well
+        with tempfile.TemporaryDirectory(dir=folder.parent) as new:  # another process may be writing it as well
             write_into(Path(new))
             try:
                 Path(new).rename(folder)
@@ -48,7 +52,7 @@ def _once(name: str, last: str, write_into) -> Path:
 
 def _write_problems(folder: Path) -> None:
     rng = random.Random(0)
-    rows = {}
+    rows: dict[str, dict[str, str]] = {}
     while len(rows) < 64:
         boxes, each, gone = rng.randint(3, 40), rng.randint(6, 60), rng.randint(1, 17)
         what = rng.choice(("pears", "bolts", "postcards", "seeds"))
@@ -63,7 +67,14 @@ def _write_problems(folder: Path) -> None:
 
 
 def write(architecture: Architecture, folder: str | Path, *, seed: int = 0, shard_bytes: int | None = None) -> Path:
-    """Random weights, config and tokenizer of `architecture` into `folder`, in shards of `shard_bytes` if given."""
+    """Write random weights in fp32, config and tokenizer of an architecture; the folder.
+
+    Args:
+        architecture (`Architecture`): The shapes.
+        folder (`str` or `Path`): Made if it is not there.
+        seed (`int`): Of the weights.
+        shard_bytes (`int`, *optional*): Largest file of weights, bytes; None leaves it to transformers.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -80,8 +91,8 @@ def write(architecture: Architecture, folder: str | Path, *, seed: int = 0, shar
     return Path(folder)
 
 
-def make_tokenizer():
-    """One byte, one token: nothing to train, any text can be encoded, 259 tokens."""
+def make_tokenizer() -> "PreTrainedTokenizerFast":
+    """A token for each byte, 259 with the special ones: nothing to train, and any text can be encoded."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+from nbhelpers import host
+
 SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
 _OTHER_FILES = (".txt", ".tsv", ".xlsx", ".xls")  # refused by name, not looked for on the hub
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -195,11 +197,8 @@ def _hub(name: str, columns: Sequence[str], config: str | None, split: str, stre
             f"accept its terms on its page and set HF_TOKEN. ({error})"
         ) from None
     except (ConnectionError, OfflineModeIsEnabled, HfHubHTTPError) as error:
-        raise ConnectionError(
-            f"the hub is out of reach and {name} is not in this machine's cache ({type(error).__name__}). Switch the "
-            "network on (Kaggle: Settings > Internet), or pass a copy instead of the name: a folder that holds "
-            f"{split}.parquet, .jsonl or .csv"
-        ) from None
+        copy = f"pass a copy instead of the name: a folder that holds {split}.parquet, .jsonl or .csv"
+        raise host.hub_out_of_reach(name, error, copy) from None
     except ValueError as error:  # no such config, no such split: datasets names those that there are
         raise ValueError(f"load_dataset({part}): {error}") from None
     if dataset.column_names is not None:  # unknown before the first row of some streams

@@ -11,7 +11,6 @@ transformers writes and reads, is `Position`. The hooks are in resume.py.
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import time
@@ -171,7 +170,7 @@ def rotate(root: Path, limit: int | None, best: str | None = None) -> None:
     ours = sorted(times, key=times.get)
     for folder in ours[: max(0, len(ours) - limit)] if limit and limit > 0 else []:
         if best is None or folder.resolve() != Path(best).resolve():
-            _remove(folder)
+            files.remove(folder, _aside(folder))
     shutil.rmtree(root / STAGING, ignore_errors=True)
 
 
@@ -189,20 +188,14 @@ def _time(folder: Path) -> float | None:
 
 
 def _put(staged: Path, final: Path) -> Path:
-    if final.exists():  # of an earlier run in the same folder
-        _remove(final)
-    os.replace(staged, final)
-    files.sync(final.parent)
+    files.put_in_place(staged, final, _aside(final))  # there may be one of an earlier run in the same folder
     return final
 
 
-def _remove(folder: Path) -> None:
-    """Away in one rename, so that nothing half removed has a checkpoint's name."""
-    gone = folder.parent / STAGING / f"removed-{folder.name}"
-    gone.parent.mkdir(exist_ok=True)
-    shutil.rmtree(gone, ignore_errors=True)
-    os.replace(folder, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+def _aside(folder: Path) -> Path:
+    """The name under which a checkpoint is deleted."""
+    (folder.parent / STAGING).mkdir(exist_ok=True)
+    return folder.parent / STAGING / f"removed-{folder.name}"
 
 
 def _sha256(file: Path) -> str:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from nbhelpers import gpu, loader, presets
 from nbhelpers.gpu import Card
 from nbhelpers.host import CannotRun
-from nbhelpers.loader import hub
+from nbhelpers.loader import base_model, calibration, hub
 from nbhelpers.models import chat, quantize, smoke
 
 ARCHITECTURES = ("qwen2.5-1.5b", "llama-3.1-8b", "mistral-7b", "phi-4")
@@ -177,7 +177,7 @@ def peak_of(work):
     return max(most) - start
 
 source = hub.find(sys.argv[1])
-model = stream.build(source, torch.float32)
+model = stream.empty_model(source, torch.float32)
 card = torch.device("meta")  # stands for a card: what is sent there leaves the host
 load = lambda: stream.fill(model, source.weights(), card, torch.float32, torch.float32, lambda n: None)
 files = sorted(Path(sys.argv[1]).glob("*.safetensors"))
@@ -297,7 +297,7 @@ def test_calibration_is_the_callers(tmp_path):
     assert len(four) == 14 - len(choice.kept)
     plain = load(preset, "nf4", calibration=choice)  # a preset on a small card turns to nf4; the choice then waits
     assert plain.nbhelpers_choice is None
-    assert loader.calibration_tokens(smoke.make_tokenizer()).shape == (1, 512)
+    assert calibration.token_ids(smoke.make_tokenizer()).shape == (1, 512)
 
 
 def test_measured_from_disk_is_measured_in_memory():
@@ -309,7 +309,7 @@ def test_measured_from_disk_is_measured_in_memory():
         for name, child in module.named_children():
             if hasattr(child, "base_layer"):
                 setattr(module, name, child.base_layer)
-    choice = quantize.choose(dense, [loader.calibration_tokens(smoke.make_tokenizer())])
+    choice = quantize.choose(dense, [calibration.token_ids(smoke.make_tokenizer())])
     assert choice.kept == streamed.kept and choice.model_bytes == streamed.model_bytes
     for a, b in zip(choice.layers, streamed.layers, strict=True):
         assert a.error == pytest.approx(b.error, rel=1e-3)
@@ -384,14 +384,14 @@ def test_a_card_too_small_is_told_before_the_download(monkeypatch):
     monkeypatch.setattr(gpu, "cards", lambda: [Card("Tesla T4", 15_800_000_000, (7, 5))])
     monkeypatch.setattr(gpu, "free_bytes", lambda index: 4_000_000_000)
     cuda = torch.device("cuda")
-    loader._check_room(real_source("qwen2.5-1.5b"), "nf4", cuda, torch.float16)
+    base_model.check_room(real_source("qwen2.5-1.5b"), "nf4", cuda, torch.float16)
     with pytest.raises(
         CannotRun, match=r"needs 6\.\d GB to load as nf4 .* 4\.0 GB free of 15\.8: 2\.\d GB too little"
     ) as e:
-        loader._check_room(real_source("llama-3.1-8b"), "nf4", cuda, torch.float16)
+        base_model.check_room(real_source("llama-3.1-8b"), "nf4", cuda, torch.float16)
     assert "qwen2.5-1.5b" in str(e.value) and "phi-4" not in str(e.value)
 
 
 def test_4_bit_on_a_cpu_says_that_it_is_slow():
     with pytest.warns(UserWarning, match="hopelessly slow"):
-        loader._check_room(real_source("llama-3.1-8b"), "nf4", torch.device("cpu"), torch.float32)
+        base_model.check_room(real_source("llama-3.1-8b"), "nf4", torch.device("cpu"), torch.float32)
