@@ -17,7 +17,7 @@ run: .venv/ready
 # notebooks/models/*.ipynb from the template and the presets; badges, install cells and tables from their one source.
 notebooks: .venv/ready
 	@$(BIN)/python notebooks/build.py
-	@$(BIN)/python benchmarks/readme.py
+	@$(BIN)/python -m benchmarks.readme
 
 # One thread a process and two processes: faster than two threads each that wait for each other. The model notebooks run
 # as copies in a fresh folder: beside the originals there may be checkpoints of a real run.

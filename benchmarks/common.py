@@ -1,4 +1,4 @@
-"""The one form of a results file (DESIGN, principle 2): what it was measured on, when, by which command, and the rows.
+"""The one form of a results file: what it was measured on, when, by which command, and the rows.
 
 common.write("loader", [common.row("phi-4/nf4/final", "ours", 9.3, "GB")])
 """
@@ -11,32 +11,34 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-# A script puts its own folder on sys.path, where transformers, looking for the hub package `kernels`, would find and
-# run kernels.py. What a script needs of this folder it imports before or from here.
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
-
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = (
     "torch", "triton", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "vllm", "liger-kernel",
     "numpy", "nbhelpers",
 )  # fmt: skip
 
+Row = dict[str, Any]
 
-def row(what: str, who: str, value: float, unit: str, **more) -> dict:
+
+def row(what: str, who: str, value: float, unit: str, **more: Any) -> Row:
     """One measurement. what: "<preset>/<setting>/<metric>"; who: "ours", "transformers", "trl", "vllm", "floor", ..."""
     return {"what": what, "who": who, "value": value, "unit": unit, **more}
 
 
-def host() -> dict:
+def host() -> dict[str, Any]:
     """GPU, driver and versions; what is not there is left out."""
     from nbhelpers.host import cpu
 
-    found = {"machine": platform.machine(), "system": platform.system(), "python": platform.python_version()}
-    found |= {"cpu": cpu(), "cores": os.cpu_count()}
+    about: dict[str, Any] = {
+        "machine": platform.machine(), "system": platform.system(), "python": platform.python_version(),
+        "cpu": cpu(), "cores": os.cpu_count(),
+    }  # fmt: skip
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            about[package] = version(package)
         except PackageNotFoundError:
             continue
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
@@ -46,33 +48,44 @@ def host() -> dict:
         lines = []
     if lines:
         name, driver = (part.strip() for part in lines[0].split(","))
-        found |= {"gpu": name, "gpus": len(lines), "driver": driver}
+        about |= {"gpu": name, "gpus": len(lines), "driver": driver}
     if "torch" in sys.modules:
-        found["cuda"] = sys.modules["torch"].version.cuda
-    return found
+        about["cuda"] = sys.modules["torch"].version.cuda
+    return about
 
 
-def write(name: str, rows: list[dict], folder: Path = RESULTS) -> Path:
-    """Write benchmarks/results/<name>.json, whole; returns its path. A benchmark calls it as often as it has more."""
+def command() -> str:
+    """How this process was called: `python -m benchmarks.engines --first`, or a script's path from the root."""
     script = Path(sys.argv[0]).resolve()
-    root = Path(__file__).parents[1]
-    shown = script.relative_to(root) if script.is_relative_to(root) else script.name
-    document = {
-        "host": host(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": " ".join(["python", str(shown), *sys.argv[1:]]),
-        "rows": rows,
-    }
+    called = script.name
+    if script.is_relative_to(ROOT) and script.suffix == ".py":
+        parts = script.relative_to(ROOT).with_suffix("").parts
+        called = f"-m {'.'.join(part for part in parts if part != '__main__')}"
+    return " ".join(["python", called, *sys.argv[1:]])
+
+
+def write(name: str, rows: list[Row], folder: Path = RESULTS) -> Path:
+    """Write <folder>/<name>.json, whole; returns its path. A benchmark calls it as often as it has more."""
+    date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    document = {"host": host(), "date": date, "command": command(), "rows": rows}
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.json"
     file.write_text(json.dumps(document, indent=1) + "\n")
     return file
 
 
+def publish(name: str, rows: list[Row], folder: Path | None = None) -> Path:
+    """`write`, and once more below $OUT, where that is set: what a lent machine hands back. Returns the first path."""
+    file = write(name, rows, folder or RESULTS)
+    if out := os.environ.get("OUT"):  # by the folder's own name there too: parallel calls may share $OUT
+        write(name, rows, Path(out, folder.name) if folder else Path(out))
+    return file
+
+
 def join(name: str, files: list[Path], folder: Path = RESULTS) -> None:
     """Put the rows of `files` into the committed results file, a later file's over an earlier one's, and write it to
     `folder`. Each row says in `run` which call it came from; host, date and command are the last file's."""
-    rows = {}
+    rows: dict[tuple[str, str], Row] = {}
     for file in (RESULTS / f"{name}.json", *files):
         document = json.loads(file.read_text())
         run = f"{document['date']}, {document['command']}"
@@ -81,7 +94,7 @@ def join(name: str, files: list[Path], folder: Path = RESULTS) -> None:
     (folder / f"{name}.json").write_text(json.dumps({**document, "rows": list(rows.values())}, indent=1) + "\n")
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[Row]) -> str:
     """A line a measurement, a column for each `who`."""
     whos = list(dict.fromkeys(r["who"] for r in rows))
     values = {(r["what"], r["who"]): f"{r['value']:.4g}" for r in rows}

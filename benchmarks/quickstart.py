@@ -1,6 +1,6 @@
 """Does a model learn? The quickstart from its first cell to its last, as a script, on this machine.
 
-    python benchmarks/quickstart.py        on a CPU: three seeds, and once in NF4 with LoRA, as large models learn
+    python -m benchmarks.quickstart        on a CPU: three seeds, and once in NF4 with LoRA, as large models learn
                                            on a GPU: as it stands and in NF4 with LoRA, then that as a T4 would (fp16)
 
 Runs the cells of notebooks/00_quickstart.ipynb in a fresh process each time, on 512 held-out pairs at temperature 1,
@@ -15,15 +15,15 @@ import tempfile
 import time
 from pathlib import Path
 
-import common
 import torch
 
-ROOT = Path(__file__).parents[1]
-NOTEBOOK = ROOT / "notebooks" / "00_quickstart.ipynb"
+from benchmarks import common
+
+NOTEBOOK = common.ROOT / "notebooks" / "00_quickstart.ipynb"
 LORA = 'QUANTIZATION, LORA_RANK, LEARNING_RATE = "nf4", 16, 0.003'
 ON_CPU = {**{f"seed-{seed}": f"SEED = {seed}" for seed in (0, 1, 2)}, "nf4-lora-16": LORA}
 ON_GPU = {"gpu": "", "gpu-nf4-lora-16": LORA, "gpu-nf4-lora-16-t4": LORA}
-T4 = "from benchmarks.engines_child import play_t4\n\nplay_t4()"
+T4 = "from benchmarks.harness import play_t4\n\nplay_t4()\n\n"
 
 
 def script(parameters: str, folder: str) -> str:
@@ -38,12 +38,14 @@ def script(parameters: str, folder: str) -> str:
     return "\n\n".join(parts)
 
 
-def rows_of(name: str, parameters: str) -> list[dict]:
+def rows_of(name: str, parameters: str) -> list[common.Row]:
     """Run the notebook once and read its report.json."""
     with tempfile.TemporaryDirectory() as out:
-        code = f"{T4}\n\n" * name.endswith("-t4") + script(parameters, out)
+        code = script(parameters, out)
+        if name.endswith("-t4"):
+            code = T4 + code
         started = time.time()
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "-c", code], cwd=common.ROOT, check=True)
         seconds = time.time() - started
         report = json.loads(Path(out, "report.json").read_text())
     rows = [
@@ -63,7 +65,8 @@ def rows_of(name: str, parameters: str) -> list[dict]:
 
 
 def main() -> None:
-    rows, gpu = [], torch.cuda.is_available()
+    rows: list[common.Row] = []
+    gpu = torch.cuda.is_available()
     for name, parameters in (ON_GPU if gpu else ON_CPU).items():
         rows += rows_of(name, parameters)
         common.write("quickstart_gpu" if gpu else "quickstart", rows)

@@ -1,21 +1,18 @@
 """Write the README's tables from benchmarks/results/*.json: no figure in it is typed.
 
-python benchmarks/readme.py           # rewrites what stands between the markers in README.md
-python benchmarks/readme.py --check   # exit status 1 if that would change anything (CI)
+python -m benchmarks.readme           # rewrites what stands between the markers in README.md
+python -m benchmarks.readme --check   # exit status 1 if that would change anything (CI)
 """
 
 import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "notebooks"))
+from nbhelpers import memory, presets
+from notebooks.build import MODELS as NOTEBOOKS
+from notebooks.build import badges
 
-from build import MODELS as NOTEBOOKS  # noqa: E402
-from build import badges  # noqa: E402
-
-from nbhelpers import memory, presets  # noqa: E402
-
+ROOT = Path(__file__).parents[1]  # where this copy of it stands: a test puts it beside another README
 RESULTS = ROOT / "benchmarks" / "results"
 MODELS = {"qwen2.5-1.5b": "Qwen2.5-1.5B", "llama-3.1-8b": "Llama-3.1-8B", "phi-4": "Phi-4 14B"}
 

@@ -1,39 +1,49 @@
-"""One preset's cases of benchmarks/step.py, in a process of their own: what they share, and the cases of ours.
+"""One preset's cases of `python -m benchmarks.step`, in a process of their own: what they share, and the cases of ours.
 
-The peer's are in step_trl.py, the comparisons with exact results in step_check.py.
+The peer's are in trl.py, the comparisons with exact results in check.py.
 """
 
 import gc
-import json
 import math
 import statistics
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from benchmarks import common, random_model
-from nbhelpers import architecture, memory, presets
+from benchmarks import common, harness, random_model
+from benchmarks.harness import GB
+from benchmarks.random_model import Model
+from nbhelpers import memory, presets
 
-GB = architecture.GB
+if TYPE_CHECKING:
+    from nbhelpers.training.lean_step import LeanStep
+    from nbhelpers.training.objective import Outcome
+
 LENGTHS = {"1K": 1024, "4K": 4096, "20K": 20480}
 GOALS = {"qwen2.5-1.5b": (2.0, 2.2, 3.0), "llama-3.1-8b": (7.4, 7.8, 9.4), "phi-4": (11.5, 12.0, 14.0)}
 CAPS = {"qwen2.5-1.5b": 5, "llama-3.1-8b": 15}  # GB of the whole process at 20K
 
-
-def main(job: dict) -> None:
-    from benchmarks import step_check, step_trl
-
-    kinds = {"check": step_check.check, "errors": step_check.errors, "trl": step_trl.measure}
-    kinds |= {"ours": ours, "groups": groups, "t4": t4}
-    kinds[job["kind"]](Job(**job))
+Batch = dict[str, Tensor]
 
 
 class Job:
-    """One preset's cases of one kind; rows are appended to a file as they come."""
+    """One preset's cases of one kind; rows are appended to a file as they come.
 
-    def __init__(self, preset, kind, file, quick, margin, lengths):
+    Args:
+        preset (`str`): Its name.
+        kind (`str`): Which cases: "ours", "trl", ...
+        file (`str`): Where rows go.
+        quick (`bool`): Tiny shapes on a CPU.
+        margin (`float`): GB below a cell's goal that the step is given.
+        lengths (`list[str]`): Of "1K", "4K" and "20K"; empty: all of them.
+    """
+
+    def __init__(self, preset: str, kind: str, file: str, quick: bool, margin: float, lengths: list[str]):
         self.name, self.kind, self.file, self.quick, self.margin = preset, kind, file, quick, margin
         self.every_length = {"1K": 48, "4K": 80} if quick else LENGTHS
         self.prompt, self.group, self.rank = (16, 4, 4) if quick else (256, 8, 16)
@@ -44,13 +54,13 @@ class Job:
         self.device = torch.device("cuda" if self.cuda else "cpu")
         self.dtype = (torch.float16 if kind == "t4" else torch.bfloat16) if self.cuda else torch.float32
 
-    def row(self, what, who, value, unit, **more):
-        found = common.row(f"{self.name}/{what}", who, float(f"{value:.5g}"), unit, **more)
-        print(f"  {found['what']:44s} {who:10s} {value:12.4f} {unit} {more or ''}", flush=True)
-        with open(self.file, "a") as f:
-            f.write(json.dumps(found) + "\n")
+    def row(self, what: str, who: str, value: float, unit: str, **more: Any) -> None:
+        """Write one measurement to the file and to the screen."""
+        row = common.row(f"{self.name}/{what}", who, float(f"{value:.5g}"), unit, **more)
+        print(f"  {row['what']:44s} {who:10s} {value:12.4f} {unit} {more or ''}", flush=True)
+        harness.append_row(row, self.file)
 
-    def attempt(self, what, function, *arguments):
+    def attempt(self, what: str, function: Callable, *arguments: Any) -> Any:
         """Run a case; an error is printed and the next case goes on. Returns its result or None."""
         try:
             return function(*arguments)
@@ -66,7 +76,7 @@ class Job:
 
     # ---------------------------------------------------------------------------------------- model, tokens, measuring
 
-    def model(self, layers=None):
+    def model(self, layers: int | None = None) -> Model:
         """Random NF4 weights on the device; the adapter rounded to bf16, kept in fp32."""
         start = time.perf_counter()
         shape = replace(self.architecture, num_hidden_layers=layers) if layers else self.architecture
@@ -75,7 +85,8 @@ class Job:
         print(f"  {self.name}: built in {time.perf_counter() - start:.1f} s", flush=True)
         return model.train()
 
-    def fill_adapter(self, model):
+    def fill_adapter(self, model: Model) -> None:
+        """The same random numbers for every model of this shape: fp32 that bf16 can hold."""
         generator = torch.Generator().manual_seed(1)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -83,7 +94,7 @@ class Job:
                 value = torch.randn(parameter.shape, generator=generator) * scale
                 parameter.data.copy_(value.bfloat16().float())
 
-    def with_optimizer(self, model):
+    def with_optimizer(self, model: Model) -> torch.optim.Optimizer | None:
         """8-bit Adam after one step, so that its states are on the card."""
         trained = [p for p in model.parameters() if p.requires_grad]
         if self.cuda:
@@ -97,12 +108,13 @@ class Job:
             return optimizer
         return None
 
-    def batch(self, length, rows=None):
+    def batch(self, length: int, rows: int | None = None) -> Batch:
+        """`rows` completions (by default a group) of one prompt, `length` tokens with it, as TRL's trainer has them."""
         rows = rows or self.group
         generator, own = torch.Generator().manual_seed(2), length - self.prompt
         words = self.architecture.vocab_size
         prompt = torch.randint(3, words, (1, self.prompt), generator=generator).expand(rows, self.prompt).contiguous()
-        found = {
+        batch = {
             "prompt_ids": prompt,
             "prompt_mask": torch.ones_like(prompt),
             "completion_ids": torch.randint(3, words, (rows, own), generator=generator),
@@ -110,46 +122,40 @@ class Job:
             "advantages": torch.randn(rows, generator=generator),
             "num_items_in_batch": torch.tensor(rows * own),
         }
-        return {name: value.to(self.device) for name, value in found.items()}
+        return {name: value.to(self.device) for name, value in batch.items()}
 
-    def measure(self, function, repeats=3, warm=1):
+    def measure(self, function: Callable, repeats: int = 3, warm: int = 1) -> tuple[float, float, float]:
         """(seconds, median; allocator's peak GB; driver's GB). The peak is of all runs, the first one's too."""
         if self.cuda:
             gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        times = []
-        for _ in range(warm + repeats):
-            if self.cuda:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            function()
-            if self.cuda:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
+        times = [harness.timed(function) for _ in range(warm + repeats)]
         if not self.cuda:
             return statistics.median(times[warm:]), 0.0, 0.0
-        free, total = torch.cuda.mem_get_info()
-        return statistics.median(times[warm:]), torch.cuda.max_memory_allocated() / GB, (total - free) / GB
+        return statistics.median(times[warm:]), torch.cuda.max_memory_allocated() / GB, harness.driver_gb()
 
-    def measured(self, setting, who, function, **options):
-        more = options.pop("more", {})
-        seconds, peak, driver = self.measure(function, **options)
-        times = more.get("rows", 1)
+    def measured(
+        self, setting: str, who: str, function: Callable, repeats: int = 3, warm: int = 1, times: int = 1
+    ) -> tuple[float, float]:
+        """`measure`, and its rows. times: of how many rows `function` does one. Returns (seconds of all, peak GB)."""
+        seconds, peak, driver = self.measure(function, repeats, warm)
         note = {"note": f"one of {times} rows, time x {times}"} if times > 1 else {}
         self.row(f"{setting}/train_peak", who, peak, "GB", **note)
         self.row(f"{setting}/train_peak_driver", who, driver, "GB", **note)
         self.row(f"{setting}/train_time", who, seconds * times, "s", **note)
         return seconds * times, peak
 
-    def lean(self, model, budget_gb=None, **options):
+    def lean(self, model: Model, budget_gb: float | None = None, **options: Any) -> "LeanStep":
+        """Ours: a LeanStep of the model within `budget_gb`, with the options given."""
         from nbhelpers.training.lean_step import LeanStep
 
         context = (lambda: torch.autocast("cuda", dtype=self.dtype)) if self.cuda else None
         options |= {"autocast": context} if context else {}
         return LeanStep(model, budget_gb if self.cuda else None, **options)
 
-    def run_ours(self, step, batch, backward=None):
+    def run_ours(self, step: "LeanStep", batch: Batch, backward: Callable[[Tensor], None] | None = None) -> "Outcome":
+        """One forward and backward of the batch; gradients are in the parameters afterwards."""
         from nbhelpers.training import objective
 
         for parameter in step.trained:
@@ -157,14 +163,16 @@ class Job:
         settings = objective.Settings(loss_type="grpo", max_completion_length=batch["completion_ids"].shape[1])
         return objective.run(step, batch, settings, backward=backward or torch.Tensor.backward)
 
-    def describe(self, step):
+    def describe(self, step: "LeanStep") -> None:
+        """Print how the last batch was cut."""
         parts = [(len(p.rows), p.tokens.packed, p.kept, p.on_card, p.tile) for p in step.parts]
         host = step.decoder.store.host_bytes() / GB
         print(
             f"  {step.work.attention}; (rows, tokens, kept, on card, tile): {parts}; {host:.2f} GB pinned", flush=True
         )
 
-    def plan_row(self, setting, length, budget, attention, rows=None):
+    def plan_row(self, setting: str, length: int, budget: float, attention: str, rows: int | None = None) -> None:
+        """What the planner predicts for the same case."""
         plan = memory.plan(
             self.preset, card_gb=140, num_generations=rows or self.group, max_prompt_length=self.prompt,
             max_completion_length=length - self.prompt, lora_rank=self.rank, quantization="nf4", budget_gb=budget,
@@ -176,7 +184,8 @@ class Job:
 # ---- the cases of ours ----
 
 
-def ours(job):
+def ours(job: Job) -> None:
+    """Each length within its goal, and 1K with as much memory as it likes."""
     model = job.model()
     optimizer = job.with_optimizer(model)
     goals = dict(zip(job.every_length, GOALS[job.name], strict=False))
@@ -185,7 +194,7 @@ def ours(job):
     for setting in cases:
         length = job.every_length[setting.removesuffix("-roomy")]
 
-        def case(setting=setting, length=length):
+        def case(setting: str = setting, length: int = length) -> None:
             budget = None if setting.endswith("-roomy") else goals[setting] - job.margin
             cap = CAPS.get(job.name) if setting == "20K" and job.cuda else None
             if cap:
@@ -207,7 +216,7 @@ def ours(job):
     del optimizer
 
 
-def groups(job):
+def groups(job: Job) -> None:
     """Cost against the size of the group, at 1K."""
     model = job.model()
     optimizer = job.with_optimizer(model)
@@ -225,7 +234,7 @@ def groups(job):
     del optimizer
 
 
-def t4(job):
+def t4(job: Job) -> None:
     """fp16, the memory-efficient attention alone; none of our kernels uses tl.dot."""
     if job.cuda:
         torch.backends.cuda.enable_flash_sdp(False)
@@ -235,18 +244,18 @@ def t4(job):
     goals = dict(zip(job.every_length, GOALS[job.name], strict=False))
     for setting, length in job.lengths.items():
 
-        def case(setting=setting, length=length):
+        def case(setting: str = setting, length: int = length) -> None:
             rows = 1 if length > 8192 else job.group  # a micro-batch there is one row anyway
             budget = goals[setting] + 0.6  # K and V are expanded to all heads, which takes memory
             step = job.lean(model, budget, attention="efficient" if job.cuda else "rows")
             batch = job.batch(length, rows)
-            outcomes = []
+            outcomes: list[Outcome] = []
 
-            def once():
+            def once() -> None:
                 outcomes[:] = [job.run_ours(step, batch, lambda loss: (loss * 1024.0).backward())]
 
-            job.measured(f"{setting}-t4", "ours", once, repeats=1, warm=int(length < 2048))
-            finite = all(torch.isfinite(p.grad).all().item() for p in step.trained)
+            job.measured(f"{setting}-t4", "ours", once, repeats=1, warm=1 if length < 2048 else 0)
+            finite = all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in step.trained)
             loss = outcomes[0].loss.item()
             job.row(f"{setting}-t4/finite", "ours", float(math.isfinite(loss) and finite), "1 = yes", rows=rows)
             job.row(f"{setting}-t4/mean_logprob", "ours", outcomes[0].logps.mean().item(), "nats")

@@ -1,12 +1,14 @@
-"""What benchmarks/kernels.py compares: the models' shapes, and for each kernel the contestants on the same inputs."""
+"""What the kernels are compared on: the models' shapes, and for each kernel the contestants on the same inputs."""
 
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from nbhelpers import kernels
 from nbhelpers.models import projection
@@ -14,6 +16,8 @@ from nbhelpers.models import projection
 
 @dataclass(frozen=True)
 class Shape:
+    """The sizes of a model's layers and head."""
+
     name: str
     family: str  # transformers' model_type
     hidden: int
@@ -37,11 +41,11 @@ class Intermediate(torch.autograd.Function):
     """A leaf as if an operation had produced it: kernels that write over their input may do so, as in a model."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.data
 
     @staticmethod
-    def backward(ctx, dx):
+    def backward(ctx: Any, dx: Tensor) -> Tensor:
         return dx
 
 
@@ -49,14 +53,14 @@ class Intermediate(torch.autograd.Function):
 class Case:
     """One kernel at one shape. Contestants take the inputs; bytes are what has to be read and written once."""
 
-    inputs: list
-    contestants: dict
+    inputs: list[Tensor]
+    contestants: dict[str, Any]
     bytes_forward: int = 0
     bytes_both: int = 0
-    parameters: list = field(default_factory=list)  # what else gets a gradient
+    parameters: list[Tensor] = field(default_factory=list)  # what else gets a gradient
 
 
-def liger():
+def liger() -> dict[str, Callable]:
     """Liger's functions, or an error that says it is not there."""
     from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
@@ -73,7 +77,9 @@ def liger():
     }
 
 
-def elementwise(shape, batch, length, dtype, device, compiled):
+def elementwise(
+    shape: Shape, batch: int, length: int, dtype: torch.dtype, device: torch.device, compiled: Callable
+) -> dict[str, Case]:
     """{kernel: Case} of the element-wise kernels. `compiled` wraps a function as torch.compile does."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
@@ -82,17 +88,17 @@ def elementwise(shape, batch, length, dtype, device, compiled):
     w = norm.weight
     fused = liger() if device.type == "cuda" else {}
 
-    def rms_norm(x):
+    def rms_norm(x: Tensor) -> Tensor:
         return norm(x)
 
-    def rms_norm_add(x, residual):
+    def rms_norm_add(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         s = residual + x
         return s, norm(s)
 
-    def swiglu(gate, up):
+    def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         return F.silu(gate) * up
 
-    def swiglu_packed(gate_up):
+    def swiglu_packed(gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
@@ -101,7 +107,10 @@ def elementwise(shape, batch, length, dtype, device, compiled):
     q, k = (make(batch, length, n, shape.head_dim).requires_grad_() for n in (shape.heads, shape.kv_heads))
     angle = torch.rand(1, length, shape.head_dim // 2, device=device).repeat(1, 1, 2) * 6
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-    flat = lambda f: lambda q, k: f(*(Intermediate.apply(t).transpose(1, 2) for t in (q, k)), cos, sin)  # noqa: E731
+
+    def flat(function: Any) -> Callable:
+        return lambda q, k: function(*(Intermediate.apply(t).transpose(1, 2) for t in (q, k)), cos, sin)
+
     stock_rope = compiled(apply_rotary_pos_emb)
     cases = {
         "rms_norm": Case(
@@ -138,13 +147,14 @@ def elementwise(shape, batch, length, dtype, device, compiled):
             4 * (q.numel() + k.numel() + cos.numel()) * size,
         ),
     }
+    ours: Callable
+    eager: Callable
     if shape.family == "phi3":
         gate_up = [make(batch, length, 2 * shape.wide).requires_grad_()]
-        three = ("swiglu_packed", kernels.swiglu_packed, swiglu_packed)
+        name, ours, eager = "swiglu_packed", kernels.swiglu_packed, swiglu_packed
     else:
         gate_up = [make(batch, length, shape.wide).requires_grad_() for _ in range(2)]
-        three = ("swiglu", kernels.swiglu, swiglu)
-    name, ours, eager = three
+        name, ours, eager = "swiglu", kernels.swiglu, swiglu
     cases["swiglu"] = Case(
         gate_up,
         {"ours": ours, "eager": eager, "compile": compiled(eager), "liger": fused.get(name)},
@@ -157,7 +167,7 @@ def elementwise(shape, batch, length, dtype, device, compiled):
     return cases
 
 
-def linear4bit(inputs, outputs, dtype, device, bias=False):
+def linear4bit(inputs: int, outputs: int, dtype: torch.dtype, device: torch.device, bias: bool = False) -> nn.Linear:
     """A random NF4 layer of bitsandbytes."""
     import bitsandbytes as bnb
 
@@ -171,11 +181,11 @@ def linear4bit(inputs, outputs, dtype, device, bias=False):
     return layer
 
 
-def add_lora(model, names, dtype=torch.float32):
+def add_lora(model: Any, names: Sequence[str], dtype: torch.dtype = torch.float32) -> Any:
     """peft's LoRA on the named layers, with a B that is not zero."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names)
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(names))
     model = get_peft_model(model, config)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -188,7 +198,7 @@ def add_lora(model, names, dtype=torch.float32):
 class Linears(nn.Module):
     """The linear layers of one decoder layer, NF4; peft needs a module to wrap."""
 
-    def __init__(self, shape, dtype, device):
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device):
         super().__init__()
         make = partial(linear4bit, dtype=dtype, device=device)
         heads, kv_heads = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -207,29 +217,41 @@ class Linears(nn.Module):
 NAMES = ["q", "k", "v", "gate", "up", "down"]
 
 
-def lora(shape, tokens, dtype, device, lora_dtype, compiled=None):
+def _served(layer: nn.Module) -> kernels.Projection:
+    part = projection.projection(layer)
+    assert not isinstance(part, str), part  # why the kernels do not serve it
+    return part
+
+
+def lora(
+    shape: Shape,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    lora_dtype: torch.dtype,
+    compiled: Callable | None = None,
+) -> tuple[dict[str, Case], dict[str, kernels.Projection]]:
     """{kernel: Case} of the products with LoRA, and {name: Projection}. Stock (eager) is peft on bitsandbytes."""
-    layers = add_lora(Linears(shape, dtype, device), NAMES, lora_dtype).base_model.model.layers
+    layers: Any = add_lora(Linears(shape, dtype, device), NAMES, lora_dtype).base_model.model.layers
     q, k, v, gate, up, down = (layers[name] for name in NAMES)
-    parts = {name: projection.projection(layers[name]) for name in NAMES}
-    assert not any(isinstance(part, str) for part in parts.values()), parts
+    parts = {name: _served(layers[name]) for name in NAMES}
     x = torch.randn(tokens, shape.hidden, dtype=dtype, device=device, requires_grad=True)
 
-    def group(*layers):
+    def group(*layers: nn.Module) -> Callable:
         return lambda x: tuple(layer(x) for layer in layers)
 
-    def mlp(x):
+    def mlp(x: Tensor) -> Tensor:
         return down(F.silu(gate(x)) * up(x))
 
     qkv = tuple(parts[name] for name in "qkv")
     size, heads = dtype.itemsize, (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    four_bits = lambda n: n * 33 // 64  # noqa: E731  (4 bits, and one byte for every 64)
 
-    def case(names, ours, stock, wide, weights):
+    def case(names: Sequence[str], ours: Callable, stock: Callable, wide: int, weights: int) -> Case:
+        four_bits = weights * 33 // 64  # and one byte for every 64
         io = tokens * (shape.hidden + wide) * size
         contestants = {"ours": ours, "eager": stock} | ({"compile": compiled(stock)} if compiled else {})
-        learn = [t for name in names for t in (parts[name].lora_a, parts[name].lora_b)]
-        return Case([x], contestants, io + four_bits(weights), 3 * io + 2 * four_bits(weights), learn)
+        learn = [t for name in names for t in (parts[name].lora_a, parts[name].lora_b) if t is not None]
+        return Case([x], contestants, io + four_bits, 3 * io + 2 * four_bits, learn)
 
     gate_up = (parts["gate"], parts["up"])
     heads_in, wide_in = shape.hidden * heads, shape.hidden * shape.wide
@@ -249,7 +271,15 @@ def lora(shape, tokens, dtype, device, lora_dtype, compiled=None):
     return made, parts
 
 
-def one_layer_model(shape, dtype, device, layers=1, words=256, quantise=True, lora_dtype=torch.float32):
+def one_layer_model(
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    layers: int = 1,
+    words: int = 256,
+    quantise: bool = True,
+    lora_dtype: torch.dtype = torch.float32,
+) -> Any:
     """A stock transformers model of this shape with `layers` layers, NF4 and LoRA r=16 on every linear of them."""
     from transformers import AutoConfig, AutoModelForCausalLM
 

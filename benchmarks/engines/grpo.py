@@ -1,14 +1,16 @@
-"""Whole GRPO steps for benchmarks/engines.py: the workload that ours and the peer's share, and ours.
-
-The peer's are in engines_trl.py.
-"""
+"""Whole GRPO steps: the workload that ours and the peer's (trl.py) share, and ours."""
 
 import statistics
+import tempfile
 import time
+from functools import wraps
+from typing import Any
 
 import torch
 
-from benchmarks.engines_child import GB, build, driver_gb, peak_driver, tempfile_folder, wait
+from benchmarks.harness import GB, Job, build, driver_gb, peak_driver, wait
+
+from .cases import RowWriter
 
 KEPT = {  # of the last step's log
     "completions/mean_length": "completion",
@@ -18,28 +20,38 @@ KEPT = {  # of the last step's log
 }
 
 
-def watched(call, seconds: list[float]):
-    """`call`, whose every duration is added to `seconds`."""
+def watch(owner: Any, method: str) -> list[float]:
+    """From now on each call of this one instance's method adds the seconds that it took to the list returned."""
+    seconds: list[float] = []
+    call = getattr(owner, method)
 
-    def timed_call(*args, **options):
+    @wraps(call)
+    def timed_call(*args: Any, **options: Any) -> Any:
         wait()
         start = time.perf_counter()
-        found = call(*args, **options)
+        result = call(*args, **options)
         wait()
         seconds.append(time.perf_counter() - start)
-        return found
+        return result
 
-    return timed_call
+    setattr(owner, method, timed_call)
+    return seconds
 
 
-def logged(log: dict, names: dict[str, str]) -> dict:
+def logged(log: dict[str, float], names: dict[str, str]) -> dict[str, float]:
     """What of a step's log goes into a row, and under which name."""
     return {name: round(float(log[key]), 4) for key, name in names.items() if key in log}
 
 
-def workload(quick: bool, context: int) -> tuple[dict, dict, list[float]]:
-    """The workload of the GRPO steps, ours and the peer's alike: (arguments for a GRPOConfig, arguments for a
-    GRPOTrainer, seconds of each step so far). G=8, one prompt of 256 tokens a step, `context` tokens in all."""
+def workload(quick: bool, context: int) -> tuple[dict[str, Any], dict[str, Any], list[float]]:
+    """The workload of the GRPO steps, ours and the peer's alike: 8 completions of one prompt of 256 tokens a step.
+
+    Args:
+        quick (`bool`): 24 + 8 tokens instead.
+        context (`int`): Tokens of a prompt and its completion together.
+
+    Returns arguments for a GRPOConfig, arguments for a GRPOTrainer, and the seconds of each step so far.
+    """
     from datasets import Dataset
     from transformers import TrainerCallback
 
@@ -48,11 +60,11 @@ def workload(quick: bool, context: int) -> tuple[dict, dict, list[float]]:
     times: list[float] = []
 
     class Clock(TrainerCallback):
-        def on_step_begin(self, *_, **__):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
             wait()
             times.append(-time.perf_counter())
 
-        def on_step_end(self, *_, **__):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
             wait()
             times[-1] += time.perf_counter()
 
@@ -70,11 +82,12 @@ def workload(quick: bool, context: int) -> tuple[dict, dict, list[float]]:
     return settings, parts, times
 
 
-def steps(job: dict, row) -> None:
+def steps(job: Job, row: RowWriter) -> None:
     """`steps` whole steps of LeanGRPOTrainer, G=8, a prompt of 256 tokens, in a process that may take `cap` GB in all;
     or as many such processes as there are `gpus`, each with a prompt of its own.
 
-    generating_s and training_s (forward and backward) are the last step's."""
+    generating_s and training_s (forward and backward) are the last step's.
+    """
     from accelerate import PartialState
 
     from nbhelpers.training.trainer import LeanGRPOConfig, LeanGRPOTrainer
@@ -88,18 +101,20 @@ def steps(job: dict, row) -> None:
         budget = cap - context - 0.15  # Triton's and cuBLAS's own modules come on top
         torch.cuda.set_per_process_memory_fraction(budget * GB / torch.cuda.mem_get_info()[1])
     model = build(job)
-    settings, parts, times = workload(job.get("quick"), job["context"])
-    generated, trained = [], []
-    with tempfile_folder() as folder, peak_driver() as peak:
+    settings, parts, times = workload(job["quick"], job["context"])
+    with tempfile.TemporaryDirectory() as folder, peak_driver() as peak:
         args = LeanGRPOConfig(folder, max_steps=job["steps"], **settings)
         # the cap counts what torch holds, the budget what it gives out: the graphs' pool lies between them
         extra = {"budget_gb": budget - 0.1} if torch.cuda.is_available() else {}
         trainer = LeanGRPOTrainer(model, args=args, engine="graph", **parts, **extra)
-        trainer.engine.generate = watched(trainer.engine.generate, generated)
-        trainer._compute_loss = watched(trainer._compute_loss, trained)
+        generated, trained = watch(trainer.engine, "generate"), watch(trainer, "compute_loss")
         trainer.train()
     setting = f"{job['context'] // 1024}K{'-t4' if job.get('t4') else ''}{f'-{gpus}-gpus' if gpus > 1 else ''}"
-    written = {"generating_s": round(generated[-1], 3), "training_s": round(trained[-1], 3), "steps": len(times)}
+    written: dict[str, Any] = {
+        "generating_s": round(generated[-1], 3),
+        "training_s": round(trained[-1], 3),
+        "steps": len(times),
+    }
     written["dtype"] = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
     written |= logged(trainer.state.log_history[-2], KEPT)  # -1: the whole run's
     if gpus > 1:  # each learned from all of them: the adapters must be the same in the end

@@ -1,4 +1,4 @@
-"""The peer's whole GRPO step, for benchmarks/engines.py --trl: stock TRL, with vLLM in the same process.
+"""The peer's whole GRPO step, for --trl: stock TRL, with vLLM in the same process.
 
 QLoRA as TRL's own arguments give it: base in NF4 with double quantisation through bitsandbytes, LoRA of rank 16 on all
 linear layers, bf16, gradient checkpointing (TRL's default). TRL sees a bitsandbytes model and has vLLM make an NF4 copy
@@ -8,14 +8,17 @@ into vLLM without their scales (upstream trl #4973) and unmerges. How far apart 
 
 import math
 import statistics
+import tempfile
 import time
+from typing import Any
 
 import torch
 
-from benchmarks.engines_child import GB, checkpoint, driver_gb, peak_driver, shape, tempfile_folder
-from benchmarks.engines_grpo import logged, watched, workload
+from benchmarks.harness import GB, Job, checkpoint, driver_gb, kv_token_bytes, peak_driver, shape
 from nbhelpers import presets
-from nbhelpers.memory.micro_batches import Work
+
+from .cases import RowWriter
+from .grpo import logged, watch, workload
 
 WORK = 2.5  # GB of vLLM's share beside weights, keys and values: activations of 4096 tokens, its modules, some room
 QUICK = {"use_cpu": True, "bf16": False}  # no vLLM, no NF4: proves the rest
@@ -26,7 +29,7 @@ KEPT = {  # of the first step's log
 }
 
 
-def steps(job: dict, row) -> None:
+def steps(job: Job, row: RowWriter) -> None:
     """Four whole steps of GRPOTrainer, the workload of the `grpo` case, without a cap. Every completion has its full
     length: vLLM ignores the end of sequence. It makes no text either: TRL does not read it, and with a tokenizer of 259
     words it costs 0.2 s a step.
@@ -37,7 +40,7 @@ def steps(job: dict, row) -> None:
     from transformers import BitsAndBytesConfig
     from trl import GRPOConfig, GRPOTrainer
 
-    quick, context = job.get("quick"), job["context"]
+    quick, context = job["quick"], job["context"]
     settings, parts, times = workload(quick, context)
     settings |= {"max_steps": 4, "logging_steps": 1} | (QUICK if quick else vllm_settings(job))
     nf4 = BitsAndBytesConfig(
@@ -48,15 +51,18 @@ def steps(job: dict, row) -> None:
     parts |= {
         "peft_config": LoraConfig(r=16, lora_alpha=16, target_modules=list(presets.get(job["model"]).lora_targets))
     }
-    generated, synced = [], []
-    with checkpoint(job) as model, tempfile_folder() as folder:
+    with checkpoint(job) as model, tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         trainer = GRPOTrainer(model, args=GRPOConfig(folder, **settings), **parts)
-        more = {"loading_s": round(time.perf_counter() - start, 1), "loaded_driver": round(driver_gb(), 3)}
-        trainer._generate_single_turn = watched(trainer._generate_single_turn, generated)
+        more: dict[str, Any] = {
+            "loading_s": round(time.perf_counter() - start, 1),
+            "loaded_driver": round(driver_gb(), 3),
+        }
+        # TRL's own and private: it has no public name for its generation alone
+        generated, synced = watch(trainer, "_generate_single_turn"), []
         if not quick:
             vllm = trainer.vllm_generation
-            vllm.sync_weights = watched(vllm.sync_weights, synced)
+            synced = watch(vllm, "sync_weights")
             more |= described(vllm.llm.llm_engine.vllm_config, job)
         with peak_driver() as peak:  # not before: it would ask the driver while vLLM captures CUDA graphs
             trainer.train()
@@ -67,15 +73,10 @@ def steps(job: dict, row) -> None:
     row(f"{context // 1024}K/step_peak_driver", peak[0], "GB", "trl", **more)
 
 
-def kv_token(job: dict) -> int:
-    """Bytes of one token's keys and values, bf16."""
-    return Work(shape(job)).kv(1) * shape(job).num_hidden_layers
-
-
-def vllm_settings(job: dict) -> dict:
+def vllm_settings(job: Job) -> dict[str, Any]:
     """GRPOConfig's arguments for vLLM, with the smallest share of this card that the workload needs."""
     length = job["context"] + 8
-    need = shape(job).weight_bytes("nf4") + 8 * length * kv_token(job) + WORK * GB
+    need = shape(job).weight_bytes("nf4") + 8 * length * kv_token_bytes(shape(job), torch.bfloat16) + WORK * GB
     share = need / torch.cuda.mem_get_info()[1]
     return {
         "use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": math.ceil(1000 * share) / 1000,
@@ -84,12 +85,12 @@ def vllm_settings(job: dict) -> dict:
     }  # fmt: skip
 
 
-def described(config, job: dict) -> dict:
+def described(config: Any, job: Job) -> dict[str, Any]:
     """What vLLM made of it, from its VllmConfig: its quantization, its share of the card, GB of keys and values."""
-    cache = config.cache_config
+    cache, token = config.cache_config, kv_token_bytes(shape(job), torch.bfloat16)
     return {
         "vllm_quantization": config.model_config.quantization,
         "gpu_memory_utilization": cache.gpu_memory_utilization,
-        "kv": round(cache.num_gpu_blocks * cache.block_size * kv_token(job) / GB, 3),
-        "kv_needed": round(8 * job["context"] * kv_token(job) / GB, 3),
+        "kv": round(cache.num_gpu_blocks * cache.block_size * token / GB, 3),
+        "kv_needed": round(8 * job["context"] * token / GB, 3),
     }
