@@ -1,8 +1,8 @@
 """Keys and values of the rows that are being written, in slots: row i of the batch is slot i of the cache.
 
-A token takes 2 * layers * kv heads * D numbers, in 16 bits 28 kB in Qwen2.5-1.5B and 131 kB in Llama-3.1-8B. The memory
-is taken at the start of each stage of a generation and handed back at its end. A captured CUDA graph keeps addresses,
-so the kernels look the cache's address up in `table`, which stays where it is.
+A token takes 28 kB in Qwen2.5-1.5B and 131 kB in Llama-3.1-8B in 16 bits (memory.kv). The memory is allocated at the
+start of each stage of a generation and handed back at its end. A captured CUDA graph keeps addresses, so the kernels
+look the cache's address up in `table`, which never moves.
 """
 
 import math
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nbhelpers import kernels
 from nbhelpers.gpu import capability
+from nbhelpers.memory.kv import kv_bytes_per_token
 
 from .forward import Decoder
 
@@ -32,10 +33,21 @@ class KVCache:
 
     @property
     def token_bytes(self) -> int:
-        return 2 * self.layers * self.heads * self.dim * self.dtype.itemsize
+        """Bytes of a token's keys and values in all layers."""
+        return kv_bytes_per_token(self.layers, self.heads, self.dim, self.dtype.itemsize)
+
+    def slots(self) -> tuple[int, int]:
+        """(rows, tokens of a slot) that are allocated."""
+        _, _, rows, _, length, _ = self._allocated().shape
+        return rows, length
+
+    def _allocated(self) -> Tensor:
+        if self.data is None:
+            raise RuntimeError("the cache is not allocated")
+        return self.data
 
     def allocate(self, rows: int, length: int, budget: int) -> None:
-        """Room for `rows` texts of up to `length` tokens, which fit `budget` bytes; what was there before is gone."""
+        """Slots for `rows` texts of up to `length` tokens, which fit `budget` bytes; what was there before is gone."""
         self.free()  # first: the old block and the new one need not fit beside each other
         shape = (self.layers, 2, rows, self.heads, length, self.dim)
         size = math.prod(shape)
@@ -55,20 +67,21 @@ class KVCache:
 
     def copy(self, source: int, rows: list[int], tokens: int) -> None:
         """The first `tokens` positions of row `source` into other rows: a prompt for its whole group."""
+        data = self._allocated()
         for row in rows:
             if row != source:
-                self.data[:, :, row, :, :tokens] = self.data[:, :, source, :, :tokens]
+                data[:, :, row, :, :tokens] = data[:, :, source, :, :tokens]
 
     def prompt(self, rows: Tensor, start: int):
         """An attend for S tokens of some rows (int64 [P]) from position `start` on, all before it being in the cache.
 
-        Rows shorter than S are padded on the right: what is computed there is looked at by nobody, and overwritten.
+        Rows shorter than S are padded on the right: what is computed there is never read, and overwritten.
         """
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, tables: Tables, window: int | None) -> Tensor:
             q, k = kernels.rope(q, k, *tables)
             end = start + q.shape[2]
-            keys, values = self.data[layer]
+            keys, values = self._allocated()[layer]
             keys[rows, :, start:end], values[rows, :, start:end] = k, v
             if start == 0 and (window is None or end <= window):
                 if not self.shared_heads:  # enable_gqa would take SDPA's slow path on a T4
@@ -77,13 +90,13 @@ class KVCache:
                     q, k, v, is_causal=True, scale=self.scale, enable_gqa=self.shared_heads
                 )
             else:
-                here = torch.arange(start, end, device=q.device)[:, None]
-                there = torch.arange(end, device=q.device)
-                mask = there <= here if window is None else (there <= here) & (there > here - window)
+                query = torch.arange(start, end, device=q.device)[:, None]
+                key = torch.arange(end, device=q.device)
+                mask = key <= query if window is None else (key <= query) & (key > query - window)
                 outs = []  # a key head at a time: those of a long text, repeated for all query heads, are large
-                for i, part in enumerate(q.chunk(self.heads, dim=1)):
-                    k, v = self._for_every_head(part, keys[rows, i : i + 1, :end], values[rows, i : i + 1, :end])
-                    outs.append(F.scaled_dot_product_attention(part, k, v, attn_mask=mask, scale=self.scale))
+                for i, group in enumerate(q.chunk(self.heads, dim=1)):
+                    k, v = self._for_every_head(group, keys[rows, i : i + 1, :end], values[rows, i : i + 1, :end])
+                    outs.append(F.scaled_dot_product_attention(group, k, v, attn_mask=mask, scale=self.scale))
                 out = torch.cat(outs, dim=1)
             return out.transpose(1, 2).flatten(2)
 
@@ -98,7 +111,7 @@ class KVCache:
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, tables: Tables, window: int | None) -> Tensor:
             return kernels.decode_attention(
-                q, k, v, *tables, self.data, self.table, layer, positions, longest, self.scale, window
+                q, k, v, *tables, self._allocated(), self.table, layer, positions, longest, self.scale, window
             )
 
         return attend

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from nbhelpers import gpu, host, presets
+from nbhelpers import gpu, host, memory, presets
 from nbhelpers.architecture import GB, Architecture
 from nbhelpers.models import chat, patch, quantize
 from nbhelpers.models.adapter import Base, attach, load_adapter, read_base, read_choice, refuse_other, save_adapter
@@ -201,7 +201,7 @@ def _check_room(source: hub.Source, quantization: str, device: torch.device, wei
         raise host.CannotRun(
             f"{source.id} needs {needed / GB:.1f} GB to load as {quantization} and the {card.name} has "
             f"{free / GB:.1f} GB free of {card.total / GB:.1f}: {(needed - free) / GB:.1f} GB too little. "
-            f"Restart the kernel if it holds another model; these fit: {', '.join(presets.that_fit(free / GB))}"
+            f"Restart the kernel if it holds another model; these fit: {', '.join(memory.that_fit(free / GB))}"
         )
 
 

@@ -145,7 +145,7 @@ def test_rows_without_advantage_are_skipped_with_the_same_gradient(pairs):
     batch = make_batch(groups=2, size=4, zeros=True)
     compare((stock, ours), batch, loss_type="dapo")
     assert ours._metrics["train"]["frac_zero_signal_skipped"] == [0.5]
-    scored = sum(len(part.rows) for part in ours._step_of(ours.model).parts)
+    scored = sum(len(part.rows) for part in ours._step_of(ours.model).micro_batches)
     assert scored == 4
     compare((stock, ours), batch, loss_type="dapo", beta=0.04)  # the KL has a gradient in every row
     assert ours._metrics["train"]["frac_zero_signal_skipped"] == [0.0]
@@ -163,12 +163,12 @@ def test_a_batch_without_any_signal_has_gradients_of_zero(pairs):
 def test_a_batch_that_runs_out_of_memory_is_computed_again_in_smaller_parts(pairs, monkeypatch, capsys):
     ours, batch = pairs("llama")[1], make_batch(groups=2, size=4)
     one = ours._step_of(ours.model)
-    monkeypatch.setattr(one, "budget_gb", 3e-4)
-    monkeypatch.setattr(one, "share", 1.0)
+    monkeypatch.setattr(one.room, "budget_gb", 3e-4)
+    monkeypatch.setattr(one.room, "share", 1.0)
 
     def measure():
         configure(ours)
-        found = gradients(ours, batch), {k: v[0] for k, v in ours._metrics["train"].items()}, list(one.parts)
+        found = gradients(ours, batch), {k: v[0] for k, v in ours._metrics["train"].items()}, list(one.micro_batches)
         found[1].pop("tokens_per_second")
         return found
 
@@ -186,7 +186,7 @@ def test_a_batch_that_runs_out_of_memory_is_computed_again_in_smaller_parts(pair
     (loss, got), again, smaller = measure()
     assert loss == pytest.approx(wanted_loss, rel=1e-5) and difference(got, wanted) < 1e-5
     assert again == pytest.approx(metrics, rel=1e-4, abs=1e-6)
-    assert max(part.peak for part in smaller) < max(part.peak for part in parts) and one.share == 0.8
+    assert max(part.peak for part in smaller) < max(part.peak for part in parts) and one.room.share == 0.8
     assert "computed again, in smaller parts" in capsys.readouterr().out
 
     failing = [len(calls) + 4]  # now there are gradients of an earlier batch
@@ -196,7 +196,7 @@ def test_a_batch_that_runs_out_of_memory_is_computed_again_in_smaller_parts(pair
     failing = range(10**6)
     with pytest.raises(torch.OutOfMemoryError):
         ours.compute_loss(ours.model, batch)
-    assert 0.4 < one.share < 0.55
+    assert 0.4 < one.room.share < 0.55
 
 
 def test_rows_that_trl_masks_out_are_left_alone(pairs):
