@@ -19,6 +19,7 @@ thousand tokens.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -196,11 +197,11 @@ class _Generation:
         if target >= batch_for(width, len(rows)):
             return batch_for(width, len(rows))
         holes = [i for i in range(target) if rows[i] is None]
-        movers = [i for i in range(target, width) if rows[i] is not None]
-        for hole, mover in zip(holes, movers, strict=False):
-            rows[hole], rows[mover] = rows[mover], None
-            self.cache.copy(mover, [hole], len(rows[hole].prompt) + rows[hole].asked)
-        self._copy_state(movers, holes[: len(movers)])
+        movers = [(i, request) for i, request in enumerate(rows[target:width], target) if request is not None]
+        for hole, (mover, request) in zip(holes, movers, strict=False):
+            rows[hole], rows[mover] = request, None
+            self.cache.copy(mover, [hole], len(request.prompt) + request.asked)
+        self._copy_state([mover for mover, _ in movers], holes[: len(movers)])
         return target
 
     def _copy_state(self, sources: list[int], rows: list[int]) -> None:
@@ -220,8 +221,8 @@ class _Generation:
         free = deque(i for i, request in enumerate(self.rows) if request is None)
         while free and self.waiting:
             first = self.waiting[0].text
-            begun = self.group is not None and self.group[0] is first
-            most = 1 if begun else max(1, self.at_once // len(first))  # texts; the first is longest
+            begun = self.group if self.group is not None and self.group[0] is first else None
+            most = 1 if begun is not None else max(1, self.at_once // len(first))  # texts; the first is longest
             texts: list[list[int]] = []
             places: list[list[int]] = []  # the rows that each text goes to
             while free and self.waiting:
@@ -232,8 +233,8 @@ class _Generation:
                     places.append([])
                 places[-1].append(free.popleft())
                 self.rows[places[-1][-1]] = self.waiting.popleft()
-            if begun:
-                sources, logits = [self.group[1]], self.group[2]
+            if begun is not None:
+                sources, logits = [begun[1]], begun[2]
             else:
                 sources = [rows[0] for rows in places]
                 logits = self._prompts(texts, sources)
@@ -249,34 +250,35 @@ class _Generation:
         longest = max(map(len, texts))
         tokens = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=device)
         ends = torch.tensor([len(text) - 1 for text in texts], device=device)
-        rows = torch.tensor(rows, device=device)
-        last, each = None, torch.arange(len(texts), device=device)
+        index = torch.tensor(rows, device=device)
+        last, each = torch.empty(0, device=device), torch.arange(len(texts), device=device)
         for start in range(0, longest, chunk := max(1, self.at_once // len(texts))):
             part = tokens[:, start : start + chunk]
             positions = torch.arange(start, start + part.shape[1], device=device)[None]
-            hidden = self.decoder.hidden(part, positions, self.cache.prompt(rows, start))
+            hidden = self.decoder.hidden(part, positions, self.cache.prompt(index, start))
             picked = hidden[each, (ends - start).clamp(0, part.shape[1] - 1)]
-            last = picked if last is None else torch.where(ends[:, None] >= start, picked, last)
+            last = picked if start == 0 else torch.where(ends[:, None] >= start, picked, last)
         return self.decoder.logits(last)
 
     def _begin(self, places: list[list[int]], logits: torch.Tensor) -> None:
         """The next token of the rows in `places`, drawn from the logits [P, V] after the text of each place."""
         steps, device = self.steps, self.cache.device
         rows = [row for place in places for row in place]
-        requests = [self.rows[row] for row in rows]
+        requests = list(filter(None, (self.rows[row] for row in rows)))
         row = torch.tensor(rows, device=device)
         state = torch.tensor(
             [(0, len(r.text) - 1, r.seed, r.asked, r.goal - r.asked) for r in requests], device=device
         ).t()
-        if (seen := steps.seen) is not None:
-            seen = torch.zeros_like(seen[: len(rows)])
+        seen = None
+        if steps.seen is not None:
+            seen = torch.zeros_like(steps.seen[: len(rows)])
             for i, request in enumerate(requests):
                 seen[i, torch.tensor(request.text, device=device)] = True
         of_place = torch.tensor([i for i, place in enumerate(places) for _ in place], device=device)
         token, logp = sample(logits[of_place], state[2], state[3], steps.sampling, steps.stops, seen)
         steps.advance(state, token)
         steps.state[:, row] = state
-        if seen is not None:
+        if steps.seen is not None and seen is not None:
             steps.seen[row] = seen
         for request in requests:
             request.asked += 1
@@ -284,7 +286,7 @@ class _Generation:
 
     # ---- what was written ----
 
-    def _send(self, tokens: torch.Tensor, logprobs: torch.Tensor, requests: list[Request | None]) -> None:
+    def _send(self, tokens: torch.Tensor, logprobs: torch.Tensor, requests: Sequence[Request | None]) -> None:
         ready = None
         if self.steps.asynchronous:
             ready = torch.cuda.Event()

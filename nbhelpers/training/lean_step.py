@@ -70,7 +70,7 @@ class LeanStep:
         self.device = next(model.parameters()).device
         with autocast():
             on = torch.is_autocast_enabled(self.device.type)
-            embedding = model.get_input_embeddings().weight
+            embedding = next(model.get_input_embeddings().parameters())
             dtype = torch.get_autocast_dtype(self.device.type) if on else embedding.dtype
         backend = attention or choose(self.device, dtype)
         self.decoder = Decoder(model, backend, autocast)
@@ -89,7 +89,7 @@ class LeanStep:
     # ------------------------------------------------------------------------------------------------ the budget
 
     def available(self) -> float:
-        """Bytes that the work of a micro-batch may take on top of what is allocated now: gradients have theirs."""
+        """Bytes that the work of a micro-batch may take, on top of what is allocated and of gradients to come."""
         return self.room.for_step(sum(p.numel() * p.element_size() for p in self.trained if p.grad is None))
 
     def retried(self, call: Callable[[], T], learns: bool = True) -> T:

@@ -11,7 +11,7 @@ CARD, CPU = torch.device("cuda"), torch.device("cpu")
 
 @pytest.fixture
 def card(monkeypatch):
-    """4 GB are free of 15; torch has reserved 6 and given out 5. It returns the process's share of the card, to change."""
+    """4 GB are free of 15; torch has reserved 6 and given out 5. It returns the process's share, to change."""
     share = [1.0]
     for name, value in {"mem_get_info": (4e9, 15e9), "memory_reserved": 6e9, "memory_allocated": 5e9}.items():
         monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
