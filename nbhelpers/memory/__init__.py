@@ -209,11 +209,11 @@ class _Card:
         except CannotFit:
             saved = 0
             peak, head = cost.least(rows[:1]), cost.head(count(rows[:1]))
-        found = self._held(s)
-        found["adapters"] += self.resident(s).gradients
-        found["kept for backward"] = saved
-        found["logits" if saved + head >= peak / 1.03 else "layer work"] = peak - saved
-        return found, micro_batches
+        parts = self._held(s)
+        parts["adapters"] += self.resident(s).gradients
+        parts["kept for backward"] = saved
+        parts["logits" if saved + head >= peak / 1.03 else "layer work"] = peak - saved
+        return parts, micro_batches
 
     def _held(self, s: Setting) -> dict[str, float]:
         fixed = self.resident(s)

@@ -72,7 +72,7 @@ class Plan:
         """The conclusions, a sentence each."""
         context = f"{self.longest_context:,} tokens" if self.longest_context else "none"
         group = self.largest_group or "none"
-        found = [
+        largest = [
             f"The largest part is {self.dominates}; what is kept for the backward only takes what room is left.",
             f"Longest context that fits: {context}. Largest group written at once to the end: {group}.",
         ]
@@ -84,11 +84,11 @@ class Plan:
             stages = ""
             if self.at_once < min(self.setting.rows, MAX_ROWS):
                 stages = f" Completions are written together while short, {self.at_once} at a time at the end."
-            return [f"It fits. The batch goes through in {pieces}, {how}.{stages}", *found]
+            return [f"It fits. The batch goes through in {pieces}, {how}.{stages}", *largest]
         if self.nearest is not None:
-            return [f"It does NOT fit. The nearest that does: {self.nearest}.", *found]
+            return [f"It does NOT fit. The nearest that does: {self.nearest}.", *largest]
         names = ", ".join(self.instead) or "none"
-        return [f"It does NOT fit, and no setting of this model does. These models fit: {names}.", *found]
+        return [f"It does NOT fit, and no setting of this model does. These models fit: {names}.", *largest]
 
     def _rows(self) -> list[tuple[str, float, float]]:
         return [(n, self.generation.get(n, 0.0), self.training.get(n, 0.0)) for n in ORDER
