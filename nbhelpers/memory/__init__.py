@@ -82,17 +82,14 @@ def plan(
     card = _Card(preset, card_gb, budget_gb, attention or _backend(card_gb))
     training, micro_batches = card.training(setting)
     affordable = card.rows_that_fit(setting)
-    generates = card.generates(setting)
-    fits = bool(micro_batches) and generates
+    fits = bool(micro_batches) and card.generates(setting)
     nearest = None if fits else next(filter(card.fits, _changed(setting)), None)
 
     def with_context(tokens: int) -> Setting:
         return replace(setting, max_completion_length=tokens - setting.max_prompt_length)
 
-    shortest = setting.max_prompt_length + 1
-    longest = largest(
-        lambda n: card.fits(with_context(n)), shortest, preset.architecture.max_position_embeddings
-    )  # fmt: skip
+    shortest, most = setting.max_prompt_length + 1, preset.architecture.max_position_embeddings
+    longest = largest(lambda n: card.fits(with_context(n)), shortest, most)
     return Plan(
         preset, card_gb, setting, _in_gb(card.generating(setting)), _in_gb(training), micro_batches,
         at_once=min(affordable, setting.rows),
