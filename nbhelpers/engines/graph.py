@@ -122,7 +122,7 @@ class GraphEngine(Engine):
             cache = self._steps.cache
             budget = self.kv_bytes
             if budget is None:
-                budget = Room(decoder.device, self.budget_gb).for_keys_and_values()
+                budget = Room(cache.device, self.budget_gb).for_keys_and_values()
             try:
                 while going := [request for request in requests if not request.writer.ended]:
                     rows, length = self._stage(going, sampling.max_tokens, budget, cache.token_bytes)

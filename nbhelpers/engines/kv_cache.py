@@ -6,6 +6,8 @@ look the cache's address up in `table`, which never moves.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +26,13 @@ class KVCache:
     """`allocate(rows, length)`, then `prompt` and `step` as a Decoder's attend, then `free()`."""
 
     def __init__(self, decoder: Decoder):
-        self.layers, self.heads, self.dim = len(decoder.layers), decoder.kv_heads, decoder.dim
-        self.dtype, self.device, self.scale = decoder.dtype, decoder.device, decoder.scale
+        shapes: Any = decoder  # read off nn.Modules, whose attributes a type checker cannot know
+        self.layers = len(decoder.layers)
+        self.heads: int = shapes.kv_heads
+        self.dim: int = shapes.dim
+        self.dtype: torch.dtype = shapes.dtype
+        self.device: torch.device = shapes.device
+        self.scale: float = shapes.scale
         self.table = torch.zeros(4, dtype=torch.int64, device=self.device)
         self.most = 0  # numbers that it held at its largest
         self.data: Tensor | None = None  # [layers, 2, rows, kv heads, length, D]
@@ -72,7 +79,7 @@ class KVCache:
             if row != source:
                 data[:, :, row, :, :tokens] = data[:, :, source, :, :tokens]
 
-    def prompt(self, rows: Tensor, start: int):
+    def prompt(self, rows: Tensor, start: int) -> Callable[..., Tensor]:
         """An attend for S tokens of some rows (int64 [P]) from position `start` on, all before it being in the cache.
 
         Rows shorter than S are padded on the right: what is computed there is never read, and overwritten.
@@ -106,7 +113,7 @@ class KVCache:
         group = q.shape[1] // k.shape[1]
         return k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
 
-    def step(self, positions: Tensor, longest: int):
+    def step(self, positions: Tensor, longest: int) -> Callable[..., Tensor]:
         """An attend for one token in each of the first B rows; positions int64 [B], all below `longest`."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, tables: Tables, window: int | None) -> Tensor:
