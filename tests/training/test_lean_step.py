@@ -1,5 +1,7 @@
 """The lean step against stock TRL: loss, LoRA gradients and metrics on the same rollouts."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import trl
@@ -236,6 +238,16 @@ def test_the_engines_logps_correct_the_loss_without_another_pass(pairs):
 # ----------------------------------------------------------------------------------------- gradients gone wrong
 
 
+def test_the_first_gradient_that_is_not_finite_is_the_backwards_first():
+    named = [(name, torch.nn.Parameter(torch.zeros(2))) for name in ("first", "middle", "last", "frozen")]
+    assert lean_step.first_non_finite(named) is None
+    for _, parameter in named[:3]:
+        parameter.grad = torch.ones(2)
+    assert lean_step.first_non_finite(named) is None
+    named[0][1].grad[0], named[1][1].grad[1] = float("inf"), float("nan")
+    assert lean_step.first_non_finite(named) == "middle"
+
+
 def test_a_gradient_that_is_not_finite_skips_the_update_and_names_the_layer(tmp_path, capsys):
     model = make_model()
     one = make_trainer(trainer.LeanGRPOTrainer, model, tmp_path, max_steps=4, max_skipped_steps=2)
@@ -290,6 +302,19 @@ def test_a_run_in_fp16_trains_and_one_whose_loss_is_scaled_too_far_skips_and_say
         one.train()
     assert f"fp16's loss scale is {2.0**40:g} and will be halved" in capsys.readouterr().out
     assert one.accelerator.scaler.get_scale() == 2.0**39
+
+
+def test_the_room_knows_what_others_take(tmp_path):
+    """The optimizer's moments until its first update has made them, and what a sleeping engine has handed back."""
+    ours = make_trainer(trainer.LeanGRPOTrainer, make_model("qwen2"), tmp_path, max_steps=1, optim="adamw_torch")
+    numbers = sum(p.numel() for p in ours.model.parameters() if p.requires_grad)
+    room = ours._step_of(ours.model).room
+    assert room.reserved() == (0, 8 * numbers)
+    ours.engine = SimpleNamespace(asleep=7)
+    assert room.reserved() == (7, 8 * numbers)
+    ours.engine = None
+    ours.train()
+    assert room.reserved() == (0, 0)
 
 
 def test_a_run_that_cannot_fit_stops_before_its_first_step(tmp_path):
