@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ import torch
 
 from benchmarks import common, harness, random_model
 from nbhelpers import presets
-from nbhelpers.architecture import GB, Architecture
-from nbhelpers.models import smoke
+from nbhelpers.architecture import GB
+from nbhelpers.models import families, smoke
 
 MODELS = ("qwen2.5-1.5b", "llama-3.1-8b", "phi-4")
 
@@ -75,7 +75,7 @@ def child(job: harness.Job) -> dict[str, float]:
     from nbhelpers.models import quantize
 
     preset = presets.get(job["preset"])
-    preset = replace(preset, hub_id=job["folder"], architecture=Architecture(**job["architecture"]))
+    preset = replace(preset, hub_id=job["folder"], architecture=families.architecture(job["architecture"]))
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
     dtype = torch.bfloat16
@@ -143,7 +143,7 @@ def measure(name: str, folder: Path, quick: bool) -> list[common.Row]:
                 "who": who,
                 "quantization": quantization,
             }
-            job |= {"architecture": asdict(architecture), "out": str(Path(work) / "result.json")}
+            job |= {"architecture": architecture.config(), "out": str(Path(work) / "result.json")}
             if code := harness.run_child("benchmarks.loader", job, None, os.environ):
                 if who == "ours":  # the comparison may fail where a version differs; our own may not
                     raise SystemExit(f"{name}: our loader failed: {code}")

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from nbhelpers.architecture import GB
-
 if TYPE_CHECKING:
     import torch
 
@@ -44,23 +42,6 @@ def free_bytes(index: int) -> int:
     import torch
 
     return torch.cuda.mem_get_info(index)[0]
-
-
-def room(device, budget_gb: float | None = None, asleep: int = 0, reserve: float = 0.0) -> float:
-    """Bytes that this process could still allocate on a CUDA device: what is free, within its share of the card
-    (torch.cuda.set_per_process_memory_fraction), and what torch has reserved and does not use.
-
-    budget_gb: what torch may allocate in this process in all, GB.
-    asleep: bytes that torch counts as allocated and a sleeping engine has handed back.
-    reserve: share of what is free that is left alone; a budget below it is not cut.
-    """
-    import torch
-
-    free, total = torch.cuda.mem_get_info(device)
-    reserved, allocated = torch.cuda.memory_reserved(device) - asleep, torch.cuda.memory_allocated(device) - asleep
-    capped = torch.cuda.get_per_process_memory_fraction(device) * total - reserved
-    left = (min(free, capped) + reserved - allocated) * (1 - reserve)
-    return max(0.0, left if budget_gb is None else min(left, budget_gb * GB - allocated))
 
 
 def device() -> "torch.device":

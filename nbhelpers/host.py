@@ -11,7 +11,7 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from nbhelpers import gpu, presets
+from nbhelpers import gpu, memory, presets
 from nbhelpers.architecture import GB
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "vllm")
@@ -98,11 +98,18 @@ def require(package: str) -> None:
 
 
 def check_fits(preset: "presets.Preset", total: float) -> None:
-    """CannotRun if a card of `total` bytes is below the preset's floor: by how much, and which presets fit."""
-    gb, needed = total / GB, preset.on_card(total / GB).floor_gb()
-    if gb >= needed:
+    """Refuse a preset that a card cannot train, even with shorter answers or smaller groups.
+
+    Args:
+        preset (`Preset`): The model.
+        total (`float`): Bytes of the card.
+
+    Raises CannotRun, saying by how much and which presets fit.
+    """
+    gb = total / GB
+    if memory.can_train(preset, gb):
         return
-    fit = presets.that_fit(gb)
+    needed, fit = memory.floor_gb(preset), memory.that_fit(gb)
     advice = f"These fit: {', '.join(fit)}: presets.get({fit[-1]!r})" if fit else "No preset fits; take a larger card"
     raise CannotRun(
         f"{preset.name} needs at least {needed:.1f} GB to train and this card has {gb:.1f} GB: "
@@ -120,8 +127,8 @@ def report(preset: "presets.Preset | None" = None) -> None:
     card = gpu.card(own)
     free = f", {gpu.free_bytes(own) / GB:.1f} free" if card else ""
     ram = _ram_bytes()
-    memory = f" · {ram / GB:.1f} GB of host memory" if ram else ""
-    print(f"{where()} · {platform.system()} · {os.cpu_count()} CPU cores{memory}")
+    host_memory = f" · {ram / GB:.1f} GB of host memory" if ram else ""
+    print(f"{where()} · {platform.system()} · {os.cpu_count()} CPU cores{host_memory}")
     for index, each in enumerate(cards):
         print(
             f"GPU {index}: {each.name} · {each.total / GB:.1f} GB{free if index == own else ''} · "
@@ -146,7 +153,7 @@ def report(preset: "presets.Preset | None" = None) -> None:
         f"{chosen.title}{' (smoke: small and random)' if chosen.smoke else ''}: "
         f"{chosen.architecture.parameters() / 1e6:,.1f} M parameters · {chosen.quantization} · {kind} · "
         f"{chosen.num_generations} generations of {chosen.max_prompt_length} + {chosen.max_completion_length} tokens · "
-        f"at least {chosen.floor_gb():.1f} GB"
+        f"at least {memory.floor_gb(preset):.1f} GB"
     )
 
 

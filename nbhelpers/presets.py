@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nbhelpers.architecture import GB, Architecture
+from nbhelpers.architecture import Architecture
 from nbhelpers.models import families
 
 QUANTIZATIONS = ("dynamic", "nf4", "none")
@@ -65,18 +65,6 @@ class Preset:
     def lora_bytes(self, width: int = 4) -> int:
         """Bytes of the adapter alone; it is kept in fp32 (`width` 4), for in bf16 a step of 1e-5 is rounded away."""
         return width * self.architecture.lora_parameters(self.lora_rank, self.lora_targets)
-
-    def floor_gb(self) -> float:
-        """GB below which training cannot start on a card: a floor from the bytes, not a plan.
-
-        NF4 weights, adapter with its gradient and 8-bit Adam, and 0.6 GB for the CUDA context and one layer's work.
-        With every weight trained: fp32 weights, gradients and 8-bit Adam instead.
-        """
-        if self.lora_rank == 0:
-            return (self.architecture.parameters() * (4 + 4 + 2)) / GB + 0.6
-        tightest = "none" if self.quantization == "none" else "nf4"
-        trained = self.architecture.lora_parameters(self.lora_rank, self.lora_targets) * (4 + 4 + 2)
-        return (self.architecture.weight_bytes(tightest) + trained) / GB + 0.6
 
 
 def _cards(**by_size: dict) -> tuple:
@@ -259,9 +247,3 @@ def get(name: str) -> Preset:
         raise ValueError(f"there is no preset {name!r}.{hint} There are: {', '.join(names())}")
     preset = _workshop() if name == "workshop" else _TABLE[name]
     return _smoke(preset) if os.environ.get("NBHELPERS_SMOKE") == "1" else preset
-
-
-def that_fit(gb: float) -> tuple[str, ...]:
-    """The presets that a card of `gb` GB can train, by `floor_gb`."""
-    every = (_workshop(), *_TABLE.values())
-    return tuple(preset.name for preset in every if preset.on_card(gb).floor_gb() <= gb)

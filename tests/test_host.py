@@ -115,19 +115,6 @@ def test_where(monkeypatch):
     assert host.where() == "Colab"
 
 
-def test_the_room_on_a_card(monkeypatch):
-    """4 GB are free of 15; torch has reserved 6 and given out 5, of which 2 have been handed back by who sleeps."""
-    share = 1.0
-    for name, value in {"mem_get_info": (4e9, 15e9), "memory_reserved": 6e9, "memory_allocated": 5e9}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: share)
-    assert gpu.room("cuda") == gpu.room("cuda", asleep=2 * 10**9) == gpu.room("cuda", 100.0) == 5e9
-    assert gpu.room("cuda", 7.0) == 2e9 and gpu.room("cuda", 7.0, 2 * 10**9) == 4e9
-    assert gpu.room("cuda", 3.0) == 0
-    share = 0.5  # 7.5 GB for this process
-    assert gpu.room("cuda") == 2.5e9 and gpu.room("cuda", asleep=2 * 10**9) == 4.5e9
-
-
 def test_blocks_grow_unless_the_user_says_how_to_allocate(monkeypatch):
     for name in gpu.ALLOCATOR_VARIABLES:
         monkeypatch.delenv(name, raising=False)

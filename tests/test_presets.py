@@ -104,15 +104,6 @@ def test_cards_are_data():
     assert preset.on_card(11.9) == preset.on_card(8.3) != preset.on_card(12)
 
 
-def test_what_fits():
-    assert presets.that_fit(0.1) == ()
-    assert "phi-4" not in presets.that_fit(8.6) and "qwen2.5-1.5b" in presets.that_fit(8.6)
-    assert set(presets.that_fit(25.4)) == set(presets.names())
-    for name in presets.names():
-        preset = presets.get(name)
-        assert replace(preset, lora_rank=preset.lora_rank or 64).floor_gb() > 0.6
-
-
 def test_an_unknown_preset_names_the_nearest():
     with pytest.raises(ValueError, match=r'no preset .*Did you mean presets.get\("qwen2.5-1.5b"\).*phi-4'):
         presets.get("qwen-1.5b")

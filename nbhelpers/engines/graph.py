@@ -1,14 +1,14 @@
-"""The project's own decoder: generates from the very tensors that are being trained, one CUDA graph a step.
+"""The project's own decoder: generates from the very tensors that are being trained, one CUDA graph per step.
 
     waiting requests -> a free row: the prompt is computed once for its group and copied to the group's rows
     rows             -> CHUNK steps at a time; the host reads what the chunk before wrote while the next one runs
     finished rows    -> leave; a waiting request takes the row, or the last rows move into the holes: a smaller batch
 
-That is one stage, and all of it if keys and values of the texts at their full length fit the budget. If not:
+That is one stage, and the only one if keys and values of the texts at their full length fit the budget. If not:
 
     first stage      -> a row for each request, in slots as short as the budget makes them; many texts end in there
     next stages      -> those that reached the slot's end go on in about half as many rows, twice as long, in waves;
-                        their keys and values are computed again as a long prompt's, so nobody has to park them
+                        their keys and values are computed again as a long prompt's, never swapped out
     last stage       -> slots of the full length
 
 On a CPU the same code runs eagerly, a step at a time.
@@ -19,11 +19,15 @@ thousand tokens.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
-from nbhelpers import gpu
+from nbhelpers.architecture import GB
+from nbhelpers.memory.kv import MAX_ROWS, SLOT, prefill_tokens, rows_that_fit, slot_tokens
+from nbhelpers.memory.room import Room
 from nbhelpers.models import families
 
 from .base import Completion, Engine, Sampling, Writer, check, inference
@@ -32,10 +36,10 @@ from .forward import Decoder
 from .kv_cache import KVCache
 from .sampler import sample
 
-# Of what is free on the card when a generation begins, keys and values get this share, or all but BESIDE_BYTES if that
-# is more: activations of prompts, one dequantised weight and the graphs' own memory need at most that beside them.
-KV_SHARE, BESIDE_BYTES = 0.7, 0.8e9
-PREFILL_BYTES = 190e6  # what the activations of prompts computed together may take
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 STAGE_TOKENS = 256  # a stage that would bring the longest text less far on is not worth computing all of them again
 
 
@@ -79,8 +83,9 @@ class GraphEngine(Engine):
     Args:
         model (`transformers.PreTrainedModel` or `peft.PeftModel`): Qwen2, Llama, Mistral or Phi3, on one device.
         tokenizer (`transformers.PreTrainedTokenizerBase`, *optional*): Needed for stop strings alone.
-        kv_bytes (`int`, *optional*): What keys and values may take in all; by default most of what is free when a
-            generation begins. With little, long texts are computed again in stages: see the top of this file.
+        kv_bytes (`int`, *optional*): Bytes that keys and values may take in all; by default most of what is free when a
+            generation begins (`Room.for_keys_and_values`). Texts that do not fit at their full length are written in
+            stages: see the top of this file.
         max_rows (`int`): Rows that are written at the same time, at most; up to 256.
         budget_gb (`float`, *optional*): What torch may allocate in this process in all, GB (10^9 bytes).
 
@@ -90,8 +95,9 @@ class GraphEngine(Engine):
     name = "graph"
 
     def __init__(
-        self, model, tokenizer=None, *, kv_bytes: int | None = None, max_rows: int = 128, budget_gb: float | None = None
-    ):
+        self, model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBase | None" = None, *,
+        kv_bytes: int | None = None, max_rows: int = MAX_ROWS, budget_gb: float | None = None,
+    ):  # fmt: skip
         if (why := families.why_not(model, "generation")) is not None:
             raise ValueError(f'the graph engine cannot decode this model: {why}. Use engine="hf"')
         if not 1 <= max_rows <= BATCHES[-1]:
@@ -101,7 +107,7 @@ class GraphEngine(Engine):
         self._steps: Steps | None = None
 
     def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
-        """See `Engine.generate`. MemoryError if not even one row fits the budget for keys and values."""
+        """See `Engine.generate`. Raises MemoryError too, if not even one row fits the budget for keys and values."""
         check(prompts, sampling, self.model.config.max_position_embeddings, self.tokenizer)
         n = sampling.num_generations
         seeds = sampling.seeds(len(prompts) * n)
@@ -114,42 +120,38 @@ class GraphEngine(Engine):
             if self._steps is None or (self._steps.cache.device, self._steps.cache.dtype) != place:
                 self._steps = Steps(decoder, KVCache(decoder), self.max_rows)
             self._steps.prepare(decoder, sampling)
-            budget = self.kv_bytes if self.kv_bytes is not None else kv_budget(decoder.device, self.budget_gb)
+            cache = self._steps.cache
+            budget = self.kv_bytes
+            if budget is None:
+                budget = Room(cache.device, self.budget_gb).for_keys_and_values()
             try:
                 while going := [request for request in requests if not request.writer.ended]:
-                    rows, length = self._stage(going, sampling.max_tokens, budget)
+                    rows, length = self._stage(going, sampling.max_tokens, budget, cache.token_bytes)
                     try:
-                        self._steps.cache.allocate(rows, length, budget)
+                        cache.allocate(rows, length, budget)
                         _Generation(self._steps, going, sampling).run()
-                    except torch.OutOfMemoryError:  # what is free lies in pieces; nothing that was written is lost
-                        budget = min(budget, rows * length * self._steps.cache.token_bytes) * 7 // 8
+                    except torch.OutOfMemoryError:  # free memory is in pieces; nothing that was written is lost
+                        budget = min(budget, rows * length * cache.token_bytes) * 7 // 8
             finally:
-                self._steps.cache.free()
+                cache.free()
         return [request.writer.completion for request in requests]
 
-    def _stage(self, requests: list[Request], max_tokens: int, budget: int) -> tuple[int, int]:
-        """(rows, tokens of a slot) of the next stage of these requests, within `budget` bytes."""
-        full = -(-(max(len(request.prompt) for request in requests) + max_tokens) // 16) * 16
-        token = self._steps.cache.token_bytes
-        affordable = min(budget // (full * token), self.max_rows)
+    def _stage(self, requests: list[Request], max_tokens: int, budget: int, token: int) -> tuple[int, int]:
+        """(rows, tokens of a slot) of the next stage of these requests, within `budget` bytes, `token` bytes each."""
+        full = slot_tokens(max(len(request.prompt) for request in requests) + max_tokens)
+        affordable = rows_that_fit(budget, full, token, self.max_rows)
         if affordable < 1:  # at the first stage, if ever: no later one has a longer text
             raise MemoryError(
-                f"one text of {full} tokens needs {full * token / 1e9:.2f} GB for keys and values, and "
-                f"the budget is {budget / 1e9:.2f} GB: lower max_completion_length, or give kv_bytes more"
+                f"one text of {full} tokens needs {full * token / GB:.2f} GB for keys and values, and "
+                f"the budget is {budget / GB:.2f} GB: lower max_completion_length, or give kv_bytes more"
             )
         longest = max(len(request.prompt) + len(request.writer.completion.token_ids) for request in requests)
         rows = batch_for(min(len(requests), self.max_rows), self.max_rows)
         while min(rows, len(requests)) > affordable:  # else they can be written to their end
-            if (length := budget // (rows * token) // 16 * 16) >= longest + STAGE_TOKENS:
+            if (length := budget // (rows * token) // SLOT * SLOT) >= longest + STAGE_TOKENS:
                 return rows, length
             rows = max(size for size in BATCHES if size <= max(1, rows // 2))
         return batch_for(min(len(requests), affordable), affordable), full
-
-
-def kv_budget(device: torch.device, budget_gb: float | None = None) -> int:
-    """The default budget for keys and values, bytes; of 2 GB on a CPU."""
-    room = gpu.room(device, budget_gb) if device.type == "cuda" else 2e9
-    return int(max(KV_SHARE * room, room - BESIDE_BYTES))
 
 
 class _Generation:
@@ -157,7 +159,7 @@ class _Generation:
 
     def __init__(self, steps: Steps, requests: list[Request], sampling: Sampling):
         self.steps, self.decoder, self.cache, self.sampling = steps, steps.decoder, steps.cache, sampling
-        _, _, rows, _, self.length, _ = self.cache.data.shape
+        rows, self.length = self.cache.slots()
         for request in requests:
             request.enter(self.length, sampling.max_tokens)
         # texts of like length go together, so that little is padded; a group stays together
@@ -167,8 +169,8 @@ class _Generation:
         # Of the group that has begun to enter: its text, where that lies, and the logits after it. While members wait
         # they are the first in line, so the row that the last of them took cannot have been given to another group.
         self.group: tuple[list[int], int, torch.Tensor] | None = None  # text, row, fp32 [V]
-        self.at_once = max(16, int(PREFILL_BYTES / self.decoder.token_bytes))  # tokens of prompts
-        # empty rows are computed along: where the last stage left them may lie beyond this cache
+        self.at_once = prefill_tokens(self.decoder.token_bytes)
+        # empty rows are computed along, and the positions of the last stage may be beyond this stage's slots
         steps.state.zero_()
 
     def run(self) -> None:
@@ -196,11 +198,11 @@ class _Generation:
         if target >= batch_for(width, len(rows)):
             return batch_for(width, len(rows))
         holes = [i for i in range(target) if rows[i] is None]
-        movers = [i for i in range(target, width) if rows[i] is not None]
-        for hole, mover in zip(holes, movers, strict=False):
-            rows[hole], rows[mover] = rows[mover], None
-            self.cache.copy(mover, [hole], len(rows[hole].prompt) + rows[hole].asked)
-        self._copy_state(movers, holes[: len(movers)])
+        movers = [(i, request) for i, request in enumerate(rows[target:width], target) if request is not None]
+        for hole, (mover, request) in zip(holes, movers, strict=False):
+            rows[hole], rows[mover] = request, None
+            self.cache.copy(mover, [hole], len(request.prompt) + request.asked)
+        self._copy_state([mover for mover, _ in movers], holes[: len(movers)])
         return target
 
     def _copy_state(self, sources: list[int], rows: list[int]) -> None:
@@ -220,8 +222,8 @@ class _Generation:
         free = deque(i for i, request in enumerate(self.rows) if request is None)
         while free and self.waiting:
             first = self.waiting[0].text
-            begun = self.group is not None and self.group[0] is first
-            most = 1 if begun else max(1, self.at_once // len(first))  # texts; the first is longest
+            begun = self.group if self.group is not None and self.group[0] is first else None
+            most = 1 if begun is not None else max(1, self.at_once // len(first))  # texts; the first is longest
             texts: list[list[int]] = []
             places: list[list[int]] = []  # the rows that each text goes to
             while free and self.waiting:
@@ -232,8 +234,8 @@ class _Generation:
                     places.append([])
                 places[-1].append(free.popleft())
                 self.rows[places[-1][-1]] = self.waiting.popleft()
-            if begun:
-                sources, logits = [self.group[1]], self.group[2]
+            if begun is not None:
+                sources, logits = [begun[1]], begun[2]
             else:
                 sources = [rows[0] for rows in places]
                 logits = self._prompts(texts, sources)
@@ -249,34 +251,35 @@ class _Generation:
         longest = max(map(len, texts))
         tokens = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=device)
         ends = torch.tensor([len(text) - 1 for text in texts], device=device)
-        rows = torch.tensor(rows, device=device)
-        last, each = None, torch.arange(len(texts), device=device)
+        index = torch.tensor(rows, device=device)
+        last, each = torch.empty(0, device=device), torch.arange(len(texts), device=device)
         for start in range(0, longest, chunk := max(1, self.at_once // len(texts))):
             part = tokens[:, start : start + chunk]
             positions = torch.arange(start, start + part.shape[1], device=device)[None]
-            hidden = self.decoder.hidden(part, positions, self.cache.prompt(rows, start))
+            hidden = self.decoder.hidden(part, positions, self.cache.prompt(index, start))
             picked = hidden[each, (ends - start).clamp(0, part.shape[1] - 1)]
-            last = picked if last is None else torch.where(ends[:, None] >= start, picked, last)
+            last = picked if start == 0 else torch.where(ends[:, None] >= start, picked, last)
         return self.decoder.logits(last)
 
     def _begin(self, places: list[list[int]], logits: torch.Tensor) -> None:
         """The next token of the rows in `places`, drawn from the logits [P, V] after the text of each place."""
         steps, device = self.steps, self.cache.device
         rows = [row for place in places for row in place]
-        requests = [self.rows[row] for row in rows]
+        requests = list(filter(None, (self.rows[row] for row in rows)))
         row = torch.tensor(rows, device=device)
         state = torch.tensor(
             [(0, len(r.text) - 1, r.seed, r.asked, r.goal - r.asked) for r in requests], device=device
         ).t()
-        if (seen := steps.seen) is not None:
-            seen = torch.zeros_like(seen[: len(rows)])
+        seen = None
+        if steps.seen is not None:
+            seen = torch.zeros_like(steps.seen[: len(rows)])
             for i, request in enumerate(requests):
                 seen[i, torch.tensor(request.text, device=device)] = True
         of_place = torch.tensor([i for i, place in enumerate(places) for _ in place], device=device)
         token, logp = sample(logits[of_place], state[2], state[3], steps.sampling, steps.stops, seen)
         steps.advance(state, token)
         steps.state[:, row] = state
-        if seen is not None:
+        if steps.seen is not None and seen is not None:
             steps.seen[row] = seen
         for request in requests:
             request.asked += 1
@@ -284,7 +287,7 @@ class _Generation:
 
     # ---- what was written ----
 
-    def _send(self, tokens: torch.Tensor, logprobs: torch.Tensor, requests: list[Request | None]) -> None:
+    def _send(self, tokens: torch.Tensor, logprobs: torch.Tensor, requests: Sequence[Request | None]) -> None:
         ready = None
         if self.steps.asynchronous:
             ready = torch.cuda.Event()
@@ -300,6 +303,6 @@ class _Generation:
         for request, tokens, logprobs in columns:
             if request is None or (left := request.left) <= 0:
                 continue
-            request.writer.add(tokens[:left], logprobs[:left])  # a row at its slot's end has drawn in vain
+            request.writer.add(tokens[:left], logprobs[:left])  # beyond its slot's end a row's tokens are discarded
             if request.left <= 0:
                 self.rows[self.rows.index(request)] = None

@@ -1,11 +1,13 @@
 """Keys and values of the rows that are being written, in slots: row i of the batch is slot i of the cache.
 
-A token takes 2 * layers * kv heads * D numbers, in 16 bits 28 kB in Qwen2.5-1.5B and 131 kB in Llama-3.1-8B. The memory
-is taken at the start of each stage of a generation and handed back at its end. A captured CUDA graph keeps addresses,
-so the kernels look the cache's address up in `table`, which stays where it is.
+A token takes 28 kB in Qwen2.5-1.5B and 131 kB in Llama-3.1-8B in 16 bits (memory.kv). The memory is allocated at the
+start of each stage of a generation and handed back at its end. A captured CUDA graph keeps addresses, so the kernels
+look the cache's address up in `table`, which never moves.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from torch import Tensor
 from nbhelpers import kernels
 from nbhelpers.gpu import capability
 from nbhelpers.kernels import HeadNorms
+from nbhelpers.memory.kv import kv_bytes_per_token
 
 from .forward import Decoder
 
@@ -24,8 +27,13 @@ class KVCache:
     """`allocate(rows, length)`, then `prompt` and `step` as a Decoder's attend, then `free()`."""
 
     def __init__(self, decoder: Decoder):
-        self.layers, self.heads, self.dim = len(decoder.layers), decoder.kv_heads, decoder.dim
-        self.dtype, self.device, self.scale = decoder.dtype, decoder.device, decoder.scale
+        shapes: Any = decoder  # read off nn.Modules, whose attributes a type checker cannot know
+        self.layers = len(decoder.layers)
+        self.heads: int = shapes.kv_heads
+        self.dim: int = shapes.dim
+        self.dtype: torch.dtype = shapes.dtype
+        self.device: torch.device = shapes.device
+        self.scale: float = shapes.scale
         self.table = torch.zeros(4, dtype=torch.int64, device=self.device)
         self.most = 0  # numbers that it held at its largest
         self.data: Tensor | None = None  # [layers, 2, rows, kv heads, length, D]
@@ -33,10 +41,21 @@ class KVCache:
 
     @property
     def token_bytes(self) -> int:
-        return 2 * self.layers * self.heads * self.dim * self.dtype.itemsize
+        """Bytes of a token's keys and values in all layers."""
+        return kv_bytes_per_token(self.layers, self.heads, self.dim, self.dtype.itemsize)
+
+    def slots(self) -> tuple[int, int]:
+        """(rows, tokens of a slot) that are allocated."""
+        _, _, rows, _, length, _ = self._allocated().shape
+        return rows, length
+
+    def _allocated(self) -> Tensor:
+        if self.data is None:
+            raise RuntimeError("the cache is not allocated")
+        return self.data
 
     def allocate(self, rows: int, length: int, budget: int) -> None:
-        """Room for `rows` texts of up to `length` tokens, which fit `budget` bytes; what was there before is gone."""
+        """Slots for `rows` texts of up to `length` tokens, which fit `budget` bytes; what was there before is gone."""
         self.free()  # first: the old block and the new one need not fit beside each other
         shape = (self.layers, 2, rows, self.heads, length, self.dim)
         size = math.prod(shape)
@@ -56,14 +75,15 @@ class KVCache:
 
     def copy(self, source: int, rows: list[int], tokens: int) -> None:
         """The first `tokens` positions of row `source` into other rows: a prompt for its whole group."""
+        data = self._allocated()
         for row in rows:
             if row != source:
-                self.data[:, :, row, :, :tokens] = self.data[:, :, source, :, :tokens]
+                data[:, :, row, :, :tokens] = data[:, :, source, :, :tokens]
 
-    def prompt(self, rows: Tensor, start: int):
+    def prompt(self, rows: Tensor, start: int) -> Callable[..., Tensor]:
         """An attend for S tokens of some rows (int64 [P]) from position `start` on, all before it being in the cache.
 
-        Rows shorter than S are padded on the right: what is computed there is looked at by nobody, and overwritten.
+        Rows shorter than S are padded on the right: what is computed there is never read, and overwritten.
         """
 
         def attend(
@@ -71,7 +91,7 @@ class KVCache:
         ) -> Tensor:
             q, k = kernels.rope(q, k, *tables, norms)
             end = start + q.shape[2]
-            keys, values = self.data[layer]
+            keys, values = self._allocated()[layer]
             keys[rows, :, start:end], values[rows, :, start:end] = k, v
             if start == 0 and (window is None or end <= window):
                 if not self.shared_heads:  # enable_gqa would take SDPA's slow path on a T4
@@ -80,13 +100,13 @@ class KVCache:
                     q, k, v, is_causal=True, scale=self.scale, enable_gqa=self.shared_heads
                 )
             else:
-                here = torch.arange(start, end, device=q.device)[:, None]
-                there = torch.arange(end, device=q.device)
-                mask = there <= here if window is None else (there <= here) & (there > here - window)
+                query = torch.arange(start, end, device=q.device)[:, None]
+                key = torch.arange(end, device=q.device)
+                mask = key <= query if window is None else (key <= query) & (key > query - window)
                 outs = []  # a key head at a time: those of a long text, repeated for all query heads, are large
-                for i, part in enumerate(q.chunk(self.heads, dim=1)):
-                    k, v = self._for_every_head(part, keys[rows, i : i + 1, :end], values[rows, i : i + 1, :end])
-                    outs.append(F.scaled_dot_product_attention(part, k, v, attn_mask=mask, scale=self.scale))
+                for i, group in enumerate(q.chunk(self.heads, dim=1)):
+                    k, v = self._for_every_head(group, keys[rows, i : i + 1, :end], values[rows, i : i + 1, :end])
+                    outs.append(F.scaled_dot_product_attention(group, k, v, attn_mask=mask, scale=self.scale))
                 out = torch.cat(outs, dim=1)
             return out.transpose(1, 2).flatten(2)
 
@@ -96,14 +116,14 @@ class KVCache:
         group = q.shape[1] // k.shape[1]
         return k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
 
-    def step(self, positions: Tensor, longest: int):
+    def step(self, positions: Tensor, longest: int) -> Callable[..., Tensor]:
         """An attend for one token in each of the first B rows; positions int64 [B], all below `longest`."""
 
         def attend(
             layer: int, q: Tensor, k: Tensor, v: Tensor, tables: Tables, window: int | None, norms: HeadNorms | None
         ) -> Tensor:
             return kernels.decode_attention(
-                q, k, v, *tables, self.data, self.table, layer, positions, longest, self.scale, window, norms
+                q, k, v, *tables, self._allocated(), self.table, layer, positions, longest, self.scale, window, norms
             )
 
         return attend

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from nbhelpers import gpu, host, presets
+from nbhelpers import gpu, host, memory
 from nbhelpers.architecture import GB
 from nbhelpers.models import families, quantize
 from nbhelpers.models.adapter import Base, keep_base, refuse_other
@@ -94,7 +94,7 @@ def check_room(source: hub.Source, quantization: str, device: torch.device, weig
         raise host.CannotRun(
             f"{source.id} needs {needed / GB:.1f} GB to load as {quantization} and the {card.name} has "
             f"{free / GB:.1f} GB free of {card.total / GB:.1f}: {(needed - free) / GB:.1f} GB too little. "
-            f"Restart the kernel if it holds another model; these fit: {', '.join(presets.that_fit(free / GB))}"
+            f"Restart the kernel if it holds another model; these fit: {', '.join(memory.that_fit(free / GB))}"
         )
 
 

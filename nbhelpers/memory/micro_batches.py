@@ -1,28 +1,31 @@
-"""The bytes of one training step, and how a batch is cut so that they fit: what `step` does and `memory` predicts.
+"""The bytes of one training step, and how a batch is cut so that they fit: what the step does and the planner predicts.
 
 Plain arithmetic, no torch: the step asks it with the tokens at hand, the planner with those of a preset.
 
 A micro-batch of T packed tokens runs layer by layer, forward and then backward. A layer is in one of three states:
 
-    kept        everything its backward needs stays: nothing is computed twice      (the last layers)
-    on card     its input stays, the rest is computed again in the backward
-    in host     its input waits in pinned host memory                               (the first layers)
+    saved       all that its backward needs is saved: nothing is computed twice         (the last layers)
+    on device   only its input is, the rest is computed again in the backward
+    offloaded   its input waits in pinned host memory                                   (the first layers)
 
 The formulas name every tensor that is alive at the moments that can be the peak. Letters: T tokens, S of them scored,
 K keys (a shared prompt's count once for each completion), H hidden, I intermediate, h and g query and key heads.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple
 
-from nbhelpers.architecture import Architecture
+from nbhelpers import gpu
+from nbhelpers.architecture import GB, Architecture
 
-LOGITS_SCRATCH = 263_000_000  # kernels.linear_logprob's scratch_bytes
+from .kv import kv_bytes_per_token
+
 TILES = (8192, 4096, 2048, 1024)  # tokens of the MLP at once, where not all of them fit
-FIXED_TOKENS = 256  # undoing a layer's 4 bits costs about as much as this many tokens in it
-AGAIN = 0.75  # of a layer's forward is computed again where it is not kept (the MLP's last product is not)
-SLACK = 1.02  # small tensors: statistics, indices, LoRA's thin products
+FIXED_TOKENS = 256  # dequantising a layer costs about as much time as this many tokens in it
+RECOMPUTED = 0.75  # share of a layer's forward that a layer computes again (the MLP's last product is not needed)
+SLACK = 1.02  # small tensors: statistics, indices, products with LoRA's A
 
 
 class CannotFit(ValueError):
@@ -30,27 +33,30 @@ class CannotFit(ValueError):
 
 
 class Tokens(NamedTuple):
-    """What a micro-batch weighs: packed tokens, scored tokens, keys (equal to tokens where no prompt is shared)."""
+    """Counts of a micro-batch: packed tokens, scored tokens, keys (equal to tokens where no prompt is shared)."""
 
     packed: int
     scored: int
     keys: int
 
 
-class Part(NamedTuple):
-    """A micro-batch: the rows in it (indices of the list that was split), its tokens, and the state of the layers."""
+class MicroBatch(NamedTuple):
+    """Rows that go forward and backward together, and the states of the layers meanwhile."""
 
-    rows: tuple[int, ...]
+    rows: tuple[int, ...]  # indices into the list that was split
     tokens: Tokens
-    kept: int  # the last `kept` layers
-    on_card: int  # the `on_card` layers before them; the rest is in host memory
+    saved: int  # the last `saved` layers
+    on_device: int  # the `on_device` layers before them; the inputs of the rest are offloaded
     tile: int  # tokens of the MLP at once in a layer that is computed again
     peak: int  # bytes on top of what is resident
 
 
-def count(rows: list[tuple[int, int, int]], share: bool = True) -> Tokens:
-    """Of rows (prompt, its length, the completion's length): see packing.pack, which lays them out."""
-    groups: dict[object, list[tuple[int, int, int]]] = {}
+Lengths = tuple[int, int, int]  # of a row: (its prompt's number, tokens of the prompt, tokens of the completion)
+
+
+def count(rows: list[Lengths], share: bool = True) -> Tokens:
+    """Tokens of these rows as `packing.pack` lays them out; share: a group's prompt goes through once."""
+    groups: dict[int, list[Lengths]] = {}
     for number, row in enumerate(rows):
         groups.setdefault(row[0] if share else number, []).append(row)
     packed = keys = 0
@@ -63,8 +69,14 @@ def count(rows: list[tuple[int, int, int]], share: bool = True) -> Tokens:
 
 
 @dataclass(frozen=True)
-class Work:
-    """The step's tensors in bytes. width: of an activation, 2 or 4. attention: "flash", "efficient" or "rows"."""
+class StepCost:
+    """Bytes of the step's tensors, and the time that a cut takes.
+
+    Args:
+        architecture (`Architecture`): The model's shapes.
+        width (`int`): Bytes of an activation's number, 2 or 4.
+        attention (`str`): The backend, "flash", "efficient" or "rows" (see training/packed_attention.py).
+    """
 
     architecture: Architecture
     width: int = 2
@@ -83,17 +95,20 @@ class Work:
         return tokens * self.architecture.intermediate_size * self.width
 
     def q(self, tokens: int) -> int:
+        """[tokens, h * D]: queries, or attention's output."""
         return tokens * self.architecture.num_attention_heads * self.architecture.head_dim * self.width
 
-    def kv(self, tokens: int) -> int:
-        return 2 * tokens * self.architecture.num_key_value_heads * self.architecture.head_dim * self.width
+    def kv(self, tokens: int, layers: int = 1) -> int:
+        """2 [tokens, g * D]: keys and values of `layers` layers."""
+        a = self.architecture
+        return tokens * kv_bytes_per_token(layers, a.num_key_value_heads, a.head_dim, self.width)
 
     def _expanded(self, keys: int) -> int:
         """K and V, or their gradients, with as many heads as Q; nothing where they have as many anyway."""
         a = self.architecture
         return 2 * self.q(keys) if a.num_attention_heads != a.num_key_value_heads else 0
 
-    def _attention_kept(self, t: Tokens) -> int:
+    def _attention_saved(self, t: Tokens) -> int:
         """Q, K, V (K and V again in the order of the sequences if a prompt is shared), output, log-sum-exp."""
         gathered = self.kv(t.keys) if t.keys != t.packed else 0
         expanded = 0 if self.attention == "flash" else self._expanded(t.keys)
@@ -109,102 +124,107 @@ class Work:
         return grads + sums + 2 * self._expanded(t.keys)
 
     def recompute_attention(self, t: Tokens) -> int:
-        """Backward through a layer's attention: input, gradient of the sum, what was kept, scratch."""
-        return 2 * self.hidden(t.packed) + self._attention_kept(t) + self._attention_scratch(t)
+        """Backward through a layer's attention: input, gradient of the sum, what was saved, scratch."""
+        return 2 * self.hidden(t.packed) + self._attention_saved(t) + self._attention_scratch(t)
 
     def recompute_mlp(self, t: Tokens, tile: int) -> int:
         """Backward through a layer's MLP, before that: input, incoming gradient, attention's output, a tile's work."""
         tile = min(tile, t.packed)
-        return 3 * self.hidden(t.packed) + self._attention_kept(t) + 3 * self.inner(tile) + 4 * self.hidden(tile)
+        return 3 * self.hidden(t.packed) + self._attention_saved(t) + 3 * self.inner(tile) + 4 * self.hidden(tile)
 
     def head(self, t: Tokens) -> int:
         """Last layer's output, the scored tokens, normed, their gradients, and the buffer for logits."""
-        logits = min(LOGITS_SCRATCH, t.scored * self.architecture.vocab_size * self.width)
+        logits = min(gpu.LOGITS_BYTES, t.scored * self.architecture.vocab_size * self.width)
         wide = (self.hidden(t.packed) + self.hidden(t.scored)) * 4 // self.width  # summed in fp32 on the way back
         return self.hidden(t.packed) + max(3 * self.hidden(t.scored) + logits, 2 * self.hidden(t.scored) + wide)
 
-    def kept(self, t: Tokens) -> int:
+    def saved(self, t: Tokens) -> int:
         """A layer whose backward needs nothing computed again: input, its attention, sum, gate and up."""
-        return self._attention_kept(t) + 2 * self.hidden(t.packed) + 2 * self.inner(t.packed)
+        return self._attention_saved(t) + 2 * self.hidden(t.packed) + 2 * self.inner(t.packed)
 
-    def kept_backward(self, t: Tokens) -> int:
-        """On top of the kept tensors, while such a layer goes backward: the gradients on the way."""
+    def saved_backward(self, t: Tokens) -> int:
+        """On top of the saved tensors, while such a layer goes backward: the gradients alive in it."""
         mlp = self.inner(t.packed) + 2 * self.hidden(t.packed)
         return self.hidden(t.packed) + max(mlp, self._attention_scratch(t) + self.hidden(t.packed))
 
     def forward(self, t: Tokens, tile: int = TILES[0]) -> int:
         """A layer without gradients: input, normed input, Q, K, V, output, projected; or the MLP's tile."""
         tile = min(tile, t.packed)
-        attention = 3 * self.hidden(t.packed) + self._attention_kept(t)
+        attention = 3 * self.hidden(t.packed) + self._attention_saved(t)
         return max(attention, 4 * self.hidden(t.packed) + 3 * self.inner(tile), self.head(t))
 
-    def peak(self, t: Tokens, kept: int, on_card: int, tile: int) -> int:
-        """The most bytes alive at once, on top of weights, adapters and optimizer."""
-        saved = kept * self.kept(t) + on_card * self.hidden(t.packed)
-        moments = [self.head(t) + saved]
-        if kept:
-            moments.append(self.kept_backward(t) + saved)
-        if kept < self.layers:
+    def peak(self, t: Tokens, saved: int, on_device: int, tile: int) -> int:
+        """The most bytes alive at once, on top of weights, adapters and optimizer, in these states of the layers."""
+        held = saved * self.saved(t) + on_device * self.hidden(t.packed)
+        moments = [self.head(t) + held]
+        if saved:
+            moments.append(self.saved_backward(t) + held)
+        if saved < self.layers:
             again = max(self.recompute_attention(t), self.recompute_mlp(t, tile))
-            moments.append(again + max(on_card - 1, 0) * self.hidden(t.packed))
-            if kept + on_card < self.layers:
-                moments.append(again + 2 * self.hidden(t.packed))  # the next one on its way from the host
+            moments.append(again + max(on_device - 1, 0) * self.hidden(t.packed))
+            if saved + on_device < self.layers:
+                moments.append(again + 2 * self.hidden(t.packed))  # the next layer's input is being prefetched
         return round(max(moments) * SLACK)
 
-    def part(self, rows: tuple[int, ...], t: Tokens, room: float) -> Part | None:
-        """How a micro-batch runs within `room` bytes: as much kept as fits, then as much on the card; None if not."""
-        if self.peak(t, self.layers, 0, t.packed) <= room:
-            return Part(rows, t, self.layers, 0, t.packed, self.peak(t, self.layers, 0, t.packed))
+    def micro_batch(self, rows: tuple[int, ...], t: Tokens, room: float) -> MicroBatch | None:
+        """How these rows run within `room` bytes: as many layers saved as fit, then as many inputs on the device.
+
+        None if they cannot.
+        """
+        if (peak := self.peak(t, self.layers, 0, t.packed)) <= room:
+            return MicroBatch(rows, t, self.layers, 0, t.packed, peak)
         for tile in (t.packed, *(tile for tile in TILES if tile < t.packed)):
             if self.peak(t, 0, 0, tile) <= room:
                 break
         else:
             return None
-        kept = _largest(self.layers - 1, lambda n: self.peak(t, n, 0, tile) <= room)
-        on_card = _largest(self.layers - kept, lambda n: self.peak(t, kept, n, tile) <= room)
-        return Part(rows, t, kept, on_card, tile, self.peak(t, kept, on_card, tile))
+        saved = largest(lambda n: self.peak(t, n, 0, tile) <= room, 1, self.layers - 1)
+        on_device = largest(lambda n: self.peak(t, saved, n, tile) <= room, 1, self.layers - saved)
+        return MicroBatch(rows, t, saved, on_device, tile, self.peak(t, saved, on_device, tile))
 
-    def cost(self, part: Part) -> float:
-        """Time in tokens times layers: forward, backward, and what is computed again."""
-        again = AGAIN * (self.layers - part.kept)
-        return (part.tokens.packed + FIXED_TOKENS) * (2 * self.layers + again)
+    def time(self, batch: MicroBatch) -> float:
+        """In tokens times layers: forward, backward, and what is computed again."""
+        again = RECOMPUTED * (self.layers - batch.saved)
+        return (batch.tokens.packed + FIXED_TOKENS) * (2 * self.layers + again)
 
-    def split(self, rows: list[tuple[int, int, int]], room: float, share: bool = True) -> list[Part]:
-        """The fastest way to run `rows` (prompt, its length, the completion's) within `room` bytes of work.
+    def split(self, rows: list[Lengths], room: float, share: bool = True) -> list[MicroBatch]:
+        """The fastest way to run `rows` within `room` bytes of work.
 
-        Rows of a prompt stay together as far as they can. CannotFit if not even one row fits.
+        Rows of a prompt stay together as far as they can. Raises CannotFit if not even one row fits.
         """
         order = sorted(range(len(rows)), key=lambda i: (rows[i][0], -rows[i][2]))
-        best, best_cost = None, float("inf")
+        lengths = [rows[i][1] + rows[i][2] for i in order]
+        best: list[MicroBatch] | None = None
+        least_time = float("inf")
         for pieces in _piece_counts(len(rows)):
-            parts = []
-            for chosen in _cut(order, [rows[i][1] + rows[i][2] for i in order], pieces):
-                tokens = count([rows[i] for i in chosen], share)
-                parts.append(self.part(tuple(chosen), tokens, room))
-            if None in parts:
-                continue
-            cost = sum(map(self.cost, parts))
-            if cost < best_cost:
-                best, best_cost = parts, cost
+            cut = []
+            for chosen in _cut(order, lengths, pieces):
+                batch = self.micro_batch(tuple(chosen), count([rows[i] for i in chosen], share), room)
+                if batch is None:
+                    break
+                cut.append(batch)
+            else:
+                if (time := sum(map(self.time, cut))) < least_time:
+                    best, least_time = cut, time
         if best is None:
             longest = max(rows, key=lambda row: row[1] + row[2])
             least = self.least([longest])
             raise CannotFit(
-                f"a completion of {longest[2]} tokens after a prompt of {longest[1]} needs {least / 1e9:.2f} GB of "
-                f"work on top of the weights, and {max(room, 0) / 1e9:.2f} GB are left: shorten max_completion_length, "
+                f"a completion of {longest[2]} tokens after a prompt of {longest[1]} needs {least / GB:.2f} GB of "
+                f"work on top of the weights, and {max(room, 0) / GB:.2f} GB are left: shorten max_completion_length, "
                 "or raise budget_gb if the card has more"
             )
         return best
 
-    def least(self, rows: list[tuple[int, int, int]]) -> int:
+    def least(self, rows: list[Lengths]) -> int:
         """Bytes below which these rows cannot run together."""
         tokens = count(rows)
         return min(self.peak(tokens, 0, 0, tile) for tile in (tokens.packed, TILES[-1]))
 
 
-def _largest(most: int, fits) -> int:
-    """The largest n of 0..most that fits; 0 is taken to fit."""
-    low, high = 0, most
+def largest(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest n of low..high that fits, by bisection: what is larger needs more. low - 1 if none of them does."""
+    low -= 1
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
@@ -220,7 +240,8 @@ def _piece_counts(rows: int) -> list[int]:
 
 def _cut(order: list[int], lengths: list[int], pieces: int) -> list[list[int]]:
     """`order` in at most `pieces` runs of about the same number of tokens."""
-    target, runs, done = sum(lengths) / pieces, [[]], 0
+    target, done = sum(lengths) / pieces, 0
+    runs: list[list[int]] = [[]]
     for index, length in zip(order, lengths, strict=True):
         if runs[-1] and done + length / 2 > target * len(runs):
             runs.append([])
@@ -231,42 +252,56 @@ def _cut(order: list[int], lengths: list[int], pieces: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Resident:
-    """Bytes that lie on the card all the time. Sources: Architecture counts, bitsandbytes for 8-bit Adam."""
+    """Bytes that are on the card all the time. Sources: Architecture counts, bitsandbytes for 8-bit Adam."""
 
     weights: int
     adapters: int  # fp32; with every weight trained, 0: they are the weights
-    gradients: int
+    gradients: int  # freed by the update: while an engine generates they are not there
     optimizer: int
-    dequantized: int  # the one buffer in which a 4-bit matrix is made dense
+    scratch: int  # the one buffer for dequantised weights
 
     @property
     def total(self) -> int:
-        return self.weights + self.adapters + self.gradients + self.optimizer + self.dequantized
+        return self.weights + self.adapters + self.gradients + self.optimizer + self.scratch
+
+    @property
+    def generating(self) -> int:
+        """Bytes while an engine generates."""
+        return self.total - self.gradients
 
 
-DENSE_BYTES = 2**27  # kernels.lora_linear's: of 4-bit matrices this much is made dense at a time
+def scratch_bytes(a: Architecture, width: int = 2) -> int:
+    """Bytes of the kernels' scratch for dequantised weights of `width` bytes a number.
 
-
-def dense_bytes(a: Architecture, width: int = 2) -> int:
-    """The buffer in which the kernels make 4-bit matrices dense: the largest one or a piece of it, or several if they
-    are small."""
+    It takes the largest matrix or a piece of it, or several matrices that read the same input if they are small.
+    """
     sizes = {m.name: m.out_features * m.in_features * width for m in a.linears()}
     joined = [sum(sizes[name] for name in names) for names in (a.family.qkv, a.family.gate_up)]
-    largest = min(max(sizes.values()), DENSE_BYTES)
-    return max(size for size in (largest, *joined) if size <= DENSE_BYTES)
+    one = min(max(sizes.values()), gpu.DEQUANTIZE_BYTES)
+    return max(size for size in (one, *joined) if size <= gpu.DEQUANTIZE_BYTES)
 
 
-OPTIMIZER_BYTES = {"adamw_8bit": 2.04, "adamw": 8.0}  # a trained number: two moments, and 8-bit's scale of each 256
+# for each trained number: two moments, and in 8 bits a scale for each 256 of them
+OPTIMIZER_BYTES = {"adamw_8bit": 2.04, "adamw": 8.0}
 
 
 def resident(
     a: Architecture, quantization: str, rank: int, targets: tuple[str, ...] | None, optimizer: str, width: int = 2
 ) -> Resident:
-    """Of a model with a LoRA of `rank` (0: every weight is trained, in fp32)."""
+    """What a model with an adapter keeps on the card.
+
+    Args:
+        a (`Architecture`): The model's shapes.
+        quantization (`str`): "dynamic", "nf4" or "none".
+        rank (`int`): Of the LoRA; 0: every weight is trained, in fp32.
+        targets (`tuple[str, ...]`, *optional*): The layers with a LoRA; None: all linear ones.
+        optimizer (`str`): A key of OPTIMIZER_BYTES.
+        width (`int`): Bytes of a frozen 16- or 32-bit number.
+    """
     state = OPTIMIZER_BYTES[optimizer]
     if rank == 0:
         numbers = a.parameters()
         return Resident(4 * numbers, 0, 4 * numbers, round(state * numbers), 0)
     numbers = a.lora_parameters(rank, targets)
-    dense = 0 if quantization == "none" else dense_bytes(a, width)
-    return Resident(a.weight_bytes(quantization, width), 4 * numbers, 4 * numbers, round(state * numbers), dense)
+    scratch = 0 if quantization == "none" else scratch_bytes(a, width)
+    return Resident(a.weight_bytes(quantization, width), 4 * numbers, 4 * numbers, round(state * numbers), scratch)

@@ -28,10 +28,10 @@ from .packing import Packed, take
 
 @dataclass(frozen=True)
 class Layers:
-    """The states of the layers in one walk: the last `kept` keep all, the `on_card` before them their input."""
+    """The states of the layers in one walk: the last `saved` save all, the `on_device` before them their input."""
 
-    kept: int
-    on_card: int
+    saved: int
+    on_device: int
     tile: int
 
 
@@ -39,13 +39,13 @@ class LayerwiseDecoder:
     """The parts of one model in the order in which a token passes them. Puts the fused kernels on it, if they are not.
 
     model: a transformers causal LM, or peft's wrapper around one, for which `families.why_not` finds nothing.
-    way: of attention, see attention.py; autocast: a function that gives the context to compute in.
+    backend: of attention, see packed_attention.py; autocast: a function that gives the context to compute in.
     """
 
-    def __init__(self, model: nn.Module, way: str, autocast):
+    def __init__(self, model: nn.Module, backend: str, autocast):
         patch.with_kernels(model)
         self.embed, self.rotary, self.layers, self.norm, self.head = families.skeleton(model)
-        self.way, self.autocast = way, autocast
+        self.backend, self.autocast = backend, autocast
         self.device = self.embed.weight.device
         self.store = Checkpoints(self.device)
 
@@ -55,7 +55,7 @@ class LayerwiseDecoder:
         first, last = layer.self_attn.groups()
         qkv = projection.linears(x, *first, norm=layer.input_layernorm, packed=True)
         q, k, v = layer.self_attn.rotated(qkv, *cos_sin)
-        out = attend(q, k, v, packed, layer.self_attn.scaling, self.way)
+        out = attend(q, k, v, packed, layer.self_attn.scaling, self.backend)
         return projection.linears(out, *last)[0]
 
     def _mlp(self, layer, a: Tensor, x: Tensor, value: bool = True) -> Tensor:
@@ -133,8 +133,8 @@ class LayerwiseDecoder:
 
     def _differentiate_layers(self, packed, temperature, layers, objective, backward):
         store, last = self.store, len(self.layers) - 1
-        first_kept = len(self.layers) - layers.kept
-        first_on_card = first_kept - layers.on_card
+        first_saved = len(self.layers) - layers.saved
+        first_on_device = first_saved - layers.on_device
         learns = self.embed.weight.requires_grad
         with torch.set_grad_enabled(learns), self._arithmetic():
             embedded, cos_sin = self.start(packed)
@@ -142,7 +142,7 @@ class LayerwiseDecoder:
         del embedded
         graphs: list[tuple[Tensor, Tensor]] = []
         for number, layer in enumerate(self.layers):
-            if number >= first_kept:
+            if number >= first_saved:
                 leaf = x.detach().requires_grad_()
                 with torch.enable_grad(), self._arithmetic():
                     y = self._mlp(layer, self._attention(layer, leaf, packed, cos_sin), leaf)
@@ -150,7 +150,7 @@ class LayerwiseDecoder:
                 x = y.detach()
                 del leaf, y
             else:
-                store.put(number, x, host=number < first_on_card)
+                store.put(number, x, host=number < first_on_device)
                 with torch.no_grad(), self._arithmetic():
                     x = self._forward(layer, x, packed, cos_sin, layers.tile)
         store.flush()
@@ -164,7 +164,7 @@ class LayerwiseDecoder:
         gradient = [leaf.grad]
         del leaf, value
         for number in range(last, -1, -1):
-            if number >= first_kept:
+            if number >= first_saved:
                 leaf, y = graphs.pop()
                 self._differentiate(y, gradient.pop().to(y.dtype))
                 gradient.append(leaf.grad)

@@ -16,10 +16,11 @@ from accelerate.utils import DistributedType
 
 from nbhelpers import grpo
 from nbhelpers.memory.micro_batches import OPTIMIZER_BYTES
+from nbhelpers.memory.room import Reserved
 from nbhelpers.models import families
 
 from . import objective
-from .lean_step import LeanStep, gradients_are_finite
+from .lean_step import LeanStep, first_non_finite
 from .packing import unpad
 
 ONE_CARD_EACH = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -83,10 +84,14 @@ class LeanStepTrainer(trl.GRPOTrainer):
         """The lean step of the policy or of the reference model; made on first use."""
         model = self.accelerator.unwrap_model(model)
         if id(model) not in self._steps:
-            self._steps[id(model)] = LeanStep(model, self.budget_gb, self.temperature, self.accelerator.autocast)
-        step = self._steps[id(model)]
-        step.pending = self._pending_optimizer_bytes()
-        return step
+            self._steps[id(model)] = LeanStep(
+                model, self.budget_gb, self.temperature, self.accelerator.autocast, reserved=self._reserved
+            )
+        return self._steps[id(model)]
+
+    def _reserved(self) -> Reserved:
+        """Bytes that are not the step's, as they are now."""
+        return Reserved(coming=self._pending_optimizer_bytes())
 
     def _pending_optimizer_bytes(self) -> float:
         """What the optimizer will allocate in its first update."""
@@ -146,7 +151,7 @@ class LeanStepTrainer(trl.GRPOTrainer):
     def _look_at_gradients(self) -> None:
         """Skip an update whose gradients are not finite; FloatingPointError after too many of them in a row."""
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        name = gradients_are_finite(named)
+        name = first_non_finite(named)
         if name is None:
             self._skipped_in_a_row = 0
         else:

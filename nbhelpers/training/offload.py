@@ -26,19 +26,19 @@ class Checkpoints:
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.chunks: list[Tensor] = []  # pinned; kept and used again by the next micro-batch
         self.used = 0  # bytes of them
-        self.on_card: dict[int, Tensor] = {}
-        self.in_host: dict[int, tuple[list[Tensor], torch.Size, torch.dtype]] = {}
+        self.on_device: dict[int, Tensor] = {}
+        self.offloaded: dict[int, tuple[list[Tensor], torch.Size, torch.dtype]] = {}
         self.coming: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
         self.leaving: deque[tuple[torch.cuda.Event, Tensor]] = deque()
 
     def put(self, key: int, x: Tensor, host: bool) -> None:
         """Keep x until `take(key)`. With host=True the caller may drop x; it must not write into it."""
         if not host:
-            self.on_card[key] = x
+            self.on_device[key] = x
             return
         x = x.contiguous()
         pieces = self._reserve(x.numel() * x.element_size())
-        self.in_host[key] = (pieces, x.shape, x.dtype)
+        self.offloaded[key] = (pieces, x.shape, x.dtype)
         if self.side is None:
             _copy(x, pieces, out=True)
             return
@@ -56,9 +56,9 @@ class Checkpoints:
 
     def prefetch(self, key: int) -> None:
         """Begin to bring a tensor back; nothing happens for one that is on the card or on its way."""
-        if key not in self.in_host or key in self.coming or self.side is None:
+        if key not in self.offloaded or key in self.coming or self.side is None:
             return
-        pieces, shape, dtype = self.in_host[key]
+        pieces, shape, dtype = self.offloaded[key]
         x = torch.empty(shape, dtype=dtype, device=self.device)
         self.side.wait_stream(torch.cuda.current_stream(self.device))  # x's memory may still be in use there
         with torch.cuda.stream(self.side):
@@ -67,9 +67,9 @@ class Checkpoints:
 
     def take(self, key: int) -> Tensor:
         """The tensor on the device; the store forgets it. KeyError for a key that was not put."""
-        if key in self.on_card:
-            return self.on_card.pop(key)
-        pieces, shape, dtype = self.in_host[key]
+        if key in self.on_device:
+            return self.on_device.pop(key)
+        pieces, shape, dtype = self.offloaded[key]
         if self.side is None:
             x = torch.empty(shape, dtype=dtype, device=self.device)
             _copy(x, pieces, out=False)
@@ -77,15 +77,15 @@ class Checkpoints:
             self.prefetch(key)
             x, arrived = self.coming.pop(key)
             torch.cuda.current_stream(self.device).wait_event(arrived)
-        del self.in_host[key]
+        del self.offloaded[key]
         return x
 
     def clear(self) -> None:
         """Forget everything, after an error as well; the pinned memory stays for the next time."""
         if self.side is not None and (self.leaving or self.coming):
             self.side.synchronize()
-        self.on_card.clear()
-        self.in_host.clear()
+        self.on_device.clear()
+        self.offloaded.clear()
         self.coming.clear()
         self.leaving.clear()
         self.used = 0

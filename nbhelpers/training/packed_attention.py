@@ -1,7 +1,7 @@
 """Causal attention over packed sequences, where a sequence may have more keys than queries (a shared prompt's).
 
 Query i of a sequence with n queries and m keys sees the keys up to m - n + i: the causal mask's lower right corner.
-Three ways to compute it:
+Three backends compute it:
 
 "flash"      one launch for all sequences, keys and values of fewer heads as they are; 16 bits, Ampere and later
 "efficient"  one launch, keys and values expanded to all heads; what a T4 has
@@ -22,12 +22,12 @@ from torch.nn.attention.bias import CausalVariant, causal_lower_right
 from .packing import Packed, Rows, pack, take, unpad
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float, way: str) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float, backend: str) -> Tensor:
     """q [1, heads, T, D]; k, v [1, kv heads, T, D] -> [1, T, heads * D]."""
     q, k, v = (t.squeeze(0).transpose(0, 1) for t in (q, k, v))  # [T, heads, D], any strides
     if packed.keys is not None:
         k, v = take(k, packed.keys), take(v, packed.keys)
-    return _WAYS[way](q, k, v, packed, scale).reshape(1, q.shape[0], -1)
+    return _BACKENDS[backend](q, k, v, packed, scale).reshape(1, q.shape[0], -1)
 
 
 def _flash(q, k, v, packed, scale):
@@ -62,29 +62,29 @@ def _rows(q, k, v, packed, scale):
     return torch.cat([out.squeeze(0).transpose(0, 1) for out in outputs])
 
 
-_WAYS = {"flash": _flash, "efficient": _efficient, "rows": _rows}
+_BACKENDS = {"flash": _flash, "efficient": _efficient, "rows": _rows}
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> str:
-    """The fastest way that this device has and that gives what "rows" gives."""
+    """The fastest backend that this device has and that gives what "rows" gives."""
     if device.type != "cuda":
         return "rows"
     modern = torch.cuda.get_device_capability(device) >= (8, 0) and dtype != torch.float32
-    way = "flash" if modern else "efficient"
-    wrong = check(way, device, dtype)
+    backend = "flash" if modern else "efficient"
+    wrong = check(backend, device, dtype)
     if wrong is None:
-        return way
+        return backend
     warnings.warn(
-        f"torch {torch.__version__}'s {way} attention for packed sequences is not used: {wrong}. Attention goes row by "
-        "row instead, which is slower and just as right",
+        f"torch {torch.__version__}'s {backend} attention for packed sequences is not used: {wrong}. Attention goes "
+        "row by row instead, which is slower and just as right",
         stacklevel=2,
     )
     return "rows"
 
 
 @cache
-def check(way: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is wrong with `way` on this device: an error, or how far it is from "rows" in fp32; None if nothing."""
+def check(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is wrong with `backend` on this device: an error, or how far it is from "rows" in fp32; None if nothing."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(9, (4, 150), generator=generator)
     lengths = torch.tensor([70, 1, 33, 40])[:, None]
@@ -95,14 +95,14 @@ def check(way: str, device: torch.device, dtype: torch.dtype) -> str | None:
     tensors = [torch.randn(1, heads, tokens, 64, generator=generator).to(device, dtype) for heads in (4, 2, 2)]
     upstream = torch.randn(1, tokens, 256, generator=generator).to(device)
 
-    def run(way, dtype):
+    def run(backend, dtype):
         leaves = [t.to(dtype).requires_grad_() for t in (t.detach() for t in tensors)]
-        out = attend(*leaves, packed, 0.125, way)
+        out = attend(*leaves, packed, 0.125, backend)
         return [out, *torch.autograd.grad(out, leaves, upstream.to(dtype))]
 
     try:
         with torch.enable_grad():
-            got, wanted = run(way, dtype), run("rows", torch.float32)
+            got, wanted = run(backend, dtype), run("rows", torch.float32)
     except (RuntimeError, TypeError, NotImplementedError, AttributeError) as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0]}"
     worst = max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(got, wanted, strict=True))

@@ -15,6 +15,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, PrinterCallback
 from trl.extras.profiling import profiling_context
 
 from nbhelpers import engines, gpu, panel
+from nbhelpers.memory.room import Reserved
 from nbhelpers.rewards import Sample, text_of
 from nbhelpers.rewards.guard import guard_all
 
@@ -156,10 +157,9 @@ class LeanGRPOTrainer(ResumingTrainer):
             gpu.grow_blocks()
         return chosen
 
-    def _step_of(self, model):
-        step = super()._step_of(model)
-        step.asleep = 0 if self.engine is None else self.engine.asleep
-        return step
+    def _reserved(self) -> Reserved:
+        asleep = 0 if self.engine is None else self.engine.asleep
+        return super()._reserved()._replace(handed_back=asleep)
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         """TRL's hook: token ids of a completion for each prompt, and the log-probabilities they were drawn with."""

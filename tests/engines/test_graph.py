@@ -12,6 +12,7 @@ from nbhelpers.engines.forward import Decoder
 from nbhelpers.engines.graph import GraphEngine
 from nbhelpers.engines.hf import HFEngine
 from nbhelpers.engines.kv_cache import KVCache
+from nbhelpers.memory import kv
 from nbhelpers.models import patch
 
 GREEDY = Sampling(max_tokens=24, temperature=0.0)
@@ -89,7 +90,7 @@ def test_long_prompts_go_in_chunks(name, monkeypatch):
         return hidden(self, ids, *rest)
 
     monkeypatch.setattr(graph_module.Decoder, "hidden", counted)
-    monkeypatch.setattr(graph_module, "PREFILL_BYTES", 0)  # 16 tokens at once
+    monkeypatch.setattr(kv, "PREFILL_BYTES", 0)  # 16 tokens at once
     assert tokens(GraphEngine(model).generate(texts, GREEDY)) == wanted
     assert max(rows * width for rows, width in calls) <= 16 and max(map(len, texts)) > 32
 

@@ -10,6 +10,7 @@ from engine_models import make, prompts
 from nbhelpers.engines import Sampling
 from nbhelpers.engines import graph as graph_module
 from nbhelpers.engines.graph import GraphEngine
+from nbhelpers.memory import Room
 
 TOKEN = 2 * 2 * 2 * 16 * 4  # bytes of a token's K and V: layers, heads, D, fp32
 LETTERS = SimpleNamespace(decode=lambda ids: "".join(chr(32 + i) for i in ids))
@@ -195,7 +196,7 @@ def test_the_default_budget(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: state["allocated"] * 1e9)
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)
     card = torch.device("cuda")
-    assert graph_module.kv_budget(card) == 3.7e9  # of 4.5
-    assert graph_module.kv_budget(card, 3.5) == 1.75e9  # of 2.5
-    assert graph_module.kv_budget(card, 2.0) == 0.7e9  # of 1.0
-    assert graph_module.kv_budget(card, 0.5) == 0
+    assert Room(card).for_keys_and_values() == 3.7e9  # of 4.5
+    assert Room(card, 3.5).for_keys_and_values() == 1.75e9  # of 2.5
+    assert Room(card, 2.0).for_keys_and_values() == 0.7e9  # of 1.0
+    assert Room(card, 0.5).for_keys_and_values() == 0

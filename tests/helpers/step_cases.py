@@ -163,4 +163,4 @@ def through(model, rows, weights, **options):
         return (logps * weights[place]).sum()
 
     one.differentiate(rows, objective)
-    return seen, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}, one.parts
+    return seen, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}, one.micro_batches

@@ -1,14 +1,18 @@
-"""The planner: counted by hand where that is possible, monotone everywhere, quick, and of one mind with the step."""
+"""The planner: counted by hand where that is possible, monotone everywhere, quick, and of one mind with the step and
+the graph engine."""
 
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
-from nbhelpers import architecture, memory, presets
+from nbhelpers import architecture, gpu, memory, presets
 from nbhelpers.architecture import GB
-from nbhelpers.memory import micro_batches
+from nbhelpers.engines import Sampling, graph
+from nbhelpers.engines.base import Writer
+from nbhelpers.memory import kv, micro_batches
 from nbhelpers.models import families
 from nbhelpers.training import lean_step
 
@@ -47,7 +51,7 @@ def test_the_goals_of_the_issue_can_be_planned():
                 name, card_gb=140, budget_gb=gb - 0.05, attention="flash", num_generations=8,
                 **LLAMA | {"max_completion_length": length - 256},
             )  # fmt: skip
-            assert plan.parts and plan.training_peak <= gb, (name, length)
+            assert plan.micro_batches and plan.training_peak <= gb, (name, length)
 
 
 def test_what_fits_and_what_does_not():
@@ -118,14 +122,14 @@ def test_the_sizes_of_the_kernels_buffers_are_the_kernels_own():
     from nbhelpers.kernels.triton.linear_logprob import SCRATCH_BYTES
     from nbhelpers.kernels.triton.lora_linear import DENSE_BYTES
 
-    assert (micro_batches.DENSE_BYTES, micro_batches.LOGITS_SCRATCH) == (DENSE_BYTES, SCRATCH_BYTES)
+    assert (gpu.DEQUANTIZE_BYTES, gpu.LOGITS_BYTES) == (DENSE_BYTES, SCRATCH_BYTES)
     by_hand = {"qwen2.5-1.5b": 2 * 2 * 8960 * 1536, "llama-3.1-8b": 2 * 14336 * 4096, "phi-4": DENSE_BYTES}
     for name, size in by_hand.items():
-        assert micro_batches.dense_bytes(presets.get(name).architecture) == size
+        assert micro_batches.scratch_bytes(presets.get(name).architecture) == size
 
 
 def test_the_step_cuts_as_the_planner_said():
-    """One source: the parts that a step plans for a batch are those of the plan of the same numbers."""
+    """One source: the micro-batches that a step plans for a batch are those of the plan of the same numbers."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     a = architecture.Architecture(
@@ -134,5 +138,71 @@ def test_the_step_cuts_as_the_planner_said():
     model = Qwen2ForCausalLM(Qwen2Config(**{k: v for k, v in a.config().items() if k != "model_type"}))
     one = lean_step.LeanStep(model, budget_gb=2e-4)
     rows = [lean_step.Row(i, 0, 10, 30) for i in range(8)]
-    wanted = micro_batches.Work(a, 4, "rows").split([(0, 10, 30)] * 8, 2e-4 * GB)
+    wanted = micro_batches.StepCost(a, 4, "rows").split([(0, 10, 30)] * 8, 2e-4 * GB)
     assert one.plan(rows) == wanted and len(wanted) > 1
+
+
+CARDS = (4, 6, 8, 12, 15, 16, 24, 40, 80)
+
+
+def written_at_once(plan, texts, monkeypatch):
+    """How many of `texts` completions the graph engine itself writes at the same time to their full length, with the
+    bytes that this plan leaves free for it."""
+    s, a = plan.setting, plan.preset.architecture
+    resident = sum(plan.generation.get(part, 0) for part in ("weights", "adapters", "optimizer", "dense scratch"))
+    free = (plan.card_gb - memory.CONTEXT_GB) * (1 - memory.FRAGMENTED) - resident
+    width = 2 if s.lora_rank else 4
+    token = memory.kv_bytes_per_token(a.num_hidden_layers, a.num_key_value_heads, a.head_dim, width)
+    engine, sampling = object.__new__(graph.GraphEngine), Sampling(s.max_completion_length)
+    engine.max_rows = kv.MAX_ROWS
+    requests = [graph.Request([1] * s.max_prompt_length, i, Writer(sampling)) for i in range(texts)]
+    monkeypatch.setattr(graph, "STAGE_TOKENS", 10**9)  # no stage is worth it: the last one alone
+    try:
+        rows, length = engine._stage(requests, s.max_completion_length, memory.kv_budget(max(0.0, free) * GB), token)
+    except MemoryError:
+        return 0
+    assert length >= s.max_prompt_length + s.max_completion_length and length % 16 == 0
+    return min(rows, texts)
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_the_graph_engine_writes_as_many_at_once_as_planned(name, monkeypatch):
+    for gb in CARDS:
+        for changes in ({}, {"max_completion_length": 1003}, {"max_completion_length": 64, "rows": 96}):
+            plan = memory.plan(name, card_gb=gb, **changes)
+            assert plan.at_once == written_at_once(plan, plan.setting.rows, monkeypatch), (gb, changes)
+            affordable = written_at_once(plan, kv.MAX_ROWS, monkeypatch)
+            if plan.fits:
+                assert plan.largest_group == (affordable if affordable > 1 else 0), (gb, changes)
+
+
+def test_on_tight_cards_fewer_are_written_than_fit_beside_nothing():
+    """What these plans said before they asked the engine: 13, 16, 12 and 26."""
+    cases = {("phi-4", 12): 10, ("llama-3.1-8b", 8): 13, ("mistral-7b", 6): 9, ("qwen2.5-3b", 4): 20}
+    assert {case: memory.plan(*case).largest_group for case in cases} == cases
+
+
+def test_a_budget_holds_for_the_engine_too():
+    tight = memory.plan("llama-3.1-8b", card_gb=80, budget_gb=7.3, **LLAMA)
+    resident = sum(tight.generation[part] for part in ("weights", "adapters", "optimizer", "dense scratch"))
+    assert tight.at_once == memory.kv_budget((7.3 - resident) * GB) // (1024 * 131_072) < 8
+    assert tight.generation_peak <= 7.3
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_the_smallest_card_is_the_one_that_a_plan_is_found_for(name):
+    preset = presets.get(name)
+    floor = memory.floor_gb(preset)
+    for gb in (0.1, floor - 0.1, floor, floor + 0.1, *range(1, 25), 40, 80):
+        plan = memory.plan(preset, card_gb=gb)
+        assert (plan.fits or plan.nearest is not None) == memory.can_train(preset, gb) == (gb >= floor), gb
+        assert (name in memory.that_fit(gb)) == (gb >= floor)
+
+
+def test_what_fits():
+    assert memory.that_fit(0.1) == ()
+    assert "phi-4" not in memory.that_fit(8.6) and "qwen2.5-1.5b" in memory.that_fit(8.6)
+    assert set(memory.that_fit(25.4)) == set(presets.names())
+    for name in presets.names():
+        preset = presets.get(name)
+        assert memory.floor_gb(replace(preset, lora_rank=preset.lora_rank or 64)) > memory.CONTEXT_GB

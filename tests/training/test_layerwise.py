@@ -23,7 +23,7 @@ class TestOnTheKernels:
         for gb in (None, 0.5e-4):
             with kernels.use("triton"):
                 logps, got, parts = through(model, rows, weights, budget_gb=gb)
-            assert (parts[0].kept == 2) == (gb is None), parts
+            assert (parts[0].saved == 2) == (gb is None), parts
             torch.testing.assert_close(logps, wanted_logps, rtol=1e-5, atol=1e-5)
             assert difference(got, wanted) < 1e-5
 

@@ -1,5 +1,7 @@
 """The lean step against stock TRL: loss, LoRA gradients and metrics on the same rollouts."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import trl
@@ -145,7 +147,7 @@ def test_rows_without_advantage_are_skipped_with_the_same_gradient(pairs):
     batch = make_batch(groups=2, size=4, zeros=True)
     compare((stock, ours), batch, loss_type="dapo")
     assert ours._metrics["train"]["frac_zero_signal_skipped"] == [0.5]
-    scored = sum(len(part.rows) for part in ours._step_of(ours.model).parts)
+    scored = sum(len(part.rows) for part in ours._step_of(ours.model).micro_batches)
     assert scored == 4
     compare((stock, ours), batch, loss_type="dapo", beta=0.04)  # the KL has a gradient in every row
     assert ours._metrics["train"]["frac_zero_signal_skipped"] == [0.0]
@@ -163,12 +165,12 @@ def test_a_batch_without_any_signal_has_gradients_of_zero(pairs):
 def test_a_batch_that_runs_out_of_memory_is_computed_again_in_smaller_parts(pairs, monkeypatch, capsys):
     ours, batch = pairs("llama")[1], make_batch(groups=2, size=4)
     one = ours._step_of(ours.model)
-    monkeypatch.setattr(one, "budget_gb", 3e-4)
-    monkeypatch.setattr(one, "share", 1.0)
+    monkeypatch.setattr(one.room, "budget_gb", 3e-4)
+    monkeypatch.setattr(one.room, "share", 1.0)
 
     def measure():
         configure(ours)
-        found = gradients(ours, batch), {k: v[0] for k, v in ours._metrics["train"].items()}, list(one.parts)
+        found = gradients(ours, batch), {k: v[0] for k, v in ours._metrics["train"].items()}, list(one.micro_batches)
         found[1].pop("tokens_per_second")
         return found
 
@@ -186,7 +188,7 @@ def test_a_batch_that_runs_out_of_memory_is_computed_again_in_smaller_parts(pair
     (loss, got), again, smaller = measure()
     assert loss == pytest.approx(wanted_loss, rel=1e-5) and difference(got, wanted) < 1e-5
     assert again == pytest.approx(metrics, rel=1e-4, abs=1e-6)
-    assert max(part.peak for part in smaller) < max(part.peak for part in parts) and one.share == 0.8
+    assert max(part.peak for part in smaller) < max(part.peak for part in parts) and one.room.share == 0.8
     assert "computed again, in smaller parts" in capsys.readouterr().out
 
     failing = [len(calls) + 4]  # now there are gradients of an earlier batch
@@ -196,7 +198,7 @@ def test_a_batch_that_runs_out_of_memory_is_computed_again_in_smaller_parts(pair
     failing = range(10**6)
     with pytest.raises(torch.OutOfMemoryError):
         ours.compute_loss(ours.model, batch)
-    assert 0.4 < one.share < 0.55
+    assert 0.4 < one.room.share < 0.55
 
 
 def test_rows_that_trl_masks_out_are_left_alone(pairs):
@@ -234,6 +236,16 @@ def test_the_engines_logps_correct_the_loss_without_another_pass(pairs):
 
 
 # ----------------------------------------------------------------------------------------- gradients gone wrong
+
+
+def test_the_first_gradient_that_is_not_finite_is_the_backwards_first():
+    named = [(name, torch.nn.Parameter(torch.zeros(2))) for name in ("first", "middle", "last", "frozen")]
+    assert lean_step.first_non_finite(named) is None
+    for _, parameter in named[:3]:
+        parameter.grad = torch.ones(2)
+    assert lean_step.first_non_finite(named) is None
+    named[0][1].grad[0], named[1][1].grad[1] = float("inf"), float("nan")
+    assert lean_step.first_non_finite(named) == "middle"
 
 
 def test_a_gradient_that_is_not_finite_skips_the_update_and_names_the_layer(tmp_path, capsys):
@@ -290,6 +302,19 @@ def test_a_run_in_fp16_trains_and_one_whose_loss_is_scaled_too_far_skips_and_say
         one.train()
     assert f"fp16's loss scale is {2.0**40:g} and will be halved" in capsys.readouterr().out
     assert one.accelerator.scaler.get_scale() == 2.0**39
+
+
+def test_the_room_knows_what_others_take(tmp_path):
+    """The optimizer's moments until its first update has made them, and what a sleeping engine has handed back."""
+    ours = make_trainer(trainer.LeanGRPOTrainer, make_model("qwen2"), tmp_path, max_steps=1, optim="adamw_torch")
+    numbers = sum(p.numel() for p in ours.model.parameters() if p.requires_grad)
+    room = ours._step_of(ours.model).room
+    assert room.reserved() == (0, 8 * numbers)
+    ours.engine = SimpleNamespace(asleep=7)
+    assert room.reserved() == (7, 8 * numbers)
+    ours.engine = None
+    ours.train()
+    assert room.reserved() == (0, 0)
 
 
 def test_a_run_that_cannot_fit_stops_before_its_first_step(tmp_path):

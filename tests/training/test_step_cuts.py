@@ -13,11 +13,11 @@ from nbhelpers.training import lean_step, packing
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_cut_gives_the_same(family):
-    """Budgets from plenty to the least: all layers kept, some kept, inputs on the card, inputs in the host, tiles."""
+    """Budgets from plenty to the least: all layers saved, some saved, inputs on the device, inputs offloaded, tiles."""
     model = make_model(family)
     rows, weights = rollout(groups=3, size=3)
     wanted_logps, wanted, (whole,) = through(model, rows, weights)
-    assert whole.kept == 3
+    assert whole.saved == 3
     seen = set()
     for share in (True, False):
         for gb in (4e-4, 2e-4, 1.2e-4, 0.9e-4, 0.7e-4):
@@ -27,10 +27,10 @@ def test_any_cut_gives_the_same(family):
             assert sorted(i for part in parts for i in part.rows) == list(range(9))
             assert max(part.peak for part in parts) <= gb * 1e9
             for part in parts:
-                seen |= {("parts", len(parts) > 1), ("kept", min(part.kept, 1)), ("card", min(part.on_card, 1))}
-                seen.add(("host", part.kept + part.on_card < 3))
-    assert seen == {("parts", True), ("parts", False), ("kept", 0), ("kept", 1), ("card", 0), ("card", 1),
-                    ("host", True), ("host", False)}  # fmt: skip
+                seen |= {("parts", len(parts) > 1), ("saved", min(part.saved, 1)), ("device", min(part.on_device, 1))}
+                seen.add(("offloaded", part.saved + part.on_device < 3))
+    assert seen == {("parts", True), ("parts", False), ("saved", 0), ("saved", 1), ("device", 0),
+                    ("device", 1), ("offloaded", True), ("offloaded", False)}  # fmt: skip
 
 
 def test_tiles_of_the_mlp_change_nothing(monkeypatch):
@@ -114,7 +114,7 @@ def test_a_rehearsal_that_runs_out_of_memory_is_done_again_in_less_room(monkeypa
 
     monkeypatch.setattr(one.decoder, "_differentiate", short_of_memory)
     smaller = one.rehearse(4, 2, 6, 10)
-    assert "Out of memory" in capsys.readouterr().out and one.share == 0.8
+    assert "Out of memory" in capsys.readouterr().out and one.room.share == 0.8
     assert max(part.peak for part in smaller) < max(part.peak for part in planned)
     assert all(p.grad is None for p in model.parameters())
 

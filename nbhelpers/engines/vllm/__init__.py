@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from contextlib import contextmanager
 from importlib.metadata import version
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ from torch import nn
 
 from nbhelpers import gpu, host
 from nbhelpers.architecture import GB
+from nbhelpers.memory.kv import kv_bytes_per_token
+from nbhelpers.memory.room import Room, vllm_kv_budget
 from nbhelpers.models import families
 
 from ..base import LENGTH, STOP_STRING, Completion, Engine, Sampling, Writer, check, inference
@@ -29,7 +32,6 @@ from ..cuda_graphs import BATCHES
 
 TESTED = ("0.26", "0.27")  # from, up to but not including
 BLOCK = 16  # tokens that vLLM gives memory to at once
-KV_SHARE = 0.6  # of what is free; vLLM's activations, graphs and LoRA buffers are in the rest
 PREFILL_TOKENS = 2048  # computed at once: more would be little faster, and its activations are memory
 ENVIRONMENT = {  # read by vLLM when it is imported; what the user has set stays
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # another process could not share the weights
@@ -81,7 +83,7 @@ class VLLMEngine(Engine):
 
         self.model, self.tokenizer = model, tokenizer
         inner = families.unwrap(model)
-        budget = kv_bytes if kv_bytes is not None else int(KV_SHARE * gpu.room(model.device, budget_gb))
+        budget = kv_bytes if kv_bytes is not None else vllm_kv_budget(Room(model.device, budget_gb).free())
         self.max_length, self.kv_bytes = sizes(inner.config, inner.dtype, max_rows, max_length, budget)
         adapter = lora.settings(lora.adapted(inner))
         with tempfile.TemporaryDirectory() as folder, model.built_on(inner), _as_it_was():
@@ -207,18 +209,26 @@ def warn_of_version(installed: str) -> None:
 
 
 def sizes(config, dtype: torch.dtype, rows: int, length: int | None, budget: int) -> tuple[int, int]:
-    """(the longest text in tokens, bytes for keys and values): what `rows` texts need, at most `budget` bytes.
+    """What vLLM's keys and values need.
 
-    MemoryError if one text does not fit in it, ValueError for a text longer than the model can be.
+    Args:
+        config (`transformers.PretrainedConfig`): The model's.
+        dtype (`torch.dtype`): Of keys and values.
+        rows (`int`): Texts that are written at the same time.
+        length (`int`, *optional*): Tokens of the longest text; None: what the model and the budget can hold.
+        budget (`int`): Bytes that they may take, at most.
+
+    Returns (tokens of the longest text, bytes for keys and values). Raises MemoryError if one text does not fit in the
+    budget, ValueError for a text longer than the model can be.
     """
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * dtype.itemsize
+    token = kv_bytes_per_token(config.num_hidden_layers, config.num_key_value_heads, head, dtype.itemsize)
     affordable = budget // (token * BLOCK) - 1  # blocks; vLLM keeps one for itself
     if length is None:
         length = min(config.max_position_embeddings, affordable * BLOCK)
     if length > config.max_position_embeddings:
         raise ValueError(f"max_length={length}, and the model can be {config.max_position_embeddings} tokens long")
-    text = -(-length // BLOCK)  # blocks
+    text = ceil(length / BLOCK)  # blocks
     if length < 1 or affordable < text:
         raise MemoryError(
             f"one text of {max(length, 1)} tokens needs {max(text, 1) * BLOCK * token / GB:.2f} GB for keys and "

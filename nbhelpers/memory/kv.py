@@ -1,0 +1,30 @@
+"""Keys and values of the texts that are being written: the bytes of a token, the slot of a text, how many fit.
+
+Plain arithmetic, no torch: the graph engine asks it with the model at hand, the planner with a preset's numbers.
+"""
+
+from math import ceil
+
+SLOT = 16  # a text's place in the cache is a multiple of this many tokens
+MAX_ROWS = 128  # texts that the graph engine decodes at the same time, unless it is told otherwise
+PREFILL_BYTES = 190e6  # what the activations of prompts that are computed together may take
+
+
+def kv_bytes_per_token(layers: int, kv_heads: int, head_dim: int, width: int) -> int:
+    """Bytes of a token's keys and values in `layers` layers; `width`: bytes of a number."""
+    return 2 * layers * kv_heads * head_dim * width
+
+
+def slot_tokens(tokens: int) -> int:
+    """The slot of a text of up to `tokens` tokens, in tokens."""
+    return ceil(tokens / SLOT) * SLOT
+
+
+def rows_that_fit(budget: int, tokens: int, token_bytes: int, most: int = MAX_ROWS) -> int:
+    """How many texts of up to `tokens` tokens have a slot within `budget` bytes at the same time; at most `most`."""
+    return min(budget // (slot_tokens(tokens) * token_bytes), most)
+
+
+def prefill_tokens(activation_bytes: int) -> int:
+    """Tokens of prompts that are computed together, where the activations of one token take `activation_bytes`."""
+    return max(16, int(PREFILL_BYTES / activation_bytes))

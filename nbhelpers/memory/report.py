@@ -1,0 +1,131 @@
+"""What the planner found out, and how a notebook shows it: a table with bars, and the conclusions in sentences."""
+
+from dataclasses import dataclass
+
+from nbhelpers.presets import Preset
+
+from .kv import MAX_ROWS
+from .micro_batches import MicroBatch
+
+ORDER = ("weights", "adapters", "optimizer", "dense scratch", "KV cache", "kept for backward", "layer work", "logits",
+         "CUDA context")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What decides the bytes; the names are those of Preset and of TRL. `rows` completions are generated at once."""
+
+    quantization: str
+    lora_rank: int
+    num_generations: int
+    max_prompt_length: int
+    max_completion_length: int
+    rows: int
+    optimizer: str = "adamw_8bit"
+
+    def __str__(self) -> str:
+        adapter = f"LoRA {self.lora_rank}" if self.lora_rank else "every weight trained"
+        return (
+            f"{self.quantization} · {adapter} · {self.rows} x ({self.max_prompt_length} + "
+            f"{self.max_completion_length}) tokens in groups of {self.num_generations}"
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """GB by part for the two halves of a step; `str` and a notebook show it.
+
+    training_peak and generation_peak: GB of torch's allocations, the CUDA context left out, as
+    torch.cuda.max_memory_allocated counts.
+    """
+
+    preset: Preset
+    card_gb: float
+    setting: Setting
+    generation: dict[str, float]
+    training: dict[str, float]
+    micro_batches: tuple[MicroBatch, ...]  # how the step cuts the batch; empty if it does not fit
+    at_once: int  # of the completions, how many the graph engine writes at the same time to their full length
+    fits: bool
+    longest_context: int  # tokens of prompt and completion, 0 if none fits; completions one after another if need be
+    largest_group: int  # completions of this length that the graph engine writes at the same time; 0 if it is below 2
+    nearest: Setting | None  # what to change to, if this does not fit
+    instead: tuple[str, ...]  # presets that fit this card, if no setting of this one does
+
+    @property
+    def generation_peak(self) -> float:
+        """GB."""
+        return sum(gb for name, gb in self.generation.items() if name != "CUDA context")
+
+    @property
+    def training_peak(self) -> float:
+        """GB."""
+        return sum(gb for name, gb in self.training.items() if name != "CUDA context")
+
+    @property
+    def dominates(self) -> str:
+        """The largest part, "kept for backward" aside: that grows into whatever is left."""
+        parts = [(gb, name) for half in (self.generation, self.training) for name, gb in half.items()]
+        return max(part for part in parts if part[1] != "kept for backward")[1]
+
+    def verdict(self) -> list[str]:
+        """The conclusions, a sentence each."""
+        context = f"{self.longest_context:,} tokens" if self.longest_context else "none"
+        group = self.largest_group or "none"
+        largest = [
+            f"The largest part is {self.dominates}; what is kept for the backward only takes what room is left.",
+            f"Longest context that fits: {context}. Largest group written at once to the end: {group}.",
+        ]
+        if self.fits:
+            layers = len(self.micro_batches) * self.preset.architecture.num_hidden_layers
+            saved = sum(batch.saved for batch in self.micro_batches) / layers
+            how = "nothing is computed twice" if saved == 1 else f"{1 - saved:.0%} of the layers are computed twice"
+            pieces = "one piece" if len(self.micro_batches) == 1 else f"{len(self.micro_batches)} pieces"
+            stages = ""
+            if self.at_once < min(self.setting.rows, MAX_ROWS):
+                stages = f" Completions are written together while short, {self.at_once} at a time at the end."
+            return [f"It fits. The batch goes through in {pieces}, {how}.{stages}", *largest]
+        if self.nearest is not None:
+            return [f"It does NOT fit. The nearest that does: {self.nearest}.", *largest]
+        names = ", ".join(self.instead) or "none"
+        return [f"It does NOT fit, and no setting of this model does. These models fit: {names}.", *largest]
+
+    def _rows(self) -> list[tuple[str, float, float]]:
+        return [(n, self.generation.get(n, 0.0), self.training.get(n, 0.0)) for n in ORDER
+                if n in self.generation or n in self.training]  # fmt: skip
+
+    def __str__(self) -> str:
+        lines = [f"{self.preset.title} on {self.card_gb:g} GB: {self.setting}", ""]
+        lines.append(f"{'GB':<18}{'generating':>11}{'training':>10}")
+        for name, one, two in self._rows():
+            lines.append(f"{name:<18}{one:>11.2f}{two:>10.2f}  {'█' * round(30 * max(one, two) / self.card_gb)}")
+        totals = sum(self.generation.values()), sum(self.training.values())
+        lines += [f"{'together':<18}{totals[0]:>11.2f}{totals[1]:>10.2f}  of {self.card_gb:g}", "", *self.verdict()]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """A table, and a bar for each half whose full width is the card."""
+        hues = {name: f"hsl({40 * i} 55% 55%)" for i, name in enumerate(ORDER)}
+        head = f"<b>{self.preset.title}</b> on {self.card_gb:g} GB: {self.setting}"
+        bars = ""
+        for title, half in (("generating", self.generation), ("training", self.training)):
+            total = sum(half.values())
+            scale = 100 / max(self.card_gb, total)
+            pieces = "".join(
+                f'<div title="{name} {half[name]:.2f} GB" '
+                f'style="width:{half[name] * scale:.2f}%;background:{hues[name]}"></div>'
+                for name in ORDER
+                if name in half
+            )
+            bars += (
+                f'<div>{title}: {total:.2f} of {self.card_gb:g} GB</div><div style="display:flex;height:1.4em;'
+                f'width:36em;max-width:100%;border:1px solid #888">{pieces}</div>'
+            )
+        rows = "".join(
+            f'<tr><td><span style="color:{hues[name]}">■</span> {name}</td><td>{one:.2f}</td><td>{two:.2f}</td></tr>'
+            for name, one, two in self._rows()
+        )
+        table = f"<table><tr><th>GB</th><th>generating</th><th>training</th></tr>{rows}</table>"
+        return f"<div>{head}{bars}{table}{'<br>'.join(self.verdict())}</div>"
