@@ -109,11 +109,15 @@ class StepCost:
         return 2 * self.q(keys) if a.num_attention_heads != a.num_key_value_heads else 0
 
     def _attention_saved(self, t: Tokens) -> int:
-        """Q, K, V (K and V again in the order of the sequences if a prompt is shared), output, log-sum-exp."""
+        """Q, K, V (K and V again in the order of the sequences if a prompt is shared), output, log-sum-exp.
+
+        Behind norms over the heads Q and K are new tensors, and what the projections gave stays beside them.
+        """
         gathered = self.kv(t.keys) if t.keys != t.packed else 0
         expanded = 0 if self.attention == "flash" else self._expanded(t.keys)
         lse = 4 * t.packed * self.architecture.num_attention_heads
-        return 2 * self.q(t.packed) + self.kv(t.packed) + gathered + expanded + lse
+        normed = self.q(t.packed) + self.kv(t.packed) // 2 if self.architecture.family.head_norms else 0
+        return 2 * self.q(t.packed) + self.kv(t.packed) + normed + gathered + expanded + lse
 
     def _attention_scratch(self, t: Tokens) -> int:
         """What attention's backward has of its own: gradients of its output, Q, K, V, and their fp32 sums."""
