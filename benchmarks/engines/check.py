@@ -58,7 +58,7 @@ def compare(
 
 
 def run(device: torch.device, dtypes: list[torch.dtype], quick: bool, line: Callable[[str], None]) -> int:
-    """Every check for three architectures in each of `dtypes`, a `line` of text each; returns how many failed."""
+    """Every check for four models in each of `dtypes`, a `line` of text each; returns how many failed."""
     failed = 0
 
     def say(name: str, good: bool, detail: str) -> None:
@@ -69,7 +69,7 @@ def run(device: torch.device, dtypes: list[torch.dtype], quick: bool, line: Call
     if device.type == "cuda":
         for dtype in dtypes:
             say(f"{dtype} NF4 weights in a decoding step", *same_weights(device, dtype))
-    for name in ("qwen2.5-1.5b", "llama-3.1-8b", "phi-4"):
+    for name in ("qwen2.5-1.5b", "qwen3-0.6b", "llama-3.1-8b", "phi-4"):
         real = presets.get(name).architecture
         shape = harness.small(real) if quick else replace(real, num_hidden_layers=4)
         for dtype in dtypes:
