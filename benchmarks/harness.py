@@ -26,9 +26,8 @@ from typing import IO, Any
 import torch
 
 from benchmarks import common, random_model
-from nbhelpers import architecture, gpu, presets
+from nbhelpers import architecture, gpu, memory, presets
 from nbhelpers.architecture import Architecture
-from nbhelpers.memory.micro_batches import Work
 
 GB = architecture.GB
 Job = dict[str, Any]
@@ -72,7 +71,7 @@ def checkpoint(job: Job) -> Iterator[str]:
 
 def kv_token_bytes(shape: Architecture, dtype: torch.dtype) -> int:
     """Bytes of one token's keys and values in all layers."""
-    return Work(shape, dtype.itemsize).kv(1) * shape.num_hidden_layers
+    return memory.kv_bytes_per_token(shape.num_hidden_layers, shape.num_key_value_heads, shape.head_dim, dtype.itemsize)
 
 
 # ---- time and memory ----

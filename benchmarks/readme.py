@@ -171,7 +171,7 @@ def models() -> str:
     step, engines = Results("step"), Results("engines")
     rows = []
     for name in NOTEBOOKS:
-        card = next((gb for gb in CARDS if memory.plan(presets.get(name), card_gb=gb).fits), None)
+        card = next((gb for gb in CARDS if memory.can_train(presets.get(name), gb)), None)
         half, whole = step(f"{name}/1K/train_peak"), engines(f"{name}/1K/step_peak_driver")
         link = f"[{presets.get(name).title}](notebooks/models/{name}.ipynb)"
         gated = "yes" if presets.get(name).gated else "no"

@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     from nbhelpers.training.objective import Outcome
 
 LENGTHS = {"1K": 1024, "4K": 4096, "20K": 20480}
-GOALS = {"qwen2.5-1.5b": (2.0, 2.2, 3.0), "llama-3.1-8b": (7.4, 7.8, 9.4), "phi-4": (11.5, 12.0, 14.0)}
+GOALS = {
+    "qwen2.5-1.5b": (2.0, 2.2, 3.0),
+    "qwen3-1.7b": (2.4, 2.7, 3.6),
+    "llama-3.1-8b": (7.4, 7.8, 9.4),
+    "phi-4": (11.5, 12.0, 14.0),
+}
 CAPS = {"qwen2.5-1.5b": 5, "llama-3.1-8b": 15}  # GB of the whole process at 20K
 
 Batch = dict[str, Tensor]
@@ -165,10 +170,11 @@ class Job:
 
     def describe(self, step: "LeanStep") -> None:
         """Print how the last batch was cut."""
-        parts = [(len(p.rows), p.tokens.packed, p.kept, p.on_card, p.tile) for p in step.parts]
+        parts = [(len(p.rows), p.tokens.packed, p.saved, p.on_device, p.tile) for p in step.micro_batches]
         host = step.decoder.store.host_bytes() / GB
         print(
-            f"  {step.work.attention}; (rows, tokens, kept, on card, tile): {parts}; {host:.2f} GB pinned", flush=True
+            f"  {step.cost.attention}; (rows, tokens, saved, on device, tile): {parts}; {host:.2f} GB pinned",
+            flush=True,
         )
 
     def plan_row(self, setting: str, length: int, budget: float, attention: str, rows: int | None = None) -> None:
@@ -210,7 +216,7 @@ def ours(job: Job) -> None:
                 torch.cuda.set_per_process_memory_fraction(1.0)
             job.describe(step)
             if budget:
-                job.plan_row(setting, length, budget, step.work.attention)
+                job.plan_row(setting, length, budget, step.cost.attention)
 
         job.attempt(setting, case)
     del optimizer
@@ -260,7 +266,7 @@ def t4(job: Job) -> None:
             job.row(f"{setting}-t4/finite", "ours", float(math.isfinite(loss) and finite), "1 = yes", rows=rows)
             job.row(f"{setting}-t4/mean_logprob", "ours", outcomes[0].logps.mean().item(), "nats")
             job.describe(step)
-            job.plan_row(f"{setting}-t4", length, budget, step.work.attention, max(rows, 2))
+            job.plan_row(f"{setting}-t4", length, budget, step.cost.attention, max(rows, 2))
 
         job.attempt(f"{setting}-t4", case)
     del optimizer

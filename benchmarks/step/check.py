@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks.harness import GB
 from benchmarks.random_model import Model
-from nbhelpers import memory
+from nbhelpers.memory import micro_batches
 
 from . import trl
 from .cases import GOALS, Batch, Job
@@ -154,8 +154,8 @@ def check(job: Job) -> None:
                         peaks.append((torch.cuda.max_memory_allocated() - before) / GB)
                 got = gradient(model)
                 wanted = wanted or got
-                tokens = memory.count([(0, job.prompt, job.every_length["1K"] - job.prompt)] * 4, share)
-                planned = step.work.peak(tokens, kept, on_card, tile) / GB
+                tokens = micro_batches.count([(0, job.prompt, job.every_length["1K"] - job.prompt)] * 4, share)
+                planned = step.cost.peak(tokens, kept, on_card, tile) / GB
                 label = f"check/{attention}{'-shared' if share else ''}/{state}"
                 job.row(f"{label}/gradient_difference", "ours", error(got, wanted), "relative")
                 if peaks:
