@@ -224,7 +224,7 @@ def test_torch_attention_equals_the_whole_softmax():
     """The reference itself: one row at a time, by the formula."""
     for case in CASES[:4]:
         arguments = attention_case(**{k: v for k, v in case.items() if k != "tolerance"})
-        q, k, v, cos, sin, cache, _, layer, positions, _, scale, window = arguments
+        q, k, v, cos, sin, cache, _, layer, positions, _, scale, window, _ = arguments
         q, k = kernels.rope(q, k, cos, sin)
         before = cache.clone()
         got = kernels.decode_attention(*arguments)
