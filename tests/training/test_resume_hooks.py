@@ -203,9 +203,9 @@ def die_at_step_5(folder: str) -> None:
     make(AutoTokenizer.from_pretrained(WORKSHOP), folder, Kill(), **{**PLAIN, "save_steps": 2}).train()
 
 
-def test_a_killed_process_loses_nothing_that_was_saved(tokenizer, tmp_path, whole):
+def test_a_killed_process_loses_nothing_that_was_saved(tokenizer, tmp_path, whole, warm):
     settings = {**PLAIN, "save_steps": 2}
-    out = subprocess.run([sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, timeout=200)
+    out = subprocess.run([*warm, __file__, str(tmp_path)], capture_output=True, text=True, timeout=200)
     assert out.returncode == -signal.SIGKILL, out.stdout[-2000:] + out.stderr[-2000:]
     again = make(tokenizer, tmp_path, **settings)
     again.train(resume_from_checkpoint="auto")

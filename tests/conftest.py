@@ -1,0 +1,18 @@
+"""What tests of several rooms share."""
+
+import sys
+
+import pytest
+import warm_python
+
+from nbhelpers import gpu
+
+
+@pytest.fixture(scope="session")
+def warm():
+    """The command that stands for `python`, with the slow imports done already where that is possible: warm_python."""
+    if sys.platform == "win32" or gpu.cards():  # Windows does not fork, and after a fork CUDA cannot be used
+        yield [sys.executable]
+    else:
+        with warm_python.server() as command:
+            yield command
