@@ -32,7 +32,9 @@ def test_the_oldest_are_the_lower_ends_of_the_ranges():
 
 
 @pytest.mark.parametrize("kind", [FutureWarning, DeprecationWarning])
-@pytest.mark.parametrize("module", [__name__, "nbhelpers.training.trainer", "trl.trainer.utils", "transformers.trainer"])
+@pytest.mark.parametrize(
+    "module", [__name__, "nbhelpers.training.trainer", "trl.trainer.utils", "transformers.trainer"]
+)
 def test_a_warning_of_our_own_calls_is_an_error(module, kind):
     with pytest.raises(kind, match="going"):
         exec("warnings.warn('it is going', kind)", {"__name__": module, "warnings": warnings, "kind": kind})
