@@ -3,11 +3,14 @@ BIN := .venv/bin
 
 .PHONY: run test notebooks workshop-model clean
 
+# CONSTRAINTS=constraints-oldest.txt: a new .venv with the oldest versions that requirements.txt allows, not the newest
+INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+
 # One environment for everything, made once and again only when its inputs change.
-.venv/ready: requirements.txt pyproject.toml
+.venv/ready: requirements.txt pyproject.toml $(CONSTRAINTS)
 	@test -d .venv || { echo "making .venv (once; about two minutes)"; $(PYTHON) -m venv .venv; }
-	@$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^torch' requirements.txt)"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@$(INSTALL) "$$(grep '^torch' requirements.txt)"
+	@$(INSTALL) -e '.[dev]'
 	@touch $@
 
 # The quickstart, headless: trains, streams its progress, leaves runs/quickstart/. DATA=my_questions.jsonl for your own.
@@ -22,9 +25,12 @@ notebooks: .venv/ready
 # One thread a process and two processes: faster than two threads each that wait for each other. The model notebooks run
 # as copies in a fresh folder: beside the originals there may be checkpoints of a real run.
 test: .venv/ready
+	@echo "ruff: lint and format"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@echo "pytest: the unit tests, and mypy over the package (tests/test_typing.py)"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
+	@echo "nbmake: every notebook from top to bottom, those of models in smoke mode"
 	@rm -rf runs/smoke && mkdir -p runs/smoke && cp notebooks/models/*.ipynb runs/smoke
 	@NBHELPERS_SMOKE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 \
 		notebooks/*.ipynb runs/smoke

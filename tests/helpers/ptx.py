@@ -7,6 +7,7 @@ An instruction is done for all threads at once, one element of the tensors each;
 import ctypes
 import re
 from contextlib import contextmanager
+from functools import cache
 from unittest import mock
 
 import numpy as np
@@ -15,9 +16,22 @@ import numpy as np
 def run(asm: str, inputs: list[np.ndarray], outputs: int) -> list[np.ndarray]:
     """uint32 [T] for each output; the inputs are uint32 or uint64 [T]."""
     machine = Machine([np.zeros(len(inputs[0]), np.uint32) for _ in range(outputs)] + [a.copy() for a in inputs])
-    for statement in statements(asm):
-        machine.step(statement)
+    for statement in program(asm):
+        machine.step(*statement)
     return machine.operands[:outputs]
+
+
+@cache
+def program(asm: str) -> list[tuple[str, list[str], str | None]]:
+    """(operation, its operands, the register that guards it or None) of each statement of `asm`, read once."""
+    read = []
+    for text in statements(asm):
+        guard = None
+        if text.startswith("@"):
+            guard, text = text[1:].split(None, 1)
+        name, _, rest = text.rstrip(";").partition(" ")
+        read.append((name, re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", rest), guard))
+    return read
 
 
 def statements(asm: str):
@@ -40,22 +54,17 @@ class Machine:
         self.operands, self.scopes = operands, [{}]
         self.threads = len(operands[-1])
 
-    def step(self, text: str) -> None:
-        if text == "{":
+    def step(self, name: str, arguments: list[str], guard: str | None) -> None:
+        if name == "{":
             self.scopes.append({})
-        elif text == "}":
+        elif name == "}":
             self.scopes.pop()
-        elif text.startswith(".reg"):
-            for name in text[:-1].split(None, 2)[2].split(","):
-                stem, _, count = name.strip().rstrip(">").partition("<")
+        elif name == ".reg":
+            for register in arguments[1:]:  # the first is their type
+                stem, _, count = register.rstrip(">").partition("<")
                 for full in [f"{stem}{i}" for i in range(int(count))] if count else [stem]:
                     self.scopes[-1][full] = np.zeros(self.threads, np.uint32)
         else:
-            guard = None
-            if text.startswith("@"):
-                guard, text = text[1:].split(None, 1)
-            name, rest = text[:-1].split(None, 1)
-            arguments = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", rest)
             getattr(self, name.split(".")[0])(name, arguments, None if guard is None else self.get(guard) != 0)
 
     def get(self, name: str) -> np.ndarray:
@@ -112,13 +121,10 @@ class Machine:
         self.set(a[0], self.get(a[1]) & self.get(a[2]) | self.get(a[3]))
 
     def prmt(self, name, a, _):
-        eight = np.stack([self.get(a[i]) >> np.uint32(8 * j) & np.uint32(255) for i in (1, 2) for j in range(4)])
-        selector, out = self.get(a[3]), np.zeros(self.threads, np.uint32)
-        for j in range(4):
-            nibble = selector >> np.uint32(4 * j) & np.uint32(15)
-            assert (nibble < 8).all(), "the fourth bit asks for the sign"
-            out |= eight[nibble, np.arange(self.threads)] << np.uint32(8 * j)
-        self.set(a[0], out)
+        eight = np.stack([self.get(a[1]), self.get(a[2])], axis=1).astype("<u4").view(np.uint8)
+        nibbles = self.get(a[3])[:, None] >> np.arange(0, 16, 4, dtype=np.uint32) & np.uint32(15)
+        assert (nibbles < 8).all(), "the fourth bit asks for the sign"
+        self.set(a[0], np.take_along_axis(eight, nibbles, axis=1).view("<u4")[:, 0])
 
     def mul(self, name, a, _):
         assert name == "mul.rn.f32"
@@ -132,23 +138,19 @@ class Machine:
         wide = "m16n8k16" in name
         to, a_, b_, c_ = map(self.names, a)
         assert (len(a_), len(b_)) == ((4, 2) if wide else (2, 1))
-        lane = np.arange(32)
-        g, t = lane // 4, lane % 4
-        c = np.stack([self.get(register).view(np.float32) for register in c_])
-        for first in range(0, self.threads, 32):
-            warp = slice(first, first + 32)
-            left, right = np.zeros((16, 16), np.float32), np.zeros((16, 8), np.float32)
-            for i, register in enumerate(a_):
-                for j in range(2):
-                    left[g + i % 2 * 8, 2 * t + j + i // 2 * 8] = _to_float(self.get(register)[warp], j, name)
-            for i, register in enumerate(b_):
-                for j in range(2):
-                    right[2 * t + j + i * 8, g] = _to_float(self.get(register)[warp], j, name)
-            product = left @ right
-            for i in range(4):
-                c[i, warp] += product[g + i // 2 * 8, 2 * t + i % 2]
-        for i, register in enumerate(to):
-            self.set(register, c[i].view(np.uint32))
+        g, t = np.arange(32) // 4, np.arange(32) % 4
+        warps = self.threads // 32
+        left, right = np.zeros((warps, 16, 16), np.float32), np.zeros((warps, 16, 8), np.float32)
+        for i, register in enumerate(a_):
+            for j in range(2):
+                left[:, g + i % 2 * 8, 2 * t + j + i // 2 * 8] = _to_float(self.get(register), j, name).reshape(-1, 32)
+        for i, register in enumerate(b_):
+            for j in range(2):
+                right[:, 2 * t + j + i * 8, g] = _to_float(self.get(register), j, name).reshape(-1, 32)
+        product = left @ right
+        for i, (register, before) in enumerate(zip(to, c_, strict=True)):
+            added = product[:, g + i // 2 * 8, 2 * t + i % 2].reshape(-1)
+            self.set(register, (self.get(before).view(np.float32) + added).view(np.uint32))
 
     def __getattr__(self, name):
         if name == "and":  # a word of Python's own

@@ -1,6 +1,7 @@
 """Model notebooks as a reader runs them, in smoke mode: stopped and gone on with, killed and run again from the top.
 
-And as a script in two processes, as for two GPUs.
+And as a script in two processes, as for two GPUs. Kernels and processes are forks of one that has imported what they
+import (`warm_python`); `make test` runs every notebook in a fresh one too.
 """
 
 import json
@@ -67,9 +68,7 @@ def execute(name: str, folder: Path, steps: int, *, at=None, number=signal.SIGIN
     if twice:
         insert(place("train") + 1, train.source)
     insert(len(notebook.cells), REPORT)
-    NotebookClient(
-        notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
-    ).execute()
+    NotebookClient(notebook, timeout=240, kernel_name="warm", resources={"metadata": {"path": str(folder)}}).execute()
     trained = [cell for cell in notebook.cells if cell.source == train.source]
     said = "".join(output.get("text", "") for cell in trained for output in cell.outputs)
     report = next(line for line in notebook.cells[-1].outputs[0].text.splitlines() if line.startswith("REPORT"))
@@ -77,11 +76,17 @@ def execute(name: str, folder: Path, steps: int, *, at=None, number=signal.SIGIN
 
 
 @pytest.fixture(autouse=True)
-def smoke(monkeypatch):
+def smoke(monkeypatch, warm, tmp_path):
+    """Smoke mode, and a kernel of the name "warm" for Jupyter."""
     if sys.platform == "win32":
         pytest.skip("Windows has no SIGINT to send")
     monkeypatch.setenv("NBHELPERS_SMOKE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    argv = [*warm, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec = tmp_path / "jupyter" / "kernels" / "warm" / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text(json.dumps({"argv": argv, "display_name": "warm", "language": "python"}))
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in MODELS.glob("*.ipynb")))
@@ -101,7 +106,7 @@ def test_killed_and_run_again_from_the_top(tmp_path):
     assert report["steps"] == list(range(1, 25)) and report["reached"] == 24
 
 
-def two_processes(folder: Path, out: str, steps: int) -> tuple[str, bytes]:
+def two_processes(python: list[str], folder: Path, out: str, steps: int) -> tuple[str, bytes]:
     """Run a notebook as a script in two processes; what the first one said, and the adapter that it exported."""
     code, _ = PythonExporter().from_filename(MODELS / "qwen2.5-1.5b.ipynb")
     rewards = "[lambda completions, **_: [len(str(text)) % 3.0 for text in completions]]"  # that differ in a group
@@ -112,16 +117,16 @@ def two_processes(folder: Path, out: str, steps: int) -> tuple[str, bytes]:
         assert code.count(old) == 1, old
         code = code.replace(old, new)
     (folder / "script.py").write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               "--local-ranks-filter=0", "script.py"]  # fmt: skip
+    command = [*python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+               "--local-ranks-filter=0", "--no-python", *python, "script.py"]  # fmt: skip
     ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
     return ran.stdout, (folder / out / "reasoner" / "adapter_model.safetensors").read_bytes()
 
 
-def test_a_script_of_two_processes_goes_on_exactly(tmp_path):
-    _, begun = two_processes(tmp_path, "stopped", steps=2)
-    said, resumed = two_processes(tmp_path, "stopped", steps=4)
+def test_a_script_of_two_processes_goes_on_exactly(tmp_path, warm):
+    _, begun = two_processes(warm, tmp_path, "stopped", steps=2)
+    said, resumed = two_processes(warm, tmp_path, "stopped", steps=4)
     assert said.count("Goes on from stopped/checkpoint-2, after step 2.") == 1, said
-    _, whole = two_processes(tmp_path, "whole", steps=4)
+    _, whole = two_processes(warm, tmp_path, "whole", steps=4)
     assert begun != resumed == whole

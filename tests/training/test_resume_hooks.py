@@ -10,18 +10,18 @@ import sys
 
 import numpy
 import pytest
+import resume_cases
 import torch
 import trl
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from resume_cases import PLAIN, ROWS, At, curve, make, same, weights
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nbhelpers import loader, panel, tasks
+from nbhelpers import loader, panel
 from nbhelpers.models import adapter
 from nbhelpers.presets import WORKSHOP
 from nbhelpers.training import checkpoint, trainer
 
-ROWS = tasks.decimals(n_train=6, n_test=1).train  # two prompts a generation: three generations an epoch
-PLAIN = {"max_steps": 7, "save_steps": 100}
 REUSED = {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 7, "save_steps": 100,
           "per_device_train_batch_size": 4}  # fmt: skip
 
@@ -29,48 +29,6 @@ REUSED = {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 7, "save_
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(WORKSHOP)
-
-
-def nines(completions, **_):
-    """Differs within a group even when the model is sure of its answer."""
-    return [float(sum(map(ord, completion[0]["content"])) % 7) for completion in completions]
-
-
-class At(TrainerCallback):
-    """Raises at the end of a step, or (`inside`) between two, where the next one's completions are there already."""
-
-    def __init__(self, step: int, what: type, event: str = "on_step_end"):
-        def raiser(args, state, control, **_):
-            if state.global_step == step:
-                raise what
-
-        setattr(self, event, raiser)
-
-
-def make(tokenizer, folder, *callbacks, model=None, rows=ROWS, reward=nines, engine="hf",
-         max_skipped_steps=10, **changes):  # fmt: skip
-    if model is None:
-        model = AutoModelForCausalLM.from_pretrained(WORKSHOP, dtype=torch.float32)
-    settings = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 10,
-                "learning_rate": 1e-3, "disable_tqdm": True, "beta": 0.02, **changes}  # fmt: skip
-    args = trainer.LeanGRPOConfig(str(folder), **settings)
-    return trainer.LeanGRPOTrainer(
-        model, [reward], args, rows, processing_class=tokenizer, callbacks=list(callbacks), engine=engine,
-        max_skipped_steps=max_skipped_steps,
-    )  # fmt: skip
-
-
-def weights(run) -> dict:
-    return {name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad}
-
-
-def curve(run) -> list:
-    names = ("step", "reward", "loss", "num_tokens", "learning_rate", "epoch")
-    return [[log.get(name) for name in names] for log in run.state.log_history if "loss" in log]
-
-
-def same(one: dict, two: dict) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.fixture(scope="module")
@@ -192,20 +150,9 @@ def test_the_step_that_broke_a_run_off_is_not_counted_twice(tokenizer, tmp_path)
     assert run.skipped_steps == 0  # of another run
 
 
-def die_at_step_5(folder: str) -> None:
-    """What a process of its own does."""
-
-    class Kill(TrainerCallback):
-        def on_step_begin(self, args, state, control, **_):
-            if state.global_step == 5:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    make(AutoTokenizer.from_pretrained(WORKSHOP), folder, Kill(), **{**PLAIN, "save_steps": 2}).train()
-
-
-def test_a_killed_process_loses_nothing_that_was_saved(tokenizer, tmp_path, whole):
+def test_a_killed_process_loses_nothing_that_was_saved(tokenizer, tmp_path, whole, warm):
     settings = {**PLAIN, "save_steps": 2}
-    out = subprocess.run([sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, timeout=200)
+    out = subprocess.run([*warm, resume_cases.__file__, str(tmp_path)], capture_output=True, text=True, timeout=200)
     assert out.returncode == -signal.SIGKILL, out.stdout[-2000:] + out.stderr[-2000:]
     again = make(tokenizer, tmp_path, **settings)
     again.train(resume_from_checkpoint="auto")
@@ -354,7 +301,3 @@ def test_the_private_hooks_are_still_there():
     assert names(Trainer._load_from_checkpoint)[:2] == ["self", "resume_from_checkpoint"]
     assert "weights_only=True" in inspect.getsource(Trainer._load_optimizer_and_scheduler)
     assert "weights_only=True" in inspect.getsource(Trainer._load_rng_state)
-
-
-if __name__ == "__main__":
-    die_at_step_5(sys.argv[1])
