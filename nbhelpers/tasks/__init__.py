@@ -21,7 +21,7 @@ from .decimal_pairs import (
 from .own_data import from_data, from_file
 from .reasoning_sets import reasoning
 from .task import SYSTEM_PROMPT, Task, messages
-from .word_problems import gsm8k
+from .grade_school import gsm8k
 
 __all__ = [
     "BIGGER", "PROBES", "PROBE_ANSWER", "SYSTEM_PROMPT", "Task", "as_version", "countdown", "decimal_number",

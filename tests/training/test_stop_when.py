@@ -1,0 +1,83 @@
+"""What ends a run: silence, a task that is solved, a reward that is gamed; on logs as runs have left them."""
+
+from dataclasses import replace
+
+import pytest
+
+from nbhelpers.rewards import Sample
+from nbhelpers.training.stop_when import StopWhen
+
+PLACEHOLDER = "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>"
+
+
+def logs(steps, **series):
+    """`steps` logged steps; a pair goes in a straight line from one value to the other, a number stays."""
+    base = {"reward": 0.5, "frac_reward_zero_std": 0.2, "right": 0.4, "in_form": 0.5, "completions/mean_length": 150.0}
+    return [
+        {
+            name: value[0] + (value[1] - value[0]) * i / max(1, steps - 1) if isinstance(value, tuple) else value
+            for name, value in (base | {key.replace("__", "/"): v for key, v in series.items()}).items()
+        }
+        for i in range(steps)
+    ]
+
+
+def first_stop(history, samples=(), rules=None):
+    """(the step at which the run ends, why); (None, None) if it goes on to its end."""
+    rules = rules or StopWhen()
+    for step in range(1, len(history) + 1):
+        if (reason := rules.reason(history[:step], samples)) is not None:
+            return step, reason
+    return None, None
+
+
+def test_the_notebook_that_wasted_a_night_ends_within_twelve_steps():
+    """As it was seen: reward 0.00 at every step, though 30 % of the answers were right, none of them in the tags."""
+    step, reason = first_stop(logs(100, reward=0.0, frac_reward_zero_std=1.0, right=0.3, in_form=0.0))
+    assert step == 10
+    assert "30% of them are right, but not in a form that the rewards read (0% in form)" in reason
+
+
+def test_silence_says_too_hard_or_too_easy():
+    assert "too hard" in first_stop(logs(20, frac_reward_zero_std=1.0, right=0.0, reward=0.0))[1]
+    assert "too easy" in first_stop(logs(20, frac_reward_zero_std=1.0, right=1.0, reward=1.0))[1]
+
+
+def test_one_group_with_a_signal_breaks_the_silence():
+    history = logs(40, frac_reward_zero_std=1.0, right=0.02)
+    for i in range(0, 40, 9):
+        history[i]["frac_reward_zero_std"] = 0.75
+    assert first_stop(history) == (None, None)
+    assert first_stop(history, rules=StopWhen(silent_steps=5))[0] == 6
+
+
+def test_a_task_that_is_solved():
+    step, reason = first_stop(logs(60, right=(0.9, 1.0), reward=(0.9, 1.0), frac_reward_zero_std=0.6))
+    assert "The task is solved" in reason and step > 40
+
+
+def test_a_model_that_learned_the_placeholder():
+    """SmolLM2-135M with form paid by parts, as it was seen: reward 0 to 0.30, form 99 %, right 0 %, 22 tokens."""
+    history = logs(70, reward=(0.0, 0.3), right=0.0, in_form=(0.0, 0.99), completions__mean_length=(180.0, 22.0),
+                   rewards__correct__mean=0.0, rewards__in_form__mean=(0.0, 0.3))  # fmt: skip
+    step, reason = first_stop(history, [Sample("q", PLACEHOLDER, {"in_form": 0.3})] * 8)
+    assert 40 <= step <= 60
+    assert "right answers did not" in reason and "8 of the newest 8 are the same text" in reason
+    assert "close the hole in in_form" in reason
+
+
+@pytest.mark.parametrize("changes", [
+    {"right": (0.3, 0.6), "in_form": (0.2, 1.0)},  # it learns
+    {"right": (0.3, 0.34), "in_form": (0.2, 1.0)},  # it learns slowly
+    {"right": 0.3, "in_form": (0.2, 0.6)},  # the form first: no sign of gaming yet
+    {"right": 0.3, "in_form": 0.5, "reward": 0.5},  # flat
+])  # fmt: skip
+def test_an_honest_run_goes_on(changes):
+    assert first_stop(logs(80, **({"reward": (0.3, 0.7)} | changes))) == (None, None)
+
+
+def test_each_rule_can_be_switched_off():
+    history = logs(100, reward=0.0, frac_reward_zero_std=1.0, right=0.0, in_form=0.0)
+    assert first_stop(history, rules=replace(StopWhen(), silent_steps=None)) == (None, None)
+    with pytest.raises(ValueError, match="silent_steps=1"):
+        StopWhen(silent_steps=1)
