@@ -15,13 +15,14 @@ from nbhelpers.models import smoke
 from nbhelpers.rewards.countdown_rules import puzzles
 
 from .own_data import from_data, from_file
+from .problems import word_problems
 from .reasoning_sets import reasoning
 from .sources import open_source
 from .task import SYSTEM_PROMPT, Task, Unusable, collect, messages, text_of
 
 __all__ = [
     "BIGGER", "PROBES", "PROBE_ANSWER", "SYSTEM_PROMPT", "Task", "countdown", "decimals", "from_data", "from_file",
-    "gsm8k", "messages", "reasoning",
+    "gsm8k", "messages", "reasoning", "word_problems",
 ]  # fmt: skip
 
 BIGGER = (
