@@ -18,13 +18,14 @@ from .decimal_pairs import (
     place_value,
     version_rule,
 )
+from .grade_school import gsm8k
 from .own_data import from_data, from_file
+from .problems import word_problems
 from .reasoning_sets import reasoning
 from .task import SYSTEM_PROMPT, Task, messages
-from .grade_school import gsm8k
 
 __all__ = [
     "BIGGER", "PROBES", "PROBE_ANSWER", "SYSTEM_PROMPT", "Task", "as_version", "countdown", "decimal_number",
     "decimal_pair", "decimals", "from_data", "from_file", "gsm8k", "is_held_out", "messages", "place_value",
-    "reasoning", "version_rule",
+    "reasoning", "version_rule", "word_problems",
 ]  # fmt: skip

@@ -1,0 +1,81 @@
+"""The tags between thought and answer, as different models write them: `<reasoning>` and `<answer>`, or `<think>`."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tags:
+    """Which tags enclose thought and answer. Without answer tags the answer is all that follows the thought.
+
+    Args:
+        think_open, think_close (`str`): Around the thought.
+        answer_open, answer_close (`str`): Around the answer; "" for none.
+        opened_by_template (`bool`): The chat template may end in `think_open` (DeepSeek-R1, Qwen3). A completion that
+            closes the thought without opening it then counts as opened.
+    """
+
+    think_open: str
+    think_close: str
+    answer_open: str = ""
+    answer_close: str = ""
+    opened_by_template: bool = False
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """The tags that there are, in the order of the text."""
+        return tuple(tag for tag in (self.think_open, self.think_close, self.answer_open, self.answer_close) if tag)
+
+    def completed(self, text: str) -> str:
+        """The text with the opening tag in front, if it was the template that wrote it."""
+        opened = self.opened_by_template and self.think_close in text and self.think_open not in text
+        return f"{self.think_open}\n{text.removeprefix(chr(10))}" if opened else text
+
+    def extract(self, text: str) -> str | None:
+        """The answer without the white space around it; None if it was cut off or never begun.
+
+        With answer tags it is what stands in the last one, which must be closed; without, what follows the last
+        `think_close`, and None where that is missing.
+        """
+        if self.answer_open:
+            _, opened, rest = text.rpartition(self.answer_open)
+            inside, closed, _ = rest.partition(self.answer_close)
+            return inside.strip() if opened and closed else None
+        _, closed, rest = text.rpartition(self.think_close)
+        return rest.strip() or None if closed else None
+
+    def count(self, text: str) -> float:
+        """The share of the tags that occur exactly once, 0.0 to 1.0."""
+        text = self.completed(text)
+        return sum(text.count(tag) == 1 for tag in self.all) / len(self.all)
+
+    def in_form(self, text: str) -> bool:
+        """Whether a text is exactly the wanted form: each tag once, nothing before, neither thought nor answer blank.
+
+        With answer tags each tag stands on its own line and one line end may follow the last (for REASONING this is
+        `formatted`). Without, white space around the tags is free: models that think by themselves differ in it.
+        """
+        text = self.completed(text)
+        if any(text.count(tag) != 1 for tag in self.all):
+            return False
+        if not self.answer_open:
+            before, _, rest = text.partition(self.think_open)
+            thought, _, answer = rest.partition(self.think_close)
+            return bool(not before.strip() and thought.strip() and answer.strip())
+        between = f"\n{self.think_close}\n{self.answer_open}\n"
+        thought, found, answer = text.removesuffix("\n").partition(between)
+        return bool(
+            found
+            and thought.startswith(f"{self.think_open}\n")
+            and answer.endswith(f"\n{self.answer_close}")
+            and thought.removeprefix(self.think_open).strip()
+            and answer.removesuffix(self.answer_close).strip()
+        )
+
+
+REASONING = Tags("<reasoning>", "</reasoning>", "<answer>", "</answer>")
+THINK = Tags("<think>", "</think>", opened_by_template=True)
+
+
+def in_form(text: str, tags: Tags = REASONING) -> bool:
+    """`Tags.in_form` as a function: whether a text is exactly the wanted form."""
+    return tags.in_form(text)

@@ -1,0 +1,62 @@
+"""Thought and answer in either kind of tags, opened by the model or by its chat template."""
+
+import pytest
+
+from nbhelpers import rewards
+from nbhelpers.rewards import REASONING, THINK, Tags, extract_answer, formatted, in_form
+
+GOOD = "<reasoning>\n9 tenths\n</reasoning>\n<answer>\n9.9\n</answer>\n"
+BOTH = Tags("<think>", "</think>", "<answer>", "</answer>", opened_by_template=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD, GOOD.rstrip("\n"), GOOD + "\n", GOOD + "bye", "\n" + GOOD, GOOD * 2, "", GOOD.replace("9.9", ""),
+        GOOD.replace("\n9.9", ""), GOOD.replace("9 tenths", " "), GOOD.replace("9 tenths", "9 <answer> tenths"),
+        GOOD.replace("</reasoning>\n", "</reasoning>"), GOOD.removeprefix("<reasoning>\n"),
+        "<answer>1</answer><answer>2",
+        "<reasoning>\n</reasoning>\n<answer>\n9.9\n</answer>\n",
+    ],
+)  # fmt: skip
+def test_reasoning_is_what_it_was(text):
+    assert in_form(text) == REASONING.in_form(text) == formatted(text)
+    assert REASONING.extract(text) == extract_answer(text)
+    assert [0.5 * REASONING.count(text)] == rewards.tag_count([text]) or "</answer>" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "form", "count"),
+    [
+        ("<think>\n9 tenths\n</think>\n\n9.9", "9.9", True, 1.0),
+        ("<think>9 tenths</think>9.9", "9.9", True, 1.0),
+        ("9 tenths\n</think>\n\n9.9\n", "9.9", True, 1.0),  # the template opened it
+        ("\n9 tenths</think>9.9", "9.9", True, 1.0),
+        ("</think>9.9", "9.9", False, 1.0),  # no thought
+        ("<think>\n\n</think>\n\n9.9", "9.9", False, 1.0),  # what Qwen3 writes when it shall not think
+        ("<think>9 tenths</think>", None, False, 1.0),
+        ("<think>9 tenths", None, False, 0.5),
+        ("9 tenths, 9.9", None, False, 0.0),
+        ("Well: <think>9 tenths</think>9.9", "9.9", False, 1.0),
+        ("<think>9</think>tenths</think>9.9", "9.9", False, 0.5),
+        ("a</think>b</think>9.9", "9.9", False, 0.5),
+        ("9.9</think><think>", "<think>", False, 1.0),
+        ("", None, False, 0.0),
+    ],
+)
+def test_think(text, answer, form, count):
+    assert THINK.extract(text) == answer
+    assert in_form(text, THINK) is form
+    assert THINK.count(text) == count
+
+
+def test_think_with_answer_tags():
+    assert BOTH.in_form("<think>\nwhy\n</think>\n<answer>\n9.9\n</answer>\n")
+    assert BOTH.in_form("why\n</think>\n<answer>\n9.9\n</answer>\n")
+    assert BOTH.extract("why\n</think>\n<answer>\n9.9\n</answer>\n") == "9.9"
+    assert not BOTH.in_form("why\n</think>\n9.9") and BOTH.count("why\n</think>\n9.9") == 0.5
+    assert not REASONING.in_form(GOOD.removeprefix("<reasoning>\n"))  # no template opens this one
+
+
+def test_the_tags_in_order():
+    assert REASONING.all == rewards.TAGS and THINK.all == ("<think>", "</think>")
