@@ -68,7 +68,7 @@ _UNREAD = re.compile(r"[\\^√]")  # a formula
 _JOINED = re.compile(r"\b(?:and|to|plus|minus|times|divided|multiplied|of)\b|[-+*/:,;&]\s*\d")
 _AND_PART = re.compile(r"\s*and a (?:half|third|quarter)")
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "dozen": 12, "k": 10**3}
-_UNIT = re.compile(r"\s*(%|percent\b|[A-Za-z]+)?")
+_UNIT = re.compile(r"\s*(%|percent\b|[A-Za-z]+)")
 _NO_UNIT = re.compile(r"st|nd|rd|th|[xyzn]{1,2}|[eEM]")  # 18th, 18x, 1e3, 18M: not 18
 
 
@@ -129,7 +129,8 @@ def _number_at(words: str, match: re.Match) -> str | None:
         return None
     if sign == "-" and (left[-1:].isalnum() or left.rstrip()[-1:] in tuple("0123456789)]-+*/")):  # x-18, 20 - 18
         return None
-    unit = _UNIT.match(after)[1]  # type: ignore[index]  it matches everywhere
+    behind = _UNIT.match(after)
+    unit = behind[1] if behind else None
     if unit and _NO_UNIT.fullmatch(unit) and (after.startswith(unit) or len(unit) == 1):
         return None
     rest = after.lstrip()
@@ -283,6 +284,8 @@ def _last_number(text: str) -> str | None:
     last = numbers[-1]
     sentence = _SENTENCE_END.split(text[: last.start()])[-1]
     behind = _SENTENCE_END.split(text[last.start() :])[0]
+    if len(sentence) < last.start():  # not the first: "- 18 pears" is an item of a list
+        sentence = re.sub(r"^\s*- ", "", sentence)
     if (number := value(sentence + behind)) is not None:
         return number
     near = max(last.start() - len(sentence), last.start() - 30, numbers[-2].end() if len(numbers) > 1 else 0)

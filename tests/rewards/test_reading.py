@@ -101,6 +101,7 @@ RIGHT = [
     ("She sold 3 for $2. She has $18 left.", "18"),
     ("I counted it: -18", "-18"),
     ("It is not 17 but 18.", "18"),
+    ("- 5 apples\n- 18 pears", "18"),
     ("The 3 of them share. Each gets 18.", "18"),
     # a thought in between
     ("<think>The answer is 17.</think>\n\nThe answer is 18.", "18"),
@@ -182,6 +183,8 @@ WRONG = [
     ("x ≠ 18", "18"),
     (r"x \neq 18", "18"),
     ("18 ± 1", "18"),
+    (r"\boxed{- 18}", "18"),
+    ("- 18", "18"),
     ("3 * 6", "18"),
     ("<answer>20 - 2</answer>", "18"),
     ("The rest is 20 - 18", "18"),
