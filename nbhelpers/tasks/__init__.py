@@ -19,6 +19,7 @@ from .decimal_pairs import (
     version_rule,
 )
 from .grade_school import gsm8k
+from .mixing import mix
 from .own_data import from_data, from_file
 from .problems import word_problems
 from .reasoning_sets import reasoning
@@ -26,6 +27,6 @@ from .task import SYSTEM_PROMPT, Task, messages
 
 __all__ = [
     "BIGGER", "PROBES", "PROBE_ANSWER", "SYSTEM_PROMPT", "Task", "as_version", "countdown", "decimal_number",
-    "decimal_pair", "decimals", "from_data", "from_file", "gsm8k", "is_held_out", "messages", "place_value",
+    "decimal_pair", "decimals", "from_data", "from_file", "gsm8k", "is_held_out", "messages", "mix", "place_value",
     "reasoning", "version_rule", "word_problems",
 ]  # fmt: skip

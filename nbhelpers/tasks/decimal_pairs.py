@@ -4,7 +4,7 @@ import hashlib
 import random
 from decimal import Decimal
 
-from .task import Task, messages
+from .task import SYSTEM_PROMPT, Task, messages
 
 BIGGER = (
     "Which is bigger? {a} or {b}?",
@@ -69,7 +69,14 @@ def decimal_pair(rng: random.Random, *, held_out: bool, tricky: bool) -> tuple[s
             return a, b
 
 
-def decimals(n_train: int = 8192, n_test: int = 512, *, tricky_share: float = 0.8, seed: int = 0) -> Task:
+def decimals(
+    n_train: int = 8192,
+    n_test: int = 512,
+    *,
+    tricky_share: float = 0.8,
+    seed: int = 0,
+    system_prompt: str | None = SYSTEM_PROMPT,
+) -> Task:
     """Which of two decimals is bigger, from 9.11 and 9.9 to 47.083 and 47.3.
 
     Tricky pairs are those where the version rule is wrong ("9.11 is bigger since 11 > 9"): all test pairs and a share
@@ -79,13 +86,14 @@ def decimals(n_train: int = 8192, n_test: int = 512, *, tricky_share: float = 0.
         n_train (`int`), n_test (`int`): Rows.
         tricky_share (`float`): Of the training pairs, from 0 to 1.
         seed (`int`): The same seed makes the same rows.
+        system_prompt (`str`, *optional*): Stands before each question. None for no system message.
     """
     from datasets import Dataset
 
     rng = random.Random(seed)
 
     def row(a: str, b: str) -> dict:
-        return {"prompt": messages(rng.choice(BIGGER).format(a=a, b=b)), "answer": place_value(a, b)}
+        return {"prompt": messages(rng.choice(BIGGER).format(a=a, b=b), system_prompt), "answer": place_value(a, b)}
 
     train = [row(*decimal_pair(rng, held_out=False, tricky=rng.random() < tricky_share)) for _ in range(n_train)]
     pairs: dict[tuple[str, str], None] = {}  # a dict, not a set: the order must be the same in every process

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from nbhelpers.models import smoke
 
 from .sources import open_source
-from .task import Task, Unusable, collect, text_of
+from .task import SYSTEM_PROMPT, Task, Unusable, collect, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,6 +20,7 @@ def gsm8k(
     max_prompt_length: int | None = None,
     n_train: int | None = None,
     n_test: int | None = None,
+    system_prompt: str | None = SYSTEM_PROMPT,
 ) -> Task:
     """Grade-school word problems (Cobbe et al. 2021): 7,473 to train on, 1,319 to test, answers that are numbers.
 
@@ -32,6 +33,7 @@ def gsm8k(
         source (`str` or `Path`): The hub id, or a folder with train and test as .jsonl, .json, .parquet or .csv.
         max_prompt_length (`int`, *optional*): Tokens; the default is all that the tokenizer's model takes.
         n_train (`int`, *optional*), n_test (`int`, *optional*): Only the first so many rows.
+        system_prompt (`str`, *optional*): Stands before each question. None for no system message.
 
     Raises ConnectionError if the hub is out of reach, FileNotFoundError if the folder lacks one of the two, and
     ValueError if the columns question and answer are not there, or no row is usable.
@@ -43,7 +45,9 @@ def gsm8k(
     for part, n in (("train", n_train), ("test", n_test)):
         opened = open_source(folder, ("question", "answer"), config="main", split=part)
         opened = replace(opened, name=f"{part} of {source}")
-        parts[part], notes = collect(opened, _read, tokenizer=tokenizer, max_prompt_length=max_prompt_length, n=n)
+        parts[part], notes = collect(
+            opened, _read, tokenizer=tokenizer, system_prompt=system_prompt, max_prompt_length=max_prompt_length, n=n
+        )
         dropped += notes
         if not parts[part]:
             raise ValueError(f"no usable question in {part} of {source}: " + ("; ".join(notes) or f"n_{part} is {n}"))

@@ -286,9 +286,9 @@ def test_hostile_text_takes_linear_time(part):
     for text in (many, f"<answer>{many}</answer>", f"\\boxed{{{many}}}", f"The answer is {many}", f"18 {many} 18"):
         best = float("inf")
         for _ in range(3):  # the machine may be busy with other things
-            start = time.perf_counter()
+            start = time.process_time()
             right(text, "18")
-            best = min(best, time.perf_counter() - start)
-            if best < 0.2:
+            best = min(best, time.process_time() - start)
+            if best < 1.0:
                 break
-        assert best < 0.2, text[:40]
+        assert best < 1.0, text[:40]  # what hangs takes minutes; a busy machine is slow
