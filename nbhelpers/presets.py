@@ -18,6 +18,9 @@ from nbhelpers.models import families
 
 QUANTIZATIONS = ("dynamic", "nf4", "none")
 WORKSHOP = Path(__file__).parent / "workshop"
+# chosen by measurement (benchmarks/results/real.json): real models follow this wording often enough to be paid for it
+# from the first step on
+REASONING_PROMPT = "Write your reply in this form:\n<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>"
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Preset:
     learning_rate: float = 1e-5
     max_steps: int = 250
     dataset: str = "openai/gsm8k"  # what the notebooks hand to tasks.gsm8k
+    system_prompt: str | None = REASONING_PROMPT
     notebook: bool = True  # whether notebooks/models/ has one
     smoke: bool = False
     cards: tuple[tuple[int, tuple[tuple[str, object], ...]], ...] = ()  # (GB from which it holds, what changes)

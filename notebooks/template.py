@@ -62,7 +62,7 @@ OUT = f"runs/{PRESET}"  # checkpoints and the result
 # Lengths are in **tokens**, the pieces of text that a model reads and writes: a short word, a part of a long one, a
 # digit.
 
-# %%
+# %% tags=["preset"]
 from nbhelpers import evaluate, export, grpo, host, hub, loader, memory, panel, presets, replay, rewards, tasks
 
 preset = presets.get(PRESET).on_card(host.card_gb())
@@ -90,9 +90,18 @@ model, tokenizer = loader.load(preset)
 # GSM8K: word problems of a few steps whose answer is a number. GRPO takes from it the question and the final answer,
 # and **no solution to copy**: how to get there is for the model to find. A good task is one that the model gets right
 # sometimes. What it always or never gets right teaches nothing, as section 7 shows.
+#
+# A fifth of the questions ask which of two decimals is bigger: what is asked at the end is practised among the others.
+# The test questions are word problems alone. (`tasks.word_problems()` makes some without a download.)
+
+# %% tags=["task"]
+problems = tasks.gsm8k(
+    tokenizer, source=preset.dataset, max_prompt_length=preset.max_prompt_length, system_prompt=preset.system_prompt
+)
+decimals = tasks.decimals(system_prompt=preset.system_prompt)
 
 # %%
-task = tasks.gsm8k(tokenizer, source=preset.dataset, max_prompt_length=preset.max_prompt_length)
+task = tasks.mix(problems, decimals, shares=(0.8, 0.2), seed=SEED)
 print(task)
 example = task.train[0]
 print("\nWhat the model reads, here and in every test:\n")
@@ -105,11 +114,15 @@ print("The right answer:", example["answer"])
 # The famous question, in three wordings, and then held-out problems. One lucky answer proves little, so the share of
 # right ones comes with the interval in which the true share lies 19 times out of 20. More rows make it narrower; 100
 # leave about ten points to each side.
+#
+# *Accuracy* counts answers that are right in whatever form they come, as a person would read them. *Format* counts
+# answers between their tags, right or wrong. They are two numbers because they are two things: a model that learns
+# nothing but the tags looks like one that learned to reckon if only what stands in tags is read.
 
-# %%
+# %% tags=["before"]
 HELD_OUT = 100
 longest = preset.max_completion_length
-before = evaluate.ask(model, tokenizer, tasks.PROBES, system_prompt=tasks.SYSTEM_PROMPT, max_new_tokens=longest)
+before = evaluate.ask(model, tokenizer, tasks.PROBES, system_prompt=preset.system_prompt, max_new_tokens=longest)
 print(f"{before[0].question}\n\n{before[0].completion}\n")
 score_before = evaluate.accuracy(model, tokenizer, task.test, n=HELD_OUT, max_new_tokens=longest)
 print(score_before)
@@ -121,20 +134,27 @@ print(score_before)
 # looks at the result, one at the form. Neither looks at the reasoning itself, which is why the model is free to find
 # its own.
 #
+# Both pay in steps, so that there is something to gain from wherever a model begins: a right result pays most of its
+# reward in any form at all, and the form pays tag by tag. If only a right result in the exact form were paid, a model
+# that never writes that form by itself would never hear that it was right.
+#
 # The form counts for little on purpose. If it paid more than the result, the quickest way to a high reward would be
 # neat tags around any number at all.
 
 
 # %%
 def correct(completions, answer, **_):
-    """1 for the right result between the answer tags, else 0."""
+    """1 for the right result between the answer tags, 0.8 for it in any other form, else 0."""
     texts = [rewards.text_of(completion) for completion in completions]
-    return [float(rewards.is_correct(text, gold)) for text, gold in zip(texts, answer, strict=True)]
+    return [
+        1.0 if rewards.is_correct(text, gold) else 0.8 * rewards.right(text, gold)
+        for text, gold in zip(texts, answer, strict=True)
+    ]
 
 
 def in_form(completions, **_):
-    """0.2 for reasoning and answer in their tags, and nothing around them."""
-    return [0.2 * rewards.formatted(rewards.text_of(completion)) for completion in completions]
+    """Up to 0.3: 0.05 for each tag, 0.1 for the exact form; nothing for tags around dots."""
+    return [0.3 * rewards.form(rewards.text_of(completion)) for completion in completions]
 
 
 # %% [markdown]
@@ -161,7 +181,7 @@ rewards.check([correct, in_form], task)
 size = preset.num_generations
 question, gold = example["prompt"][-1]["content"], [example["answer"]] * size
 group = evaluate.ask(
-    model, tokenizer, [question] * size, system_prompt=tasks.SYSTEM_PROMPT, temperature=1.0, max_new_tokens=longest
+    model, tokenizer, [question] * size, system_prompt=preset.system_prompt, temperature=1.0, max_new_tokens=longest
 )
 texts = [answer.completion for answer in group]
 scores = torch.tensor(correct(texts, answer=gold)) + torch.tensor(in_form(texts))
@@ -177,7 +197,7 @@ for text, score, advantage in zip(texts, scores, advantages, strict=True):
 # pulls the model back to where it was; if the answers turn into gibberish, try 0.04.
 
 # %%
-from nbhelpers import LeanGRPOConfig, LeanGRPOTrainer
+from nbhelpers import LeanGRPOConfig, LeanGRPOTrainer, StopWhen
 
 args = LeanGRPOConfig(
     output_dir=OUT,
@@ -192,6 +212,7 @@ args = LeanGRPOConfig(
     warmup_steps=10,
     max_grad_norm=0.2,  # a longer gradient is cut to this length
     beta=0.0,
+    dynamic_sampling=1,  # questions whose answers all got the same reward are replaced, once
     optim="adamw_8bit",  # Adam, with its memory in 8 bits
     save_steps=20,  # a checkpoint every 20 steps, the newest two are kept
     seed=SEED,
@@ -213,6 +234,7 @@ trainer = LeanGRPOTrainer(
     processing_class=tokenizer,
     engine="auto",
     callbacks=[live],
+    stop_when=StopWhen(),  # ends a run that learns nothing, and says why
 )
 
 # %% [markdown]
@@ -223,7 +245,8 @@ trainer = LeanGRPOTrainer(
 #   it does.
 # - *cut off* counts answers that reached `max_completion_length` before they ended. They cannot be right. If most are
 #   cut off, allow more tokens.
-# - *no signal* counts groups whose answers all got the same reward. Near 100 % nothing is learned.
+# - *no signal* counts groups whose answers all got the same reward. They are replaced once by other questions; near
+#   100 % nothing is learned, and after ten such steps the run ends by itself and says what to change.
 #
 # **When it stays flat:** open a few answers in the panel. All wrong? The task is too hard for this model, or the reward
 # does not read its answers. All right? Too easy. Some right and still flat after a hundred steps? Raise the learning
@@ -242,7 +265,7 @@ result = trainer.train(resume_from_checkpoint="auto")
 # The same questions, the same system prompt, the same decoding. Only the weights differ.
 
 # %%
-after = evaluate.ask(model, tokenizer, tasks.PROBES, system_prompt=tasks.SYSTEM_PROMPT, max_new_tokens=longest)
+after = evaluate.ask(model, tokenizer, tasks.PROBES, system_prompt=preset.system_prompt, max_new_tokens=longest)
 panel.before_after(before, after, tasks.PROBE_ANSWER)
 
 # %% [markdown]
@@ -250,7 +273,7 @@ panel.before_after(before, after, tasks.PROBE_ANSWER)
 # overlap widely, the run was too short, or the questions too few, to tell. *Gained* and *lost* count single questions;
 # chance alone moves some of them both ways.
 
-# %%
+# %% tags=["after"]
 score_after = evaluate.accuracy(model, tokenizer, task.test, n=HELD_OUT, max_new_tokens=longest)
 print(f"before: {score_before}\nafter:  {score_after}\n{evaluate.paired(score_before, score_after)}")
 

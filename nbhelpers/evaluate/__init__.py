@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nbhelpers.models.chat import prompt_ids
-from nbhelpers.rewards import extract_answer, formatted, is_correct
+from nbhelpers.rewards import extract_answer, formatted, right
 from nbhelpers.tasks import messages
 
 from .results import Answer as Answer
@@ -104,7 +104,7 @@ def accuracy(
     n: int | None = None,
     temperature: float = 1.0,
     seed: int = 0,
-    correct: Callable[[str, str], bool] = is_correct,
+    correct: Callable[[str, str], bool] = right,
     max_new_tokens: int = 256,
     batch_size: int = 64,
     engine: "str | Engine" = "auto",
@@ -147,7 +147,7 @@ def pass_at_k(
     n: int | None = None,
     temperature: float = 1.0,
     seed: int = 0,
-    correct: Callable[[str, str], bool] = is_correct,
+    correct: Callable[[str, str], bool] = right,
     max_new_tokens: int = 256,
     batch_size: int = 64,
     engine: "str | Engine" = "auto",

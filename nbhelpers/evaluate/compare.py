@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 from nbhelpers.html import cell, framed, pre, table
-from nbhelpers.rewards import is_correct
+from nbhelpers.rewards import right
 
 from .results import Answer, Proportion, Score, check_comparable, paired
 
@@ -141,7 +141,7 @@ def before_after(
     before: Sequence[Answer],
     after: Sequence[Answer],
     gold: str | Sequence[str] | None = None,
-    correct: Callable[[str, str], bool] = is_correct,
+    correct: Callable[[str, str], bool] = right,
 ) -> Table:
     """The same questions with their answers before and after training; the words that only one of them has are marked.
 

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 HELP = {
     "reward": "mean over the answers of the newest step, all reward functions together",
+    "right": "share of answers that are right in whatever form, paid or not",
+    "replaced": "share of groups without a signal in whose place other questions were asked",
+    "loss": "of GRPO: near 0 by construction when each rollout serves one update; watch the reward",
+    "gradient": "the length of the gradient before it is cut to max_grad_norm",
     "format": "share of answers that have exactly the wanted form",
     "length": "mean number of tokens of an answer",
     "cut off": "share of answers that did not end within max_completion_length",
@@ -124,12 +128,16 @@ class View:
 
     def _shares(self, row: dict) -> list[tuple[str, str]]:
         shares = {
+            "right": _percent(row.get("right")),
             "format": _percent(row["format"]),
             "length": None if row["length"] is None else f"{row['length']:.0f} tokens",
             "cut off": _percent(row["clipped"]),
             "no signal": _percent(row["zero_signal"]),
+            "replaced": _percent(row.get("replaced")),
             "clipped": _percent(row["clip_ratio"]) if any(row["clip_ratio"] for row in self.history) else None,
             "KL": None if row["kl"] is None else f"{row['kl']:.3g}",
+            "loss": None if row.get("loss") is None else f"{row['loss']:.2g}",
+            "gradient": None if row.get("grad_norm") is None else f"{row['grad_norm']:.2g}",
             "tokens/s": None if row["speed"] is None else f"{row['speed']:,.0f}",
         }
         return [(name, value) for name, value in shares.items() if value is not None]

@@ -25,6 +25,10 @@ METRICS = {
     "clip_ratio": "clip_ratio/region_mean",
     "zero_signal": "frac_reward_zero_std",
     "kl": "kl",
+    "right": "right",
+    "replaced": "signal/replaced",
+    "loss": "loss",
+    "grad_norm": "grad_norm",
     "tokens": "num_tokens",
 }
 

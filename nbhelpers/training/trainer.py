@@ -21,6 +21,8 @@ from nbhelpers.rewards.guard import guard_all
 
 from .lean_hooks import ONE_CARD_EACH
 from .resume_hooks import ResumingTrainer
+from .signal_hooks import SignalHooks
+from .stop_when import Stopper, StopWhen
 
 TESTED_TRL = ("1.16", "1.17")  # from, up to but not including
 
@@ -56,6 +58,7 @@ class LeanGRPOConfig(trl.GRPOConfig):
     report_to: str | list[str] | None = "none"
     save_steps: float = 20
     save_total_limit: int | None = 2
+    dynamic_sampling: int = 0  # rounds in which groups without a signal are replaced before the update (DAPO)
 
     def __post_init__(self):
         if self.bf16 is None and not self.fp16:
@@ -94,7 +97,7 @@ def check(model, train_dataset, args) -> None:
         )
 
 
-class LeanGRPOTrainer(ResumingTrainer):
+class LeanGRPOTrainer(SignalHooks, ResumingTrainer):
     """TRL's GRPOTrainer, made for one small machine. Takes TRL's arguments; these things differ:
 
     - the precision is this machine's when `args` is a `LeanGRPOConfig` (or None);
@@ -112,7 +115,7 @@ class LeanGRPOTrainer(ResumingTrainer):
     """
 
     def __init__(self, model, reward_funcs, args: trl.GRPOConfig | None = None, train_dataset=None, *,
-                 engine="auto", **kwargs):  # fmt: skip
+                 engine="auto", stop_when: StopWhen | None = None, correct=None, **kwargs):  # fmt: skip
         installed = version("trl")
         if not TESTED_TRL[0] <= installed < TESTED_TRL[1]:
             warnings.warn(f"trl {installed} is outside the tested range {TESTED_TRL[0]}.*: pip install 'trl==1.16.*'",
@@ -126,6 +129,9 @@ class LeanGRPOTrainer(ResumingTrainer):
         for parameter, data in masters.items():  # TRL casts a 4-bit model's adapter to bf16, even on a T4 or a CPU,
             parameter.data = data.to(parameter.device)  # where a step of 1e-5 is rounded away
         self.engine = self._engine(engine)
+        self._begin_signal(correct)
+        if stop_when is not None:
+            self.add_callback(Stopper(stop_when))
         for live in [callback for callback in self.callback_handler.callbacks if isinstance(callback, panel.Live)]:
             live.engine = self.engine  # its probes are asked with what writes the completions
             for other in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # one updating output, not two

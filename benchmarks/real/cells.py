@@ -1,0 +1,80 @@
+"""The code of one run: the notebook's own cells, with weights, questions and steps exchanged, and what is measured."""
+
+import json
+from typing import Any
+
+from benchmarks import common
+
+NOTEBOOK = common.ROOT / "notebooks" / "models" / "qwen2.5-1.5b.ipynb"
+# a played card: what presets and planner see is the cap, and torch may not take more of the real one
+CARD = """
+import torch
+from dataclasses import replace as _replace
+from nbhelpers import gpu
+if torch.cuda.is_available() and JOB["cap"]:
+    if JOB["mode"] == "t4":
+        from benchmarks.harness import play_t4
+        play_t4()
+    _free, _total = torch.cuda.mem_get_info()
+    _context = _total - _free + 0.1e9
+    torch.cuda.set_per_process_memory_fraction((JOB["cap"] * 1e9 - _context) / _total)
+    _cards = gpu.cards
+    gpu.cards = lambda: [_replace(card, total=int(JOB["cap"] * 1e9)) for card in _cards()]
+"""
+BEHIND = {  # tag of a cell -> what runs behind it
+    "parameters": """
+STEPS, SEED, OUT = JOB["steps"], JOB["seed"], JOB["folder"] + "/run"
+""",
+    "preset": """
+from nbhelpers.panel import replay as _replay
+_replay.instead_of = lambda *_: None
+preset = _replace(preset, hub_id=JOB["weights"])
+""",
+    "task": """
+from benchmarks.real import measure
+problems = measure.problems(JOB, preset.system_prompt)
+""",
+    "before": """
+BEFORE = measure.scores(JOB, model, tokenizer, preset, decimals, passes=True)
+print(*(f"{name}: {share}" for name, share in BEFORE.items()), sep="\\n", flush=True)
+TIMER = measure.Timer()
+""",
+    "train": """
+TIMER.stop()
+""",
+    "after": """
+AFTER = measure.scores(JOB, model, tokenizer, preset, decimals)
+print(*(f"{name}: {share}" for name, share in AFTER.items()), sep="\\n", flush=True)
+measure.report(JOB, BEFORE, AFTER, TIMER, trainer, live, before, after, tasks.PROBE_ANSWER, preset)
+""",
+}
+
+
+def notebook(job: dict[str, Any]) -> str:
+    """The script of one run."""
+    parts = [f"import json\nJOB = json.loads({json.dumps(json.dumps(job))})", CARD]
+    seen = set()
+    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
+        tags = set(cell["metadata"].get("tags", ()))
+        if cell["cell_type"] != "code" or "install" in tags:
+            continue
+        parts.append("".join(cell["source"]))
+        for tag in tags & BEHIND.keys():
+            seen.add(tag)
+            parts.append(BEHIND[tag])
+        if "parameters" in tags:
+            parts += job["change"]
+    if missing := BEHIND.keys() - seen:
+        raise ValueError(f"the notebook has no cell tagged {', '.join(sorted(missing))}")
+    return "\n\n".join(parts)
+
+
+def prompts(job: dict[str, Any]) -> str:
+    """The script that measures how often each system prompt is followed, and how often the answers are right."""
+    return "\n\n".join(
+        [
+            f"import json\nJOB = json.loads({json.dumps(json.dumps(job))})",
+            CARD,
+            "from benchmarks.real import measure\nmeasure.prompts(JOB)",
+        ]
+    )
