@@ -10,6 +10,7 @@ Imports start no thread, which a fork would lose. They may look for a GPU, which
 with one the tests take fresh processes (tests/conftest.py).
 """
 
+import gc
 import json
 import os
 import runpy
@@ -50,6 +51,7 @@ def serve(address: str) -> tuple[dict, socket.socket]:
     """Import, then fork for whoever asks until the input ends. Returns in the forks alone, with what was asked."""
     for module in MODULES:
         import_module(module)
+    gc.freeze()  # what is there now stays, in every fork: no collection needs to look at it
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen()
@@ -86,7 +88,7 @@ def serve(address: str) -> tuple[dict, socket.socket]:
                 connection.sendall(f"{pid}\n".encode())
                 for stream in streams:
                     os.close(stream)
-    sys.exit()
+    os._exit(0)  # nothing to tidy up, and torch takes seconds for it
 
 
 def run(asked: dict, connection: socket.socket) -> None:
@@ -118,7 +120,8 @@ def ask(address: str, arguments: list[str]) -> None:
         signal.signal(number, lambda number, _: os.kill(pid, number))
     status = int(answers.read())
     if status < 0:  # a signal ended it
-        signal.signal(-status, signal.SIG_DFL)
+        with suppress(OSError):  # of SIGKILL there is nothing to set
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     sys.exit(status)
 
