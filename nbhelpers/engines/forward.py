@@ -12,7 +12,7 @@ training reads and writes. An adapter that is switched off leaves its term out.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,25 +24,29 @@ from nbhelpers.models import families
 from nbhelpers.models.projection import projection
 
 
-class Group(NamedTuple):
+class LinearGroup(NamedTuple):
     """Linear layers that read the same input: as tensors for the kernels, or as modules to call if one is not plain."""
 
     modules: tuple[nn.Module, ...]
     parts: tuple[Projection, ...] | None
 
     @classmethod
-    def of(cls, *modules: nn.Module) -> "Group":
-        parts = tuple(_part(module) for module in modules)
-        return cls(modules, None if any(isinstance(part, str) for part in parts) else parts)
+    def of(cls, *modules: nn.Module) -> "LinearGroup":
+        """Of these modules, as they are now."""
+        parts = [_part(module) for module in modules]
+        plain = tuple(part for part in parts if not isinstance(part, str))
+        return cls(modules, plain if len(plain) == len(parts) else None)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [B, S, in] -> [B, S, out] of each."""
         if self.parts is None:
             return tuple(module(x).to(x.dtype) for module in self.modules)
-        # one token a row: a step of decoding; more: a prompt
-        return (kernels.decode_linear if x.shape[-2] == 1 else kernels.lora_linear_group)(x, self.parts)
+        if x.shape[-2] == 1:  # one token per row: a step of decoding; more: a prompt
+            return kernels.decode_linear(x, self.parts)
+        return tuple(kernels.lora_linear_group(x, self.parts))
 
     def addresses(self) -> tuple:
-        """What a captured graph has taken for granted."""
+        """What a captured graph depends on."""
         if self.parts is None:
             return tuple(map(id, self.modules))
         tensors = [(p.weight, p.bias, p.lora_a, p.lora_b) for p in self.parts]
@@ -52,66 +56,89 @@ class Group(NamedTuple):
 
 
 def _part(module: nn.Module) -> Projection | str:
-    """`linears.projection`, and a plain layer whose own weight is being trained too: no gradient is wanted here."""
+    """`projection.projection`, which also takes a plain layer whose own weight is trained: nothing needs a gradient."""
     if type(module) is nn.Linear and module.weight.requires_grad and "forward" not in module.__dict__:
         return Projection(module.weight.detach(), None, None if module.bias is None else module.bias.detach())
     return projection(module)
 
 
 class Layer(NamedTuple):
-    norm: nn.Module
-    qkv: Group
-    out: Group
-    mlp_norm: nn.Module
-    gate_up: Group
-    down: Group
-    window: int | None  # positions that a token looks back to, None: all
+    """A decoder layer's linear layers as groups, and what else it computes with."""
+
+    norm: Any  # an RMSNorm, whose class is the family's own
+    qkv: LinearGroup
+    out: LinearGroup
+    mlp_norm: Any
+    gate_up: LinearGroup
+    down: LinearGroup
+    window: int | None  # positions that a token looks back to, itself included; None: all
     head_norms: HeadNorms | None
 
-
-def _layer(parts: families.Layer) -> Layer:
-    return Layer(
-        parts.norm, Group.of(*parts.qkv), Group.of(parts.out), parts.mlp_norm, Group.of(*parts.gate_up),
-        Group.of(parts.down), parts.window, families.head_norms(parts.head_norms),
-    )  # fmt: skip
+    @classmethod
+    def of(cls, modules: families.Layer) -> "Layer":
+        """Of these modules, as they are now."""
+        return cls(
+            norm=modules.norm,
+            qkv=LinearGroup.of(*modules.qkv),
+            out=LinearGroup.of(modules.out),
+            mlp_norm=modules.mlp_norm,
+            gate_up=LinearGroup.of(*modules.gate_up),
+            down=LinearGroup.of(modules.down),
+            window=modules.window,
+            head_norms=families.head_norms(modules.head_norms),
+        )
 
 
 class Decoder:
-    """A view of one model, to be made anew (milliseconds) when adapters may have been attached, disabled or merged.
+    """A view of one model; make a new one (milliseconds) when adapters may have been attached, disabled or merged.
 
     Call it within `base.inference(model)`: LoRA's dropout is off then, and no autocast recasts the weights.
+
+    Args:
+        model (`nn.Module`): A model for which `families.why_not(model, "generation")` is None.
     """
 
     def __init__(self, model: nn.Module):
         family, config = families.of(model), families.unwrap(model).config
-        self.embedding, self.rotary, layers, self.norm, head = families.skeleton(model)
-        self.layers = [_layer(families.layer(family, layer)) for layer in layers]
-        self.head = Group.of(head)
-        attention = layers[0].self_attn
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.dim, self.scale = attention.head_dim, attention.scaling
-        self.dtype, self.device = self.embedding.weight.dtype, self.embedding.weight.device
+        if family is None:
+            raise ValueError(f"no family is known for {type(families.unwrap(model)).__name__}")
+        # Any: a type checker cannot know the attributes of transformers' modules
+        skeleton: Any = families.skeleton(model)
+        self.rotary: Any = skeleton.rotary
+        self.norm: Any = skeleton.norm
+        self.embedding: Tensor = skeleton.embedding.weight  # [V, H]
+        self.layers = [Layer.of(families.layer(family, layer)) for layer in skeleton.layers]
+        self.head = LinearGroup.of(skeleton.head)
+        attention = skeleton.layers[0].self_attn
+        self.heads: int = config.num_attention_heads
+        self.kv_heads: int = config.num_key_value_heads
+        self.dim: int = attention.head_dim
+        self.scale: float = attention.scaling
+        self.dtype, self.device = self.embedding.dtype, self.embedding.device
         # of one token's activations at their largest, in the MLP: gate and up, and four hidden states
-        self.token_bytes = self.dtype.itemsize * (2 * config.intermediate_size + 4 * config.hidden_size)
-        self.vocabulary, self.limit = self.embedding.weight.shape[0], config.max_position_embeddings
+        self.token_bytes: int = self.dtype.itemsize * (2 * config.intermediate_size + 4 * config.hidden_size)
+        self.vocabulary: int = self.embedding.shape[0]
 
     def addresses(self) -> tuple:
         """Changes when a graph captured before is no longer this model: other tensors, another adapter or scale."""
         norms = [norm.weight.data_ptr() for layer in self.layers for norm in (layer.norm, layer.mlp_norm)]
         groups = [g for layer in self.layers for g in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-        norms += [self.norm.weight.data_ptr(), self.embedding.weight.data_ptr()]
+        norms += [self.norm.weight.data_ptr(), self.embedding.data_ptr()]
         heads = [layer.head_norms for layer in self.layers if layer.head_norms]
         norms += [weight.data_ptr() for each in heads for weight in (each.q, each.k)]
         return (*norms, *(g.addresses() for g in [*groups, self.head]))
 
     def hidden(self, tokens: Tensor, positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
-        """tokens, positions int64 [B, S] -> the normed hidden states of the last layer [B, S, H].
+        """The normed hidden states of the last layer, [B, S, H].
 
-        attend(i, q, k, v, (cos, sin), window, head_norms) gets layer i's q [B, heads, S, D], k, v [B, kv heads, S, D],
-        the tables [1 or B, S, R] to rotate q and k with, and the norms that they go through before, or None; it
-        returns [B, S, heads * D].
+        Args:
+            tokens (`Tensor`): int64 [B, S].
+            positions (`Tensor`): int64 [1 or B, S].
+            attend (`Callable`): attend(i, q, k, v, (cos, sin), window, head_norms) gets layer i's q [B, heads, S, D],
+                k and v [B, kv heads, S, D], the tables [1 or B, S, R] to rotate q and k with, and the norms that they
+                go through first, or None; it returns [B, S, heads * D].
         """
-        x = F.embedding(tokens, self.embedding.weight)
+        x = F.embedding(tokens, self.embedding)
         tables = self.rotary(x, positions)
         for i, layer in enumerate(self.layers):
             q, k, v = self._heads(layer.qkv(_normed(layer.norm, x)))
@@ -127,15 +154,17 @@ class Decoder:
         return tuple(y.unflatten(-1, (-1, self.dim)).transpose(1, 2) for y in outputs)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [B, H] -> fp32 [B, V]; on a GPU not rounded to 16 bits on the way (a step of 0.06 at 16 in bf16)."""
+        """hidden [B, H] -> fp32 [B, V]; on a GPU never rounded to 16 bits (near 16, bf16's steps are 0.06)."""
         parts = self.head.parts
-        exact = parts and parts[0].quant_state is None and parts[0].lora_a is None and parts[0].bias is None
-        if exact and hidden.is_cuda and hidden.dtype != torch.float32 and parts[0].weight.dtype == hidden.dtype:
-            return torch.mm(hidden, parts[0].weight.t(), out_dtype=torch.float32)
+        if parts is not None and hidden.is_cuda and hidden.dtype != torch.float32:
+            head = parts[0]
+            exact = head.quant_state is None and head.lora_a is None and head.bias is None
+            if exact and head.weight.dtype == hidden.dtype:
+                return torch.mm(hidden, head.weight.t(), out_dtype=torch.float32)
         return self.head(hidden[:, None])[0][:, 0].float()
 
 
-def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+def _normed(norm: Any, x: Tensor) -> Tensor:
     return kernels.rms_norm(x, norm.weight, norm.variance_epsilon)
 
 

@@ -7,7 +7,6 @@ look the cache's address up in `table`, which never moves.
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +26,8 @@ class KVCache:
     """`allocate(rows, length)`, then `prompt` and `step` as a Decoder's attend, then `free()`."""
 
     def __init__(self, decoder: Decoder):
-        shapes: Any = decoder  # read off nn.Modules, whose attributes a type checker cannot know
-        self.layers = len(decoder.layers)
-        self.heads: int = shapes.kv_heads
-        self.dim: int = shapes.dim
-        self.dtype: torch.dtype = shapes.dtype
-        self.device: torch.device = shapes.device
-        self.scale: float = shapes.scale
+        self.layers, self.heads, self.dim = len(decoder.layers), decoder.kv_heads, decoder.dim
+        self.dtype, self.device, self.scale = decoder.dtype, decoder.device, decoder.scale
         self.table = torch.zeros(4, dtype=torch.int64, device=self.device)
         self.most = 0  # numbers that it held at its largest
         self.data: Tensor | None = None  # [layers, 2, rows, kv heads, length, D]

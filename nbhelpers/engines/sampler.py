@@ -2,8 +2,8 @@
 
 Drawing is a race (the Gumbel trick, arXiv 1611.01144): token i wins with probability softmax(z)_i if it has the largest
 z_i - log(E_i), the E_i being independent exponential random numbers. They come from a hash of (seed of the request,
-number of the token in it, token id), so a request's draws do not depend on who else is in the batch. And if two
-batches' logits differ in the last bits, as they do on a GPU, only a near-tie of the race can fall out otherwise.
+number of the token in it, token id), so a request's draws do not depend on what else is in the batch. And if two
+batches' logits differ in the last bits, as they do on a GPU, only a near-tie of the race can be decided differently.
 """
 
 import math
@@ -18,14 +18,23 @@ from .base import Sampling
 
 def sample(
     logits: Tensor, seeds: Tensor, written: Tensor, sampling: Sampling, stops: Tensor, seen: Tensor | None = None
-):
+) -> tuple[Tensor, Tensor]:
     """The next token of each row and its log-probability in the distribution that it was drawn from.
 
-    logits fp32 [B, V]; seeds int64 [B]; written int64 [B]: tokens that the request has so far; stops int64 [stop ids];
-    seen bool [B, V]: tokens of prompt and completion so far, needed with a repetition penalty and marked here.
+    Args:
+        logits (`Tensor`): fp32 [B, V].
+        seeds (`Tensor`): int64 [B], the requests'.
+        written (`Tensor`): int64 [B], tokens that each completion has so far.
+        sampling (`Sampling`): The filters, in the order that it gives.
+        stops (`Tensor`): int64 [stop ids], those of `sampling` on the device.
+        seen (`Tensor`, *optional*): bool [B, V], tokens of prompt and completion so far. Needed with a repetition
+            penalty; the new tokens are marked in it.
+
     Returns int64 [B], fp32 [B].
     """
     if sampling.repetition_penalty != 1.0:
+        if seen is None:
+            raise ValueError("a repetition penalty needs `seen`")
         penalised = torch.where(logits < 0, logits * sampling.repetition_penalty, logits / sampling.repetition_penalty)
         logits = torch.where(seen, penalised, logits)
     if sampling.min_tokens and len(stops):

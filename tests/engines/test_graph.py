@@ -7,7 +7,7 @@ from engine_models import ARCHITECTURES, by_forward, by_generate, make, prompts
 
 from nbhelpers.engines import Sampling, choose
 from nbhelpers.engines import graph as graph_module
-from nbhelpers.engines.cuda_graphs import CHUNK, Steps
+from nbhelpers.engines.cuda_graphs import CHUNK, ModelRunner
 from nbhelpers.engines.forward import Decoder
 from nbhelpers.engines.graph import GraphEngine
 from nbhelpers.engines.hf import HFEngine
@@ -159,7 +159,7 @@ def test_a_smaller_batch_is_captured_after_a_full_chunk(monkeypatch):
     """A capture makes a step before it records one: the chunk before must not have left the ring's place behind it."""
     decoder = Decoder(make("qwen2"))
     cache = KVCache(decoder)
-    steps = Steps(decoder, cache, rows=2)
+    runner = ModelRunner(decoder, cache, rows=2)
     cache.allocate(2, 32, 10**9)
     captured = []
 
@@ -168,11 +168,11 @@ def test_a_smaller_batch_is_captured_after_a_full_chunk(monkeypatch):
         self._step(batch, 32)  # as on a GPU
         return SimpleNamespace(replay=lambda: self._step(batch, 32))
 
-    monkeypatch.setattr(Steps, "_capture", capture)
-    steps.captures = True
-    assert steps.run(2, CHUNK, 32)[0].shape == (CHUNK, 2)
-    assert steps.run(1, 3, 32)[0].shape == (3, 1)
-    assert captured == [2, 1] and steps.tick.item() == 3
+    monkeypatch.setattr(ModelRunner, "_capture", capture)
+    runner.captures = True
+    assert runner.run(2, CHUNK, 32)[0].shape == (CHUNK, 2)
+    assert runner.run(1, 3, 32)[0].shape == (3, 1)
+    assert captured == [2, 1] and runner.tick.item() == 3
 
 
 def test_a_model_that_changed_its_precision_gets_a_cache_of_its_own():
@@ -181,7 +181,7 @@ def test_a_model_that_changed_its_precision_gets_a_cache_of_its_own():
     engine.generate(texts, GREEDY)
     model.to(torch.bfloat16)
     assert tokens(engine.generate(texts, GREEDY)) == tokens(GraphEngine(model).generate(texts, GREEDY))
-    assert engine._steps.cache.dtype == torch.bfloat16
+    assert engine._runner.cache.dtype == torch.bfloat16
 
 
 def test_every_tensor_that_a_graph_reads_is_watched():
@@ -247,7 +247,7 @@ def test_nothing_is_lost_or_mixed_up_over_2000_requests_through_7_rows():
     sampling = {"max_tokens": 16, "stop_ids": STOPS}
     engine = GraphEngine(model, max_rows=7)
     written = engine.generate([texts[i] for i in order], Sampling(**sampling, seed=seeds))
-    assert engine._steps.state.shape[1] == 7 and engine._steps.cache.data is None
+    assert engine._runner.state.shape[1] == 7 and engine._runner.cache.data is None
     lengths = [len(completion.token_ids) for completion in written]
     assert set(lengths) >= set(range(1, 17))
     # every (prompt, seed) on its own, another engine's way
@@ -292,10 +292,10 @@ def test_a_small_budget_makes_waves_and_too_small_a_one_says_so():
 
 def test_the_cache_is_handed_back_after_an_error_too(monkeypatch):
     engine = GraphEngine(make("qwen2"))
-    monkeypatch.setattr(graph_module._Generation, "run", lambda self: 1 / 0)
+    monkeypatch.setattr(graph_module.Scheduler, "run", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.generate([[3, 4]], GREEDY)
-    assert engine._steps.cache.data is None
+    assert engine._runner.cache.data is None
 
 
 # ---- refusals and the choice ----

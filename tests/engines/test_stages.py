@@ -24,8 +24,8 @@ def same_size(n: int, length: int) -> list[list[int]]:
 def seen(monkeypatch):
     """What a generation did: (rows, slot's length) of its stages, their blocks' bytes, steps, and texts computed."""
     seen = SimpleNamespace(stages=[], blocks=[], steps=0, computed=[])
-    allocate, run = graph_module.KVCache.allocate, graph_module.Steps.run
-    compute = graph_module._Generation._prompts
+    allocate, run = graph_module.KVCache.allocate, graph_module.ModelRunner.run
+    compute = graph_module.Scheduler._prefill
 
     def counted_allocate(self, rows, length, budget):
         allocate(self, rows, length, budget)
@@ -42,8 +42,8 @@ def seen(monkeypatch):
         return compute(self, texts, rows)
 
     monkeypatch.setattr(graph_module.KVCache, "allocate", counted_allocate)
-    monkeypatch.setattr(graph_module.Steps, "run", counted_run)
-    monkeypatch.setattr(graph_module._Generation, "_prompts", counted_compute)
+    monkeypatch.setattr(graph_module.ModelRunner, "run", counted_run)
+    monkeypatch.setattr(graph_module.Scheduler, "_prefill", counted_compute)
     monkeypatch.setattr(graph_module, "STAGE_TOKENS", 8)
     return seen
 
@@ -78,7 +78,7 @@ def test_any_budget_gives_the_same_completions(case, asynchronous, seen, monkeyp
     for rows in (1, 1.5, 2.9, 4.2, 7, 14.9):
         engine = GraphEngine(model, LETTERS, kv_bytes=int(rows * full * TOKEN))
         engine.generate([[3]], Sampling(max_tokens=1))
-        engine._steps.asynchronous = asynchronous
+        engine._runner.asynchronous = asynchronous
         seen.stages.clear()
         for ours, theirs in zip(engine.generate(texts, sampling), wanted, strict=True):
             assert (ours.token_ids, ours.reason) == (theirs.token_ids, theirs.reason), rows
@@ -172,7 +172,7 @@ def test_memory_that_is_free_in_pieces_alone_makes_slots_shorter(seen, monkeypat
 def test_out_of_memory_in_the_middle_of_a_stage_loses_nothing(monkeypatch):
     model, texts, sampling = make("qwen2"), same_size(8, 10), Sampling(max_tokens=100, seed=6)
     wanted = GraphEngine(model).generate(texts, sampling)
-    run, calls = graph_module.Steps.run, []
+    run, calls = graph_module.ModelRunner.run, []
 
     def short_of_memory(self, *arguments):
         calls.append(arguments)
@@ -180,7 +180,7 @@ def test_out_of_memory_in_the_middle_of_a_stage_loses_nothing(monkeypatch):
             raise torch.OutOfMemoryError
         return run(self, *arguments)
 
-    monkeypatch.setattr(graph_module.Steps, "run", short_of_memory)
+    monkeypatch.setattr(graph_module.ModelRunner, "run", short_of_memory)
     got = GraphEngine(model).generate(texts, sampling)
     assert [c.token_ids for c in got] == [c.token_ids for c in wanted]
     # it went on where it was, with room for 7 texts: 29 steps and the one that failed; the long prompts gave a token

@@ -1,0 +1,229 @@
+"""Which request is in which row of the batch, step by step, until each has ended or has filled its slot.
+
+    waiting requests -> a free row: the prompt is computed once for its group and copied to the group's rows
+    rows             -> CHUNK steps at a time; the host reads the chunk before while the next one runs
+    finished rows    -> leave; a waiting request takes the row, or the last rows move into the holes: a smaller batch
+
+A Scheduler serves one stage of a generation (graph.py says what a stage is).
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nbhelpers.memory.kv import prefill_tokens
+
+from .base import Sampling, Writer
+from .cuda_graphs import CHUNK, LEFT, ModelRunner, batch_for, to_host
+from .sampler import sample
+
+
+@dataclass(eq=False)
+class Request:
+    """One completion to be written, from the call of `generate` to its last token, through all stages."""
+
+    prompt: list[int]  # the same list object in its whole group
+    seed: int
+    writer: Writer
+    text: list[int] = field(default_factory=list)  # prompt and completion as they were when the stage began
+    goal: int = 0  # tokens of the completion at which the request leaves the stage, unless it ends before
+    asked: int = 0  # tokens of the completion that the device has been asked for so far, in all stages
+
+    @property
+    def left(self) -> int:
+        """Tokens that are still to come in this stage."""
+        return 0 if self.writer.ended else self.goal - len(self.writer.completion.token_ids)
+
+    def enter(self, length: int, max_tokens: int) -> None:
+        """Begin a stage.
+
+        Args:
+            length (`int`): Of the stage's slots, in tokens.
+            max_tokens (`int`): Of the whole completion.
+        """
+        written = self.writer.completion.token_ids
+        self.text = self.prompt + written if written else self.prompt  # the prompt itself, for the group to share
+        self.goal = min(max_tokens, length - len(self.prompt))
+        self.asked = len(written)  # some that the last stage asked for were beyond its slot's end
+
+
+class Chunk(NamedTuple):
+    """The tokens of a few steps on their way to the host, and the request of each row when they were asked for."""
+
+    tokens: Tensor  # int64 [steps, rows]
+    logprobs: Tensor  # fp32 [steps, rows]
+    requests: list[Request | None]
+    ready: torch.cuda.Event | None  # on a GPU: the copy to the host is complete
+
+
+class Prefilled(NamedTuple):
+    """A text that has been computed while requests of its group still wait for a row."""
+
+    text: list[int]
+    row: int  # whose slot holds its keys and values
+    logits: Tensor  # after its last token, fp32 [1, V]
+
+
+class Scheduler:
+    """One stage of `GraphEngine.generate`: `run` writes each request up to its goal.
+
+    Args:
+        runner (`ModelRunner`): Takes the steps; its cache has a slot for each row.
+        requests (`list[Request]`): Those that have not ended.
+        sampling (`Sampling`): Of the whole generation.
+    """
+
+    def __init__(self, runner: ModelRunner, requests: list[Request], sampling: Sampling):
+        self.runner, self.decoder, self.cache = runner, runner.decoder, runner.cache
+        rows, self.length = self.cache.slots()
+        for request in requests:
+            request.enter(self.length, sampling.max_tokens)
+        # texts of similar length are prefilled together, which needs little padding; a group stays together
+        self.waiting = deque(sorted(requests, key=lambda request: len(request.text), reverse=True))
+        self.rows: list[Request | None] = [None] * rows
+        self.pending: deque[Chunk] = deque()
+        # While members of this group wait they are the first in line, so the row that holds their text cannot have
+        # been given to another group.
+        self.prefilled: Prefilled | None = None
+        self.at_once = prefill_tokens(self.decoder.token_bytes)
+        # empty rows are computed too, and the positions of the last stage may be beyond this stage's slots
+        runner.state.zero_()
+
+    def run(self) -> None:
+        """Until no request is waiting or in a row."""
+        runner = self.runner
+        while self.waiting or any(self.rows):
+            self._admit()
+            batch = self._batch()
+            todo = [request.goal - request.asked for request in filter(None, self.rows)]
+            if (steps := min(CHUNK if runner.asynchronous else 1, max(todo, default=0))) > 0:
+                longest = steps - 1 + max(len(r.prompt) + r.asked for r in filter(None, self.rows))
+                self._send(*runner.run(batch, steps, min(longest, self.length)), self.rows[:batch])
+                for request in filter(None, self.rows):
+                    request.asked += steps
+            while len(self.pending) > (1 if runner.asynchronous and steps > 0 else 0):
+                self._collect()
+
+    # ---- rows ----
+
+    def _batch(self) -> int:
+        """How many rows the next step takes; if the batch can shrink, the last rows move into the holes first."""
+        rows = self.rows
+        used = sum(request is not None for request in rows)
+        width = max((i + 1 for i, request in enumerate(rows) if request is not None), default=1)
+        target = batch_for(max(used, 1), len(rows))
+        if target >= batch_for(width, len(rows)):
+            return batch_for(width, len(rows))
+        holes = [i for i in range(target) if rows[i] is None]
+        movers = [(i, request) for i, request in enumerate(rows[target:width], target) if request is not None]
+        for hole, (mover, request) in zip(holes, movers, strict=False):
+            rows[hole], rows[mover] = request, None
+            self.cache.copy(mover, [hole], len(request.prompt) + request.asked)
+        self._copy_state([mover for mover, _ in movers], holes[: len(movers)])
+        return target
+
+    def _copy_state(self, sources: list[int], rows: list[int]) -> None:
+        if not rows:
+            return
+        source, row = torch.tensor([sources, rows], device=self.cache.device)
+        self.runner.state[:, row] = self.runner.state[:, source]
+        self.runner.state[LEFT, source] = 0
+        if self.runner.seen is not None:
+            self.runner.seen[row] = self.runner.seen[source]
+
+    # ---- prompts ----
+
+    def _admit(self) -> None:
+        """Waiting requests take the free rows, and get their next token."""
+        free = deque(i for i, request in enumerate(self.rows) if request is None)
+        while free and self.waiting:
+            first = self.waiting[0].text
+            begun = self.prefilled if self.prefilled is not None and self.prefilled.text is first else None
+            most = 1 if begun is not None else max(1, self.at_once // len(first))  # texts; the first is longest
+            texts: list[list[int]] = []
+            groups: list[list[int]] = []  # the rows that each text goes to
+            while free and self.waiting:
+                if not texts or self.waiting[0].text is not texts[-1]:
+                    if len(texts) == most:
+                        break
+                    texts.append(self.waiting[0].text)
+                    groups.append([])
+                groups[-1].append(free.popleft())
+                self.rows[groups[-1][-1]] = self.waiting.popleft()
+            if begun is not None:
+                sources, logits = [begun.row], begun.logits
+            else:
+                sources = [rows[0] for rows in groups]
+                logits = self._prefill(texts, sources)
+            for text, rows, source in zip(texts, groups, sources, strict=True):
+                self.cache.copy(source, rows, len(text))
+            more = self.waiting and self.waiting[0].text is texts[-1]
+            self.prefilled = Prefilled(texts[-1], groups[-1][-1], logits[-1:].clone()) if more else None
+            self._first_tokens(groups, logits)
+
+    def _prefill(self, texts: list[list[int]], rows: list[int]) -> Tensor:
+        """Compute each text into the slot of its row; returns the logits after each, fp32 [texts, V]."""
+        device = self.cache.device
+        longest = max(map(len, texts))
+        tokens = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=device)
+        ends = torch.tensor([len(text) - 1 for text in texts], device=device)
+        index = torch.tensor(rows, device=device)
+        last, each = torch.empty(0, device=device), torch.arange(len(texts), device=device)
+        width = max(1, self.at_once // len(texts))  # of a piece, so that its activations fit
+        for start in range(0, longest, width):
+            piece = tokens[:, start : start + width]
+            positions = torch.arange(start, start + piece.shape[1], device=device)[None]
+            hidden = self.decoder.hidden(piece, positions, self.cache.prompt(index, start))
+            picked = hidden[each, (ends - start).clamp(0, piece.shape[1] - 1)]
+            last = picked if start == 0 else torch.where(ends[:, None] >= start, picked, last)
+        return self.decoder.logits(last)
+
+    def _first_tokens(self, groups: list[list[int]], logits: Tensor) -> None:
+        """Draw the next token of the rows of each group from the logits [groups, V] after the group's text."""
+        runner, device = self.runner, self.cache.device
+        rows = [row for group in groups for row in group]
+        requests = list(filter(None, (self.rows[row] for row in rows)))
+        row = torch.tensor(rows, device=device)
+        state = torch.tensor(
+            [(0, len(r.text) - 1, r.seed, r.asked, r.goal - r.asked) for r in requests], device=device
+        ).t()
+        seen = None
+        if runner.seen is not None:
+            seen = torch.zeros_like(runner.seen[: len(rows)])
+            for i, request in enumerate(requests):
+                seen[i, torch.tensor(request.text, device=device)] = True
+        of_group = torch.tensor([i for i, group in enumerate(groups) for _ in group], device=device)
+        token, logp = sample(logits[of_group], state[2], state[3], runner.sampling, runner.stops, seen)
+        runner.advance(state, token)
+        runner.state[:, row] = state
+        if runner.seen is not None and seen is not None:
+            runner.seen[row] = seen
+        for request in requests:
+            request.asked += 1
+        self._send(to_host(token[None]), to_host(logp[None]), requests)
+
+    # ---- what was written ----
+
+    def _send(self, tokens: Tensor, logprobs: Tensor, requests: Sequence[Request | None]) -> None:
+        ready = None
+        if self.runner.asynchronous:
+            ready = torch.cuda.Event()
+            ready.record()
+        self.pending.append(Chunk(tokens, logprobs, list(requests), ready))
+
+    def _collect(self) -> None:
+        """Read the oldest chunk; requests that ended in it, or have filled their slot, leave their rows."""
+        chunk = self.pending.popleft()
+        if chunk.ready is not None:
+            chunk.ready.synchronize()
+        columns = zip(chunk.requests, chunk.tokens.t().tolist(), chunk.logprobs.t().tolist(), strict=True)
+        for request, tokens, logprobs in columns:
+            if request is None or (left := request.left) <= 0:
+                continue
+            request.writer.add(tokens[:left], logprobs[:left])  # what was drawn beyond the slot's end is discarded
+            if request.left <= 0:
+                self.rows[self.rows.index(request)] = None
