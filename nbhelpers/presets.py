@@ -1,4 +1,4 @@
-"""One frozen dataclass a model and card: hardware differences are data, and a planner needs no download.
+"""One frozen dataclass per model, and what changes from card to card as data: a planner needs no download.
 
     preset = presets.get("qwen2.5-1.5b").on_card(15)
 
@@ -11,7 +11,9 @@ import difflib
 import json
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, TypedDict
 
 from nbhelpers.architecture import Architecture
 from nbhelpers.models import families
@@ -46,9 +48,9 @@ class Preset:
     system_prompt: str | None = REASONING_PROMPT
     notebook: bool = True  # whether notebooks/models/ has one
     smoke: bool = False
-    cards: tuple[tuple[int, tuple[tuple[str, object], ...]], ...] = ()  # (GB from which it holds, what changes)
+    cards: tuple[tuple[int, tuple[tuple[str, Any], ...]], ...] = ()  # (GB from which it holds, what changes)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.lora_targets:
             object.__setattr__(self, "lora_targets", self.architecture.family.linears)
 
@@ -71,18 +73,33 @@ class Preset:
         return width * self.architecture.lora_parameters(self.lora_rank, self.lora_targets)
 
 
-def _cards(**by_size: dict) -> tuple:
-    """_cards(gb8={...}) -> ((8, (...)),): frozen, so that a preset stays hashable."""
+class _Changes(TypedDict, total=False):
+    """The fields of a preset that depend on the card."""
+
+    quantization: str
+    lora_rank: int
+    lora_alpha: int
+    num_generations: int
+    max_completion_length: int
+
+
+def _cards(**by_size: _Changes) -> tuple[tuple[int, tuple[tuple[str, Any], ...]], ...]:
+    """_cards(gb8={...}) -> ((8, (...)),): tuples, so that a preset stays hashable."""
     return tuple((int(size[2:]), tuple(changes.items())) for size, changes in by_size.items())
 
 
-_LLAMA3 = {"family": families.LLAMA, "vocab_size": 128256, "rope_theta": 500000.0, "rms_norm_eps": 1e-5}
-_LLAMA3 |= {"max_position_embeddings": 131072}
-_QWEN25 = {"family": families.QWEN2, "attention_bias": True, "rope_theta": 1000000.0}
-_QWEN3 = {"family": families.QWEN3, "rope_theta": 1000000.0, "num_key_value_heads": 8, "head_dim": 128}
-_QWEN3 |= {"vocab_size": 151936, "max_position_embeddings": 40960}
-_QWEN25_7B = Architecture(
-    **_QWEN25, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+# what the models of one release have in common
+_llama3 = partial(
+    Architecture, families.LLAMA, vocab_size=128256, rope_theta=500000.0, rms_norm_eps=1e-5,
+    max_position_embeddings=131072,
+)  # fmt: skip
+_qwen25 = partial(Architecture, families.QWEN2, attention_bias=True, rope_theta=1000000.0)
+_qwen3 = partial(
+    Architecture, families.QWEN3, rope_theta=1000000.0, num_key_value_heads=8, head_dim=128, vocab_size=151936,
+    max_position_embeddings=40960,
+)  # fmt: skip
+_QWEN25_7B = _qwen25(
+    hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
     num_key_value_heads=4, head_dim=128, vocab_size=152064, tie_word_embeddings=False,
 )  # fmt: skip
 # a 7B or 8B in NF4 with an adapter of rank 16 leaves a T4 enough for 768 tokens; the 16-bit layers of "dynamic" wait
@@ -106,16 +123,16 @@ _TABLE = {
     for preset in (
         Preset(
             "qwen2.5-1.5b", "Qwen2.5 1.5B Instruct", "Qwen/Qwen2.5-1.5B-Instruct",
-            Architecture(
-                **_QWEN25, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+            _qwen25(
+                hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
                 num_key_value_heads=2, head_dim=128, vocab_size=151936, tie_word_embeddings=True,
             ),
             cards=_CARDS_SMALL,
         ),
         Preset(
             "qwen2.5-3b", "Qwen2.5 3B Instruct", "Qwen/Qwen2.5-3B-Instruct",
-            Architecture(
-                **_QWEN25, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
+            _qwen25(
+                hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
                 num_key_value_heads=2, head_dim=128, vocab_size=151936, tie_word_embeddings=True,
             ),
             cards=_CARDS_SMALL,
@@ -126,48 +143,48 @@ _TABLE = {
         ),
         Preset(
             "qwen3-0.6b", "Qwen3 0.6B", "Qwen/Qwen3-0.6B",
-            Architecture(
-                **_QWEN3, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+            _qwen3(
+                hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
                 tie_word_embeddings=True,
             ),
             notebook=False, cards=_CARDS_SMALL,
         ),
         Preset(
             "qwen3-1.7b", "Qwen3 1.7B", "Qwen/Qwen3-1.7B",
-            Architecture(
-                **_QWEN3, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
+            _qwen3(
+                hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
                 tie_word_embeddings=True,
             ),
             notebook=False, cards=_CARDS_SMALL,
         ),
         Preset(
             "qwen3-4b", "Qwen3 4B", "Qwen/Qwen3-4B",
-            Architecture(
-                **_QWEN3, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+            _qwen3(
+                hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
                 tie_word_embeddings=True,
             ),
             notebook=False, cards=_CARDS_SMALL,
         ),
         Preset(
             "qwen3-8b", "Qwen3 8B", "Qwen/Qwen3-8B",
-            Architecture(
-                **_QWEN3, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+            _qwen3(
+                hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
                 tie_word_embeddings=False,
             ),
             notebook=False, lora_rank=16, lora_alpha=16, learning_rate=5e-6, cards=_CARDS_7B,
         ),
         Preset(
             "llama-3.2-3b", "Llama 3.2 3B Instruct", "meta-llama/Llama-3.2-3B-Instruct",
-            Architecture(
-                **_LLAMA3, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+            _llama3(
+                hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
                 num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
             ),
             gated=True, cards=_CARDS_SMALL,
         ),
         Preset(
             "llama-3.1-8b", "Llama 3.1 8B Instruct", "meta-llama/Llama-3.1-8B-Instruct",
-            Architecture(
-                **_LLAMA3, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+            _llama3(
+                hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                 num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
             ),
             gated=True, lora_rank=16, lora_alpha=16, learning_rate=5e-6, cards=_CARDS_7B,

@@ -50,7 +50,7 @@ class HeadNorms(NamedTuple):
 
 
 def _saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in `dtype`, clamped to fp16's range if that is the dtype: the only one here whose range activations exceed."""
+    """x in `dtype`, clamped to fp16's range if that is the dtype: the only dtype whose range activations exceed."""
     return x.clamp(-65504.0, 65504.0).to(dtype) if dtype == torch.float16 else x.to(dtype)
 
 
@@ -78,9 +78,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, norms: HeadNorms | None = None) -> tuple[Tensor, Tensor]:
-    if norms is not None:
-        q, k = rms_norm(q, norms.q, norms.eps), rms_norm(k, norms.k, norms.eps)
     """See nbhelpers.kernels.rope."""
+    if norms is not None:
+        q, k = _residual_norm(q, norms.q, norms.eps, None)[1], _residual_norm(k, norms.k, norms.eps, None)[1]
     half = cos.shape[-1] // 2
     c, s = (_compute(t)[..., :half].unsqueeze(1) for t in (cos, sin))  # [1 or B, 1, S, R/2]
 

@@ -8,7 +8,7 @@ All families share the skeleton of Llama: embedding, layers of a pre-norm attent
 RMSNorm (arXiv 1910.07467), rotary position embedding (2104.09864), a last norm, and a head that may be the embedding.
 """
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from nbhelpers.architecture import Architecture, Family
 
@@ -31,7 +31,7 @@ SILU = ("silu", "swish")  # the names of the activation that the kernels compute
 ROPES_OF_LENGTH = ("dynamic", "longrope")  # rope types whose frequencies depend on the longest text of a batch
 
 
-def architecture(config: dict) -> Architecture:
+def architecture(config: dict[str, Any]) -> Architecture:
     """The `Architecture` behind the dictionary of a config.json.
 
     Raises ValueError for a model type that is none of `FAMILIES`, KeyError for a config without its sizes.
@@ -57,7 +57,7 @@ def unwrap(model: "nn.Module") -> "PreTrainedModel":
     """The transformers model inside peft's wrapper, or the model itself."""
     from peft import PeftModel
 
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return cast("PreTrainedModel", model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 def of(model: "nn.Module") -> Family | None:
@@ -80,7 +80,7 @@ class Skeleton(NamedTuple):
 
 
 def skeleton(model: "nn.Module") -> Skeleton:
-    """Of a model for which `of` knows a family."""
+    """The modules of a model for which `of` knows a family, in peft's wrapper or not."""
     inner = unwrap(model)
     body = inner.model
     return Skeleton(body.embed_tokens, body.rotary_emb, body.layers, body.norm, inner.get_output_embeddings())
@@ -101,24 +101,30 @@ class Layer(NamedTuple):
 
 def layer(family: Family, module: "nn.Module") -> Layer:
     """The parts of a decoder layer, whether the fused kernels are on it or not."""
-    attention, mlp = module.self_attn, module.mlp
+    decoder: Any = module  # nn.Module does not say what its children are
+    attention, mlp = decoder.self_attn, decoder.mlp
     return Layer(
-        module.input_layernorm, named(attention, family.qkv), named(attention, (family.out,))[0],
-        module.post_attention_layernorm, named(mlp, family.gate_up), named(mlp, (family.down,))[0],
+        decoder.input_layernorm, named(attention, family.qkv), named(attention, (family.out,))[0],
+        decoder.post_attention_layernorm, named(mlp, family.gate_up), named(mlp, (family.down,))[0],
         named(attention, family.head_norms), window(family, attention),
     )  # fmt: skip
 
 
 def head_norms(norms: "tuple[nn.Module, ...]") -> "HeadNorms | None":
-    """The norms of a layer's heads as the kernels take them; None where there are none."""
+    """The RMSNorms of q's and of k's heads as the kernels take them; None for ()."""
     from nbhelpers.kernels import HeadNorms
 
-    return HeadNorms(norms[0].weight, norms[1].weight, norms[0].variance_epsilon) if norms else None
+    if not norms:
+        return None
+    q: Any
+    k: Any
+    q, k = norms
+    return HeadNorms(q.weight, k.weight, q.variance_epsilon)
 
 
 def named(parent: "nn.Module", names: tuple[str, ...]) -> "tuple[nn.Module, ...]":
     """Children of a module by their names. (nn.Module's own look-up is slow, and this runs in each forward.)"""
-    children = parent._modules
+    children: Any = parent._modules  # a child may be None, but none of these is
     return tuple(children[name] for name in names)
 
 
@@ -126,11 +132,12 @@ def window(family: Family, attention: "nn.Module") -> int | None:
     """How many positions a token looks back to, itself included; None for all."""
     if family.window is None:
         return None
-    return attention.sliding_window if family.window == "layer" else attention.config.sliding_window
+    module: Any = attention
+    return module.sliding_window if family.window == "layer" else module.config.sliding_window
 
 
 def config_window(family: Family, config: "PreTrainedConfig") -> int | None:
-    """The same from the config alone, of the layers that have one."""
+    """`window` of the layers that have one, from the model's config alone; None if no layer has one."""
     if family.window == "layer" and "sliding_attention" not in (config.layer_types or ()):
         return None
     return None if family.window is None else config.sliding_window
@@ -164,6 +171,7 @@ def why_not(model: "nn.Module", for_: Literal["training", "generation"]) -> str 
 
 
 def _why_not_train(model: "nn.Module", family: Family, inner: "PreTrainedModel") -> str | None:
+    """`why_not` of the training walk alone, for a model that the generation walk can serve."""
     from torch import nn
 
     from .projection import known

@@ -14,7 +14,7 @@ q [B, heads, S, D], k [B, kv heads, S, D] with adjacent channels; cos, sin [1 or
 token, as in rope.py.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
@@ -166,7 +166,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, norms: HeadNorms | None
     if norms is not None and _fusable(norms, q.shape[-1], cos.shape[-1]):
         return _HeadNormRope.apply(q, k, cos, sin, *norms)
     if norms is not None:
-        q, k = rms_norm(q, norms.q, norms.eps), rms_norm(k, norms.k, norms.eps)
+        q, k = (cast(Tensor, rms_norm(x, weight, norms.eps)) for x, weight in ((q, norms.q), (k, norms.k)))
     return Rope.apply(q, k, cos, sin)
 
 
