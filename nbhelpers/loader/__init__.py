@@ -3,8 +3,8 @@
     model, tokenizer = loader.load(presets.get("qwen2.5-1.5b"))
 
 The model is built without memory, then its checkpoint is read tensor by tensor; each goes to the card and is quantised
-there. The host holds one tensor at a time, the card what is loaded so far and one tensor. Weights are safetensors only,
-and no code from a repository is ever run.
+there. The host holds one tensor at a time, the card what is loaded so far and one tensor. Weights are safetensors or
+GGUF, and no code from a repository is ever run.
 """
 
 import json
@@ -24,8 +24,9 @@ from nbhelpers.models.quantize import Choice
 from nbhelpers.presets import QUANTIZATIONS, Preset
 
 from . import hub, stream
+from .packed import keep
 
-__all__ = ["load", "load_adapter", "save_adapter"]
+__all__ = ["keep", "load", "load_adapter", "save_adapter"]
 CALIBRATION_TOKENS = 512
 # what dynamic 4-bit is measured on when the caller has no prompts of its own
 CALIBRATION = (
@@ -62,7 +63,8 @@ def load(
 ):
     """(model, tokenizer), in eval mode, on `device` (the GPU if there is one).
 
-    preset_or_id: a Preset, a preset's name, a hub id ("owner/model"), a folder, or a folder that `save_adapter` wrote.
+    preset_or_id: a Preset, a preset's name, a hub id ("owner/model"), a folder, a GGUF file or any part of a split one,
+        or a folder that `save_adapter` or `keep` wrote.
     quantization: "nf4", "dynamic" (NF4 with the worst layers in 16 bits, see `quantize`) or "none"; None is the
         preset's, "nf4" without a preset. A checkpoint that bitsandbytes quantised loads as it is.
     lora_*: the adapter; None is the preset's (rank 16, alpha 16, no dropout, all linear layers without a preset).
@@ -115,7 +117,7 @@ def load(
     if quantization != "none":
         host.require("bitsandbytes")
     _check_room(source, quantization, device, weight_dtype)
-    tokenizer = chat.load_tokenizer(source.folder)
+    tokenizer = source.tokenizer()
 
     shards = source.weights()
     small = shards.nbytes < 100e6  # there in a moment: no bar
@@ -207,11 +209,9 @@ def _check_room(source: hub.Source, quantization: str, device: torch.device, wei
 
 def _describe(model: nn.Module, source: hub.Source, tokenizer, four_bits: bool) -> None:
     """What transformers' from_pretrained would have set besides the weights."""
-    from transformers import GenerationConfig
     from transformers.utils.quantization_config import QuantizationMethod
 
-    if (source.folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    model.generation_config = source.generation_config() or model.generation_config
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     if model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id

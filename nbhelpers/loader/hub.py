@@ -5,7 +5,6 @@ weights are downloaded.
 """
 
 import getpass
-import hashlib
 import json
 import os
 import re
@@ -19,49 +18,25 @@ from nbhelpers import host, presets
 from nbhelpers.models import smoke
 from nbhelpers.presets import Preset
 
+from . import gguf_source
+from .gguf import is_gguf
 from .shards import Shards
+from .source import Source
 
 _SMALL = ["*.json", "*.jinja", "*.model", "*.txt"]  # config, index, tokenizer
 _WEIGHTS = ["model*.safetensors"]  # not Mistral's consolidated.safetensors, not Llama's original/*.pth
-# what decides the shapes; the rest of a config.json changes with the version that wrote it
-_SHAPE_KEYS = (
-    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "vocab_size",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Source:
-    """A checkpoint: `id` is what a person calls it, `config` its config.json."""
+class HubSource(Source):
+    """A checkpoint whose config and tokenizer are on this disk, and its tensors on the hub until they are read."""
 
-    id: str
-    folder: Path
-    config: dict
-    remote: bool = False
     token: str | None = field(default=None, repr=False)  # nothing that is shown holds it
 
-    def config_hash(self) -> str:
-        shape = {key: self.config.get(key) for key in _SHAPE_KEYS}
-        return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
-
-    def prequantized(self) -> bool:
-        """Whether bitsandbytes wrote this checkpoint in 4 bits. ValueError for any other quantisation."""
-        found = self.config.get("quantization_config")
-        if not found:
-            return False
-        method = found.get("quant_method", "bitsandbytes" if "load_in_4bit" in found else "unknown")
-        if method != "bitsandbytes" or not found.get("load_in_4bit", found.get("_load_in_4bit")):
-            raise ValueError(
-                f"{self.id} is quantised with {method if method != 'bitsandbytes' else 'bitsandbytes in 8 bits'}; "
-                "only 16-bit checkpoints and bitsandbytes' 4 bits can be trained here: take the original model"
-            )
-        return True
-
     def weights(self) -> Shards:
-        """The tensors, downloaded first if they are on the hub."""
-        if self.remote:
-            _download(self.id, _WEIGHTS, self.token)
-        return Shards(self.folder)
+        """The tensors, downloaded first. Raises as `Shards`, and ConnectionError."""
+        _download(self.id, _WEIGHTS, self.token)
+        return super().weights()
 
 
 def find(what: "Preset | str | Path", token: str | None = None) -> Source:
@@ -99,6 +74,8 @@ def _checked_token(token: str | None) -> str | None:
 
 def _find(name: str, token: str | None) -> Source:
     folder = Path(name).expanduser()
+    if is_gguf(folder):
+        return gguf_source.find(folder, name)
     if folder.is_dir():
         return _local(folder, name)
     if folder.is_absolute() or name.startswith((".", "~")):
@@ -109,7 +86,7 @@ def _find(name: str, token: str | None) -> Source:
         except ValueError as error:
             raise ValueError(f"{error}. Nor is it a folder here, nor a hub id (owner/model)") from None
     folder = Path(_download(name, _SMALL, token))
-    return Source(name, folder, _config(folder), remote=True, token=token)
+    return HubSource(name, folder, _config(folder), token)
 
 
 def _local(folder: Path, name: str) -> Source:

@@ -10,8 +10,8 @@ from torch import nn
 from nbhelpers.models import quantize
 from nbhelpers.models.quantize import Choice
 
-from .hub import Source
 from .shards import Shards
+from .source import Source
 
 
 def build(source: Source, dtype: torch.dtype) -> nn.Module:
@@ -20,9 +20,9 @@ def build(source: Source, dtype: torch.dtype) -> nn.Module:
     ValueError if transformers has no causal language model for it.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    config = source.model_config()
     if source.prequantized():
         del config.quantization_config  # else transformers would want to do the loading
     try:
@@ -79,7 +79,7 @@ def fill(
         if four_bits:
             quantize.fill(module, quantize.pack(shards.read(name).to(device), dtype))
         else:
-            tensor = shards.read(name).to(weight_dtype).to(device, copy=True)  # converts on the host
+            tensor = shards.read(name, weight_dtype).to(device, copy=True)  # converts on the host
             setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta and name not in filled]
