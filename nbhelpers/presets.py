@@ -256,6 +256,11 @@ def _smoke(preset: Preset) -> Preset:
     )  # fmt: skip
 
 
+def every() -> tuple[Preset, ...]:
+    """All presets as they are, in smoke too."""
+    return (_workshop(), *_TABLE.values())
+
+
 def names() -> tuple[str, ...]:
     return ("workshop", *_TABLE)
 

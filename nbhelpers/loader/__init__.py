@@ -5,7 +5,7 @@
 `resolve` fills in what the arguments leave open, `build` makes the base model, `dress` puts the adapter and the kernels
 on it. The model is built without memory, then its checkpoint is read tensor by tensor; each goes to the card and is
 quantised there. The host holds one tensor at a time, the card what is loaded so far and one tensor. Weights are
-safetensors only, and no code from a repository is ever run.
+safetensors or GGUF, and no code from a repository is ever run.
 """
 
 import time
@@ -20,13 +20,14 @@ from nbhelpers.models.quantize import Choice
 from nbhelpers.presets import Preset
 
 from .base_model import build
+from .packed import keep
 from .request import Prompt, resolve
 from .trainable import dress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["load", "load_adapter", "save_adapter"]
+__all__ = ["keep", "load", "load_adapter", "save_adapter"]
 
 
 def load(
@@ -48,8 +49,8 @@ def load(
     """A model in eval mode, with an adapter to train unless lora_rank is 0, and its tokenizer.
 
     Args:
-        preset_or_id (`Preset`, `str` or `Path`): A preset or its name, a hub id ("owner/model"), a folder, or a folder
-            that `save_adapter` wrote.
+        preset_or_id (`Preset`, `str` or `Path`): A preset or its name, a hub id ("owner/model"), a folder, a GGUF file
+            or any part of a split one, or a folder that `save_adapter` or `keep` wrote.
         quantization (`str`, *optional*): "nf4", "dynamic" (NF4 with the worst layers in 16 bits, see `quantize`) or
             "none"; None is the preset's, "nf4" without a preset. A checkpoint that bitsandbytes quantised loads as it
             is.

@@ -5,7 +5,6 @@ weights are downloaded.
 """
 
 import getpass
-import hashlib
 import json
 import os
 import re
@@ -14,82 +13,32 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nbhelpers import host, presets
-from nbhelpers.models import chat, smoke
+from nbhelpers.models import smoke
 from nbhelpers.presets import Preset
 
+from . import gguf_source
+from .gguf import is_gguf
 from .shards import Shards
-
-if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from .source import Source
 
 _SMALL = ["*.json", "*.jinja", "*.model", "*.txt"]  # config, index, tokenizer
-_WEIGHTS = ["model*.safetensors"]  # not Mistral's consolidated.safetensors, not Llama's original/*.pth
 _HUB_ID = r"[\w.-]+/[\w.-]+"  # owner/model
-# what decides the shapes; the rest of a config.json changes with the version that wrote it
-_SHAPE_KEYS = (
-    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "vocab_size",
-)  # fmt: skip
+_WEIGHTS = ["model*.safetensors"]  # not Mistral's consolidated.safetensors, not Llama's original/*.pth
 
 
 @dataclass(frozen=True)
-class Source:
-    """A checkpoint. The rest of the loader reads it through these methods alone, whatever it is stored as.
+class HubSource(Source):
+    """A checkpoint whose config and tokenizer are on this disk, and its tensors on the hub until they are read."""
 
-    `id` is what a person calls it, `folder` where it is on this disk, `config` its config.json. `remote`: its weights
-    are on the hub until `weights` is called.
-    """
-
-    id: str
-    folder: Path
-    config: dict[str, Any]
-    remote: bool = False
     token: str | None = field(default=None, repr=False)  # nothing that is shown holds it
 
-    def config_hash(self) -> str:
-        """16 hexadecimal digits that differ where shapes differ."""
-        shape = {key: self.config.get(key) for key in _SHAPE_KEYS}
-        return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
-
-    def prequantized(self) -> bool:
-        """Whether bitsandbytes wrote this checkpoint in 4 bits. ValueError for any other quantisation."""
-        settings = self.config.get("quantization_config")
-        if not settings:
-            return False
-        method = settings.get("quant_method", "bitsandbytes" if "load_in_4bit" in settings else "unknown")
-        if method != "bitsandbytes" or not settings.get("load_in_4bit", settings.get("_load_in_4bit")):
-            raise ValueError(
-                f"{self.id} is quantised with {method if method != 'bitsandbytes' else 'bitsandbytes in 8 bits'}; "
-                "only 16-bit checkpoints and bitsandbytes' 4 bits can be trained here: take the original model"
-            )
-        return True
-
-    def model_config(self) -> "PreTrainedConfig":
-        """The config as transformers builds a model from it."""
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-
-    def generation_config(self) -> "GenerationConfig | None":
-        """How its makers generate, if they say so."""
-        from transformers import GenerationConfig
-
-        if not (self.folder / "generation_config.json").exists():
-            return None
-        return GenerationConfig.from_pretrained(self.folder)
-
-    def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """Ready for GRPO, see `models.chat`. ValueError if there is none."""
-        return chat.load_tokenizer(self.folder)
-
     def weights(self) -> Shards:
-        """The tensors, downloaded first if they are on the hub. Raises as `Shards`, and ConnectionError."""
-        if self.remote:
-            _download(self.id, _WEIGHTS, self.token)
-        return Shards(self.folder)
+        """The tensors, downloaded first. Raises as `Shards`, and ConnectionError."""
+        _download(self.id, _WEIGHTS, self.token)
+        return super().weights()
 
 
 def find(what: Preset | str | Path, token: str | None = None) -> Source:
@@ -112,6 +61,8 @@ def identify(what: Preset | str | Path) -> Preset | str:
     if isinstance(what, Preset):
         return what
     name = str(what)
+    if is_gguf(Path(what).expanduser()):
+        return name
     if Path(what).expanduser().is_dir() and (isinstance(what, Path) or name not in presets.names()):
         return name
     if _names_a_folder(name) or re.fullmatch(_HUB_ID, name):
@@ -149,12 +100,14 @@ def _checked_token(token: str | None) -> str | None:
 
 def _folder_or_hub(name: str, token: str | None) -> Source:
     folder = Path(name).expanduser()
+    if is_gguf(folder):
+        return gguf_source.find(folder, name)
     if folder.is_dir():
         return _local(folder, name)
     if _names_a_folder(name):
         raise FileNotFoundError(f"there is no folder {name}")
     folder = Path(_download(name, _SMALL, token))
-    return Source(name, folder, _config(folder), remote=True, token=token)
+    return HubSource(name, folder, _config(folder), token)
 
 
 def _names_a_folder(name: str) -> bool:

@@ -57,8 +57,9 @@ class Shards:
         """Bytes of the largest tensor."""
         return max(entry.nbytes for entry in self.entries.values())
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU in the checkpoint's dtype, a view of the one buffer: copy it before the next read.
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The tensor on the CPU in `dtype` (the checkpoint's). It may live in the one buffer: copy it before the next
+        read.
 
         Raises ValueError for a file that ends too early.
         """
@@ -74,7 +75,7 @@ class Shards:
                 if not count:
                     raise ValueError(f"{entry.file} ends inside {name}: download it again")
                 done += count
-        return self._buffer[: entry.nbytes].view(entry.dtype).view(entry.shape)
+        return self._buffer[: entry.nbytes].view(entry.dtype).view(entry.shape).to(dtype or entry.dtype)
 
     def release(self) -> None:
         """Free the host buffer; a later read makes a new one."""

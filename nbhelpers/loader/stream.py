@@ -13,8 +13,8 @@ from torch import nn
 from nbhelpers.models import quantize
 from nbhelpers.models.quantize import Choice
 
-from .hub import Source
 from .shards import Shards
+from .source import Source
 
 if TYPE_CHECKING:
     from bitsandbytes.nn import Params4bit
@@ -108,7 +108,7 @@ def fill(
         if linear4bit is not None:
             quantize.fill(linear4bit, quantize.pack(shards.read(name).to(device), dtype))
         else:
-            tensor = shards.read(name).to(weight_dtype).to(device, copy=True)  # converts on the host
+            tensor = shards.read(name, weight_dtype).to(device, copy=True)  # converts on the host
             setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta and name not in filled]

@@ -108,7 +108,7 @@ def can_train(preset: Preset, card_gb: float) -> bool:
 
 def that_fit(card_gb: float) -> tuple[str, ...]:
     """Names of the presets that a card of `card_gb` GB can train."""
-    return tuple(name for name in presets.names() if can_train(presets.get(name), card_gb))
+    return tuple(preset.name for preset in presets.every() if can_train(preset, card_gb))
 
 
 def floor_gb(preset: Preset) -> float:
