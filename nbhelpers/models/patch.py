@@ -206,7 +206,7 @@ _ROLES: dict[str, type[_Fused]] = {"RMSNorm": _RMSNorm, "MLP": _MLP, "Attention"
 
 @cache
 def _fused(stock: type) -> type | None:
-    """The subclass of a transformers class that has our forward; None for every other class."""
+    """The subclass of a transformers class that has our forward; None for a class that the kernels do not serve."""
     for family in families.FAMILIES.values():
         name = family.model_type
         role = stock.__name__.removeprefix(family.prefix)
@@ -225,7 +225,7 @@ class Report:
     """What `with_kernels` did: `print(report)` to read it, `report.undo()` to take the kernels off again."""
 
     model: str
-    modules: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)  # swapped, with their stock classes
+    modules: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)  # swapped, and their stock classes
     linears: int = 0  # linear layers that run in the kernels
     left: Counter[tuple[str, str]] = field(default_factory=Counter)  # (name, why) -> how many run their own forward
 
@@ -288,7 +288,7 @@ def _count(parent: nn.Module, group: tuple[nn.Module, ...], report: Report) -> N
 
 
 def undo(model: nn.Module) -> None:
-    """Take the kernels off every module of this model, as `Report.undo` does, when the report is no longer at hand."""
+    """Take the kernels off every module of this model, as `Report.undo` does, for callers without the report."""
     for module in model.modules():
         fused = type(module)
         if issubclass(fused, _Fused):
