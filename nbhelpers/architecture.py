@@ -5,12 +5,14 @@ GB is 10^9 bytes everywhere in this package.
 
 from dataclasses import dataclass
 from math import ceil
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 GB = 1e9
 
 
 class Linear(NamedTuple):
+    """The shape of one linear layer."""
+
     name: str
     out_features: int
     in_features: int
@@ -20,7 +22,7 @@ class Linear(NamedTuple):
 def nf4_bytes(out_features: int, in_features: int) -> int:
     """Bytes of one NF4 matrix with double quantisation (Dettmers et al. 2023, QLoRA, section 3).
 
-    Half a byte a weight; one 8-bit absmax for 64 weights; one fp32 for 256 absmax; the two code books and the mean.
+    Half a byte per weight; one 8-bit absmax per 64 weights; one fp32 per 256 absmax; the two code books and the mean.
     """
     weights = out_features * in_features
     blocks = ceil(weights / 64)
@@ -72,18 +74,19 @@ class Architecture:
 
     @property
     def model_type(self) -> str:
+        """Its name in transformers: "qwen2"."""
         return self.family.model_type
 
-    def config(self) -> dict:
-        """The dictionary of a config.json that transformers turns into this architecture."""
+    def config(self) -> dict[str, Any]:
+        """The dictionary of a config.json from which transformers builds this architecture."""
         own = {name: value for name, value in vars(self).items() if name != "family"}
-        if self.family.qkv_bias is not None:  # fixed in its code, no setting
+        if self.family.qkv_bias is not None:  # fixed in the code of transformers, not a setting
             own.pop("attention_bias")
         names = {"model_type": self.model_type, "architectures": [f"{self.family.prefix}ForCausalLM"]}
         return {**names, **own, "hidden_act": "silu"}
 
     def linears(self) -> tuple[Linear, ...]:
-        """The matrices of one layer, those that are quantised and get a LoRA."""
+        """The linear layers of one decoder layer: those that are quantised and get a LoRA."""
         f, hidden, inner = self.family, self.hidden_size, self.intermediate_size
         q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         qkv = (q, kv, kv) if len(f.qkv) == 3 else (q + 2 * kv,)
@@ -96,6 +99,7 @@ class Architecture:
         )
 
     def parameters(self) -> int:
+        """The number of parameters; an embedding that is the head as well counts once."""
         return self._linear_parameters() + self._other_parameters()
 
     def _linear_parameters(self) -> int:
@@ -109,9 +113,13 @@ class Architecture:
         return embeddings + self.hidden_size + self.num_hidden_layers * (norms + biases)
 
     def weight_bytes(self, quantization: str = "nf4", width: int = 2, budget: float = 0.10) -> int:
-        """Bytes of the frozen weights; `width` is the size of an unquantised number.
+        """Bytes of the frozen weights.
 
-        "dynamic" is its upper bound: NF4 and the whole of its budget.
+        Args:
+            quantization (`str`): "none", "nf4", or "dynamic" (NF4 with some layers in 16 bits), of which this is the
+                upper bound: NF4 and the whole budget.
+            width (`int`): Bytes of an unquantised number.
+            budget (`float`): What "dynamic" may add, as a share of NF4's bytes.
         """
         if quantization == "none":
             return self.parameters() * width
@@ -120,11 +128,12 @@ class Architecture:
         return round(nf4 * (1 + budget)) if quantization == "dynamic" else nf4
 
     def lora_parameters(self, rank: int, targets: tuple[str, ...] | None = None) -> int:
-        """Numbers in a LoRA (Hu et al. 2021, section 4.1) of `rank` on `targets`, all linear layers if None."""
+        """Parameters of a LoRA (Hu et al. 2021, section 4.1) of `rank` on `targets`, all linear layers if None."""
         matrices = [m for m in self.linears() if targets is None or m.name in targets]
         return self.num_hidden_layers * rank * sum(m.out_features + m.in_features for m in matrices)
 
     def largest_tensor_bytes(self, width: int = 2) -> int:
+        """Bytes of the largest single weight, with `width` bytes per number."""
         return width * max(
             self.vocab_size * self.hidden_size, *(m.out_features * m.in_features for m in self.linears())
         )

@@ -2,9 +2,9 @@
 
     preset = presets.get("qwen2.5-1.5b").on_card(15)
 
-`NBHELPERS_SMOKE=1` is read in this file alone: every preset then becomes
-a small random model of the SAME architecture with two steps of training (the workshop model, small already, stays
-itself). Smoke proves wiring, not learning.
+`NBHELPERS_SMOKE=1` is read in this file alone: every preset then becomes a small random model of the SAME architecture
+with two steps of training (the workshop model, small already, stays itself). A smoke run tests that the parts fit
+together, not that anything is learned.
 """
 
 import difflib
@@ -66,10 +66,11 @@ class Preset:
         return replace(self, **dict(changes))
 
     def weight_bytes(self, width: int = 2) -> int:
+        """Bytes of the frozen weights, with `width` bytes per unquantised number."""
         return self.architecture.weight_bytes(self.quantization, width)
 
     def lora_bytes(self, width: int = 4) -> int:
-        """Bytes of the adapter alone; it is kept in fp32 (`width` 4), for in bf16 a step of 1e-5 is rounded away."""
+        """Bytes of the adapter alone; it is kept in fp32 (`width` 4), as bf16 would round away a step of 1e-5."""
         return width * self.architecture.lora_parameters(self.lora_rank, self.lora_targets)
 
 
@@ -239,7 +240,7 @@ def _workshop() -> Preset:
 
 
 def _smoke(preset: Preset) -> Preset:
-    """The same architecture with small numbers. Its tokenizer is one byte a token, so prompts are long.
+    """The same architecture with small numbers. Its tokenizer has one token per byte, so prompts are long.
 
     The workshop model is small already: it stays itself and takes fewer steps, so that its smoke run still learns.
     """
@@ -262,11 +263,15 @@ def every() -> tuple[Preset, ...]:
 
 
 def names() -> tuple[str, ...]:
+    """What `get` takes."""
     return ("workshop", *_TABLE)
 
 
 def get(name: str) -> Preset:
-    """The preset of that name; with NBHELPERS_SMOKE=1 its small random stand-in. ValueError names what there is."""
+    """The preset of that name; with NBHELPERS_SMOKE=1 its small random stand-in.
+
+    Raises ValueError for an unknown name, with the closest one and all that there are.
+    """
     if name not in names():
         close = difflib.get_close_matches(str(name).lower(), names(), n=1, cutoff=0.5)
         hint = f' Did you mean presets.get("{close[0]}")?' if close else ""

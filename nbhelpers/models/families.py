@@ -1,8 +1,9 @@
 """All that is known of an architecture, once: what its layers are called, what they do, and which walk can serve it.
 
-A family is a `Family` below: the names of its layers and what its attention does that others do not. Both walks, the
-fused kernels, the presets, the planner, the merge and the GGUF writer read it; a new decoder family is an entry in
-`FAMILIES`, and an operation in kernels/ if it does something that no other does.
+A family is a `Family` below: the names of its layers and what its attention does that others do not. It is read by both
+walks through a model's layers (training/layerwise.py, engines/forward.py), the fused kernels, the presets, the planner,
+the merge and the GGUF writer. A new decoder family is an entry in `FAMILIES`, and an operation in kernels/ if it does
+something that no other does.
 
 All families share the skeleton of Llama: embedding, layers of a pre-norm attention and a pre-norm SwiGLU MLP with
 RMSNorm (arXiv 1910.07467), rotary position embedding (2104.09864), a last norm, and a head that may be the embedding.
@@ -32,7 +33,7 @@ ROPES_OF_LENGTH = ("dynamic", "longrope")  # rope types whose frequencies depend
 
 
 def architecture(config: dict[str, Any]) -> Architecture:
-    """The `Architecture` behind the dictionary of a config.json.
+    """The `Architecture` that the dictionary of a config.json describes.
 
     Raises ValueError for a model type that is none of `FAMILIES`, KeyError for a config without its sizes.
     """
@@ -63,7 +64,7 @@ def unwrap(model: "nn.Module") -> "PreTrainedModel":
 def of(model: "nn.Module") -> Family | None:
     """The family of a transformers model, in peft's wrapper or not; None for every other class.
 
-    The very class: a subclass may do something else.
+    The class has to have that very name: a subclass may do something else.
     """
     inner = unwrap(model)
     return next((family for family in FAMILIES.values() if type(inner).__name__ == f"{family.prefix}ForCausalLM"), None)
@@ -87,7 +88,7 @@ def skeleton(model: "nn.Module") -> Skeleton:
 
 
 class Layer(NamedTuple):
-    """The modules of one decoder layer; linear layers that read the same input stand together."""
+    """The modules of one decoder layer; linear layers that read the same input are in one tuple."""
 
     norm: "nn.Module"
     qkv: "tuple[nn.Module, ...]"

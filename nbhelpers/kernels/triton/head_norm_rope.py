@@ -158,6 +158,7 @@ class _HeadNormRopePacked(torch.autograd.Function):
 
 
 def _fusable(norms: HeadNorms, dim: int, rotary: int) -> bool:
+    """Whether one launch can do both: all `dim` channels of a head are rotated, and the norms' weights are frozen."""
     return rotary == dim and not (norms.q.requires_grad or norms.k.requires_grad)
 
 
@@ -166,7 +167,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, norms: HeadNorms | None
     if norms is not None and _fusable(norms, q.shape[-1], cos.shape[-1]):
         return _HeadNormRope.apply(q, k, cos, sin, *norms)
     if norms is not None:
-        q, k = (cast(Tensor, rms_norm(x, weight, norms.eps)) for x, weight in ((q, norms.q), (k, norms.k)))
+        q, k = cast(Tensor, rms_norm(q, norms.q, norms.eps)), cast(Tensor, rms_norm(k, norms.k, norms.eps))
     return Rope.apply(q, k, cos, sin)
 
 
