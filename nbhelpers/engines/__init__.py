@@ -5,10 +5,15 @@ completions = engine.generate(prompts, engines.Sampling(max_tokens=512, num_gene
 """
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from nbhelpers.models import families
 
 from .base import Completion, Engine, Sampling
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Completion", "Engine", "Sampling", "choose"]
 NAMES = ("auto", "graph", "vllm", "hf")
@@ -16,8 +21,8 @@ NAMES = ("auto", "graph", "vllm", "hf")
 
 def choose(
     engine: "str | Engine",
-    model,
-    tokenizer=None,
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     *,
     rows: int = 128,
     max_length: int | None = None,
@@ -26,14 +31,23 @@ def choose(
 ) -> Engine:
     """The engine of that name for this model; an Engine object is returned as it is.
 
-    "graph": the project's decoder, one CUDA graph a step (on a CPU eagerly). "vllm": vLLM on the same weights, Ampere
-    and newer; it starts more slowly and pays with many rows. "hf": transformers' `generate`. "auto": "graph" where it
-    can decode the model, else "hf"; prints which, and why. ValueError for another name, or if the one that was asked
-    for cannot; host.CannotRun without vLLM.
+    "graph": the project's decoder, one CUDA graph per step (on a CPU eagerly). "vllm": vLLM on the same weights, Ampere
+    and newer; it starts more slowly and pays off with many rows. "hf": transformers' `generate`. "auto": "graph" where
+    it can decode the model, else "hf".
 
-    rows: completions that are written at the same time, at most; max_length: tokens of the longest prompt with its
-    completion, which vllm has to know beforehand, None for what fits; budget_gb: what torch may allocate in this
-    process in all, GB (10^9 bytes), None for what the card has.
+    Args:
+        engine (`str` or `Engine`): "auto", "graph", "vllm", "hf", or an engine.
+        model (`transformers.PreTrainedModel` or `peft.PeftModel`): What writes.
+        tokenizer (`transformers.PreTrainedTokenizerBase`, *optional*): Needed for stop strings alone.
+        rows (`int`): Completions that are written at the same time, at most.
+        max_length (`int`, *optional*): Tokens of the longest prompt with its completion, which "vllm" has to know
+            beforehand; None for what fits.
+        budget_gb (`float`, *optional*): What torch may allocate in this process in all, GB (10^9 bytes); None for what
+            the card has.
+        quiet (`bool`): Do not print which engine "auto" has chosen, and why.
+
+    Raises ValueError for another name, or if the engine that was asked for cannot serve the model; host.CannotRun
+    without vLLM.
     """
     from .cuda_graphs import BATCHES
     from .graph import GraphEngine

@@ -8,10 +8,15 @@ A prompt is a list of token ids; what comes back is flat: the completions of pro
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 STOP_ID, STOP_STRING, LENGTH = "stop_id", "stop_string", "length"  # why a completion ended
 
@@ -31,9 +36,11 @@ class Sampling:
         repetition_penalty (`float`): Above 1 makes tokens of prompt and completion less likely (arXiv 1909.05858).
         stop_ids (`tuple[int, ...]`): A completion ends with the first of these, which belongs to it.
         stop_strings (`tuple[str, ...]`): It ends with the token that completes one of these, which belongs to it.
-        seed (`int` or sequence of `int`, *optional*): One number seeds the whole call, completion j getting a stream of
-            its own; a sequence gives completion j its seed, and the same tokens whatever stands beside it. None draws
-            one from torch's generator, so that `torch.manual_seed` repeats a run.
+        seed (`int` or sequence of `int`, *optional*): One number seeds the whole call, and completion j gets a stream
+            of its own; a sequence gives completion j its seed, and the same tokens whatever else is in the batch. None
+            draws one from torch's generator, so that `torch.manual_seed` repeats a run.
+
+    Raises ValueError for a value outside its range.
     """
 
     max_tokens: int = 256
@@ -71,7 +78,7 @@ class Sampling:
 
 
 def _mix(x: int) -> int:
-    """63 bits in which neighbouring x have nothing in common (the finalizer of splitmix64)."""
+    """63 bits, unrelated for neighbouring x (the finalizer of splitmix64, doi 10.1145/2660193.2660195)."""
     x = (x + 0x9E3779B97F4A7C15) % 2**64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
@@ -80,54 +87,71 @@ def _mix(x: int) -> int:
 
 @dataclass
 class Completion:
-    """What was written after one prompt.
-
-    token_ids with their logprobs: the natural logarithm of each token's probability in the distribution that it was
-    drawn from, after temperature and filters; at temperature 0 in the softmax of the plain (penalised) logits.
-    reason: "stop_id", "stop_string" or "length".
-    """
+    """What was written after one prompt, and how likely each of its tokens was."""
 
     token_ids: list[int] = field(default_factory=list)
+    # natural logarithm of each token's probability in the distribution that it was drawn from, after temperature and
+    # filters; at temperature 0 in the softmax of the plain (penalised) logits
     logprobs: list[float] = field(default_factory=list)
-    reason: str = LENGTH
+    reason: str = LENGTH  # or STOP_ID, or STOP_STRING
 
 
 class Engine(ABC):
-    """Writes completions with one model; what the model has learned since the last call is in the next one."""
+    """Writes completions with one model, with its weights as they are when `generate` is called."""
 
     name: str
-    asleep: int = 0  # bytes that torch counts as allocated, and that are free for training between two generations
+    asleep: int = 0  # bytes that torch counts as allocated, and that training may use between two generations
 
     @abstractmethod
     def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
-        """num_generations completions for each prompt, flat, in the order of the prompts.
+        """Write `sampling.num_generations` completions for each prompt.
 
-        Raises ValueError: an empty prompt, one that with max_tokens is longer than the model can be, a number of seeds
-        that does not fit, or stop strings without a tokenizer to read them with.
+        Args:
+            prompts (`list[list[int]]`): Token ids.
+            sampling (`Sampling`): How to draw.
+
+        Returns them flat, in the order of the prompts. Raises ValueError for an empty prompt, one that with max_tokens
+        is longer than the model can be, a number of seeds that does not fit, or stop strings without a tokenizer.
         """
 
 
-def check(prompts: list[list[int]], sampling: Sampling, limit: int, tokenizer) -> None:
-    """The errors that `Engine.generate` promises; limit: positions that the model knows."""
+def check(
+    prompts: list[list[int]], sampling: Sampling, limit: int, tokenizer: "PreTrainedTokenizerBase | None"
+) -> None:
+    """Raises the errors that `Engine.generate` promises; `limit`: positions that the model knows."""
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {i} is empty: it needs at least one token, the begin token for instance")
-        if len(prompt) + sampling.max_tokens > limit:
-            raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens; with max_tokens={sampling.max_tokens} that is more than the "
-                f"{limit} that the model can hold. Shorten it, or lower max_tokens to {max(0, limit - len(prompt))}"
-            )
+    check_length(prompts, sampling.max_tokens, limit)
     if sampling.stop_strings and tokenizer is None:
         raise ValueError("stop_strings are looked for in text: give the engine the tokenizer")
 
 
+def check_length(prompts: list[list[int]], max_tokens: int, limit: int, option: str = "max_tokens") -> None:
+    """Raises ValueError for the first prompt that with its completion is longer than the model can be.
+
+    Args:
+        prompts (`list[list[int]]`): Token ids.
+        max_tokens (`int`): Of a completion.
+        limit (`int`): Positions that the model knows.
+        option (`str`): What the caller's users know max_tokens as.
+    """
+    for i, prompt in enumerate(prompts):
+        if len(prompt) + max_tokens > limit:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens; with {option}={max_tokens} that is more than the "
+                f"{limit} that the model can hold. Shorten it, or lower {option} to {max(0, limit - len(prompt))}"
+            )
+
+
 @contextlib.contextmanager
-def inference(model):
-    """Evaluation mode without gradients and autocast within; afterwards every module's mode is as it was."""
+def inference(model: nn.Module) -> Iterator[None]:
+    """Inside the block: evaluation mode, no gradients, no autocast. Afterwards every module's mode is as it was."""
+    device = next(model.parameters()).device
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
         for module in training:
@@ -135,9 +159,9 @@ def inference(model):
 
 
 class Writer:
-    """Collects one completion as its tokens arrive, and says when it has ended. The one place that decides why."""
+    """Collects one completion as its tokens arrive; the only place that decides when it has ended, and why."""
 
-    def __init__(self, sampling: Sampling, tokenizer=None):
+    def __init__(self, sampling: Sampling, tokenizer: "PreTrainedTokenizerBase | None" = None):
         self.completion = Completion()
         self.ended = False
         self._sampling, self._tokenizer = sampling, tokenizer
@@ -146,7 +170,7 @@ class Writer:
         self._window = 4 * max(map(len, sampling.stop_strings), default=0) + 4
 
     def add(self, token_ids: list[int], logprobs: list[float]) -> None:
-        """Take the next tokens; those after the end are not the completion's, and are dropped."""
+        """Take the next tokens, with a logprob each; those after the end are dropped."""
         for token, logprob in zip(token_ids, logprobs, strict=True):
             if self.ended:
                 return
@@ -161,7 +185,8 @@ class Writer:
                 self._end(LENGTH)
 
     def _stop_string(self, token_ids: list[int]) -> bool:
-        text = self._tokenizer.decode(token_ids[-self._window :])
+        assert self._tokenizer is not None  # `check` has refused stop strings without one
+        text = str(self._tokenizer.decode(token_ids[-self._window :]))
         return any(stop in text for stop in self._sampling.stop_strings)
 
     def _end(self, reason: str) -> None:

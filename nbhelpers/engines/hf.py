@@ -3,10 +3,16 @@
 It draws with the project's sampler, so seeds, filters and log-probabilities mean the same as in the other engines.
 """
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from .base import Completion, Engine, Sampling, Writer, check, inference
 from .sampler import sample
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class HFEngine(Engine):
@@ -15,12 +21,18 @@ class HFEngine(Engine):
     Args:
         model (`transformers.PreTrainedModel` or `peft.PeftModel`): Any causal language model.
         tokenizer (`transformers.PreTrainedTokenizerBase`, *optional*): Needed for stop strings alone.
-        batch_size (`int`): Rows that are written at the same time.
+        batch_size (`int`): Completions that are written at the same time.
     """
 
     name = "hf"
 
-    def __init__(self, model, tokenizer=None, *, batch_size: int = 64):
+    def __init__(
+        self,
+        model: "PreTrainedModel | PeftModel",
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        *,
+        batch_size: int = 64,
+    ):
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
 
     def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
@@ -28,29 +40,30 @@ class HFEngine(Engine):
         check(prompts, sampling, self.model.config.get_text_config().max_position_embeddings, self.tokenizer)
         rows = [prompt for prompt in prompts for _ in range(sampling.num_generations)]
         seeds = sampling.seeds(len(rows))
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding
-        found: dict[int, Completion] = {}
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # so that little is padded
+        completions: dict[int, Completion] = {}
         with inference(self.model):
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
                 written = self._batch([rows[i] for i in batch], [seeds[i] for i in batch], sampling)
-                found.update(zip(batch, written, strict=True))
-        return [found[i] for i in range(len(rows))]
+                completions.update(zip(batch, written, strict=True))
+        return [completions[i] for i in range(len(rows))]
 
     def _batch(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:
         from transformers import GenerationConfig, LogitsProcessorList
 
-        longest, device = max(map(len, prompts)), self.model.device
+        model: Any = self.model  # a type checker does not see what peft's wrapper passes on
+        longest, device = max(map(len, prompts)), model.device
         tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
         pick = _Pick(sampling, seeds, tokens, mask)
-        # all that a generation_config.json might set is spelled out, neutral: `pick` does the drawing
+        # whatever a generation_config.json might set is set to its neutral value: `pick` draws
         config = GenerationConfig(
             max_new_tokens=sampling.max_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
             no_repeat_ngram_size=0, use_cache=True, pad_token_id=0, eos_token_id=list(sampling.stop_ids) or None,
             disable_compile=True,
         )  # fmt: skip
-        out = self.model.generate(
+        out = model.generate(
             tokens, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([pick])
         )
         logprobs = torch.stack(pick.logprobs, dim=1).tolist()

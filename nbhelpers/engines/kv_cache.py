@@ -1,8 +1,8 @@
 """Keys and values of the rows that are being written, in slots: row i of the batch is slot i of the cache.
 
 A token takes 28 kB in Qwen2.5-1.5B and 131 kB in Llama-3.1-8B in 16 bits (memory.kv). The memory is allocated at the
-start of each stage of a generation and handed back at its end. A captured CUDA graph keeps addresses, so the kernels
-look the cache's address up in `table`, which never moves.
+start of each stage of a generation and freed at the end of the last one. A captured CUDA graph keeps addresses, so the
+kernels read the cache's address from `table`, which never moves.
 """
 
 import math
@@ -23,13 +23,17 @@ Tables = tuple[Tensor, Tensor]  # cos and sin
 
 
 class KVCache:
-    """`allocate(rows, length)`, then `prompt` and `step` as a Decoder's attend, then `free()`."""
+    """`allocate`, then `prompt` and `step` as a Decoder's attend, then `free`.
+
+    Args:
+        decoder (`Decoder`): The model whose keys and values these are.
+    """
 
     def __init__(self, decoder: Decoder):
         self.layers, self.heads, self.dim = len(decoder.layers), decoder.kv_heads, decoder.dim
         self.dtype, self.device, self.scale = decoder.dtype, decoder.device, decoder.scale
         self.table = torch.zeros(4, dtype=torch.int64, device=self.device)
-        self.most = 0  # numbers that it held at its largest
+        self.most = 0  # elements of its largest allocation so far
         self.data: Tensor | None = None  # [layers, 2, rows, kv heads, length, D]
         self.shared_heads = capability(self.device) >= (8, 0)
 
@@ -39,7 +43,7 @@ class KVCache:
         return kv_bytes_per_token(self.layers, self.heads, self.dim, self.dtype.itemsize)
 
     def slots(self) -> tuple[int, int]:
-        """(rows, tokens of a slot) that are allocated."""
+        """(slots, tokens of each) that are allocated. Raises RuntimeError before `allocate`."""
         _, _, rows, _, length, _ = self._allocated().shape
         return rows, length
 
@@ -49,16 +53,22 @@ class KVCache:
         return self.data
 
     def allocate(self, rows: int, length: int, budget: int) -> None:
-        """Slots for `rows` texts of up to `length` tokens, which fit `budget` bytes; what was there before is gone."""
-        self.free()  # first: the old block and the new one need not fit beside each other
+        """Make the slots, empty; those of before are freed.
+
+        Args:
+            rows (`int`): How many.
+            length (`int`): Of each, in tokens.
+            budget (`int`): Bytes that the cache may take; rows * length tokens fit.
+        """
+        self.free()  # first: the old block and the new one need not fit at the same time
         shape = (self.layers, 2, rows, self.heads, length, self.dim)
         size = math.prod(shape)
         if not size <= self.most <= budget // self.dtype.itemsize:
-            self.most = size  # torch would keep the block of the last time beside the new one
+            self.most = size  # torch would keep the old block besides the new one
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        # as large as ever, so that the same block is taken again; zeros, not whatever lay there: attention multiplies
-        # what it masks by 0, and 0 * nan is nan
+        # as large as the largest, so that torch reuses the same block; zeroed, as attention multiplies what it masks
+        # by 0, and 0 * nan is nan
         self.data = torch.empty(self.most, dtype=self.dtype, device=self.device)[:size].zero_().view(shape)
         strides = self.data.stride()
         self.table.copy_(torch.tensor([self.data.data_ptr(), strides[0], strides[2], strides[3]]))
@@ -68,16 +78,20 @@ class KVCache:
         self.data = None
 
     def copy(self, source: int, rows: list[int], tokens: int) -> None:
-        """The first `tokens` positions of row `source` into other rows: a prompt for its whole group."""
+        """Copy the first `tokens` positions of row `source`'s slot to those of `rows`: a prompt to its whole group."""
         data = self._allocated()
         for row in rows:
             if row != source:
                 data[:, :, row, :, :tokens] = data[:, :, source, :, :tokens]
 
     def prompt(self, rows: Tensor, start: int) -> Callable[..., Tensor]:
-        """An attend for S tokens of some rows (int64 [P]) from position `start` on, all before it being in the cache.
+        """An attend for S tokens of each of P rows.
 
-        Rows shorter than S are padded on the right: what is computed there is never read, and overwritten.
+        Texts shorter than start + S are padded on the right: what is computed there is never read, and overwritten.
+
+        Args:
+            rows (`Tensor`): int64 [P].
+            start (`int`): Position of the first of the S tokens; those before it are in the cache.
         """
 
         def attend(
@@ -97,7 +111,7 @@ class KVCache:
                 query = torch.arange(start, end, device=q.device)[:, None]
                 key = torch.arange(end, device=q.device)
                 mask = key <= query if window is None else (key <= query) & (key > query - window)
-                outs = []  # a key head at a time: those of a long text, repeated for all query heads, are large
+                outs = []  # one key head at a time: repeated for all query heads, those of a long text are large
                 for i, group in enumerate(q.chunk(self.heads, dim=1)):
                     k, v = self._for_every_head(group, keys[rows, i : i + 1, :end], values[rows, i : i + 1, :end])
                     outs.append(F.scaled_dot_product_attention(group, k, v, attn_mask=mask, scale=self.scale))
@@ -111,7 +125,12 @@ class KVCache:
         return k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
 
     def step(self, positions: Tensor, longest: int) -> Callable[..., Tensor]:
-        """An attend for one token in each of the first B rows; positions int64 [B], all below `longest`."""
+        """An attend for one token in each of the first B rows.
+
+        Args:
+            positions (`Tensor`): int64 [B], the tokens'.
+            longest (`int`): All positions are below.
+        """
 
         def attend(
             layer: int, q: Tensor, k: Tensor, v: Tensor, tables: Tables, window: int | None, norms: HeadNorms | None

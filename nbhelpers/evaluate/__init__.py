@@ -232,7 +232,8 @@ def answers(
         return []
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     ends = end_tokens(model, tokenizer)
-    _check_length(model, ids, decoding.max_new_tokens)
+    limit = model.config.get_text_config().max_position_embeddings
+    engines.base.check_length(ids, decoding.max_new_tokens, limit, option="max_new_tokens")
     writer = engines.choose(engine, model, tokenizer, rows=decoding.batch_size, quiet=True)
     decoding = replace(decoding, engine=writer.name)
     each = decoding.num_generations
@@ -263,13 +264,3 @@ def end_tokens(model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedToken
     declared = model.generation_config.eos_token_id
     declared = [declared] if isinstance(declared, int) else declared or []
     return tuple(sorted({*declared, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}))
-
-
-def _check_length(model: "PreTrainedModel | PeftModel", ids: list[list[int]], max_new_tokens: int) -> None:
-    limit = model.config.get_text_config().max_position_embeddings
-    for i, row in enumerate(ids):
-        if len(row) + max_new_tokens > limit:
-            raise ValueError(
-                f"prompt {i} has {len(row)} tokens; with max_new_tokens={max_new_tokens} that is more than the "
-                f"{limit} that the model can hold. Shorten it, or lower max_new_tokens to {max(0, limit - len(row))}"
-            )

@@ -140,7 +140,7 @@ def test_tables_and_norms_are_shared_and_vllms_biases_are_gone(ours):
 
 
 class Manager:
-    """The part of vLLM's LoRA manager that Slot looks at, with buffers of rank 8 full of old numbers."""
+    """The part of vLLM's LoRA manager that LoRASlot looks at, with buffers of rank 8 full of old numbers."""
 
     def __init__(self, shapes: dict[str, list[tuple[int, int]]]):
         self.packed_modules_mapping, self.lora_index_to_id, self.there = PACKED, [None], set()
@@ -172,7 +172,7 @@ def test_the_slot_holds_the_adapter_as_it_is_now(ours):
     model = make("qwen2").eval()
     inner = families.unwrap(model)
     manager = Manager({QKV: [(64, 64), (64, 32), (64, 32)], DOWN: [(128, 64)]})
-    slot = vllm_lora.Slot(manager)
+    slot = vllm_lora.LoRASlot(manager)
     places = [b.data_ptr() for layer in manager.modules.values() for b in layer.lora_b_stacked]
     for _ in range(2):
         assert slot.update(inner).id == vllm_lora.ID
@@ -200,7 +200,7 @@ def test_the_slot_holds_the_adapter_as_it_is_now(ours):
 def test_an_adapter_that_vllm_cannot_follow_is_named(ours):
     _, vllm_lora = ours
     model = make("qwen2")
-    slot = vllm_lora.Slot(Manager({DOWN: [(128, 64)]}))
+    slot = vllm_lora.LoRASlot(Manager({DOWN: [(128, 64)]}))
     families.unwrap(model).get_submodule(DOWN).lora_A["default"].register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=f"cannot follow {DOWN}: {projection.HOOKED}"):
         slot.update(families.unwrap(model))
@@ -261,13 +261,13 @@ def test_the_folder_has_a_config_and_no_weights(tmp_path):
 
 def test_what_cannot_be_says_why(monkeypatch):
     half = make("qwen2", dtype=torch.bfloat16)
-    assert vllm.cannot(make("qwen2")).startswith("its base weights are in float32")
-    assert "lies on cpu" in vllm.cannot(half)
-    assert "changes with the length" in vllm.cannot(
+    assert vllm.why_not(make("qwen2")).startswith("its base weights are in float32")
+    assert "lies on cpu" in vllm.why_not(half)
+    assert "changes with the length" in vllm.why_not(
         make("llama", dtype=torch.bfloat16, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     )
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    assert "unset it" in vllm.cannot(half)
+    assert "unset it" in vllm.why_not(half)
 
 
 def test_choosing_it(monkeypatch):

@@ -1,11 +1,11 @@
 """vLLM in this process, on the very tensors that are being trained: Ampere and newer.
 
-    vLLM's model    built on the training model's storage, NF4 with its statistics included  (vllm_model.py)
-    the adapter     written into vLLM's own LoRA buffers before each generation              (vllm_lora.py)
-    keys, values    asleep between two generations: their memory is training's until the next
+    vLLM's model    built on the training model's storage, NF4 with its statistics included  (model.py)
+    the adapter     written into vLLM's own LoRA buffers before each generation              (lora.py)
+    keys, values    asleep between two generations: training has their memory until the next
 
-Decoding runs in vLLM's CUDA graphs without torch.compile, which takes a minute or more; what it would gain has not been
-measured here. Draws differ from the other engines' at the same seed, and min-p comes before top-k and top-p.
+Decoding runs in vLLM's CUDA graphs without torch.compile, which takes a minute or more; its gain has not been measured.
+Draws differ from the other engines' at the same seed, and min-p comes before top-k and top-p.
 """
 
 import copy
@@ -13,13 +13,14 @@ import os
 import random
 import tempfile
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from math import ceil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from nbhelpers import gpu, host
 from nbhelpers.architecture import GB
@@ -30,12 +31,18 @@ from nbhelpers.models import families
 from ..base import LENGTH, STOP_STRING, Completion, Engine, Sampling, Writer, check, inference
 from ..cuda_graphs import BATCHES
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
 TESTED = ("0.26", "0.27")  # from, up to but not including
-BLOCK = 16  # tokens that vLLM gives memory to at once
-PREFILL_TOKENS = 2048  # computed at once: more would be little faster, and its activations are memory
+BLOCK = 16  # tokens; vLLM allocates keys and values in blocks
+PREFILL_TOKENS = 2048  # of prompts, computed together: more is hardly faster, and its activations take memory
 ENVIRONMENT = {  # read by vLLM when it is imported; what the user has set stays
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # another process could not share the weights
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it cannot tell the log-probabilities, and compiles for a minute
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it returns no log-probabilities, and compiles for a minute
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
@@ -43,17 +50,17 @@ ENVIRONMENT = {  # read by vLLM when it is imported; what the user has set stays
 
 
 class VLLMEngine(Engine):
-    """See the top of this file. One a process: pass it on, as in `evaluate.ask(..., engine=trainer.engine)`.
+    """See the top of this file. One per process: share it, as in `evaluate.ask(..., engine=trainer.engine)`.
 
     Args:
-        model (`transformers.PreTrainedModel` or `peft.PeftModel`): Qwen2, Llama, Mistral or Phi3 on GPU 0. From then on
-            its base weights must stay where they are; the adapter's are read anew in each generation.
+        model (`transformers.PreTrainedModel` or `peft.PeftModel`): Of a family in models/families.py, on GPU 0. From
+            then on its base weights must keep their addresses; the adapter is read again in each generation.
         tokenizer (`transformers.PreTrainedTokenizerBase`, *optional*): Needed for stop strings alone.
         max_rows (`int`): Rows that are written at the same time, at most.
         max_length (`int`, *optional*): Tokens of the longest prompt with its completion; None for what the model and
             the memory for keys and values can hold. It cannot grow later.
-        kv_bytes (`int`, *optional*): What keys and values may take; by default what the rows need, at most a share of
-            what is free now.
+        kv_bytes (`int`, *optional*): Bytes that keys and values may take; by default what the rows need, at most a
+            share of what is free now.
         budget_gb (`float`, *optional*): What torch may allocate in this process in all, GB (10^9 bytes).
         eager (`bool`): No CUDA graphs: slow, and starts sooner.
 
@@ -62,14 +69,21 @@ class VLLMEngine(Engine):
     """
 
     name = "vllm"
-    made = False  # in this process: vLLM's sleeping memory pool serves one engine
+    made = False  # in this process: the memory pool that vLLM puts to sleep serves one engine
 
     def __init__(
-        self, model: nn.Module, tokenizer=None, *, max_rows: int = 128, max_length: int | None = None,
-        kv_bytes: int | None = None, budget_gb: float | None = None, eager: bool = False,
-    ):  # fmt: skip
+        self,
+        model: "PreTrainedModel | PeftModel",
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        *,
+        max_rows: int = 128,
+        max_length: int | None = None,
+        kv_bytes: int | None = None,
+        budget_gb: float | None = None,
+        eager: bool = False,
+    ):
         host.require("vllm")
-        if (why := cannot(model)) is not None:
+        if (why := why_not(model)) is not None:
             raise ValueError(f'engine="vllm" cannot decode this model: {why}. Use engine="graph" or "hf"')
         if VLLMEngine.made:
             raise RuntimeError("this process has its vllm engine already: pass that one on (engine=trainer.engine)")
@@ -79,31 +93,32 @@ class VLLMEngine(Engine):
         if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
             raise ValueError("VLLM_ENABLE_V1_MULTIPROCESSING=1 puts vLLM into another process: unset it")
         gpu.grow_blocks(False)
-        from . import lora, model
+        from . import lora
+        from .model import NAME, built_on
 
         self.model, self.tokenizer = model, tokenizer
         inner = families.unwrap(model)
-        budget = kv_bytes if kv_bytes is not None else vllm_kv_budget(Room(model.device, budget_gb).free())
+        budget = kv_bytes if kv_bytes is not None else vllm_kv_budget(Room(inner.device, budget_gb).free())
         self.max_length, self.kv_bytes = sizes(inner.config, inner.dtype, max_rows, max_length, budget)
         adapter = lora.settings(lora.adapted(inner))
-        with tempfile.TemporaryDirectory() as folder, model.built_on(inner), _as_it_was():
-            write_folder(inner, tokenizer, Path(folder), model.NAME)
+        with tempfile.TemporaryDirectory() as folder, built_on(inner), _global_state_kept():
+            write_folder(inner, tokenizer, Path(folder), NAME)
             self.llm = _start(
                 inner,
                 settings(folder, inner.dtype, max_rows, self.max_length, self.kv_bytes, tokenizer is not None, eager)
-                | {"load_format": model.NAME, **adapter},
+                | {"load_format": NAME, **adapter},
             )
         VLLMEngine.made = True
         worker = self.llm.llm_engine.model_executor.driver_worker.worker
         self.vllm_model = worker.model_runner.model
-        self._slot = lora.Slot(worker.model_runner.lora_manager) if adapter else None
-        self._places = self._addresses()
+        self._slot = lora.LoRASlot(worker.model_runner.lora_manager) if adapter else None
+        self._captured = self._addresses()
         self.sleep()
 
     def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
         """See `Engine.generate`. ValueError too for texts longer than `max_length`, RuntimeError if a base weight has
         moved since the engine was made."""
-        check(prompts, sampling, self.model.config.max_position_embeddings, self.tokenizer)
+        check(prompts, sampling, families.unwrap(self.model).config.max_position_embeddings, self.tokenizer)
         seeds = sampling.seeds(len(prompts) * sampling.num_generations)
         if not prompts:
             return []
@@ -112,18 +127,18 @@ class VLLMEngine(Engine):
                 f"a text may get {longest} tokens long and this engine was made for {self.max_length}: restart the "
                 f"kernel and make it with max_length={longest}"
             )
-        if self._addresses() != self._places:
+        if self._addresses() != self._captured:
             raise RuntimeError(
                 "base weights of the model have moved since the vllm engine was made: restart the kernel"
             )
         self.wake()
         try:
-            request = self._update()
-            rows = [{"prompt_token_ids": prompt} for prompt in prompts for _ in range(sampling.num_generations)]
-            draws = [self._parameters(sampling, seed) for seed in seeds]
-            outputs = self.llm.generate(rows, draws, use_tqdm=False, lora_request=request)
+            adapter = self.update_adapter()
+            requests = [{"prompt_token_ids": prompt} for prompt in prompts for _ in range(sampling.num_generations)]
+            parameters = [self._parameters(sampling, seed) for seed in seeds]
+            outputs = self.llm.generate(requests, parameters, use_tqdm=False, lora_request=adapter)
             return [self._completion(output.outputs[0], sampling) for output in outputs]
-        except BaseException:  # the stop button too: else the next call would wait for what was being written
+        except BaseException:  # KeyboardInterrupt too: else the next call would go on with these requests
             engine = self.llm.llm_engine
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
@@ -131,20 +146,25 @@ class VLLMEngine(Engine):
             self.sleep()
 
     def sleep(self) -> None:
-        """Give the memory of keys and values to training. `generate` does it by itself."""
+        """Free the memory of keys and values for training. `generate` does it itself."""
         if not self.asleep:
-            self.llm.sleep(level=1)  # what was kept of earlier prompts is gone; the adapter's buffers go to the host
+            self.llm.sleep(level=1)  # drops the prefix cache; the adapter's buffers are moved to the host
             self.asleep = self.kv_bytes
 
     def wake(self) -> None:
-        """Take it again: what torch has cached goes back to the driver first."""
+        """Reclaim that memory. `generate` does it itself."""
         if self.asleep:
-            torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # vLLM allocates from the driver, not from torch's cache
             self.llm.wake_up()
             self.asleep = 0
 
-    def _update(self):
-        """Write the adapter as it is now; vLLM's request for it, or None."""
+    def update_adapter(self) -> "LoRARequest | None":
+        """Write the adapter as it is now into vLLM's buffers, with the engine awake. `generate` does it itself.
+
+        Returns what vLLM needs to use it; None without an adapter, or if it is switched off. Raises ValueError for an
+        adapter that vLLM cannot follow, RuntimeError if vLLM has lost it or cannot drop the keys and values of earlier
+        prompts.
+        """
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM still holds keys and values of earlier prompts, written with an older adapter")
         if self._slot is None:
@@ -153,11 +173,11 @@ class VLLMEngine(Engine):
             return self._slot.update(families.unwrap(self.model))
 
     def _addresses(self) -> list[int]:
-        """Where the base weights lie: the captured graphs have taken it for granted."""
+        """Of the base weights: the captured graphs depend on them."""
         inner = families.unwrap(self.model)
         return [p.data_ptr() for name, p in inner.named_parameters() if "lora_" not in name]
 
-    def _parameters(self, sampling: Sampling, seed: int):
+    def _parameters(self, sampling: Sampling, seed: int) -> "SamplingParams":
         from vllm import SamplingParams
 
         return SamplingParams(
@@ -168,26 +188,24 @@ class VLLMEngine(Engine):
             detokenize=bool(sampling.stop_strings), skip_special_tokens=False, include_stop_str_in_output=True,
         )  # fmt: skip
 
-    def _completion(self, output, sampling: Sampling) -> Completion:
+    def _completion(self, output: Any, sampling: Sampling) -> Completion:
+        """Of one vllm.CompletionOutput."""
         flat = output.logprobs
         writer = Writer(sampling, self.tokenizer)
         writer.add(list(output.token_ids), [flat.logprobs[i] for i in flat.start_indices])
-        if not writer.ended:  # vLLM found a stop string where decoding the last tokens alone shows none
+        if not writer.ended:  # vLLM saw a stop string that decoding the last tokens alone does not show
             writer.completion.reason = STOP_STRING if isinstance(output.stop_reason, str) else LENGTH
         return writer.completion
 
 
-def cannot(model: nn.Module) -> str | None:
-    """Why vLLM cannot be built on this model here, or None: it can."""
+def why_not(model: "PreTrainedModel | PeftModel") -> str | None:
+    """The reason why vLLM cannot be built on this model in this process, or None if it can."""
     if (why := families.why_not(model, "generation")) is not None:
         return why
-    found = {
-        p.dtype
-        for name, p in families.unwrap(model).named_parameters()
-        if "lora_" not in name and p.is_floating_point()
-    }
-    if len(found) > 1 or not found <= {torch.bfloat16, torch.float16}:
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+    inner = families.unwrap(model)
+    dtypes = {p.dtype for name, p in inner.named_parameters() if "lora_" not in name and p.is_floating_point()}
+    if len(dtypes) > 1 or not dtypes <= {torch.bfloat16, torch.float16}:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         return f"its base weights are in {names}, and vLLM computes in one 16-bit type"
     for variable in gpu.ALLOCATOR_VARIABLES:
         if "expandable_segments:True" in os.environ.get(variable, ""):
@@ -195,12 +213,13 @@ def cannot(model: nn.Module) -> str | None:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         return "several processes train it"
-    if model.device.type != "cuda" or model.device.index not in (None, 0):
-        return f"it lies on {model.device}, and vLLM takes the first GPU that this process sees"
+    if inner.device.type != "cuda" or inner.device.index not in (None, 0):
+        return f"it lies on {inner.device}, and vLLM takes the first GPU that this process sees"
     return None
 
 
 def warn_of_version(installed: str) -> None:
+    """Warn if this version of vLLM is not among those tested."""
     if not TESTED[0] <= installed < TESTED[1]:
         warnings.warn(
             f"vllm {installed} is outside the tested range {TESTED[0]}.*: pip install -r requirements-vllm.txt",
@@ -208,11 +227,13 @@ def warn_of_version(installed: str) -> None:
         )
 
 
-def sizes(config, dtype: torch.dtype, rows: int, length: int | None, budget: int) -> tuple[int, int]:
+def sizes(
+    config: "PreTrainedConfig", dtype: torch.dtype, rows: int, length: int | None, budget: int
+) -> tuple[int, int]:
     """What vLLM's keys and values need.
 
     Args:
-        config (`transformers.PretrainedConfig`): The model's.
+        config (`transformers.PreTrainedConfig`): The model's.
         dtype (`torch.dtype`): Of keys and values.
         rows (`int`): Texts that are written at the same time.
         length (`int`, *optional*): Tokens of the longest text; None: what the model and the budget can hold.
@@ -221,8 +242,8 @@ def sizes(config, dtype: torch.dtype, rows: int, length: int | None, budget: int
     Returns (tokens of the longest text, bytes for keys and values). Raises MemoryError if one text does not fit in the
     budget, ValueError for a text longer than the model can be.
     """
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = kv_bytes_per_token(config.num_hidden_layers, config.num_key_value_heads, head, dtype.itemsize)
+    shape = families.architecture(config.to_dict())
+    token = kv_bytes_per_token(shape.num_hidden_layers, shape.num_key_value_heads, shape.head_dim, dtype.itemsize)
     affordable = budget // (token * BLOCK) - 1  # blocks; vLLM keeps one for itself
     if length is None:
         length = min(config.max_position_embeddings, affordable * BLOCK)
@@ -239,9 +260,19 @@ def sizes(config, dtype: torch.dtype, rows: int, length: int | None, budget: int
 
 def settings(
     folder: str, dtype: torch.dtype, rows: int, length: int, kv_bytes: int, tokenizer: bool, eager: bool
-) -> dict:
-    """The arguments of vllm.LLM, but for the adapter's."""
-    compilation: dict = {"mode": 0}
+) -> dict[str, Any]:
+    """The arguments of vllm.LLM, without the adapter's.
+
+    Args:
+        folder (`str`): Of config.json and tokenizer (`write_folder`).
+        dtype (`torch.dtype`): Of the model's 16-bit tensors, and of keys and values.
+        rows (`int`): Texts that are written at the same time, at most.
+        length (`int`): Tokens of the longest text.
+        kv_bytes (`int`): What keys and values take.
+        tokenizer (`bool`): Whether the folder has one.
+        eager (`bool`): No CUDA graphs.
+    """
+    compilation: dict[str, Any] = {"mode": 0}
     if not eager:
         graphs = [size for size in BATCHES if size < rows] + [rows]
         compilation |= {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": graphs}
@@ -257,11 +288,11 @@ def settings(
         "enable_prefix_caching": True,
         "block_size": BLOCK,
         "kv_cache_memory_bytes": kv_bytes,
-        "gpu_memory_utilization": 0.01,  # of no account beside kv_cache_memory_bytes, but it must be free
+        "gpu_memory_utilization": 0.01,  # ignored when kv_cache_memory_bytes is set, but this share must be free
         "enable_sleep_mode": True,
         "enable_flashinfer_autotune": False,
         "logprobs_mode": "processed_logprobs",  # of the distribution that was drawn from
-        "generation_config": "vllm",  # nobody's defaults
+        "generation_config": "vllm",  # ignore the checkpoint's generation defaults
         "enforce_eager": eager,
         "compilation_config": compilation,
         "disable_log_stats": True,
@@ -269,9 +300,18 @@ def settings(
     }
 
 
-def write_folder(model: nn.Module, tokenizer, folder: Path, method: str) -> None:
-    """What vLLM reads of a model besides its weights: config.json and the tokenizer. No weights are written."""
-    config = copy.deepcopy(model.config)
+def write_folder(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", folder: Path, method: str
+) -> None:
+    """Write what vLLM reads besides the weights: config.json and the tokenizer.
+
+    Args:
+        model (`transformers.PreTrainedModel`): Without peft's wrapper.
+        tokenizer (`transformers.PreTrainedTokenizerBase`, *optional*): Its tokenizer.
+        folder (`Path`): Where to.
+        method (`str`): The name of vLLM's quantisation method.
+    """
+    config: Any = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = model.dtype
     config.quantization_config = {"quant_method": method}
@@ -281,8 +321,8 @@ def write_folder(model: nn.Module, tokenizer, folder: Path, method: str) -> None
         tokenizer.save_pretrained(folder)
 
 
-def _start(model: nn.Module, arguments: dict):
-    """vllm.LLM(**arguments). Its model class is shown to it first: else it starts a process to look at it."""
+def _start(model: "PreTrainedModel", arguments: dict[str, Any]) -> "LLM":
+    """vllm.LLM(**arguments). The model class is registered first: else vLLM starts a process to inspect it."""
     import vllm
 
     name = type(model).__name__
@@ -291,8 +331,8 @@ def _start(model: nn.Module, arguments: dict):
 
 
 @contextmanager
-def _as_it_was():
-    """vLLM seeds all generators and sets the precision of fp32 products; afterwards they are as they were."""
+def _global_state_kept() -> Iterator[None]:
+    """vLLM seeds all random generators and sets the precision of fp32 products; both are restored afterwards."""
     import numpy
 
     states = random.getstate(), numpy.random.get_state(), torch.get_float32_matmul_precision()

@@ -1,15 +1,16 @@
 """vLLM's model, built on the training model's own tensors: no weight is copied, none exists twice.
 
-vLLM asks its quantisation config how to make each linear layer, and its loader to fill them; here both are ours, by
-vLLM's public registrations. A layer of vLLM that stands for several of ours (qkv_proj, gate_up_proj) takes each matrix
-where it lies, NF4 or 16 bits, and computes one after the other, as vLLM's own bitsandbytes layer does with the parts of
-its one matrix. So the training model stays as it was: nothing is fused, moved or packed anew.
+vLLM asks its quantisation config how to make each linear layer, and its loader to fill them; both are ours, through
+vLLM's public registrations. A layer of vLLM that stands for several of ours (qkv_proj, gate_up_proj) reads each matrix
+in place, NF4 or 16 bits, and computes one product after the other, as vLLM's own bitsandbytes layer does with the parts
+of its one matrix. So the training model stays as it was: nothing is fused, moved or repacked.
 
-Imports vLLM: only vllm.py imports this, when an engine is made.
+Imports vLLM: only VLLMEngine imports this, when one is made.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +28,16 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from nbhelpers.models.quantize import is_nf4
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 NAME = "nbhelpers"  # of the quantisation method and of the load format
-_trained: list[nn.Module] = []  # the transformers model that vLLM is being built on, while it is
+_trained: list["PreTrainedModel"] = []  # the model that vLLM is being built on; empty outside `built_on`
 
 
 @contextmanager
-def built_on(model: nn.Module) -> Iterator[None]:
-    """Within, vLLM builds its model on the tensors of `model`, a transformers causal language model."""
+def built_on(model: "PreTrainedModel") -> Iterator[None]:
+    """Inside the block vLLM builds its model on the tensors of `model`."""
     _trained.append(model)
     try:
         yield
@@ -41,15 +45,19 @@ def built_on(model: nn.Module) -> Iterator[None]:
         _trained.pop()
 
 
-def linear(module: nn.Module) -> nn.Module:
+def linear(module: nn.Module) -> nn.Linear:
     """The linear layer itself, without the LoRA around it."""
-    return module.base_layer if "base_layer" in module._modules else module
+    base: Any = module.base_layer if "base_layer" in module._modules else module
+    return base
 
 
 def parts_of(prefix: str, packed: dict[str, list[str]]) -> list[str]:
-    """The training model's layers that vLLM's layer `prefix` stands for, in its order.
+    """Names of the training model's layers that one layer of vLLM stands for, in vLLM's order.
 
-    packed: vLLM's {"qkv_proj": ["q_proj", "k_proj", "v_proj"], ...}; Phi3's own are fused already.
+    Args:
+        prefix (`str`): The name of vLLM's layer.
+        packed (`dict[str, list[str]]`): vLLM's {"qkv_proj": ["q_proj", "k_proj", "v_proj"], ...}; without the names
+            that are single layers in the training model too, as in Phi3.
     """
     owner, _, leaf = prefix.rpartition(".")
     return [f"{owner}.{name}" for name in packed.get(leaf, [leaf])]
@@ -63,11 +71,12 @@ def shared(parameter: Tensor) -> nn.Parameter:
 class SharedLinear(LinearMethodBase):
     """What vLLM asks of a linear layer, answered with the training model's layers."""
 
-    def __init__(self, parts: list[nn.Module]):
+    def __init__(self, parts: list[nn.Linear]):
         self.parts = parts
 
-    def create_weights(self, layer: nn.Module, *_, **__) -> None:
-        for i, part in enumerate(self.parts):  # parameters, so that vLLM sees where and how large they are
+    def create_weights(self, layer: nn.Module, *_: Any, **__: Any) -> None:
+        """Registers each matrix as a parameter, so that vLLM sees its device and its size."""
+        for i, part in enumerate(self.parts):
             layer.register_parameter(f"weight_{i}" if i else "weight", shared(part.weight))
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -76,27 +85,29 @@ class SharedLinear(LinearMethodBase):
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
-def _product(x: Tensor, part: nn.Module) -> Tensor:
+def _product(x: Tensor, part: nn.Linear) -> Tensor:
     if not is_nf4(part):
         return F.linear(x, part.weight, part.bias)
     from bitsandbytes import matmul_4bit
 
-    return matmul_4bit(x, part.weight.data.t(), part.weight.quant_state, bias=part.bias)
+    weight: Any = part.weight  # a Params4bit
+    return matmul_4bit(x, weight.data.t(), weight.quant_state, bias=part.bias)
 
 
 class SharedTable(UnquantizedEmbeddingMethod):
-    """The embedding, or the output head: its rows without vLLM's padding to 64, which nothing looks at."""
+    """The embedding, or the output head: its rows without vLLM's padding to a multiple of 64, which nothing reads."""
 
     def __init__(self, table: nn.Module):
-        self.table = table
+        self.weight: Any = table.weight  # [V, H]
 
-    def create_weights(self, layer: nn.Module, *_, **__) -> None:
-        layer.register_parameter("weight", shared(self.table.weight))
+    def create_weights(self, layer: nn.Module, *_: Any, **__: Any) -> None:
+        """Registers it."""
+        layer.register_parameter("weight", shared(self.weight))
 
 
 @register_quantization_config(NAME)
 class SharedWeights(QuantizationConfig):
-    """Each layer of the model that is trained, in whatever precision it is there."""
+    """Each layer is the training model's, in the precision that it has there."""
 
     def get_name(self) -> str:
         return NAME
@@ -113,10 +124,11 @@ class SharedWeights(QuantizationConfig):
         return []
 
     @classmethod
-    def from_config(cls, config: dict) -> "SharedWeights":
+    def from_config(cls, config: dict[str, Any]) -> "SharedWeights":
         return cls()
 
-    def get_quant_method(self, layer: nn.Module, prefix: str):
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> SharedLinear | SharedTable | None:
+        """Of the layer that vLLM calls `prefix`; None for layers without weights of their own."""
         model = _trained[-1]
         if isinstance(layer, LinearBase):
             names = parts_of(prefix, self.packed_modules_mapping)
@@ -130,19 +142,20 @@ class SharedWeights(QuantizationConfig):
 
 @register_model_loader(NAME)
 class SharedLoader(BaseModelLoader):
-    """Reads nothing: the layers have their tensors already, the norms get theirs here."""
+    """Reads no file: linear layers and tables have their tensors already, the norms get theirs here."""
 
-    def download_model(self, model_config) -> None:
-        pass
+    def download_model(self, model_config: Any) -> None:
+        """There is nothing to download."""
 
-    def load_weights(self, model: nn.Module, model_config) -> None:
+    def load_weights(self, model: nn.Module, model_config: Any) -> None:
+        """Gives vLLM's `model` what is left. Raises ValueError for a parameter of another shape."""
         ours = _trained[-1]
         for name, module in model.named_modules():
             if isinstance(module, LinearBase):
                 module.register_parameter("bias", None)  # the parts add theirs
             elif not isinstance(module, VocabParallelEmbedding):
                 for leaf, parameter in list(module.named_parameters(recurse=False)):
-                    found = getattr(ours.get_submodule(name), leaf)
-                    if found.shape != parameter.shape:
-                        raise ValueError(f"{name}.{leaf} is {tuple(found.shape)}, vLLM's {tuple(parameter.shape)}")
-                    module.register_parameter(leaf, shared(found))
+                    trained = ours.get_parameter(f"{name}.{leaf}")
+                    if trained.shape != parameter.shape:
+                        raise ValueError(f"{name}.{leaf} is {tuple(trained.shape)}, vLLM's {tuple(parameter.shape)}")
+                    module.register_parameter(leaf, shared(trained))
