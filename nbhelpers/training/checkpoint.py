@@ -1,12 +1,12 @@
-"""Checkpoints that are complete or not there at all, and what a run needs to go on exactly where it was.
+"""Checkpoints that are complete or absent, and what a run needs to resume exactly where it was.
 
     output_dir/_saving/checkpoint-40/       everything is written here first and synced to the disk,
         manifest.json                       last of all: bytes and SHA-256 of each file, the run's settings, versions
     output_dir/checkpoint-40/               then one rename
 
-A process killed at any time leaves the newest complete checkpoint in place; older ones go only after that rename, and
-they too leave by a rename. What is in a folder beside model, optimizer, scheduler, scaler and random generators, which
-transformers writes and reads, is `Position`. The hooks are in resume.py.
+A process killed at any time leaves the newest complete checkpoint in place; older ones are removed only after that
+rename, each by a rename of its own. transformers writes and reads model, optimizer, scheduler, scaler and random
+generators; the rest of a checkpoint is `Position`. The hooks are in resume_hooks.py.
 """
 
 import hashlib
@@ -16,9 +16,16 @@ import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nbhelpers import files, host
 from nbhelpers.models import adapter
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset, IterableDataset
+    from transformers import PreTrainedModel
+    from trl import GRPOConfig
 
 MANIFEST, STAGING = "manifest.json", "_saving"
 # Arguments that make it another run: optimizer and data would go on in a way that neither run had alone.
@@ -38,8 +45,17 @@ ROWS = 1000  # of a data set that are hashed at most, evenly spaced
 # ------------------------------------------------------------------------------------------------- what run it is
 
 
-def describe(model, args, dataset, rewards: list[str]) -> dict:
-    """What a checkpoint says about its run, as plain JSON: `model`, `data`, `rewards`, `fixed` and `free` arguments."""
+def describe(
+    model: "PreTrainedModel", args: "GRPOConfig", dataset: "Dataset | IterableDataset", rewards: list[str]
+) -> dict[str, Any]:
+    """What a checkpoint says about its run, as plain JSON: `model`, `data`, `rewards`, `fixed` and `free` arguments.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The one that is trained.
+        args (`GRPOConfig`): The run's.
+        dataset (`Dataset` or `IterableDataset`): The one it trains on.
+        rewards (`list[str]`): Names of the reward functions.
+    """
     trained = sorted((name, list(p.shape)) for name, p in model.named_parameters() if p.requires_grad)
     base = adapter.base_of(model)
     if base is None:  # a model that loader.load did not make
@@ -48,17 +64,17 @@ def describe(model, args, dataset, rewards: list[str]) -> dict:
     keys = ("r", "lora_alpha", "lora_dropout")
     loras = {name: [c.to_dict().get(key) for key in keys] for name, c in adapter.loras(model).items()}
     values = args.to_dict()
-    found = {
+    run = {
         "model": {**asdict(base), "trained": _hash(trained), "lora (rank, alpha, dropout)": loras},
         "data": {"rows": len(dataset) if hasattr(dataset, "__len__") else None, "hash": fingerprint(dataset)},
         "rewards": rewards,
         "fixed": {name: values[name] for name in FIXED} | {"processes": args.world_size},
         "free": {name: values[name] for name in FREE},
     }
-    return json.loads(json.dumps(found, default=str))
+    return json.loads(json.dumps(run, default=str))
 
 
-def fingerprint(dataset) -> str | None:
+def fingerprint(dataset: "Dataset | IterableDataset") -> str | None:
     """A hash of up to 1,000 evenly spaced rows and of their number; None for a stream, which has no number."""
     if not hasattr(dataset, "__len__"):
         return None
@@ -66,15 +82,18 @@ def fingerprint(dataset) -> str | None:
     return _hash([len(dataset), *(dataset[i] for i in rows)])
 
 
-def refuse_other(folder: Path, run: dict) -> None:
-    """ValueError, naming each difference and the line to change, if the checkpoint is of another run than `run`."""
+def refuse_other(folder: Path, run: dict[str, Any]) -> None:
+    """Print which of the FREE arguments changed between the run of a checkpoint and `run` (from `describe`).
+
+    Raises ValueError, naming each difference and the line to change, if they are not the same run.
+    """
     saved, wrong = read(folder)["run"], []
-    there, here = saved["model"], run["model"]
-    if any(there[key] != here[key] for key in there if key != "id"):  # the id may be a folder, which may move
-        differ = ", ".join(key for key in there if there[key] != here[key])
-        wrong.append(f"the model ({differ}): it was {there['id']} ({there['quantization']}) with the LoRA "
-                     f"{there['lora (rank, alpha, dropout)'] or 'none'}; here {here['id']} ({here['quantization']}), "
-                     f"{here['lora (rank, alpha, dropout)'] or 'none'}. Load that one with loader.load")  # fmt: skip
+    old, new = saved["model"], run["model"]
+    if any(old[key] != new[key] for key in old if key != "id"):  # the id may be a folder, which may move
+        differ = ", ".join(key for key in old if old[key] != new[key])
+        wrong.append(f"the model ({differ}): it was {old['id']} ({old['quantization']}) with the LoRA "
+                     f"{old['lora (rank, alpha, dropout)'] or 'none'}; here {new['id']} ({new['quantization']}), "
+                     f"{new['lora (rank, alpha, dropout)'] or 'none'}. Load that one with loader.load")  # fmt: skip
     if saved["data"] != run["data"]:
         wrong.append(f"the data set: {saved['data']['rows']} rows ({saved['data']['hash']}) there, "
                      f"{run['data']['rows']} ({run['data']['hash']}) here. Pass the same train_dataset")  # fmt: skip
@@ -103,8 +122,15 @@ def staging(root: Path) -> Path:
     return root / STAGING
 
 
-def publish(staged: Path, final: Path, run: dict, step: int) -> None:
-    """Sync every file of `staged`, write its manifest, and put it in place of `final` by a rename."""
+def publish(staged: Path, final: Path, run: dict[str, Any], step: int) -> None:
+    """Sync every file of `staged`, write its manifest, and rename it to `final`.
+
+    Args:
+        staged (`Path`): Folder that holds all files of the checkpoint.
+        final (`Path`): Its place; what is there already is replaced.
+        run (`dict`): From `describe`.
+        step (`int`): Updates made so far.
+    """
     listed = {}
     for file in sorted(path for path in staged.rglob("*") if path.is_file()):
         files.sync(file)
@@ -128,10 +154,10 @@ def problem(folder: Path) -> str | None:
     if not (folder / MANIFEST).exists():
         return f"it has no {MANIFEST}: saving was cut short, or something else wrote it"
     try:
-        files = read(folder)["files"]
+        listed = read(folder)["files"]
     except (ValueError, KeyError, TypeError):
         return f"its {MANIFEST} cannot be read"
-    for name, wanted in files.items():
+    for name, wanted in listed.items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
@@ -143,17 +169,17 @@ def problem(folder: Path) -> str | None:
 
 
 def newest(root: str | Path) -> Path | None:
-    """The newest complete checkpoint below `root`, every byte checked; None without one. Says what it skips."""
+    """The newest complete checkpoint below `root`, every byte checked; None without one. Prints what it skips."""
     root = Path(root)
-    found = []
-    # One that is complete in the staging folder was killed between its manifest and its rename.
+    by_time = []
+    # A complete one in the staging folder: the process was killed between its manifest and its rename.
     for folder in (*root.glob("checkpoint-*"), *root.glob(f"{STAGING}/checkpoint-*")):
         when = _time(folder)
         if when is None:
             print(f"{folder} is skipped: {problem(folder)}.")
         else:
-            found.append((when, folder))
-    for _, folder in sorted(found, reverse=True):  # by time: a run started afresh beside old ones has lower steps
+            by_time.append((when, folder))
+    for _, folder in sorted(by_time, reverse=True):  # by time: a run started afresh beside old ones has lower steps
         why = problem(folder)
         if why is None:
             return _put(folder, root / folder.name) if folder.parent.name == STAGING else folder
@@ -162,19 +188,22 @@ def newest(root: str | Path) -> Path | None:
 
 
 def rotate(root: Path, limit: int | None, best: str | None = None) -> None:
-    """Remove the oldest checkpoints beyond `limit`, but not `best`, nor what has no manifest that can be read.
+    """Remove the oldest checkpoints, but not what has no manifest that can be read.
 
-    limit: None, 0 or below keeps all, as in transformers.
+    Args:
+        root (`Path`): The run's output folder.
+        limit (`int`, *optional*): Checkpoints to keep; None, 0 or below keeps all, as in transformers.
+        best (`str`, *optional*): The folder of one that is kept in any case.
     """
     times = {folder: when for folder in root.glob("checkpoint-*") if (when := _time(folder)) is not None}
-    ours = sorted(times, key=times.get)
+    ours = sorted(times, key=lambda folder: times[folder])
     for folder in ours[: max(0, len(ours) - limit)] if limit and limit > 0 else []:
         if best is None or folder.resolve() != Path(best).resolve():
             files.remove(folder, _aside(folder))
     shutil.rmtree(root / STAGING, ignore_errors=True)
 
 
-def read(folder: Path) -> dict:
+def read(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint."""
     return json.loads((folder / MANIFEST).read_text())
 
@@ -203,8 +232,8 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _hash(found) -> str:
-    return hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode()).hexdigest()[:16]
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------------ where exactly
@@ -212,46 +241,58 @@ def _hash(found) -> str:
 
 @dataclass
 class Position:
-    """Where a run stands at the end of an update, beyond what transformers saves.
+    """Where a run is at the end of an update, beyond what transformers saves.
 
-    micro_step: forward-backward passes so far; it decides when completions are written.
-    rollout: the newest completions, cut into micro-batches, if updates are still to be made of them.
-    counters: skipped updates, tokens seen.
-    rng: all random generators at that moment, for a checkpoint written later; not part of the files of `save`, for
-        transformers has its own.
+    Args:
+        micro_step (`int`): Forward-backward passes so far; it decides when completions are written.
+        rollout (`list[dict[str, Tensor | None]]`, *optional*): The newest completions, cut as TRL cuts them, if updates
+            are still to be made of them.
+        counters (`dict[str, int]`): Skipped updates, tokens seen.
+        extra (`dict[str, Any]`): State of hooks by name, as JSON has it: it is loaded as it was saved. So keys are
+            strings, there are no tuples, and no NaN.
+        rng (`tuple`, *optional*): All random generators at that moment, for a checkpoint written later. `save` leaves
+            it out: transformers saves its own.
     """
 
     micro_step: int
-    rollout: list[dict] | None
+    rollout: "list[dict[str, torch.Tensor | None]] | None"
     counters: dict[str, int] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
     rng: tuple | None = None
 
     def save(self, folder: Path, process: int) -> None:
-        """Write position-<process>.json and, mid-rollout, rollout-<process>.safetensors."""
+        """Write position-<process>.json and, mid-rollout, rollout-<process>.safetensors into `folder`.
+
+        Raises ValueError if `extra` would not be loaded as it is.
+        """
         from safetensors.torch import save_file
 
-        found = {"micro_step": self.micro_step, "counters": self.counters, "parts": None}
+        state = {"micro_step": self.micro_step, "counters": self.counters, "extra": self.extra, "rollout": None}
+        if json.loads(json.dumps(self.extra)) != self.extra:
+            raise ValueError(f"the state of the hooks is not JSON: {self.extra!r}")
         if self.rollout is not None:
-            found["parts"] = [list(part) for part in self.rollout]
-            tensors = {f"{i}/{name}": value for i, part in enumerate(self.rollout) for name, value in part.items()}
-            # cut from one tensor each, and safetensors refuses what shares its memory
-            tensors = {key: value.detach().clone().contiguous() for key, value in tensors.items() if value is not None}
+            state["rollout"] = [list(micro_batch) for micro_batch in self.rollout]
+            tensors = {
+                f"{i}/{name}": value.detach().clone().contiguous()  # safetensors refuses tensors that share memory
+                for i, micro_batch in enumerate(self.rollout)
+                for name, value in micro_batch.items()
+                if value is not None
+            }
             save_file(tensors, folder / f"rollout-{process}.safetensors")
-        (folder / f"position-{process}.json").write_text(json.dumps(found) + "\n")
+        (folder / f"position-{process}.json").write_text(json.dumps(state) + "\n")
 
     @classmethod
-    def load(cls, folder: Path, process: int, device) -> "Position":
+    def load(cls, folder: Path, process: int, device: "torch.device | str") -> "Position":
+        """What `save` wrote, the tensors on `device`."""
         from safetensors.torch import load_file
 
-        found = json.loads((folder / f"position-{process}.json").read_text())
+        state = json.loads((folder / f"position-{process}.json").read_text())
         rollout = None
-        if found["parts"] is not None:
-            tensors = load_file(folder / f"rollout-{process}.safetensors")
-            tensors = {key: tensor.to(device) for key, tensor in tensors.items()}
-            rollout = [
-                {name: tensors.get(f"{i}/{name}") for name in names} for i, names in enumerate(found["parts"])
-            ]  # fmt: skip
-        return cls(found["micro_step"], rollout, found["counters"])
+        if state["rollout"] is not None:
+            saved = load_file(folder / f"rollout-{process}.safetensors")
+            tensors = {key: tensor.to(device) for key, tensor in saved.items()}
+            rollout = [{name: tensors.get(f"{i}/{name}") for name in names} for i, names in enumerate(state["rollout"])]
+        return cls(state["micro_step"], rollout, state["counters"], state["extra"])
 
 
 def generators() -> tuple:
@@ -264,6 +305,7 @@ def generators() -> tuple:
 
 
 def set_generators(states: tuple) -> None:
+    """Set all of them to what `generators` returned."""
     import numpy
     import torch
 

@@ -1,33 +1,37 @@
-"""TRL's GRPOTrainer whose log-probabilities and gradients come from the lean step: four of its hooks, no more.
+"""TRL's GRPOTrainer whose log-probabilities and gradients come from the lean step: four of its hooks.
 
     _compute_loss                           forward AND backward of a batch, micro-batch by micro-batch
     _get_per_token_logps_and_entropies      without gradients: the "old" and the reference pass
-    training_step                           looks at the gradients before an update is made of them
+    training_step                           checks the gradients before the optimizer uses them
     train                                   tries the longest possible batch first
 
-Beside them it adds to `_metrics`, which are logged, and asks `_tokenize_prompts` how long the longest prompt is.
+It also adds to `_metrics`, which TRL logs, and calls `_tokenize_prompts` to know how long the longest prompt is.
 
 Whatever TRL offers and the lean step does not (`why_not` lists it) goes TRL's own way, and one line says so.
 """
 
+from typing import Any
+
 import torch
-import trl
 from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers.trainer_utils import TrainOutput
 
 from nbhelpers import grpo
 from nbhelpers.memory.micro_batches import OPTIMIZER_BYTES
 from nbhelpers.memory.room import Reserved
 from nbhelpers.models import families
 
-from . import objective
+from . import checkpoint, objective
+from .hooks import Hooks
 from .lean_step import LeanStep, first_non_finite
 from .packing import unpad
 
 ONE_CARD_EACH = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-SAMPLE = 20_000  # rows of a data set that are looked through for the longest prompt
+SAMPLE = 20_000  # rows of a data set that are searched for the longest prompt
 
 
-def why_not(trainer: trl.GRPOTrainer) -> str | None:
+def why_not(trainer: Hooks) -> str | None:
     """What of this run the lean step cannot do, in words; None: it does all of it."""
     args = trainer.args
     asked = {
@@ -46,15 +50,21 @@ def why_not(trainer: trl.GRPOTrainer) -> str | None:
     return families.why_not(trainer.accelerator.unwrap_model(trainer.model), "training")
 
 
-class LeanStepTrainer(trl.GRPOTrainer):
+class LeanStepHooks(Hooks):
     """See the module. `trainer.LeanGRPOTrainer` is what people use.
 
-    budget_gb: what torch may allocate for training, weights included, GB; None: what the card has.
-    max_skipped_steps: updates in a row that may be skipped for gradients that are not finite, before the run stops.
-    lean: False leaves everything to TRL, to compare.
+    Args:
+        args, kwargs: TRL's.
+        budget_gb (`float`, *optional*): What torch may allocate for training, weights included, GB (10^9 bytes); None
+            for what the card has.
+        max_skipped_steps (`int`): Updates in a row that may be skipped for gradients that are not finite, before the
+            run stops.
+        lean (`bool`): False leaves everything to TRL, to compare.
     """
 
-    def __init__(self, *args, budget_gb: float | None = None, max_skipped_steps: int = 10, lean: bool = True, **kwargs):
+    def __init__(
+        self, *args: Any, budget_gb: float | None = None, max_skipped_steps: int = 10, lean: bool = True, **kwargs: Any
+    ):
         super().__init__(*args, **kwargs)
         self.budget_gb, self.max_skipped_steps = budget_gb, max_skipped_steps
         self.skipped_steps = self._skipped_in_a_row = 0
@@ -65,6 +75,7 @@ class LeanStepTrainer(trl.GRPOTrainer):
             print(f"The loss is TRL's own, without the lean step's memory and speed: {reason}.")
 
     def settings(self) -> objective.Settings:
+        """What decides the loss, as it is set now."""
         args = self.args
         return objective.Settings(
             loss_type=args.loss_type,
@@ -80,17 +91,17 @@ class LeanStepTrainer(trl.GRPOTrainer):
             correction_max=args.vllm_importance_sampling_clip_max,
         )
 
-    def _step_of(self, model) -> LeanStep:
+    def _step_of(self, model: nn.Module) -> LeanStep:
         """The lean step of the policy or of the reference model; made on first use."""
-        model = self.accelerator.unwrap_model(model)
-        if id(model) not in self._steps:
-            self._steps[id(model)] = LeanStep(
-                model, self.budget_gb, self.temperature, self.accelerator.autocast, reserved=self._reserved
+        inner = self.accelerator.unwrap_model(model)
+        if id(inner) not in self._steps:
+            self._steps[id(inner)] = LeanStep(
+                inner, self.budget_gb, self.temperature, self.accelerator.autocast, reserved=self._reserved
             )
-        return self._steps[id(model)]
+        return self._steps[id(inner)]
 
     def _reserved(self) -> Reserved:
-        """Bytes that are not the step's, as they are now."""
+        """Bytes that the step must leave to others, as of now."""
         return Reserved(coming=self._pending_optimizer_bytes())
 
     def _pending_optimizer_bytes(self) -> float:
@@ -103,9 +114,18 @@ class LeanStepTrainer(trl.GRPOTrainer):
         kind = "adamw_8bit" if "8bit" in name else "adamw"
         return OPTIMIZER_BYTES[kind] * sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
+    def _write_state(self, position: checkpoint.Position) -> None:
+        super()._write_state(position)
+        position.counters.update(skipped=self.skipped_steps, in_a_row=self._skipped_in_a_row)
+
+    def _read_state(self, position: checkpoint.Position) -> None:
+        super()._read_state(position)
+        self.skipped_steps = position.counters.get("skipped", 0)
+        self._skipped_in_a_row = position.counters.get("in_a_row", 0)
+
     # ------------------------------------------------------------------------------------------------- TRL's hooks
 
-    def _compute_loss(self, model, inputs):
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         if not self.lean or "pixel_values" in inputs or "tool_mask" in inputs or inputs["advantages"].dim() != 1:
             return super()._compute_loss(model, inputs)
         training = self.model.training
@@ -113,23 +133,30 @@ class LeanStepTrainer(trl.GRPOTrainer):
         accumulation = self.current_gradient_accumulation_steps if training else 1.0
         items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if training:  # TRL counts the items of a whole rollout; an update uses this share of it
-            items = items * accumulation / self.args.steps_per_generation
+            items = items * accumulation / self._steps_per_generation
         settings = self.settings()
         backward = self.accelerator.backward if training else None
         outcome = objective.run(self._step_of(model), inputs, settings, accumulation, items, backward)
         if training and self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
-            for parameter in model.parameters():  # the walk does not go through DDP's forward, so DDP does not do it
+            for parameter in model.parameters():  # the lean step bypasses DDP's forward, so DDP does not average them
                 if parameter.requires_grad:
                     parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
-        found = objective.metrics(outcome, inputs, settings, self.accelerator.reduce, self.accelerator.gather)
-        for name, value in found.items():
+        metrics = objective.metrics(outcome, inputs, settings, self.accelerator.reduce, self.accelerator.gather)
+        for name, value in metrics.items():
             self._metrics[mode][name].append(value)
-        # the gradients are in place: what TRL calls backward on is a number of its own
+        # the gradients are in place: TRL calls backward() on this detached scalar, which does nothing
         return outcome.loss.requires_grad_() if training else outcome.loss
 
     def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
-    ):
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         more = [name for name, value in kwargs.items() if value is not None and value is not False]
         if not self.lean or torch.is_grad_enabled() or more:
             return super()._get_per_token_logps_and_entropies(
@@ -139,16 +166,22 @@ class LeanStepTrainer(trl.GRPOTrainer):
             (tensor[:, :-logits_to_keep], tensor[:, -logits_to_keep:]) for tensor in (input_ids, attention_mask)
         )
         rows = unpad(ids[0], mask[0], ids[1], mask[1])
-        logps, entropies = self._step_of(model).score(rows, tuple(ids[1].shape))
+        logps, entropies = self._step_of(model).score(rows, (ids[1].shape[0], ids[1].shape[1]))
         return logps, entropies if compute_entropy else None, None
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """As in TRL; before an update the gradients are checked.
+
+        Raises FloatingPointError after `max_skipped_steps` skipped updates in a row.
+        """
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self._look_at_gradients()
+            self._check_gradients()
         return loss
 
-    def _look_at_gradients(self) -> None:
+    def _check_gradients(self) -> None:
         """Skip an update whose gradients are not finite; FloatingPointError after too many of them in a row."""
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         name = first_non_finite(named)
@@ -166,25 +199,30 @@ class LeanStepTrainer(trl.GRPOTrainer):
                     f"{name}: lower learning_rate, or compute in bf16 if the card can (bf16=True, fp16=False); the "
                     "newest checkpoint is from before"
                 )
-            if scaler is None:  # the scaler skips by itself, and has to see why
+            if scaler is None:  # with one the gradients stay: it skips the update itself once it sees them
                 for _, parameter in named:
                     parameter.grad = None
         self._metrics["train"]["skipped_steps"].append(float(self.skipped_steps))
 
-    def train(self, *args, **kwargs):
-        """The longest batch that this run can meet goes first, on made-up tokens, then TRL's own `train`."""
+    def train(
+        self,
+        resume_from_checkpoint: Any = None,  # a str or a bool, as TRL has it; ResumeHooks takes a Path too
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """As in transformers' Trainer, after the longest batch that this run can meet, on made-up tokens."""
         if self.lean:
             self.rehearse()
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def rehearse(self) -> None:
-        """CannotFit, or torch's out-of-memory error, before the first step instead of at step 200.
+        """Compute the longest possible batch once on made-up tokens; does nothing on a CPU without a budget.
 
-        On a CPU without a budget there is nothing to find out, and nothing is done.
+        Raises CannotFit, or torch.OutOfMemoryError, before the first step instead of at step 200.
         """
         if not torch.cuda.is_available() and self.budget_gb is None:
             return
-        if self.accelerator.num_processes > 1:  # what carries gradients takes its memory when it is first used
+        if self.accelerator.num_processes > 1:  # NCCL allocates its buffers on first use
             self.accelerator.reduce(torch.zeros(1, device=self.accelerator.device))
         step = self._step_of(self.model)
         step.rehearse(

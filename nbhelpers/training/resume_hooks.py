@@ -1,6 +1,6 @@
-"""A GRPOTrainer that loses nothing on a stop and goes on exactly where it was: the hooks around checkpoint.py.
+"""A GRPOTrainer that loses nothing on a stop and resumes exactly where it was: the hooks around checkpoint.py.
 
-With trainer.py and lean.py the only file that touches private parts of TRL and transformers. Here these are:
+They touch these private parts of TRL and transformers:
 
     _step, _buffered_inputs                 TRL's: where the run stands in a rollout
     _metrics                                TRL's: numbers that are not logged yet
@@ -8,11 +8,12 @@ With trainer.py and lean.py the only file that touches private parts of TRL and 
     _save_checkpoint, _get_output_dir       transformers write into a staging folder
     _save                                   an adapter is saved so that it knows its base
     _load_from_checkpoint, _load_scaler     weights of a finished run; a run that changed its precision
-    _issue_warnings_after_load              not about a head that is the embedding
+    _issue_warnings_after_load              no warning for tied weights, which are not stored twice
 """
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
@@ -23,125 +24,154 @@ from transformers.utils import logging as transformers_logging
 from nbhelpers.models import adapter
 
 from . import checkpoint
-from .lean_hooks import LeanStepTrainer
+from .hooks import Hooks
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import nn
+    from torch.utils.data import Sampler
+    from transformers import TrainerControl, TrainingArguments
+    from trl.trainer.utils import RepeatSampler
 
 
-class ResumingTrainer(LeanStepTrainer):
+class ResumeHooks(Hooks):
     """See the module. `trainer.LeanGRPOTrainer` is what people use."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._mark: checkpoint.Position | None = None  # the end of the newest update, while the weights are as then
         self._staging: Path | None = None  # where a checkpoint is being written
         self._saved: int | None = None  # the step of this run's newest checkpoint
         self._epochs_before = 0  # whole passes over the data that earlier sessions made
-        self.callback_handler.callbacks.insert(0, _Marks(self))  # first: another callback may raise
+        self.callback_handler.callbacks.insert(0, _KeepMark(self))  # first: another callback may raise
 
-    def train(self, resume_from_checkpoint: "str | Path | bool | None" = None, **kwargs) -> TrainOutput:
-        """Train, and keep what was learned however it ends. Arguments and result as in transformers' Trainer, but
+    def train(
+        self,
+        resume_from_checkpoint: "str | Path | bool | None" = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train, and keep what was learned however it ends.
 
-        resume_from_checkpoint: "auto" goes on from the newest complete checkpoint in `args.output_dir` and starts
-            afresh without one; True is the same and FileNotFoundError without one; a folder is that checkpoint. A
-            damaged checkpoint is skipped by name. A finished run gives its weights and returns at once. On a CPU the
-            numbers are bit for bit those of a run that was never stopped.
+        Args:
+            resume_from_checkpoint (`str`, `Path` or `bool`, *optional*): "auto" resumes from the newest complete
+                checkpoint in `args.output_dir` and starts afresh without one; True is the same, and FileNotFoundError
+                without one; a folder is that checkpoint. A damaged checkpoint is skipped by name. A finished run loads
+                its weights and returns at once. On a CPU the numbers are bit for bit those of a run that was never
+                stopped.
+            trial, ignore_keys_for_eval (*optional*): As in transformers' Trainer.
+
+        Returns transformers' `TrainOutput`; after an interrupt its metrics are {"interrupted": True}.
 
         Raises ValueError for a checkpoint of another run (model, data, rewards, arguments), naming what differs, and
-        for a folder that is damaged; FileNotFoundError for one that is not there.
+        for a folder that is damaged; FileNotFoundError for one that does not exist.
         """
         folder = self._find(resume_from_checkpoint)
-        self._stand_at(folder)
+        self._start_at(folder)
         if folder is not None and self._finished(folder):
             return TrainOutput(self.state.global_step, float("nan"), {"finished": True})
         try:
             with warnings.catch_warnings():  # of TRL's own, about transformers 5.23
                 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-                return super().train(resume_from_checkpoint=None if folder is None else str(folder), **kwargs)
+                return super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
         except KeyboardInterrupt:
             # before the first step, or before a checkpoint is loaded, the weights must not replace what is saved
-            kept = self._keep() if self.state.global_step else None
+            saved_in = self._save_all() if self.state.global_step else None
             self.model.eval()
             self.callback_handler.on_train_end(self.args, self.state, self.control)
-            if kept is None:
+            if saved_in is None:
                 print("Stopped by you before the first step was done: nothing new was learned, and nothing is written.")
             else:
                 print(f"Stopped by you after step {self.state.global_step}. What was learned is kept, here and in "
-                      f"{kept}: go on with the next cell.")  # fmt: skip
-            self._say_how_to_go_on()
+                      f"{saved_in}: go on with the next cell.")  # fmt: skip
+            self._print_how_to_resume()
             return TrainOutput(self.state.global_step, float("nan"), {"interrupted": True})
         except Exception:
             self.model.eval()
             if self.state.global_step:
-                print(f"Step {self.state.global_step + 1} failed. What was learned until then is in {self._keep()}.")
-                self._say_how_to_go_on()
+                print(
+                    f"Step {self.state.global_step + 1} failed. What was learned until then is in {self._save_all()}."
+                )
+                self._print_how_to_resume()
             raise
 
-    def save_model(self, *args, **kwargs) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in transformers' Trainer, without its progress bar, which stays in a notebook as an empty widget."""
         transformers_logging.disable_progress_bar()
         try:
-            super().save_model(*args, **kwargs)
+            super().save_model(output_dir, _internal_call)
         finally:
             transformers_logging.enable_progress_bar()
 
-    def _save(self, output_dir=None, state_dict=None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """transformers' hook: the adapter of a model from `loader.load` is saved so that it knows its base."""
         model = self.accelerator.unwrap_model(self.model)
         if state_dict is not None or not adapter.loras(model) or adapter.base_of(model) is None:
             super()._save(output_dir, state_dict)
             if self.args.should_save:  # a pickle that nobody reads
-                Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+                Path(output_dir or self._root, TRAINING_ARGS_NAME).unlink(missing_ok=True)
         elif self.args.should_save:
-            folder = output_dir or self.args.output_dir
+            folder = output_dir or self._root
             adapter.save_adapter(model, folder)
             self.processing_class.save_pretrained(folder)
 
-    def _keep(self) -> Path:
+    def _save_all(self) -> Path:
         """Save model or adapter, tokenizer and the log of the run into the output folder, and return it.
 
-        If the run stands at the end of an update, a checkpoint too, so that it can go on from here.
+        If the run is at the end of an update, a checkpoint too, so that it can be resumed from there.
         """
         one_process = self.accelerator.num_processes == 1  # several would wait for each other
-        if self._mark is not None and self.state.global_step and self.args.save_strategy != "no" and one_process:
-            checkpoint.set_generators(self._mark.rng)  # as if the step in progress had not begun
-            self._take(self._mark)
-            self.state.num_input_tokens_seen = self._mark.counters["tokens"]
+        mark = self._mark
+        if mark is not None and self.state.global_step and self.args.save_strategy != "no" and one_process:
+            assert mark.rng is not None  # `_position` sets it
+            checkpoint.set_generators(mark.rng)  # as if the step in progress had not begun
+            self._restore(mark)
+            self.state.num_input_tokens_seen = mark.counters["tokens"]
             self._save_checkpoint(self.model, trial=None)
         self.save_model()
         self.save_state()
+        return self._root
+
+    @property
+    def _root(self) -> Path:
+        """The output folder."""
+        assert self.args.output_dir is not None  # transformers sets it where it was not given
         return Path(self.args.output_dir)
 
-    def _say_how_to_go_on(self) -> None:
+    def _print_how_to_resume(self) -> None:
         if self._saved is not None:
             print(f'trainer.train(resume_from_checkpoint="auto") goes on after step {self._saved}.')
 
     def _position(self) -> checkpoint.Position:
-        """Where the run stands now, between two updates."""
-        within = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
-        counters = {
-            "skipped": self.skipped_steps,
-            "in_a_row": self._skipped_in_a_row,
-            "tokens": self.state.num_input_tokens_seen,
-        }
-        rollout = self._buffered_inputs if within else None
-        return checkpoint.Position(self._step, rollout, counters, checkpoint.generators())
+        """Where the run is now, between two updates."""
+        mid_rollout = self._step % (self._steps_per_generation * self.num_iterations) != 0
+        position = checkpoint.Position(
+            micro_step=self._step,
+            rollout=self._buffered_inputs if mid_rollout else None,
+            counters={"tokens": self.state.num_input_tokens_seen},
+            rng=checkpoint.generators(),
+        )
+        self._write_state(position)
+        return position
 
-    def _take(self, position: checkpoint.Position) -> None:
+    def _restore(self, position: checkpoint.Position) -> None:
+        """Be where `position` is; its random generators are not touched."""
         self._step, self._buffered_inputs = position.micro_step, position.rollout
-        self.skipped_steps, self._skipped_in_a_row = position.counters["skipped"], position.counters["in_a_row"]
+        self._read_state(position)
 
-    def _stand_at(self, folder: Path | None) -> None:
-        """Take the position of a checkpoint, or of a start."""
+    def _start_at(self, folder: Path | None) -> None:
+        """Be where a checkpoint is, or at the start of a run."""
         self._metrics["train"].clear()  # of a step that an interrupt cut short
         self._mark, self._saved, self._epochs_before = None, None, 0
-        self._take(checkpoint.Position(0, None, {"skipped": 0, "in_a_row": 0}))
         if folder is None or not (folder / checkpoint.MANIFEST).exists():
+            self._restore(checkpoint.Position(0, None))
             return
-        self._take(checkpoint.Position.load(folder, self.accelerator.process_index, self.args.device))
+        self._restore(checkpoint.Position.load(folder, self.accelerator.process_index, self.args.device))
         state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
         self._saved, self._epochs_before = state.global_step, int(state.epoch)
 
     def _find(self, wanted: "str | Path | bool | None") -> Path | None:
-        """The checkpoint to go on from; None: none."""
+        """The checkpoint to resume from; None: none. Raises as `train` does."""
         if wanted is None or wanted is False:
             return None
         if self.args.sync_ref_model:
@@ -149,7 +179,7 @@ class ResumingTrainer(LeanStepTrainer):
                              "cannot go on exactly. Set it to False, or leave resume_from_checkpoint out")  # fmt: skip
         if wanted == "auto" or wanted is True:
             with self.accelerator.main_process_first():  # it may have to finish a rename
-                folder = checkpoint.newest(self.args.output_dir)
+                folder = checkpoint.newest(self._root)
             if folder is None and wanted is True:
                 raise FileNotFoundError(f"{self.args.output_dir} has no complete checkpoint: "
                                         'resume_from_checkpoint="auto" would start afresh')  # fmt: skip
@@ -190,10 +220,10 @@ class ResumingTrainer(LeanStepTrainer):
               f"raise max_steps (or num_train_epochs).")  # fmt: skip
         return True
 
-    def _get_output_dir(self, trial) -> str:
+    def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, model: "nn.Module", trial: Any) -> None:
         """transformers' hook: it writes into a staging folder, which then becomes the checkpoint by a rename."""
         if self._saved == self.state.global_step:
             return
@@ -218,33 +248,37 @@ class ResumingTrainer(LeanStepTrainer):
         self.accelerator.wait_for_everyone()
         self._saved = self.state.global_step
 
-    def _load_scaler(self, folder) -> None:
-        if self.accelerator.scaler is not None:  # none: the run began in fp16, on another card
-            super()._load_scaler(folder)
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if self.accelerator.scaler is not None:  # there is none in bf16: the run began in fp16, on another card
+            super()._load_scaler(checkpoint)
 
-    def _issue_warnings_after_load(self, load_result) -> None:
-        tied = self.model.all_tied_weights_keys  # a head that is the embedding is not stored twice
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        tied = self.model.all_tied_weights_keys  # tied weights are stored once
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result)
 
-    def _get_train_sampler(self, dataset=None):
-        """TRL's hook: every epoch takes the next permutation of one generator, and those of earlier sessions count."""
-        sampler = super()._get_train_sampler(dataset)
+    def _get_train_sampler(self, dataset: "Dataset | None" = None) -> "Sampler":
+        """TRL's hook: every epoch draws the next permutation from one generator; those of earlier sessions count."""
+        sampler = cast("RepeatSampler", super()._get_train_sampler(dataset))
         for _ in range(self._epochs_before if sampler.shuffle else 0):
             torch.randperm(sampler.num_samples, generator=sampler.generator)
         return sampler
 
 
-class _Marks(TrainerCallback):
-    """Keeps the trainer's `_mark`: where the run can be cut. There is none while the optimizer changes the weights."""
+class _KeepMark(TrainerCallback):
+    """Keeps the trainer's `_mark`, from which an interrupted run is saved. None while the optimizer changes weights."""
 
-    def __init__(self, trainer: ResumingTrainer):
+    def __init__(self, trainer: ResumeHooks):
         self.trainer = trainer
 
-    def on_pre_optimizer_step(self, args, state, control, **_):
+    def on_pre_optimizer_step(
+        self, args: "TrainingArguments", state: TrainerState, control: "TrainerControl", **kwargs: Any
+    ) -> None:
         self.trainer._mark = None
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(
+        self, args: "TrainingArguments", state: TrainerState, control: "TrainerControl", **kwargs: Any
+    ) -> None:
         self.trainer._mark = self.trainer._position()
 
     on_evaluate = on_step_end

@@ -17,19 +17,15 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nbhelpers.rewards import formatted, right, text_of
 
-if TYPE_CHECKING:
-    import trl
-
-    Trainer = trl.GRPOTrainer
-else:
-    Trainer = object
+from . import checkpoint
+from .hooks import Hooks
 
 Batch = dict[str, Any]  # TRL's rollout: tensors by name, B rows of whole groups
 Inputs = list[dict[str, Any]]  # rows of the data set, each as often as it is answered
@@ -90,26 +86,27 @@ class Difficulty:
         return self.silent.get(self.key(prompt), False)
 
 
-class SignalHooks(Trainer):
-    """Mixed into a GRPOTrainer. `dynamic_sampling` of the config is the number of rounds of replacement, 0 for none.
+class SignalHooks(Hooks):
+    """See the module. `trainer.LeanGRPOTrainer` is what people use.
 
     Attributes:
         correct (`Callable[[str, str], bool]`): Given a completion and the row's `answer`, whether it is right. It is
             measured and shown, never rewarded.
+        dynamic_sampling (`int`): Rounds in which silent groups are replaced before the update; 0 for none.
         difficulty (`Difficulty`): Saved with a checkpoint.
     """
 
-    correct: Callable[[str, str], bool]
-    difficulty: Difficulty
-
-    def _begin_signal(self, correct: Callable[[str, str], bool] | None) -> None:
+    def _begin_signal(self, correct: Callable[[str, str], bool] | None, dynamic_sampling: int) -> None:
         self.correct = correct or right
+        self.dynamic_sampling = dynamic_sampling
         self.difficulty = Difficulty()
-        self._totals: Tensor | None = None  # weighted rewards [B of all processes] of the newest rollout
+        self._totals = torch.empty(0)  # weighted rewards [B of all processes] of the newest rollout
 
     # ------------------------------------------------------------------------------------------------------- hooks
 
-    def _calculate_rewards(self, inputs: Inputs, prompts, completions, completion_ids_list) -> Tensor:
+    def _calculate_rewards(
+        self, inputs: Inputs, prompts: list[Any], completions: list[Any], completion_ids_list: list[list[int]]
+    ) -> Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
         self._totals = weighted.masked_fill(rewards.isnan().all(1), torch.nan)
@@ -134,6 +131,14 @@ class SignalHooks(Trainer):
         batch["advantages"] = batch["advantages"].masked_fill(self._own(of_row), 0.0)
         return self._with_signal(inputs, batch, self._own(of_row))
 
+    def _write_state(self, position: checkpoint.Position) -> None:
+        super()._write_state(position)
+        position.extra["difficulty"] = dict(self.difficulty.silent)
+
+    def _read_state(self, position: checkpoint.Position) -> None:
+        super()._read_state(position)
+        self.difficulty.silent = dict(position.extra.get("difficulty", {}))
+
     # ------------------------------------------------------------------------------------------ dynamic sampling
 
     def _own(self, rows: Tensor) -> Tensor:
@@ -143,7 +148,7 @@ class SignalHooks(Trainer):
 
     def _with_signal(self, inputs: Inputs, batch: Batch, silent_rows: Tensor) -> Batch:
         """The rollout with its silent groups replaced, as far as `dynamic_sampling` rounds find better ones."""
-        size, rounds = self.num_generations, self.args.dynamic_sampling
+        size, rounds = self.num_generations, self.dynamic_sampling
         whole = len(inputs) % size == 0 and "pixel_values" not in batch
         silent = silent_rows.view(-1, size)[:, 0].tolist() if whole else []
         if whole:
@@ -167,7 +172,7 @@ class SignalHooks(Trainer):
                 to, source = (
                     [g * size + i for g in groups for i in range(size)] for groups in zip(*pairs, strict=True)
                 )
-                batch = spliced(batch, to, other, source, self.pad_token_id)
+                batch = spliced(batch, to, other, source, self._tokenizer.pad_token_id)
             wanting = wanting[len(pairs) :]
             replaced += len(pairs)
         tokens = batch["completion_mask"].sum()

@@ -1,13 +1,16 @@
 """`LeanGRPOTrainer`: TRL's GRPOTrainer with defaults that fit the machine, clear errors, and nothing lost on a stop.
 
-With lean.py, which has the lean step's hooks, and resume.py, which has those of checkpoints, the only file that touches
-TRL's private parts. Here these are: `_logs`, the newest rollout, read for what the panel shows, and
-`_generate_single_turn`, where the engine writes the completions.
+Three files touch TRL's private parts: lean_hooks.py, resume_hooks.py and this one. Here these are:
+
+    _generate_single_turn                   the engine writes the completions
+    _logs                                   the newest rollout, for what the panel shows
+    _tokenizer                              the engine's tokenizer
 """
 
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 import torch
 import trl
@@ -19,10 +22,24 @@ from nbhelpers.memory.room import Reserved
 from nbhelpers.rewards import Sample, text_of
 from nbhelpers.rewards.guard import guard_all
 
-from .lean_hooks import ONE_CARD_EACH
-from .resume_hooks import ResumingTrainer
+from .lean_hooks import ONE_CARD_EACH, LeanStepHooks
+from .resume_hooks import ResumeHooks
 from .signal_hooks import SignalHooks
 from .stop_when import Stopper, StopWhen
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+    from peft import PeftConfig, PeftModel
+    from transformers import (
+        BitsAndBytesConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+        TrainerCallback,
+    )
+    from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 
 TESTED_TRL = ("1.16", "1.17")  # from, up to but not including
 
@@ -42,9 +59,9 @@ class LeanGRPOConfig(trl.GRPOConfig):
 
     No gradient checkpointing: the lean step decides for each layer what to keep and what to compute again.
 
-    Where engine and trainer disagree about a token's probability, that token's loss is weighed by their ratio. TRL's
-    own default weighs a completion by the product of its tokens' ratios, which makes a factor of mere rounding: 0.3 to
-    1.9 in bf16 at 256 tokens (rows `first_loss_...` of benchmarks/results/vllm.json), and worse the longer the text.
+    Where engine and trainer disagree about a token's probability, that token's loss is importance-weighted. TRL's own
+    default, the product of a completion's ratios, turns rounding noise into a factor: 0.3 to 1.9 in bf16 at 256 tokens
+    (rows `first_loss_...` of benchmarks/results/vllm.json), and more the longer the completion.
 
     A checkpoint every 20 steps, the newest two kept: on a T4, where a step takes tens of seconds, a killed run costs
     minutes, and a LoRA's checkpoint is a few dozen MB. transformers' own default, 500, is longer than most runs here.
@@ -71,10 +88,14 @@ class LeanGRPOConfig(trl.GRPOConfig):
             super().__post_init__()
 
 
-def check(model, train_dataset, args) -> None:
+def check(
+    model: "str | PreTrainedModel | PeftModel",
+    train_dataset: "Dataset | IterableDataset | None",
+    args: trl.GRPOConfig,
+) -> None:
     """Refuse, before anything is computed, what would fail late or train nothing without a word.
 
-    Raises ValueError: no or empty dataset, no `prompt` column, no trainable parameter, fp16 masters under fp16.
+    Raises ValueError: no or empty dataset, no `prompt` column, no trainable parameter, fp16 master weights under fp16.
     """
     if train_dataset is None or (hasattr(train_dataset, "__len__") and len(train_dataset) == 0):
         raise ValueError("train_dataset is empty: GRPO would stop at once and call it a success. Check the task's rows")
@@ -97,25 +118,70 @@ def check(model, train_dataset, args) -> None:
         )
 
 
-class LeanGRPOTrainer(SignalHooks, ResumingTrainer):
-    """TRL's GRPOTrainer, made for one small machine. Takes TRL's arguments; these things differ:
+class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, trl.GRPOTrainer):
+    """TRL's GRPOTrainer, made for one small machine. These things differ:
 
     - the precision is this machine's when `args` is a `LeanGRPOConfig` (or None);
     - reward functions are guarded (`guard.guard_all`): a wrong length is refused by name; one exception or NaN costs
       one batch's rows of that function, not the run;
     - `state.samples` holds the newest rollout as `Sample`s, for callbacks such as `panel.Live`;
-    - log-probabilities and gradients come from the lean step (`step.LeanStep`), within `budget_gb` if that is given;
-      `max_skipped_steps` updates in a row may be skipped for gradients that are not finite (`lean.LeanStepTrainer`);
-    - completions are written by `engine`: "auto", "graph", "vllm", "hf" (see `engines.choose`) or an `engines.Engine`,
-      from the weights that are trained; `engine=None` leaves it to TRL, as does what only TRL can (`use_vllm=True`);
+    - log-probabilities and gradients come from the lean step (`lean_step.LeanStep`);
+    - completions are written by an engine from the weights that are trained;
     - an interrupt (Ctrl-C, the notebook's stop button) or an error saves what was learned to `args.output_dir`;
       after an interrupt `train()` returns as if the run had ended, so the next cell works;
-    - checkpoints are complete or absent, and `train(resume_from_checkpoint="auto")` goes on from the newest one as
+    - a group whose rewards are all equal has advantages of exactly 0, and is replaced where `args.dynamic_sampling`
+      says so;
+    - checkpoints are complete or absent, and `train(resume_from_checkpoint="auto")` resumes from the newest one as
       if nothing had happened: the same prompts, seeds and updates, in a later epoch and inside a rollout too.
+
+    Args:
+        model (`str`, `PreTrainedModel` or `PeftModel`): The policy, e.g. from `loader.load`; trained in place.
+        reward_funcs (`RewardFunc` or `list[RewardFunc]`): Reward functions (`rewards.Reward`), reward models or their
+            names. TRL's None, for rewards of an environment, is left to TRL.
+        args (`GRPOConfig`, *optional*): `LeanGRPOConfig("runs/grpo")` if not given.
+        train_dataset (`Dataset` or `IterableDataset`): Rows with a `prompt` column, e.g. `task.train`.
+        eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers, quantization_config,
+            peft_config, tools, rollout_func, environment_factory (*optional*): As in TRL's GRPOTrainer.
+        engine (`str` or `engines.Engine`, *optional*): What writes the completions: "auto", "graph", "vllm", "hf" (see
+            `engines.choose`) or an engine. None leaves it to TRL, as does what only TRL can do (`use_vllm=True`).
+        budget_gb (`float`, *optional*): What torch may allocate in this process, weights and optimizer included, GB
+            (10^9 bytes); None for what the card has.
+        max_skipped_steps (`int`): Updates in a row that may be skipped for gradients that are not finite, before the
+            run stops.
+        lean (`bool`): False computes log-probabilities and gradients as TRL does, to compare.
+        stop_when (`StopWhen`, *optional*): Ends a run that learns nothing, is done, or is gamed, and says why.
+        correct (`Callable[[str, str], bool]`, *optional*): Given a completion's text and the row's `answer`, whether it
+            is right, in whatever form: measured and shown as `right`, never rewarded. `rewards.right` if not given.
+
+    Raises ValueError for what `check` refuses, and for an engine together with an argument that only TRL's own
+    generation knows; RewardError for two reward functions of one name.
     """
 
-    def __init__(self, model, reward_funcs, args: trl.GRPOConfig | None = None, train_dataset=None, *,
-                 engine="auto", stop_when: StopWhen | None = None, correct=None, **kwargs):  # fmt: skip
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        reward_funcs: "RewardFunc | list[RewardFunc] | None" = None,
+        args: trl.GRPOConfig | None = None,
+        train_dataset: "Dataset | IterableDataset | None" = None,
+        eval_dataset: "Dataset | IterableDataset | DatasetDict | IterableDatasetDict "
+        "| dict[str, Dataset | IterableDataset] | None" = None,
+        processing_class: "PreTrainedTokenizerBase | ProcessorMixin | None" = None,
+        reward_processing_classes: "PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None" = None,
+        callbacks: "list[TrainerCallback] | None" = None,
+        optimizers: "tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]" = (None, None),
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        peft_config: "PeftConfig | None" = None,
+        tools: "list[Callable] | None" = None,
+        rollout_func: "RolloutFunc | None" = None,
+        environment_factory: "EnvironmentFactory | dict[str, EnvironmentFactory] | None" = None,
+        *,
+        engine: str | engines.Engine | None = "auto",
+        budget_gb: float | None = None,
+        max_skipped_steps: int = 10,
+        lean: bool = True,
+        stop_when: StopWhen | None = None,
+        correct: "Callable[[str, str], bool] | None" = None,
+    ):
         installed = version("trl")
         if not TESTED_TRL[0] <= installed < TESTED_TRL[1]:
             warnings.warn(f"trl {installed} is outside the tested range {TESTED_TRL[0]}.*: pip install 'trl==1.16.*'",
@@ -123,22 +189,33 @@ class LeanGRPOTrainer(SignalHooks, ResumingTrainer):
         if args is None:
             args = LeanGRPOConfig("runs/grpo")
         check(model, train_dataset, args)
-        funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        funcs = None
+        if reward_funcs is not None:
+            funcs = guard_all(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])
         masters = {} if isinstance(model, str) else {p: p.data for p in model.parameters() if p.requires_grad}
-        super().__init__(model, guard_all(funcs), args=args, train_dataset=train_dataset, **kwargs)
+        super().__init__(
+            model, funcs, args, train_dataset, eval_dataset=eval_dataset, processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes, callbacks=callbacks, optimizers=optimizers,
+            quantization_config=quantization_config, peft_config=peft_config, tools=tools, rollout_func=rollout_func,
+            environment_factory=environment_factory, budget_gb=budget_gb, max_skipped_steps=max_skipped_steps,
+            lean=lean,
+        )  # fmt: skip
         for parameter, data in masters.items():  # TRL casts a 4-bit model's adapter to bf16, even on a T4 or a CPU,
             parameter.data = data.to(parameter.device)  # where a step of 1e-5 is rounded away
         self.engine = self._engine(engine)
-        self._begin_signal(correct)
+        rounds = args.dynamic_sampling if isinstance(args, LeanGRPOConfig) else 0
+        self._begin_signal(correct, rounds)
         if stop_when is not None:
             self.add_callback(Stopper(stop_when))
+        # The trainer knows the panel, not the panel the trainer: transformers hands callbacks neither an engine nor the
+        # list of callbacks, so any other way would be an attribute that both sides have to know of.
         for live in [callback for callback in self.callback_handler.callbacks if isinstance(callback, panel.Live)]:
-            live.engine = self.engine  # its probes are asked with what writes the completions
+            live.engine = self.engine  # asks its probes with the engine that writes the completions
             for other in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # one updating output, not two
                 self.remove_callback(other)
 
-    def _engine(self, engine) -> engines.Engine | None:
-        """The engine that writes the completions; None: TRL does."""
+    def _engine(self, engine: str | engines.Engine | None) -> engines.Engine | None:
+        """The engine that writes the completions; None: TRL does. Raises ValueError for one that excludes `args`."""
         args, kind = self.args, self.accelerator.distributed_type
         asked = {
             "use_vllm=True": args.use_vllm,
@@ -154,11 +231,11 @@ class LeanGRPOTrainer(SignalHooks, ResumingTrainer):
             print(f"engine: TRL's own, for {why or 'engine=None'}")
             return None
         model = self.accelerator.unwrap_model(self.model)
-        known = {}
-        if engine == "vllm":  # takes its memory once and for all
-            known["rows"] = args.per_device_train_batch_size * args.steps_per_generation
-            known["max_length"] = self._longest_prompt() + self.max_completion_length
-        chosen = engines.choose(engine, model, self._tokenizer, budget_gb=self.budget_gb, **known)
+        sizes: dict[str, Any] = {}
+        if engine == "vllm":  # allocates its memory once, at the start
+            sizes["rows"] = args.per_device_train_batch_size * self._steps_per_generation
+            sizes["max_length"] = self._longest_prompt() + self.max_completion_length
+        chosen = engines.choose(engine, model, self._tokenizer, budget_gb=self.budget_gb, **sizes)
         if chosen.name != "vllm":
             gpu.grow_blocks()
         return chosen
@@ -167,16 +244,23 @@ class LeanGRPOTrainer(SignalHooks, ResumingTrainer):
         asleep = 0 if self.engine is None else self.engine.asleep
         return super()._reserved()._replace(handed_back=asleep)
 
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+    def _generate_single_turn(
+        self,
+        prompt_ids: list[list[int]],
+        images: list | None,
+        multimodal_fields: dict[str, Any],
+        num_generations: int,
+        has_tool_images: bool = False,
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
         """TRL's hook: token ids of a completion for each prompt, and the log-probabilities they were drawn with."""
         if self.engine is None or images is not None or multimodal_fields:
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
-        n = num_generations  # the prompts of a group come one after another: each is computed once
+        n = num_generations  # a group's prompts are adjacent and the same: the engine gets one of them
         grouped = all(prompt_ids[i] == prompt_ids[i - i % n] for i in range(len(prompt_ids)))
         n = n if grouped and len(prompt_ids) % n == 0 else 1
-        # processes must not draw alike: with few prompts a group is spread over them
+        # each process draws with its own seed: with few prompts a group is spread over several
         seed = int(torch.randint(2**62, ())) + self.accelerator.process_index
         sampling = engines.Sampling(
             self.max_completion_length, num_generations=n, temperature=self.temperature, top_k=max(0, self.top_k or 0),
@@ -188,7 +272,8 @@ class LeanGRPOTrainer(SignalHooks, ResumingTrainer):
         return [completion.token_ids for completion in written], [completion.logprobs for completion in written]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        self.state.samples = self.samples()
+        """As in TRL; callbacks find the newest rollout in `state.samples`."""
+        vars(self.state)["samples"] = self.samples()  # TrainerState has no such field; the panel reads it
         super().log(logs, start_time)
 
     def samples(self) -> list[Sample]:

@@ -109,3 +109,13 @@ def test_a_position_comes_back_as_it_was(tmp_path):
     for one, two in zip(found.rollout, rollout, strict=True):
         assert list(one) == list(two) and one["none"] is None
         assert all(torch.equal(one[name], two[name]) for name in ("ids", "n"))
+
+
+def test_the_state_of_hooks_comes_back_exactly_and_what_cannot_is_refused(tmp_path):
+    extra = {"signal": {"silent": [1, 2.5, None, True], "rate": 0.1 + 0.2, "big": 2**70}, "name": "größer", "none": {}}
+    checkpoint.Position(1, None, {}, extra).save(tmp_path, 0)
+    loaded = checkpoint.Position.load(tmp_path, 0, "cpu")
+    assert loaded.extra == extra and type(loaded.extra["signal"]["rate"]) is float and loaded.rollout is None
+    for wrong in ({"pair": (1, 2)}, {"step": {3: 1}}, {"mean": float("nan")}):
+        with pytest.raises(ValueError, match="is not JSON"):
+            checkpoint.Position(1, None, {}, wrong).save(tmp_path, 0)

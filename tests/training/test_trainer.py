@@ -263,3 +263,17 @@ def test_trls_hook_still_has_the_arguments_that_we_take():
 
     wanted = ["self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"]
     assert list(inspect.signature(trl.GRPOTrainer._generate_single_turn).parameters) == wanted
+
+
+def test_every_argument_of_trls_trainer_is_ours_by_name_in_its_place_with_its_default():
+    import inspect
+
+    import trl
+
+    theirs = inspect.signature(trl.GRPOTrainer.__init__).parameters
+    ours = inspect.signature(trainer.LeanGRPOTrainer.__init__).parameters
+    shared = list(ours)[: len(theirs)]
+    assert shared == list(theirs)
+    assert [(ours[name].kind, ours[name].default) for name in shared] == [(p.kind, p.default) for p in theirs.values()]
+    own = {name: parameter.default for name, parameter in ours.items() if name not in theirs}
+    assert own == {"engine": "auto", "budget_gb": None, "max_skipped_steps": 10, "lean": True}
