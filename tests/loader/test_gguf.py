@@ -410,7 +410,10 @@ def rows(n):
         ({"drop": ["token_embd.weight"]}, r"lacks the tensor token_embd\.weight"),
         ({"add": {"blk.0.attn_q_norm.weight": rows(1)}}, r"blk\.0\.attn_q_norm\.weight, for which .* no place"),
         ({"add": {"output.weight": rows(9)}}, r"output\.weight is \(9, 64\), its metadata says \(400, 64\)"),
-        ({"values": {"general.architecture": "gpt9"}}, "architecture 'gpt9'; these are known here: llama, phi3, qwen2, qwen3"),
+        (
+            {"values": {"general.architecture": "gpt9"}},
+            "architecture 'gpt9'; these are known here: llama, phi3, qwen2, qwen3",
+        ),
         ({"values": {"qwen2.feed_forward_length": None}}, r"does not state qwen2\.feed_forward_length"),
         ({"values": {"qwen2.attention.value_length": 8}}, "of different lengths"),
         ({"values": {"qwen2.rope.dimension_count": 8}}, "8 of 16 dimensions rotate"),
