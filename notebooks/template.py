@@ -94,13 +94,11 @@ model, tokenizer = loader.load(preset)
 # A fifth of the questions ask which of two decimals is bigger: what is asked at the end is practised among the others.
 # The test questions are word problems alone. (`tasks.word_problems()` makes some without a download.)
 
-# %% tags=["task"]
+# %%
 problems = tasks.gsm8k(
     tokenizer, source=preset.dataset, max_prompt_length=preset.max_prompt_length, system_prompt=preset.system_prompt
 )
 decimals = tasks.decimals(system_prompt=preset.system_prompt)
-
-# %%
 task = tasks.mix(problems, decimals, shares=(0.8, 0.2), seed=SEED)
 print(task)
 example = task.train[0]

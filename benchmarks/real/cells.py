@@ -28,11 +28,9 @@ STEPS, SEED, OUT = JOB["steps"], JOB["seed"], JOB["folder"] + "/run"
     "preset": """
 from nbhelpers.panel import replay as _replay
 _replay.instead_of = lambda *_: None
-preset = _replace(preset, hub_id=JOB["weights"])
-""",
-    "task": """
 from benchmarks.real import measure
-problems = measure.problems(JOB, preset.system_prompt)
+preset = _replace(preset, hub_id=JOB["weights"], **measure.changes(JOB))
+tasks.gsm8k = lambda *_, **__: measure.problems(JOB, preset.system_prompt)
 """,
     "before": """
 BEFORE = measure.scores(JOB, model, tokenizer, preset, decimals, passes=True)
@@ -62,8 +60,6 @@ def notebook(job: dict[str, Any]) -> str:
         for tag in tags & BEHIND.keys():
             seen.add(tag)
             parts.append(BEHIND[tag])
-        if "parameters" in tags:
-            parts += job["change"]
     if missing := BEHIND.keys() - seen:
         raise ValueError(f"the notebook has no cell tagged {', '.join(sorted(missing))}")
     return "\n\n".join(parts)

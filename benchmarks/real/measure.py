@@ -65,6 +65,12 @@ def problems(job: dict[str, Any], system_prompt: str | None) -> tasks.Task:
     return tasks.Task("questions", Dataset.from_list(train), Dataset.from_list(test))
 
 
+def changes(job: dict[str, Any]) -> dict[str, Any]:
+    """What the call changes of the preset; a system prompt by its name in PROMPTS."""
+    changed = json.loads(job["preset"])
+    return changed | {"system_prompt": PROMPTS[changed["system_prompt"]]} if "system_prompt" in changed else changed
+
+
 def scores(
     job: dict[str, Any], model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBase",
     preset: presets.Preset, decimals: tasks.Task, passes: bool = False,
@@ -145,7 +151,7 @@ def report(
 def prompts(job: dict[str, Any]) -> None:
     """How often a model keeps the form, and is right in whatever form, by system prompt; two kinds of questions."""
     preset = presets.get("qwen2.5-1.5b")
-    model, tokenizer = loader.load(job["weights"], quantization="nf4", lora_rank=0 if job.get("dense") else 16)
+    model, tokenizer = loader.load(job["weights"], quantization="nf4", lora_rank=16)
     found = []
     for name, prompt in PROMPTS.items():
         own = tasks.word_problems(50, job["n"] // 2, system_prompt=prompt)
