@@ -51,7 +51,7 @@ class GraphEngine(Engine):
     """See the top of this file.
 
     Args:
-        model (`transformers.PreTrainedModel` or `peft.PeftModel`): Qwen2, Llama, Mistral or Phi3, on one device.
+        model (`transformers.PreTrainedModel` or `peft.PeftModel`): Of a family in models/families.py, on one device.
         tokenizer (`transformers.PreTrainedTokenizerBase`, *optional*): Needed for stop strings alone.
         kv_bytes (`int`, *optional*): Bytes that keys and values may take in all; by default most of what is free when a
             generation begins (`Room.for_keys_and_values`). Texts that do not fit at their full length are written in
@@ -66,10 +66,15 @@ class GraphEngine(Engine):
     name = "graph"
 
     def __init__(
-        self, model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBase | None" = None, *,
-        kv_bytes: int | None = None, max_rows: int = MAX_ROWS, budget_gb: float | None = None,
+        self,
+        model: "PreTrainedModel | PeftModel",
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        *,
+        kv_bytes: int | None = None,
+        max_rows: int = MAX_ROWS,
+        budget_gb: float | None = None,
         eager: bool = False,
-    ):  # fmt: skip
+    ):
         if (why := families.why_not(model, "generation")) is not None:
             raise ValueError(f'the graph engine cannot decode this model: {why}. Use engine="hf"')
         if not 1 <= max_rows <= BATCHES[-1]:
@@ -95,7 +100,7 @@ class GraphEngine(Engine):
             budget = self.kv_bytes
             if budget is None:
                 budget = Room(cache.device, self.budget_gb).for_keys_and_values()
-            # 4. Stage after stage, until every request has ended; then the cache is training's memory again.
+            # 4. Stage after stage, until every request has ended; then the cache is freed for training.
             try:
                 while going := [request for request in requests if not request.writer.ended]:
                     rows, length = self._stage(going, sampling.max_tokens, budget, cache.token_bytes)

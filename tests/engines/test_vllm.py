@@ -318,3 +318,10 @@ def test_a_completion_is_read_and_ends_where_the_others_end():
     assert (stopped.token_ids, stopped.logprobs, stopped.reason) == ([5, 6], [-0.1, -0.2], "stop_id")
     flat.logprobs, flat.start_indices = [-0.1, -0.2], [0, 1]
     assert read((5, 6), "the end").reason == "stop_string"
+
+
+def test_the_adapter_is_not_written_into_an_engine_that_is_asleep():
+    engine = object.__new__(vllm.VLLMEngine)
+    engine.asleep = 10**9
+    with pytest.raises(RuntimeError, match=r"asleep .* call wake\(\) first"):
+        engine.update_adapter()

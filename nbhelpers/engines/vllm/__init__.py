@@ -162,9 +162,11 @@ class VLLMEngine(Engine):
         """Write the adapter as it is now into vLLM's buffers, with the engine awake. `generate` does it itself.
 
         Returns what vLLM needs to use it; None without an adapter, or if it is switched off. Raises ValueError for an
-        adapter that vLLM cannot follow, RuntimeError if vLLM has lost it or cannot drop the keys and values of earlier
-        prompts.
+        adapter that vLLM cannot follow, RuntimeError if the engine is asleep, or if vLLM has lost the adapter or cannot
+        drop the keys and values of earlier prompts.
         """
+        if self.asleep:
+            raise RuntimeError("the vllm engine is asleep and has no memory to write to: call wake() first")
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM still holds keys and values of earlier prompts, written with an older adapter")
         if self._slot is None:
