@@ -138,7 +138,7 @@ class _BatchLoss:
         self.logps = torch.zeros(self.mask.shape, device=device) if self.old is None else self.old.float().clone()
         self.entropies = torch.zeros_like(self.logps)
         self.correction: Tensor | None = batch.get("importance_sampling_ratio")
-        # TRL gives the correction for the engine where it made an "old" pass; else it is computed here, in this mode
+        # TRL gives the correction for the engine where it made an "old" pass; else `of_rows` computes it, in this mode
         self.mode = settings.correction if self.correction is None and self.sampled is not None else None
         if self.mode is not None:
             width = 1 if self.mode.startswith("sequence") else self.mask.shape[1]

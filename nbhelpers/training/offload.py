@@ -19,7 +19,7 @@ IN_FLIGHT = 2
 
 
 class Checkpoints:
-    """Tensors by key, on the device or on the host. On a CPU "host" is a copy in ordinary memory: same results, no gain."""
+    """Tensors by key, on the device or on the host. On a CPU "host" is a copy in ordinary memory: the same results."""
 
     def __init__(self, device: torch.device):
         self.device = device
