@@ -1,22 +1,24 @@
-"""A decoder walked by hand, forward and backward, layer by layer: what is kept, and where, is decided here.
+"""A decoder run layer by layer, forward and backward: what is saved for the backward, and where, is decided here.
 
-transformers' own forward leaves the backward to autograd, which keeps what it likes. Here each layer is a small
-autograd graph of its own, made and consumed within the walk; between them flow plain tensors [1, T, H]:
+transformers' forward leaves it to autograd what is saved. Here each layer is an autograd graph of its own, built and
+freed within one micro-batch; between the layers there are plain tensors [1, T, H]:
 
     attention half   a = attention(norm(x))                  over the packed sequences of packing.Packed
-    MLP half         y = s + mlp(norm(s)),  s = x + a        token by token, so in tiles if need be
+    MLP half         y = s + mlp(norm(s)),  s = x + a        per token, so in tiles of tokens where memory is short
 
-In the backward of a layer that is computed again the MLP half goes first, tile by tile: its last product is not
-computed (only its gradient is wanted), and the gradient of s is written over a. Then attention's half follows with the
-MLP's memory free again.
+The backward of a layer that is recomputed starts with the MLP half, tile by tile: its last product is skipped (only
+its gradient is needed), and the gradient of s is written over a. The attention half follows once the MLP's memory is
+free again.
 """
 
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from nbhelpers import kernels
 from nbhelpers.models import families, patch, projection
@@ -28,40 +30,50 @@ from .packing import Packed, take
 
 @dataclass(frozen=True)
 class Layers:
-    """The states of the layers in one walk: the last `saved` save all, the `on_device` before them their input."""
+    """What each layer of the decoder saves for the backward of one micro-batch; memory.MicroBatch plans it."""
 
-    saved: int
-    on_device: int
-    tile: int
+    saved: int  # the last so many layers save everything
+    on_device: int  # the so many before them save their input on the device, the others theirs on the host
+    tile: int  # tokens of the MLP half that are computed at a time
+
+
+CosSin = tuple[Tensor, Tensor]  # of the rotary embedding at each token's position, [1, T, D] each
 
 
 class LayerwiseDecoder:
-    """The parts of one model in the order in which a token passes them. Puts the fused kernels on it, if they are not.
+    """Forward and backward of one model. Puts the fused kernels on it if they are not there yet.
 
-    model: a transformers causal LM, or peft's wrapper around one, for which `families.why_not` finds nothing.
-    backend: of attention, see packed_attention.py; autocast: a function that gives the context to compute in.
+    Args:
+        model (`nn.Module`): A transformers causal LM, or peft's wrapper around one, for which `families.why_not` finds
+            nothing.
+        backend (`str`): Of attention, see packed_attention.py.
+        autocast (`Callable[[], AbstractContextManager]`): Gives the context to compute in, as accelerator.autocast.
     """
 
-    def __init__(self, model: nn.Module, backend: str, autocast):
+    def __init__(self, model: nn.Module, backend: str, autocast: Callable[[], AbstractContextManager]):
         patch.with_kernels(model)
-        self.embed, self.rotary, self.layers, self.norm, self.head = families.skeleton(model)
+        modules = families.skeleton(model)
+        self.embed, self.rotary, self.layers, self.norm = modules[:4]
+        self.head: Any = modules.head  # nn.Linear, or one of bitsandbytes', whose weight has a quant_state
         self.backend, self.autocast = backend, autocast
-        self.device = self.embed.weight.device
+        self.embedding: Tensor = next(self.embed.parameters())
+        self.device = self.embedding.device
         self.store = Checkpoints(self.device)
 
     # ------------------------------------------------------------------------------------------ halves of a layer
+    # A layer is Any here: nn.Module does not know what models/patch.py gave it.
 
-    def _attention(self, layer, x: Tensor, packed: Packed, cos_sin) -> Tensor:
+    def _attention(self, layer: Any, x: Tensor, packed: Packed, cos_sin: CosSin) -> Tensor:
         first, last = layer.self_attn.groups()
         qkv = projection.linears(x, *first, norm=layer.input_layernorm, packed=True)
         q, k, v = layer.self_attn.rotated(qkv, *cos_sin)
         out = attend(q, k, v, packed, layer.self_attn.scaling, self.backend)
         return projection.linears(out, *last)[0]
 
-    def _mlp(self, layer, a: Tensor, x: Tensor, value: bool = True) -> Tensor:
+    def _mlp(self, layer: Any, a: Tensor, x: Tensor, value: bool = True) -> Tensor:
         return layer.mlp(a, x, layer.post_attention_layernorm, value)
 
-    def _forward(self, layer, x, packed, cos_sin, tile) -> Tensor:
+    def _forward(self, layer: Any, x: Tensor, packed: Packed, cos_sin: CosSin, tile: int) -> Tensor:
         """The layer's output without gradients; x is left as it is."""
         a = self._attention(layer, x, packed, cos_sin)
         tokens = a.shape[1]
@@ -73,7 +85,9 @@ class LayerwiseDecoder:
             y[:, span] = self._mlp(layer, a[:, span], x[:, span])
         return y
 
-    def _backward(self, layer, x, packed, cos_sin, tile, gradient: list[Tensor]) -> Tensor:
+    def _backward(
+        self, layer: Any, x: Tensor, packed: Packed, cos_sin: CosSin, tile: int, gradient: list[Tensor]
+    ) -> Tensor:
         """The gradient of x; `gradient` holds that of the layer's output and is emptied, to free it early."""
         x = x.detach().requires_grad_()
         with torch.enable_grad(), self._arithmetic():
@@ -83,20 +97,20 @@ class LayerwiseDecoder:
         dy = gradient.pop()
         for start in range(0, x.shape[1], tile):
             span = slice(start, start + tile)
-            part = ds[:, span].detach().requires_grad_()
+            a_tile = ds[:, span].detach().requires_grad_()
             with torch.enable_grad(), self._arithmetic():
-                y = self._mlp(layer, part, x[:, span].detach(), value=False)
+                y = self._mlp(layer, a_tile, x[:, span].detach(), value=False)
             self._differentiate(y, dy[:, span].to(y.dtype))
-            ds[:, span] = part.grad  # a of these tokens was read for the last time
-            del y, part
+            ds[:, span] = _gradient_of(a_tile)  # a of these tokens is not needed any more
+            del y, a_tile
         del dy
         self._differentiate(edge, ds)
-        return x.grad.add_(ds)
+        return _gradient_of(x).add_(ds)
 
-    # --------------------------------------------------------------------------------------------- the whole walk
+    # ------------------------------------------------------------------------------------------ the whole decoder
 
-    def start(self, packed: Packed) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Embedded tokens [1, T, H], with a gradient if the embedding learns, and (cos, sin) of their positions."""
+    def start(self, packed: Packed) -> tuple[Tensor, CosSin]:
+        """Embedded tokens [1, T, H], with a gradient if the embedding is trained, and (cos, sin) of their positions."""
         x = self.embed(packed.ids)
         with torch.no_grad():
             return x, self.rotary(x, packed.positions)
@@ -114,31 +128,50 @@ class LayerwiseDecoder:
 
     @torch.no_grad()
     def score(self, packed: Packed, temperature: float, tile: int) -> tuple[Tensor, Tensor]:
-        """`logps` of packed tokens, nothing kept."""
+        """`logps` of packed tokens, without gradients; nothing is saved."""
         with self._arithmetic():
             x, cos_sin = self.start(packed)
             for layer in self.layers:
                 x = self._forward(layer, x, packed, cos_sin, tile)
             return self.logps(x, packed, temperature)
 
-    def differentiate(self, packed: Packed, temperature: float, layers: Layers, objective, backward) -> None:
+    def differentiate(
+        self,
+        packed: Packed,
+        temperature: float,
+        layers: Layers,
+        objective: Callable[[Tensor, Tensor], Tensor],
+        backward: Callable[[Tensor], Any],
+    ) -> None:
         """One micro-batch forward and backward; gradients are added to the parameters' `.grad`.
 
-        objective: (logps, entropies) -> scalar; backward: what is called with it, such as accelerator.backward.
+        Args:
+            packed (`Packed`): The micro-batch, on this decoder's device.
+            temperature (`float`): Of the distribution that was sampled from.
+            layers (`Layers`): What each layer saves.
+            objective (`Callable`): (logps [S] fp32, entropies [S] fp32) -> scalar with a gradient.
+            backward (`Callable`): Called with that scalar, e.g. accelerator.backward.
         """
         try:
             self._differentiate_layers(packed, temperature, layers, objective, backward)
         finally:
             self.store.clear()
 
-    def _differentiate_layers(self, packed, temperature, layers, objective, backward):
+    def _differentiate_layers(
+        self,
+        packed: Packed,
+        temperature: float,
+        layers: Layers,
+        objective: Callable[[Tensor, Tensor], Tensor],
+        backward: Callable[[Tensor], Any],
+    ) -> None:
         store, last = self.store, len(self.layers) - 1
         first_saved = len(self.layers) - layers.saved
         first_on_device = first_saved - layers.on_device
-        learns = self.embed.weight.requires_grad
-        with torch.set_grad_enabled(learns), self._arithmetic():
+        trained = self.embedding.requires_grad
+        with torch.set_grad_enabled(trained), self._arithmetic():
             embedded, cos_sin = self.start(packed)
-        x, root = embedded.detach(), get_gradient_edge(embedded) if learns else None
+        x, root = embedded.detach(), get_gradient_edge(embedded) if trained else None
         del embedded
         graphs: list[tuple[Tensor, Tensor]] = []
         for number, layer in enumerate(self.layers):
@@ -161,13 +194,13 @@ class LayerwiseDecoder:
             value = objective(*self.logps(leaf, packed, temperature))
         with _plain(self.device):
             backward(value)
-        gradient = [leaf.grad]
+        gradient = [_gradient_of(leaf)]  # a list, so that who takes it out can free it
         del leaf, value
         for number in range(last, -1, -1):
             if number >= first_saved:
                 leaf, y = graphs.pop()
                 self._differentiate(y, gradient.pop().to(y.dtype))
-                gradient.append(leaf.grad)
+                gradient.append(_gradient_of(leaf))
                 del leaf, y
             else:
                 store.prefetch(number)
@@ -178,13 +211,14 @@ class LayerwiseDecoder:
         if root is not None:
             self._differentiate(root, gradient.pop())
 
-    def _differentiate(self, root, gradient: Tensor) -> None:
+    def _differentiate(self, root: Tensor | GradientEdge, gradient: Tensor) -> None:
         with _plain(self.device):
             torch.autograd.backward(root, gradient)
 
     @contextmanager
-    def _arithmetic(self):
-        """The trainer's autocast without its cache: a weight cast without a gradient would serve those who need one."""
+    def _arithmetic(self) -> Iterator[None]:
+        """The trainer's autocast without its cache: a weight cast under no_grad would be used where a gradient is
+        needed."""
         kind = self.device.type
         with self.autocast():
             on, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
@@ -192,6 +226,11 @@ class LayerwiseDecoder:
                 yield
 
 
-def _plain(device):
-    """Backward runs in the types that forward chose."""
+def _gradient_of(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None  # it has been differentiated
+    return leaf.grad
+
+
+def _plain(device: torch.device) -> AbstractContextManager:
+    """No autocast: the backward runs in the dtypes that the forward chose."""
     return torch.autocast(device.type, enabled=False)

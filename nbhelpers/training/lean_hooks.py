@@ -7,7 +7,7 @@
 
 It also adds to `_metrics`, which TRL logs, and calls `_tokenize_prompts` to know how long the longest prompt is.
 
-Whatever TRL offers and the lean step does not (`why_not` lists it) goes TRL's own way, and one line says so.
+Whatever TRL offers and the lean step does not (`why_not` lists it) is left to TRL, and a printed line says so.
 """
 
 from typing import Any
@@ -32,7 +32,7 @@ SAMPLE = 20_000  # rows of a data set that are searched for the longest prompt
 
 
 def why_not(trainer: Hooks) -> str | None:
-    """What of this run the lean step cannot do, in words; None: it does all of it."""
+    """What this run asks for that the lean step cannot do, in words; None if it can do all of it."""
     args = trainer.args
     asked = {
         f"loss_type={args.loss_type!r}": args.loss_type not in grpo.LOSS_TYPES,

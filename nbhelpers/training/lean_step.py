@@ -6,13 +6,13 @@
     logps, entropies = step.score(batch, (B, T))                            # without gradients
 
 A batch is cut into micro-batches (memory's StepCost.split) by tokens, not by rows; each goes forward and backward and
-is freed before the next. Whatever the cut, the gradients are those of the whole batch: the objective weighs each token
-by what it counts in the whole (grpo.token_weights). A group's prompt goes through once for all of its completions.
+is freed before the next. Whatever the cut, the gradients are those of the whole batch: the objective weights each token
+by its share of the whole (grpo.token_weights). A group's prompt is computed once for all of its completions.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class LeanStep:
         temperature (`float`): Of the distribution that was sampled from.
         autocast (`Callable[[], AbstractContextManager]`): The context to compute in, as accelerator.autocast.
         attention (`str`, *optional*): The backend: "flash", "efficient" or "rows" (packed_attention.py) instead of the
-            best that is there.
+            best one available.
         share_prompts (`bool`): Compute a group's prompt once.
         reserved (`Callable[[], Reserved]`): Bytes of others, asked for each batch: see `memory.Room`.
 
@@ -82,7 +82,7 @@ class LeanStep:
         if any(p.dtype == torch.uint8 and p.is_cuda for p in model.parameters()) and kernels.triton is not None:
             from nbhelpers.kernels.triton.lora_linear import scratch
 
-            # the kernels' buffer is made now, so that the room is what is left beside it
+            # the kernels' buffer is allocated now, so that it counts as taken when the room is measured
             scratch((scratch_bytes(self.cost.architecture, dtype.itemsize) // dtype.itemsize, 1), dtype, self.device)
         self.micro_batches: list[MicroBatch] = []  # of the newest batch, to look at
 
@@ -93,14 +93,14 @@ class LeanStep:
         return self.room.for_step(sum(p.numel() * p.element_size() for p in self.trained if p.grad is None))
 
     def retried(self, call: Callable[[], T], learns: bool = True) -> T:
-        """call(); if memory runs out in it, once more with smaller micro-batches from then on.
+        """call(); if memory runs out in it, it is called again with smaller micro-batches from then on.
 
         Args:
             call (`Callable`): Runs this step's `differentiate` (learns) or `score`.
             learns (`bool`): Whether it leaves gradients.
 
-        Raises torch.OutOfMemoryError where doing it again would lose the gradients of an earlier batch, and the fourth
-        time.
+        Raises torch.OutOfMemoryError where a retry would lose the gradients of an earlier batch, and once the room has
+        shrunk as far as it may (`Room.shrink`).
         """
         lost = learns and any(p.grad is not None for p in self.trained)
         while True:
@@ -122,7 +122,9 @@ class LeanStep:
 
     # -------------------------------------------------------------------------------------------------- the work
 
-    def differentiate(self, batch: Rows, objective: Objective, backward: Callable = torch.Tensor.backward) -> None:
+    def differentiate(
+        self, batch: Rows, objective: Objective, backward: Callable[[Tensor], Any] = torch.Tensor.backward
+    ) -> None:
         """Add the gradients of a batch to the parameters' `.grad`.
 
         Args:
@@ -137,20 +139,24 @@ class LeanStep:
         self.micro_batches = self.plan(batch.rows) if batch.rows else []
         for micro_batch in self.micro_batches:
             packed = pack(batch, [batch.rows[i] for i in micro_batch.rows], self.device, self.share_prompts)
-            self.decoder.differentiate(
-                packed,
-                self.temperature,
-                Layers(micro_batch.saved, micro_batch.on_device, micro_batch.tile),
-                lambda logps, entropies, packed=packed: objective(logps, entropies, packed),
-                backward,
-            )
-        for parameter in self.trained:  # a batch that teaches nothing still lets the optimizer's momentum move
+
+            def of_tokens(logps: Tensor, entropies: Tensor, packed: Packed = packed) -> Tensor:
+                return objective(logps, entropies, packed)
+
+            layers = Layers(micro_batch.saved, micro_batch.on_device, micro_batch.tile)
+            self.decoder.differentiate(packed, self.temperature, layers, of_tokens, backward)
+        for parameter in self.trained:  # without a signal the gradients are 0, and the optimizer's momentum still acts
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def score(self, batch: Rows, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies of the completions' tokens as padded [B, T] fp32, 0 elsewhere."""
+        """Log-probabilities and entropies of the completions' tokens, both padded: fp32 [B, T], 0 elsewhere.
+
+        Args:
+            batch (`Rows`): The completions, which may be none.
+            shape (`tuple[int, int]`): (B, T).
+        """
         logps, entropies = (torch.zeros(shape, device=self.device) for _ in range(2))
         for rows, tile in self._forward_batches(batch.rows, self.available()):
             packed = pack(batch, rows, self.device, self.share_prompts)
@@ -180,17 +186,18 @@ class LeanStep:
             prompt_length (`int`): Tokens of the longest prompt.
             completion_length (`int`): Tokens of the longest completion.
 
-        Returns how the whole batch is cut. Raises CannotFit, or torch's out-of-memory error, now instead of at step
-        200. Call it before any gradient is there.
+        Returns how the whole batch is cut. Raises CannotFit, or torch.OutOfMemoryError, now instead of at step 200.
+        Call it before there are gradients.
         """
         completions = {i: torch.zeros(completion_length, dtype=torch.long) for i in range(rows)}
-        every = [Row(i, i // num_generations, prompt_length, completion_length) for i in range(rows)]
-        batch = Rows(every, [torch.zeros(prompt_length, dtype=torch.long)] * (every[-1].prompt + 1), completions)
+        all_rows = [Row(i, i // num_generations, prompt_length, completion_length) for i in range(rows)]
+        prompts = [torch.zeros(prompt_length, dtype=torch.long)] * (all_rows[-1].prompt + 1)
+        batch = Rows(all_rows, prompts, completions)
         grads = [p.grad for p in self.trained]
 
         def largest() -> list[MicroBatch]:
-            micro_batches = self.plan(every)
-            batch.rows = [every[i] for i in max(micro_batches, key=lambda one: one.peak).rows]
+            micro_batches = self.plan(all_rows)
+            batch.rows = [all_rows[i] for i in max(micro_batches, key=lambda one: one.peak).rows]
             self.differentiate(batch, lambda logps, entropies, packed: logps.sum() * 0.0)
             return micro_batches
 
@@ -212,7 +219,7 @@ def first_non_finite(named: list[tuple[str, nn.Parameter]]) -> str | None:
             passed over.
 
     Returns the name of the parameter that comes first in the backward's order (the last of the list) among those whose
-    gradient has a norm that is not finite; None if all norms are finite. Waits for the card once.
+    gradient has a norm that is not finite; None if all norms are finite. Synchronises with the GPU once.
     """
     gradients = [(name, p.grad) for name, p in named if p.grad is not None]
     if not gradients:

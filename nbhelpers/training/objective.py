@@ -1,4 +1,4 @@
-"""GRPO's loss of a batch through the lean step, and what is worth watching about it, under TRL's names.
+"""GRPO's loss of a batch through the lean step, and its metrics under TRL's names.
 
 The batch is TRL's: a dictionary with prompt_ids, prompt_mask [B, P]; completion_ids, completion_mask [B, T];
 advantages [B]; and, where they are needed, num_items_in_batch, old_per_token_logps, ref_per_token_logps,
@@ -8,6 +8,7 @@ sampling_per_token_logps and importance_sampling_ratio [B, T].
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +17,12 @@ from nbhelpers import grpo
 from nbhelpers.architecture import GB
 
 from .lean_step import LeanStep
-from .packing import unpad
+from .packing import Packed, unpad
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The part of TRL's GRPOConfig that decides the loss; the names are TRL's."""
+    """What decides the loss in TRL's GRPOConfig, under TRL's names."""
 
     loss_type: str = "dapo"
     beta: float = 0.0
@@ -38,121 +39,179 @@ class Settings:
 
 @dataclass
 class Outcome:
-    """A batch's loss (a scalar without graph) and its tensors [B, T], for the metrics."""
+    """A batch's loss and its tensors, for the metrics. All are detached."""
 
-    loss: Tensor
-    logps: Tensor
-    entropies: Tensor
-    mask: Tensor
-    scored: Tensor  # mask of the rows that went through the model
-    old_logps: Tensor
-    correction: Tensor | None  # [B, T] or [B, 1]
+    loss: Tensor  # scalar, fp32
+    logps: Tensor  # [B, T] fp32, of the policy; the rollout's own in rows that were not computed
+    entropies: Tensor  # [B, T] fp32, nats
+    mask: Tensor  # [B, T], 1 on the completions' tokens
+    scored: Tensor  # [B, T], `mask` in the rows that went through the model, 0 elsewhere
+    old_logps: Tensor  # [B, T] fp32
+    correction: Tensor | None  # fp32 [B, T], or [B, 1] with one weight per completion
     seconds: float
 
 
 def run(
     step: LeanStep,
-    batch: dict,
+    batch: dict[str, Any],
     settings: Settings,
     accumulation: float = 1.0,
     num_items: Tensor | float | None = None,
-    backward: Callable | None = None,
+    backward: Callable[[Tensor], Any] | None = None,
 ) -> Outcome:
-    """The loss of a batch and, with `backward`, its gradients in the parameters' `.grad`.
+    """The loss of a batch (grpo.py has its equations) and, with `backward`, its gradients in the parameters' `.grad`.
 
-    accumulation: what the mean-type losses are divided by; num_items: the tokens that DAPO divides by.
-    backward: called with each micro-batch's scalar, e.g. accelerator.backward; None: no gradients.
+    Stage 1: what each token counts in the whole batch, and which completions have a gradient at all. Where beta is 0
+        one without advantage (all of its group got the same reward) has none: with `backward` it is not computed.
+    Stage 2: the completions without their padding.
+    Stage 3: forward and backward, one micro-batch after the other; each adds its tokens' weighted loss.
 
-    If memory runs out on the way, the batch is computed again in smaller parts (`LeanStep.retried`).
+    If memory runs out, all stages are run again with smaller micro-batches (`LeanStep.retried`).
 
-    Where beta is 0 a completion without advantage (all of its group got the same reward) has no gradient: it is not
-    computed when there is a backward, and its log-probabilities stay those of the rollout.
+    Args:
+        step (`LeanStep`): Of the policy.
+        batch (`dict`): As TRL hands it over, see the module.
+        settings (`Settings`): What decides the loss.
+        accumulation (`float`): What the mean-type losses are divided by.
+        num_items (`Tensor` or `float`, *optional*): The completion tokens that DAPO divides by; the batch's own if not
+            given.
+        backward (`Callable`, *optional*): Called with each micro-batch's scalar, e.g. accelerator.backward. None: no
+            gradients.
+
+    Raises CannotFit if not even one completion fits.
     """
     return step.retried(
         lambda: _run(step, batch, settings, accumulation, num_items, backward), learns=backward is not None
     )
 
 
-def _run(step, batch, settings, accumulation, num_items, backward) -> Outcome:
+def _run(
+    step: LeanStep,
+    batch: dict[str, Any],
+    settings: Settings,
+    accumulation: float,
+    num_items: Tensor | float | None,
+    backward: Callable[[Tensor], Any] | None,
+) -> Outcome:
     start = time.perf_counter()
+    # Stage 1: weights of the tokens, and rows with a gradient
     mask, advantages = batch["completion_mask"], batch["advantages"]
-    old, ref, sampled = (batch.get(f"{name}_per_token_logps") for name in ("old", "ref", "sampling"))
-    given = batch.get("importance_sampling_ratio")
     divisor = 1.0 if settings.loss_type == "dapo" else accumulation
     weights = grpo.token_weights(mask, settings.loss_type, settings.max_completion_length, num_items) / divisor
-
     skip = backward is not None and not settings.beta
     keep = advantages != 0 if skip else torch.ones_like(advantages, dtype=torch.bool)
-    rows = unpad(*(batch[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")), keep)
-    logps = torch.zeros(mask.shape, device=mask.device) if old is None else old.float().clone()
-    entropies = torch.zeros_like(logps)
-    correction = given
-    if given is None and sampled is not None and settings.correction is not None:
-        width = 1 if settings.correction.startswith("sequence") else mask.shape[1]
-        correction = torch.ones(len(mask), width, device=mask.device)
-    total = torch.zeros((), device=mask.device)
 
-    def value(numbers: Tensor, part: Tensor) -> Tensor:
-        """What the rows `numbers` [n] add to the loss; part: their log-probabilities [n, T'], T' <= T."""
+    # Stage 2: no padding
+    rows = unpad(batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], mask, keep)
 
-        def of(tensor):
-            return None if tensor is None else tensor[numbers, : part.shape[1]]
+    # Stage 3: forward and backward
+    loss = _BatchLoss(batch, settings, weights)
+    if backward is None:
+        loss.logps, loss.entropies = step.score(rows, (mask.shape[0], mask.shape[1]))
+        loss.of_rows(torch.arange(len(mask), device=mask.device), loss.logps)
+    else:
+        step.differentiate(rows, loss.of_packed, backward)
+    seconds = time.perf_counter() - start
+    old_logps = loss.logps if loss.old is None else loss.old
+    scored = mask * keep.unsqueeze(1)
+    return Outcome(loss.total, loss.logps, loss.entropies, mask, scored, old_logps, loss.correction, seconds)
 
-        here = of(mask)
-        if given is None and correction is not None:
-            before = part.detach() if old is None else of(old)
+
+class _BatchLoss:
+    """The loss of a batch, micro-batch by micro-batch, and what its forward passes bring: tensors of the whole batch.
+
+    Args:
+        batch (`dict`): As TRL hands it over, see the module.
+        settings (`Settings`): What decides the loss.
+        weights (`Tensor`): fp32 [B, T], what each token's loss is multiplied by (grpo.token_weights).
+    """
+
+    def __init__(self, batch: dict[str, Any], settings: Settings, weights: Tensor):
+        self.settings, self.weights = settings, weights
+        self.mask: Tensor = batch["completion_mask"]
+        self.advantages: Tensor = batch["advantages"]
+        self.old: Tensor | None = batch.get("old_per_token_logps")
+        self.ref: Tensor | None = batch.get("ref_per_token_logps")
+        self.sampled: Tensor | None = batch.get("sampling_per_token_logps")
+        device = self.mask.device
+        self.total = torch.zeros((), device=device)
+        self.logps = torch.zeros(self.mask.shape, device=device) if self.old is None else self.old.float().clone()
+        self.entropies = torch.zeros_like(self.logps)
+        self.correction: Tensor | None = batch.get("importance_sampling_ratio")
+        # TRL gives the correction for the engine where it made an "old" pass; else `of_rows` computes it, in this mode
+        self.mode = settings.correction if self.correction is None and self.sampled is not None else None
+        if self.mode is not None:
+            width = 1 if self.mode.startswith("sequence") else self.mask.shape[1]
+            self.correction = torch.ones(len(self.mask), width, device=device)
+
+    def of_packed(self, logps: Tensor, entropies: Tensor, packed: Packed) -> Tensor:
+        """What a micro-batch adds to the loss, a scalar with gradient, from its tokens' logps and entropies [S]."""
+        place = packed.number, packed.column
+        self.logps[place], self.entropies[place] = logps.detach(), entropies
+        rows, local = packed.number.unique(return_inverse=True)
+        padded = torch.zeros(len(rows), int(packed.column.max()) + 1, device=logps.device)
+        return self.of_rows(rows, padded.index_put((local, packed.column), logps))
+
+    def of_rows(self, rows: Tensor, logps: Tensor) -> Tensor:
+        """What the rows int64 [n] of the batch add to the loss, from their padded logps [n, T'], T' <= T."""
+        settings, length = self.settings, logps.shape[1]
+        mask, old, sampled = self.mask[rows, :length], _cut(self.old, rows, length), _cut(self.sampled, rows, length)
+        if self.mode is not None and sampled is not None and self.correction is not None:
+            of_rollout = logps.detach() if old is None else old
             limits = settings.correction_min, settings.correction_max
-            weight = grpo.engine_correction(before, of(sampled), here, settings.correction, *limits)
-            correction[numbers, : weight.shape[1]] = weight
+            weight = grpo.engine_correction(of_rollout, sampled, mask, self.mode, *limits)
+            self.correction[rows, : weight.shape[1]] = weight
         per_token = grpo.token_loss(
-            part, advantages[numbers], here, old_logps=of(old), ref_logps=of(ref), correction=of(correction),
-            beta=settings.beta, epsilon=settings.epsilon, epsilon_high=settings.epsilon_high, delta=settings.delta,
+            logps, self.advantages[rows], mask, old_logps=old, ref_logps=_cut(self.ref, rows, length),
+            correction=_cut(self.correction, rows, length), beta=settings.beta, epsilon=settings.epsilon,
+            epsilon_high=settings.epsilon_high, delta=settings.delta,
             importance_sampling_level=settings.importance_sampling_level,
             use_bias_correction_kl=settings.use_bias_correction_kl,
         )  # fmt: skip
-        loss = (per_token * of(weights)).sum()
-        total.add_(loss.detach())
+        loss = (per_token * self.weights[rows, :length]).sum()
+        self.total.add_(loss.detach())
         return loss
 
-    def objective(new: Tensor, entropy: Tensor, packed) -> Tensor:
-        place = packed.number, packed.column
-        logps[place], entropies[place] = new.detach(), entropy
-        numbers, local = packed.number.unique(return_inverse=True)
-        part = torch.zeros(len(numbers), int(packed.column.max()) + 1, device=new.device)
-        return value(numbers, part.index_put((local, packed.column), new))
 
-    if backward is None:
-        logps, entropies = step.score(rows, tuple(mask.shape))
-        value(torch.arange(len(mask), device=mask.device), logps)
-    else:
-        step.differentiate(rows, objective, backward)
-    seconds = time.perf_counter() - start
-    scored = mask * keep.unsqueeze(1)
-    return Outcome(total, logps, entropies, mask, scored, logps if old is None else old, correction, seconds)
+def _cut(tensor: Tensor | None, rows: Tensor, length: int) -> Tensor | None:
+    return None if tensor is None else tensor[rows, :length]
 
 
-def metrics(outcome: Outcome, batch: dict, settings: Settings, reduce: Callable, gather: Callable) -> dict[str, float]:
+def metrics(
+    outcome: Outcome,
+    batch: dict[str, Any],
+    settings: Settings,
+    reduce: Callable[[Tensor], Tensor],
+    gather: Callable[[Tensor], Tensor],
+) -> dict[str, float]:
     """What TRL logs of a batch, by TRL's names, and: sampling/kl, frac_zero_signal_skipped, tokens_per_second, peak_gb.
 
-    reduce: adds a tensor up over all processes, gather: lays a tensor of each end to end (accelerator's). Every process
-    calls them equally often, whatever its rows are like. NaN stands for what cannot be told.
+    Args:
+        outcome (`Outcome`): From `run` on this batch.
+        batch (`dict`): As TRL hands it over, see the module.
+        settings (`Settings`): As in `run`.
+        reduce (`Callable`): Adds a tensor up over all processes, as accelerator.reduce.
+        gather (`Callable`): Concatenates a tensor of all processes, as accelerator.gather.
+
+    Returns means over all tokens, or all rows, of all processes; NaN where there is nothing to tell. Every process
+    calls `reduce` and `gather` equally often, whatever its rows are like.
     """
     mask, level = outcome.mask, settings.importance_sampling_level
     advantages = batch["advantages"].unsqueeze(1)
 
     def mean(x: Tensor, over: Tensor = mask) -> float:
-        """Over all tokens of all processes; over rows where there is one number a row."""
+        """Over all tokens of all processes; over rows where there is one number per row."""
         if x.shape[1] == 1:
             over = torch.ones_like(x)
         total, count = reduce(torch.stack([(x * over).sum(), over.sum().float()])).tolist()
         return total / max(count, 1.0)
 
     coef = grpo.ratio(outcome.logps, outcome.old_logps, mask, level)
-    found = {}
+    logs: dict[str, float] = {}
     if settings.beta:
         divergence = grpo.kl(outcome.logps, batch["ref_per_token_logps"])
-        found["kl"] = mean(divergence * coef if settings.use_bias_correction_kl else divergence)
-    found["entropy"] = mean(outcome.entropies, outcome.scored)
+        logs["kl"] = mean(divergence * coef if settings.use_bias_correction_kl else divergence)
+    logs["entropy"] = mean(outcome.entropies, outcome.scored)
     coef = coef if settings.delta is None else coef.clamp(max=settings.delta)
     low = ((coef < 1 - settings.epsilon) & (advantages < 0)).float()
     high = ((coef > 1 + settings.epsilon_high) & (advantages > 0)).float()
@@ -160,27 +219,27 @@ def metrics(outcome: Outcome, batch: dict, settings: Settings, reduce: Callable,
     def by_row(x: Tensor) -> Tensor:
         return gather(x.squeeze(1) if x.shape[1] == 1 else (x * mask).sum(-1) / mask.sum(-1))
 
-    found["clip_ratio/low_mean"], found["clip_ratio/high_mean"] = mean(low), mean(high)
-    found["clip_ratio/region_mean"] = mean(torch.maximum(low, high))
-    found["clip_ratio/low_min"] = by_row(low).nan_to_num(nan=torch.inf).min().item()
-    found["clip_ratio/high_max"] = by_row(high).nan_to_num(nan=-torch.inf).max().item()
+    logs["clip_ratio/low_mean"], logs["clip_ratio/high_mean"] = mean(low), mean(high)
+    logs["clip_ratio/region_mean"] = mean(torch.maximum(low, high))
+    logs["clip_ratio/low_min"] = by_row(low).nan_to_num(nan=torch.inf).min().item()
+    logs["clip_ratio/high_max"] = by_row(high).nan_to_num(nan=-torch.inf).max().item()
 
     sampled = batch.get("sampling_per_token_logps")
     if sampled is not None:
         known = outcome.scored * ~sampled.isnan()
         sampled = torch.where(known.bool(), sampled, outcome.logps)
         difference = (outcome.logps - sampled).abs()
-        found["sampling/kl"] = mean(grpo.kl(sampled, outcome.logps), known)
-        found["sampling/sampling_logp_difference/mean"] = mean(difference, known)
-        found["sampling/sampling_logp_difference/max"] = gather(difference.max()).max().item()
+        logs["sampling/kl"] = mean(grpo.kl(sampled, outcome.logps), known)
+        logs["sampling/sampling_logp_difference/mean"] = mean(difference, known)
+        logs["sampling/sampling_logp_difference/max"] = gather(difference.max()).max().item()
     if outcome.correction is not None:
-        every = gather(outcome.correction.min()), gather(outcome.correction.max())
-        found["sampling/importance_sampling_ratio/min"] = every[0].min().item()
-        found["sampling/importance_sampling_ratio/mean"] = mean(outcome.correction)
-        found["sampling/importance_sampling_ratio/max"] = every[1].max().item()
+        lowest, highest = gather(outcome.correction.min()), gather(outcome.correction.max())
+        logs["sampling/importance_sampling_ratio/min"] = lowest.min().item()
+        logs["sampling/importance_sampling_ratio/mean"] = mean(outcome.correction)
+        logs["sampling/importance_sampling_ratio/max"] = highest.max().item()
     skipped = (outcome.scored.sum(1) == 0) & (mask.sum(1) > 0)
-    found["frac_zero_signal_skipped"] = mean(skipped.float().unsqueeze(1))
-    found["tokens_per_second"] = reduce(mask.sum().float()).item() / max(outcome.seconds, 1e-9)
+    logs["frac_zero_signal_skipped"] = mean(skipped.float().unsqueeze(1))
+    logs["tokens_per_second"] = reduce(mask.sum().float()).item() / max(outcome.seconds, 1e-9)
     if mask.is_cuda:
-        found["peak_gb"] = torch.cuda.max_memory_allocated(mask.device) / GB
-    return found
+        logs["peak_gb"] = torch.cuda.max_memory_allocated(mask.device) / GB
+    return logs

@@ -1,14 +1,14 @@
 """Causal attention over packed sequences, where a sequence may have more keys than queries (a shared prompt's).
 
-Query i of a sequence with n queries and m keys sees the keys up to m - n + i: the causal mask's lower right corner.
+Query i of a sequence with n queries and m keys sees the keys up to m - n + i: a causal mask aligned bottom-right.
 Three backends compute it:
 
 "flash"      one launch for all sequences, keys and values of fewer heads as they are; 16 bits, Ampere and later
 "efficient"  one launch, keys and values expanded to all heads; what a T4 has
-"rows"       one `scaled_dot_product_attention` a sequence; any device, and what the other two are checked against
+"rows"       one `scaled_dot_product_attention` per sequence; any device, and the reference for the other two
 
-The first two are torch's own operators behind SDPA, called with sequence ends, which SDPA does not pass on. They are
-not torch's public names, so `choose` tries them once, on small numbers, before they are relied upon.
+The first two are the operators behind torch's SDPA, called with sequence ends, which SDPA does not pass on. They are
+not torch's public API, so `choose` runs them once on a small input before they are relied upon.
 """
 
 import warnings
@@ -19,18 +19,30 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import CausalVariant, causal_lower_right
 
-from .packing import Packed, Rows, pack, take, unpad
+from nbhelpers import gpu
+
+from .packing import Packed, pack, take, unpad
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float, backend: str) -> Tensor:
-    """q [1, heads, T, D]; k, v [1, kv heads, T, D] -> [1, T, heads * D]."""
+    """Attention of each token to those before it in its own text.
+
+    Args:
+        q (`Tensor`): [1, heads, T, D].
+        k (`Tensor`), v (`Tensor`): [1, kv heads, T, D], in the dtype of q.
+        packed (`Packed`): Which tokens see which.
+        scale (`float`): What q · k is multiplied by.
+        backend (`str`): "flash", "efficient" or "rows".
+
+    Returns [1, T, heads * D] in the dtype of q.
+    """
     q, k, v = (t.squeeze(0).transpose(0, 1) for t in (q, k, v))  # [T, heads, D], any strides
     if packed.keys is not None:
         k, v = take(k, packed.keys), take(v, packed.keys)
     return _BACKENDS[backend](q, k, v, packed, scale).reshape(1, q.shape[0], -1)
 
 
-def _flash(q, k, v, packed, scale):
+def _flash(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float) -> Tensor:
     return torch.ops.aten._flash_attention_forward(
         q, k, v, packed.q_ends, packed.k_ends, *packed.longest, 0.0, True, False, scale=scale
     )[0]
@@ -41,7 +53,7 @@ def _expand(t: Tensor, heads: int) -> Tensor:
     return t if t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], dim=1)
 
 
-def _efficient(q, k, v, packed, scale):
+def _efficient(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float) -> Tensor:
     k, v = _expand(k, q.shape[1]), _expand(v, q.shape[1])
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     corner = int(CausalVariant.LOWER_RIGHT)
@@ -51,14 +63,14 @@ def _efficient(q, k, v, packed, scale):
     )[0][0]  # fmt: skip
 
 
-def _rows(q, k, v, packed, scale):
+def _rows(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float) -> Tensor:
     k, v = _expand(k, q.shape[1]), _expand(v, q.shape[1])
-    queries, keys = [b - a for a, b, _, _ in packed.sequences], [d - c for _, _, c, d in packed.sequences]
     outputs = []
-    for row in zip(q.split(queries), k.split(keys), v.split(keys), strict=True):
-        one = [t.transpose(0, 1).unsqueeze(0) for t in row]
-        mask = causal_lower_right(len(row[0]), len(row[1]))
-        outputs.append(F.scaled_dot_product_attention(*one, attn_mask=mask, scale=scale))
+    for first_query, last_query, first_key, last_key in packed.sequences:
+        queries, keys = slice(first_query, last_query), slice(first_key, last_key)
+        mask = causal_lower_right(last_query - first_query, last_key - first_key)
+        batched = [t.transpose(0, 1).unsqueeze(0) for t in (q[queries], k[keys], v[keys])]
+        outputs.append(F.scaled_dot_product_attention(batched[0], batched[1], batched[2], attn_mask=mask, scale=scale))
     return torch.cat([out.squeeze(0).transpose(0, 1) for out in outputs])
 
 
@@ -66,11 +78,10 @@ _BACKENDS = {"flash": _flash, "efficient": _efficient, "rows": _rows}
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> str:
-    """The fastest backend that this device has and that gives what "rows" gives."""
+    """The fastest backend that this device has for tensors of `dtype`, and that gives what "rows" gives."""
     if device.type != "cuda":
         return "rows"
-    modern = torch.cuda.get_device_capability(device) >= (8, 0) and dtype != torch.float32
-    backend = "flash" if modern else "efficient"
+    backend = "flash" if gpu.capability(device) >= (8, 0) and dtype != torch.float32 else "efficient"
     wrong = check(backend, device, dtype)
     if wrong is None:
         return backend
@@ -89,16 +100,16 @@ def check(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     ids = torch.randint(9, (4, 150), generator=generator)
     lengths = torch.tensor([70, 1, 33, 40])[:, None]
     prompts = torch.tensor([[3], [3], [3], [4]]).expand(4, 20)
-    batch: Rows = unpad(prompts, torch.ones(4, 20), ids, torch.arange(150) < lengths)
+    batch = unpad(prompts, torch.ones(4, 20), ids, torch.arange(150) < lengths)
     packed = pack(batch, batch.rows, device)
     tokens = packed.ids.shape[1]
     tensors = [torch.randn(1, heads, tokens, 64, generator=generator).to(device, dtype) for heads in (4, 2, 2)]
     upstream = torch.randn(1, tokens, 256, generator=generator).to(device)
 
-    def run(backend, dtype):
-        leaves = [t.to(dtype).requires_grad_() for t in (t.detach() for t in tensors)]
-        out = attend(*leaves, packed, 0.125, backend)
-        return [out, *torch.autograd.grad(out, leaves, upstream.to(dtype))]
+    def run(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        q, k, v = (t.detach().to(dtype).requires_grad_() for t in tensors)
+        out = attend(q, k, v, packed, 0.125, backend)
+        return [out, *torch.autograd.grad(out, (q, k, v), upstream.to(dtype))]
 
     try:
         with torch.enable_grad():

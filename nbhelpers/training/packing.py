@@ -1,4 +1,4 @@
-"""Completions of any length laid end to end, a group's prompt once: no work is done on padding.
+"""Completions of any length laid end to end, a group's prompt once: nothing is computed for padding.
 
     prompt 1 | completion 1a | completion 1b | ... | prompt 2 | completion 2a | ...        T tokens, one row
 
@@ -8,90 +8,112 @@ predicts nothing and is left out; its first is predicted by the prompt's last to
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
 class Row(NamedTuple):
-    """One completion of a padded batch: its number there, which of the distinct prompts it has, and lengths."""
+    """The size of one completion and of its prompt, and where both stand: no tokens."""
 
-    number: int
-    prompt: int
-    prompt_length: int
-    completion_length: int
+    number: int  # its row in the padded batch
+    prompt: int  # index into Rows.prompts
+    prompt_length: int  # tokens
+    completion_length: int  # tokens
 
 
 @dataclass
 class Rows:
-    """A padded batch without its padding. prompts: the distinct ones; completions: {row number: ids}, all int64 [n]."""
+    """A batch on the host without its padding: the rows, and the token ids that they refer to."""
 
     rows: list[Row]
-    prompts: list[Tensor]
-    completions: dict[int, Tensor]
+    prompts: list[Tensor]  # int64 [tokens], each distinct prompt once
+    completions: dict[int, Tensor]  # int64 [tokens], by Row.number
 
 
-def unpad(prompt_ids, prompt_mask, completion_ids, completion_mask, keep=None) -> Rows:
-    """The rows of a batch as TRL has it: prompts padded on the left, completions on the right; masks are 1 on tokens.
+def unpad(
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    keep: Tensor | None = None,
+) -> Rows:
+    """The rows of a batch as TRL has it: prompts padded on the left, completions on the right.
 
-    prompt_ids, prompt_mask [B, P]; completion_ids, completion_mask [B, T]; keep bool [B]: rows to take (None: all).
+    Args:
+        prompt_ids (`Tensor`), prompt_mask (`Tensor`): [B, P], int64 and 1 on tokens.
+        completion_ids (`Tensor`), completion_mask (`Tensor`): [B, T], int64 and 1 on tokens.
+        keep (`Tensor`, *optional*): bool [B], rows to take; None for all.
+
     Rows without a completion token are left out: nothing of them is scored.
     """
     prompt_ids, completion_ids = prompt_ids.cpu(), completion_ids.cpu()
     prompt_mask, completion_mask = prompt_mask.bool().cpu(), completion_mask.bool().cpu()
     lengths = completion_mask.sum(1).tolist()
-    keep = [True] * len(lengths) if keep is None else keep.tolist()
+    kept = [True] * len(lengths) if keep is None else keep.tolist()
     numbers: dict[bytes, int] = {}
-    found = Rows([], [], {})
+    batch = Rows([], [], {})
     for number, length in enumerate(lengths):
-        if not length or not keep[number]:
+        if not length or not kept[number]:
             continue
         prompt = prompt_ids[number][prompt_mask[number]]
-        which = numbers.setdefault(prompt.numpy().tobytes(), len(numbers))
-        if which == len(found.prompts):
-            found.prompts.append(prompt)
-        found.rows.append(Row(number, which, len(prompt), length))
-        found.completions[number] = completion_ids[number][completion_mask[number]]
-    return found
+        index = numbers.setdefault(prompt.numpy().tobytes(), len(numbers))
+        if index == len(batch.prompts):
+            batch.prompts.append(prompt)
+        batch.rows.append(Row(number, index, len(prompt), length))
+        batch.completions[number] = completion_ids[number][completion_mask[number]]
+    return batch
 
 
 @dataclass
 class Packed:
-    """T tokens of several completions and what attention and the vocabulary have to know about them.
+    """Some rows of a batch as one row of T tokens on the device: what goes through the model in one micro-batch.
 
-    ids, positions: int64 [1, T]. source, target: int64 [S], the token whose output predicts, and what it should
-    predict. number, column: int64 [S], where in the padded [B, T] batch that stands. sequences: (first query, end,
-    first key, end) of each. keys: int64 [K], the tokens whose keys and values lie end to end in the order of
-    `sequences`, or None where those are the T tokens as they are. q_ends, k_ends: int32 [sequences + 1].
+    S of its tokens are scored. A "sequence" is what attention sees: queries that attend to a stretch of keys.
     """
 
-    ids: Tensor
-    positions: Tensor
-    source: Tensor
-    target: Tensor
-    number: Tensor
-    column: Tensor
-    sequences: list[tuple[int, int, int, int]]
-    keys: Tensor | None
-    q_ends: Tensor
-    k_ends: Tensor
+    ids: Tensor  # int64 [1, T]
+    positions: Tensor  # int64 [1, T], of each token in its own text
+    source: Tensor  # int64 [S], the token whose output predicts
+    target: Tensor  # int64 [S], the id that it should predict
+    number: Tensor  # int64 [S], row of the predicted token in the padded [B, T] batch
+    column: Tensor  # int64 [S], and its column
+    sequences: list[tuple[int, int, int, int]]  # (first query, end, first key, end) of each
+    keys: Tensor | None  # int64 [K], tokens whose keys and values lie end to end by sequence; None: the T tokens
+    q_ends: Tensor  # int32 [sequences + 1], where the queries of each sequence begin, and the last ones end
+    k_ends: Tensor  # int32 [sequences + 1], the same of its keys
 
     @property
     def longest(self) -> tuple[int, int]:
         """The most queries and the most keys of a sequence."""
-        return max(b - a for a, b, _, _ in self.sequences), max(d - c for _, _, c, d in self.sequences)
+        queries = max(end - first for first, end, _, _ in self.sequences)
+        return queries, max(end - first for _, _, first, end in self.sequences)
 
 
-def pack(batch: Rows, rows: list[Row], device, share: bool = True) -> Packed:
-    """Some rows of a batch as one packed row on `device`; share=False computes every completion's prompt anew."""
+def pack(batch: Rows, rows: list[Row], device: torch.device | str, share: bool = True) -> Packed:
+    """Some rows of a batch laid end to end on `device`.
+
+    Args:
+        batch (`Rows`): Where the tokens are.
+        rows (`list[Row]`): At least one of `batch.rows`.
+        device (`torch.device` or `str`): Where the result goes.
+        share (`bool`): Compute a prompt once for all of its completions; False: once for each.
+    """
     groups: dict[object, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.prompt if share else row, []).append(row)
-    ids, positions, source, target, number, column, sequences, keys = [], [], [], [], [], [], [], []
+    ids: list[Tensor] = []
+    positions: list[Tensor] = []
+    source: list[Tensor] = []
+    target: list[Tensor] = []
+    number: list[Tensor] = []
+    column: list[Tensor] = []
+    sequences: list[tuple[int, int, int, int]] = []
+    keys: list[Tensor] = []
     total = total_keys = 0
 
-    def sequence(tokens, first_position, new_keys):
+    def sequence(tokens: Tensor, first_position: int, new_keys: Tensor) -> None:
         nonlocal total, total_keys
         ids.append(tokens)
         positions.append(torch.arange(first_position, first_position + len(tokens)))
@@ -123,26 +145,26 @@ def pack(batch: Rows, rows: list[Row], device, share: bool = True) -> Packed:
     shared = total_keys != total
     ends = [torch.tensor([0, *(s[i] for s in sequences)], dtype=torch.int32) for i in (1, 3)]
 
-    def there(parts):
-        return torch.cat(parts).to(device, non_blocking=True)
+    def on_device(tensors: list[Tensor]) -> Tensor:
+        return torch.cat(tensors).to(device, non_blocking=True)
 
     return Packed(
-        there(ids)[None], there(positions)[None], there(source), there(target), there(number), there(column),
-        sequences, there(keys) if shared else None, ends[0].to(device), ends[1].to(device),
+        on_device(ids)[None], on_device(positions)[None], on_device(source), on_device(target), on_device(number),
+        on_device(column), sequences, on_device(keys) if shared else None, ends[0].to(device), ends[1].to(device),
     )  # fmt: skip
 
 
 class Take(torch.autograd.Function):
-    """x[index] along the first dimension; what comes back to a row that was taken several times is summed in fp32."""
+    """`take`: the gradients of a row that was taken several times are summed in fp32."""
 
     @staticmethod
-    def forward(ctx, x, index):
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
         ctx.shape = x.shape
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
         wide = torch.promote_types(grad.dtype, torch.float32)
         total = torch.zeros(ctx.shape, dtype=wide, device=grad.device)
@@ -150,4 +172,5 @@ class Take(torch.autograd.Function):
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] along the first dimension, index int64 [n], where a row may be taken several times."""
     return Take.apply(x, index)

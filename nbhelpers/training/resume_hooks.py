@@ -2,11 +2,11 @@
 
 They touch these private parts of TRL and transformers:
 
-    _step, _buffered_inputs                 TRL's: where the run stands in a rollout
+    _step, _buffered_inputs                 TRL's: where the run is within a rollout
     _metrics                                TRL's: numbers that are not logged yet
-    _get_train_sampler                      in a resumed run the prompts of its own epoch, not of the first
+    _get_train_sampler                      a resumed run gets the prompts of its own epoch, not the first's
     _save_checkpoint, _get_output_dir       transformers write into a staging folder
-    _save                                   an adapter is saved so that it knows its base
+    _save                                   an adapter is saved with what it is an adapter of
     _load_from_checkpoint, _load_scaler     weights of a finished run; a run that changed its precision
     _issue_warnings_after_load              no warning for tied weights, which are not stored twice
 """
@@ -104,11 +104,11 @@ class ResumeHooks(Hooks):
             transformers_logging.enable_progress_bar()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """transformers' hook: the adapter of a model from `loader.load` is saved so that it knows its base."""
+        """transformers' hook: the adapter of a model from `loader.load` is saved with what it is an adapter of."""
         model = self.accelerator.unwrap_model(self.model)
         if state_dict is not None or not adapter.loras(model) or adapter.base_of(model) is None:
             super()._save(output_dir, state_dict)
-            if self.args.should_save:  # a pickle that nobody reads
+            if self.args.should_save:  # a pickle that nothing reads
                 Path(output_dir or self._root, TRAINING_ARGS_NAME).unlink(missing_ok=True)
         elif self.args.should_save:
             folder = output_dir or self._root
@@ -248,9 +248,9 @@ class ResumeHooks(Hooks):
         self.accelerator.wait_for_everyone()
         self._saved = self.state.global_step
 
-    def _load_scaler(self, checkpoint: str | None) -> None:
+    def _load_scaler(self, folder: str | None) -> None:
         if self.accelerator.scaler is not None:  # there is none in bf16: the run began in fp16, on another card
-            super()._load_scaler(checkpoint)
+            super()._load_scaler(folder)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         tied = self.model.all_tied_weights_keys  # tied weights are stored once

@@ -1,6 +1,6 @@
 """`LeanGRPOTrainer`: TRL's GRPOTrainer with defaults that fit the machine, clear errors, and nothing lost on a stop.
 
-Three files touch TRL's private parts: lean_hooks.py, resume_hooks.py and this one. Here these are:
+Only the files of hooks and this one touch TRL's private parts. Here these are:
 
     _generate_single_turn                   the engine writes the completions
     _logs                                   the newest rollout, for what the panel shows
