@@ -7,8 +7,7 @@ With trainer.py and lean.py the only file that touches private parts of TRL and 
     _get_train_sampler                      in a resumed run the prompts of its own epoch, not of the first
     _save_checkpoint, _get_output_dir       transformers write into a staging folder
     _save                                   an adapter is saved so that it knows its base
-    _load_from_checkpoint                   the trained adapter too; weights of a finished run
-    _load_scaler                            a run that changed its precision
+    _load_from_checkpoint, _load_scaler     weights of a finished run; a run that changed its precision
     _issue_warnings_after_load              not about a head that is the embedding
 """
 
@@ -177,6 +176,14 @@ class ResumingTrainer(LeanStepTrainer):
         model = self.accelerator.unwrap_model(self.model)
         return checkpoint.describe(model, self.args, self.train_dataset, self.reward_func_names)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """transformers' hook. Beside the trained adapter TRL keeps a copy for the KL term, "ref", which peft saves in a
+        subfolder; transformers 5.15 then reads the subfolders only, and training would go on from a random adapter."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        loaded = self.model if model is None else model
+        if len(adapter.loras(loaded)) > 1 and (Path(resume_from_checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME).exists():
+            adapter.peft_model(loaded).load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+
     def _finished(self, folder: Path) -> bool:
         """Whether nothing is left to do; then the model has the checkpoint's weights and the callbacks its log."""
         state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
@@ -219,14 +226,6 @@ class ResumingTrainer(LeanStepTrainer):
             checkpoint.rotate(root, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
         self._saved = self.state.global_step
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        """transformers' hook. Beside the trained adapter TRL keeps a copy for the KL term, "ref", which peft saves in a
-        subfolder; transformers 5.15 then reads the subfolders only, and training would go on from a random adapter."""
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        trained = self.model if model is None else model
-        if len(adapter.loras(trained)) > 1 and (Path(resume_from_checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME).exists():
-            trained.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
 
     def _load_scaler(self, folder) -> None:
         if self.accelerator.scaler is not None:  # none: the run began in fp16, on another card
