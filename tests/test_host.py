@@ -101,7 +101,8 @@ def test_require(gpus, monkeypatch):
 
 def test_versions_import_nothing():
     found = host.versions()
-    assert found["torch"] == torch.__version__ and "bitsandbytes" in found
+    # a build's own part of the version, "+cu128", is in one of the two or in both
+    assert found["torch"].split("+")[0] == torch.__version__.split("+")[0] and "bitsandbytes" in found
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
 
 

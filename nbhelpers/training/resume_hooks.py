@@ -19,6 +19,7 @@ import torch
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
 from nbhelpers.models import adapter
@@ -204,6 +205,14 @@ class ResumeHooks(Hooks):
     def _run(self) -> dict:
         model = self.accelerator.unwrap_model(self.model)
         return checkpoint.describe(model, self.args, self.train_dataset, self.reward_func_names)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """transformers' hook. Beside the trained adapter TRL keeps a copy for the KL term, "ref", which peft saves in a
+        subfolder; transformers 5.15 then reads the subfolders only, and training would go on from a random adapter."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        loaded = self.model if model is None else model
+        if len(adapter.loras(loaded)) > 1 and (Path(resume_from_checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME).exists():
+            adapter.peft_model(loaded).load_adapter(resume_from_checkpoint, "default", is_trainable=True)
 
     def _finished(self, folder: Path) -> bool:
         """Whether nothing is left to do; then the model has the checkpoint's weights and the callbacks its log."""

@@ -5,9 +5,11 @@ import copy
 import numpy
 import pytest
 import torch
+import transformers
 from engine_models import ARCHITECTURES, LLAMA3
 from export_cases import load, logits, rounded, trained
-from gguf import GGUFReader
+from gguf import GGUFReader, TokenType
+from packaging.version import Version
 from transformers import AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -36,9 +38,17 @@ def test_the_tokenizer_in_a_gguf_file_reads_text_alike(base, tmp_path, tokenizer
     export.merged(model, tokenizer, tmp_path / "merged")
     export.gguf(tmp_path / "merged", tokenizer, tmp_path / "a.gguf", "f16")  # from the folder
     its = AutoTokenizer.from_pretrained(tmp_path, gguf_file="a.gguf")
-    for text in ("Which is bigger, 9.11 or 9.9?", "<answer>3.41</answer>  two  spaces\n", "Grüße 你好"):
+    # before 5.18 transformers' reader puts its own added tokens and end in place of the file's
+    reads_all = Version(transformers.__version__) >= Version("5.18")
+    added = ["<answer>3.41</answer>  two  spaces\n"] if reads_all else []
+    for text in ("Which is bigger, 9.11 or 9.9?", "two  spaces\n", "Grüße 你好", *added):
         assert its(text)["input_ids"] == tokenizer(text)["input_ids"]
-    assert its.eos_token == tokenizer.eos_token and its.chat_template == tokenizer.chat_template
+    fields = GGUFReader(tmp_path / "a.gguf").fields
+    answer = tokenizer.convert_tokens_to_ids("<answer>")
+    assert fields["tokenizer.ggml.token_type"].contents()[answer] == TokenType.USER_DEFINED
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos_token_id
+    assert its.eos_token == tokenizer.eos_token or not reads_all
+    assert its.chat_template == tokenizer.chat_template
 
 
 def test_a_sentencepiece_tokenizer_too(base, tmp_path):

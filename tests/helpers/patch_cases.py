@@ -39,12 +39,13 @@ def quantise(model: nn.Module) -> None:
 
 
 def make(
-    name: str, *, config=None, four_bit=False, lora=True, dropout=0.0, dtype=torch.float32, device="cpu", **options
-):
+    name: str, *, config=None, four_bit=False, lora=True, dropout=0.0, dtype=torch.float32, device="cpu", seed=1,
+    **options
+):  # fmt: skip
     """A small random model, frozen, perhaps in 4 bits, with a LoRA whose B is not zero."""
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config or CONFIGS[name]).requires_grad_(False).to(device, dtype)
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith(("norm.weight", "bias")):

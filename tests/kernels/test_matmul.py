@@ -16,6 +16,8 @@ no_triton = importlib.util.find_spec("triton") is None
 # hidden and intermediate sizes of Qwen2.5-1.5B, Llama-3.1-8B and Phi-4, cut by 64, and primes
 SIZES = [(24, 140), (64, 224), (80, 280), (13, 29)]
 ROWS = [1, 7, 12]
+# x is drawn in fp32 and rounded: what randn draws in fp16 differs between versions of torch, and with some draws a
+# gradient of A cancels, so that the reference in fp16 is itself further from the truth than the tolerance
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +97,7 @@ class TestLoraLinear:
     @pytest.mark.parametrize("hidden, wide", SIZES)
     def test_nf4(self, hidden, wide, rows, dtype):
         part = layer(hidden, wide, dtype, quantised=True)
-        x = torch.randn(rows, hidden, dtype=dtype)
+        x = torch.randn(rows, hidden).to(dtype)
         both = [run(b, kernels.lora_linear, x, [part], part) for b in ("triton", "torch")]
         same(*both, TOLERANCE[dtype])
 
@@ -109,7 +111,7 @@ class TestLoraLinear:
             layer(64, 32, r=5, bias=False, **options),
             layer(64, 32, lora=False, **options),
         )
-        x = torch.randn(2, 6, 64, dtype=dtype)
+        x = torch.randn(2, 6, 64).to(dtype)
         both = [run(b, kernels.lora_linear_group, x, parts, parts) for b in ("triton", "torch")]
         same(*both, TOLERANCE[dtype])
 
@@ -129,7 +131,7 @@ class TestLoraLinear:
     def test_with_a_norm_folded_in(self, dtype):
         norm = (torch.rand(64).to(dtype) + 0.5, 1e-6)
         parts = tuple(layer(64, n, dtype, quantised=True) for n in (32, 16))
-        x = torch.randn(2, 6, 64, dtype=dtype) * 3
+        x = torch.randn(2, 6, 64).to(dtype) * 3
         both = [run(b, kernels.lora_linear_group, x, parts, parts, norm) for b in ("triton", "torch")]
         same(*both, TOLERANCE[dtype])
 
@@ -191,8 +193,8 @@ class TestLoraMLP:
     @pytest.mark.parametrize("hidden, wide", SIZES)
     def test_nf4(self, hidden, wide, packed, dtype):
         gate_up, down = self.parts(hidden, wide, packed, dtype=dtype, quantised=True)
-        x = torch.randn(5, hidden, dtype=dtype)
-        for residual in (None, torch.randn(5, hidden, dtype=dtype)):
+        x = torch.randn(5, hidden).to(dtype)
+        for residual in (None, torch.randn(5, hidden).to(dtype)):
             rest = (gate_up, down, residual)
             same(*[run(b, kernels.lora_mlp, x, [*gate_up, down], *rest) for b in ("triton", "torch")], TOLERANCE[dtype])
 
@@ -200,8 +202,8 @@ class TestLoraMLP:
     def test_with_a_norm_folded_in(self, dtype):
         gate_up, down = self.parts(64, 96, False, dtype=dtype, quantised=True)
         norm = (torch.rand(64).to(dtype) + 0.5, 1e-6)
-        x = torch.randn(5, 64, dtype=dtype)
-        for residual in (None, torch.randn(5, 64, dtype=dtype)):
+        x = torch.randn(5, 64).to(dtype)
+        for residual in (None, torch.randn(5, 64).to(dtype)):
             rest = (gate_up, down, residual, norm)
             same(*[run(b, kernels.lora_mlp, x, [*gate_up, down], *rest) for b in ("triton", "torch")], TOLERANCE[dtype])
 
@@ -234,7 +236,7 @@ class TestLoraMLP:
 
         monkeypatch.setattr(module, "swiglu_forward", spied)
         gate_up, down = self.parts(64, 1100, packed, dtype=dtype, quantised=True)
-        x = torch.randn(2, 5, 64, dtype=dtype)
+        x = torch.randn(2, 5, 64).to(dtype)
         with kernels.use("triton"):
             wanted = kernels.lora_mlp(x, gate_up, down, x)
             with torch.no_grad():

@@ -104,9 +104,9 @@ def test_gradient_checkpointing(name, reentrant):
     check_gradient_checkpointing(name, False, reentrant, "torch")
 
 
-def model_errors(name: str, device: str, dtype: torch.dtype, four_bit: bool) -> tuple[float, float]:
+def model_errors(name: str, device: str, dtype: torch.dtype, four_bit: bool, seed: int = 1) -> tuple[float, float]:
     """(patched model's error, stock's error) of logits and LoRA gradients against the same model in fp64."""
-    model, inputs = make(name, four_bit=four_bit, dtype=dtype, device=device), batch(device)
+    model, inputs = make(name, four_bit=four_bit, dtype=dtype, device=device, seed=seed), batch(device)
     truth_model = make(name, four_bit=False, dtype=torch.float64)
     load_exactly(truth_model, model)
     truth = step(truth_model, {key: value.cpu() for key, value in inputs.items()})
@@ -131,8 +131,11 @@ def load_exactly(truth: nn.Module, model: nn.Module) -> None:
 
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_no_less_exact_than_stock_in_bf16(four_bit):
-    ours, stock = model_errors("llama", "cpu", torch.bfloat16, four_bit)
-    assert ours < 1.1 * stock
+    """The largest error of one random model says little: ours over stock's has a deviation of 0.2 over seeds. Of sums
+    over 12 models it is 0.05, around 0.95, with torch 2.10 and 2.13, so that 1.1 is three deviations away."""
+    errors = [model_errors("llama", "cpu", torch.bfloat16, four_bit, seed) for seed in range(12)]
+    ours, stock = zip(*errors, strict=True)
+    assert sum(ours) < 1.1 * sum(stock)
 
 
 def planted(name: str, device: str, size: float):
