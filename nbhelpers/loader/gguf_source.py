@@ -1,8 +1,8 @@
 """A GGUF file as a checkpoint: config, tokenizer and tensor names as transformers has them, from the file's metadata.
 
-transformers' own readers serve where they are right. For the config they are not: they take half a minute for a
-vocabulary of 150,000, and pass over Phi3's window and partial rotation and Llama 3's frequency factors. Their tokenizer
-is taken, and put right where llama.cpp's rule is another (`_like_llama_cpp`).
+transformers' own readers are not used. That of the config takes half a minute for a vocabulary of 150,000, and passes
+over Phi3's window and partial rotation and Llama 3's frequency factors. That of the tokenizer splits the file's own
+added tokens before transformers 5.18, and knows only some of llama.cpp's rules.
 """
 
 import math
@@ -28,6 +28,14 @@ FACTORS = "rope_freqs.weight"  # what Llama 3's rope divides each frequency by
 # llama.cpp's names for rules by which byte-level text is cut into words. Those of the first line give a word that is a
 # token whole, whatever the merges say, and begin a text with the begin token unless the file says otherwise.
 _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+_LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _RULES = (*_WHOLE_WORDS, "dbrx", "smaug-bpe", "qwen2", "deepseek-r1-qwen", "gpt-2", "smollm")
 
 
@@ -212,10 +220,6 @@ def llama3(factors: np.ndarray, theta: float, head_dim: int, file: Path) -> dict
 def _tokenizer(header: Header) -> "PreTrainedTokenizerBase":
     from transformers import PreTrainedTokenizerFast
 
-    class FromGguf(PreTrainedTokenizerFast):
-        # else a tokenizer.json that lies beside the file would be read instead of it
-        vocab_files_names = {}  # noqa: RUF012
-
     file, metadata = header.files[0], header.metadata
     kind, rule = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
     if kind not in ("gpt2", "llama"):
@@ -230,7 +234,7 @@ def _tokenizer(header: Header) -> "PreTrainedTokenizerBase":
     if kind == "llama" and not metadata.get("tokenizer.ggml.add_space_prefix", True):
         raise ValueError(f"{file}: a SentencePiece tokenizer that puts no space before a text is not read here")
     try:
-        found = FromGguf.from_pretrained(file.parent, gguf_file=file.name)
+        backend = _backend(metadata, kind, rule)
         tokens = metadata["tokenizer.ggml.tokens"]
         special = {name: tokens[metadata[key]] for name, key in (
             ("bos_token", "tokenizer.ggml.bos_token_id"), ("eos_token", "tokenizer.ggml.eos_token_id"),
@@ -238,23 +242,59 @@ def _tokenizer(header: Header) -> "PreTrainedTokenizerBase":
         ) if key in metadata}  # fmt: skip
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{file} has no tokenizer that transformers can read ({error!r})") from None
-    _like_llama_cpp(found.backend_tokenizer, kind, rule)
     begins = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or rule in _WHOLE_WORDS)
     return PreTrainedTokenizerFast(
-        tokenizer_object=found.backend_tokenizer, chat_template=metadata.get("tokenizer.chat_template"),
+        tokenizer_object=backend, chat_template=metadata.get("tokenizer.chat_template"),
         add_bos_token=begins and "bos_token" in special, clean_up_tokenization_spaces=False, **special,
     )  # fmt: skip
 
 
-def _like_llama_cpp(backend: "Tokenizer", kind: str, rule: str) -> None:
-    """What transformers 5.23 does not take from the rule's name."""
-    from tokenizers import pre_tokenizers
+def _backend(metadata: dict[str, Any], kind: str, rule: str) -> "Tokenizer":
+    """The tokenizer as llama.cpp reads it, without special tokens' roles."""
+    import gguf
+    from tokenizers import AddedToken
+    from transformers import GPT2Tokenizer, LlamaTokenizer
+    from transformers.tokenization_utils_base import generate_merges
 
-    if kind == "gpt2" and rule in _WHOLE_WORDS:
+    tokens, added = metadata["tokenizer.ggml.tokens"], []
+    kinds = metadata.get("tokenizer.ggml.token_type", [gguf.TokenType.NORMAL] * len(tokens))
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    merges: Any  # pairs, though transformers' annotation says lines of a file
+    if "tokenizer.ggml.merges" in metadata:
+        merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    else:
+        merges = generate_merges(vocabulary, dict(zip(tokens, metadata["tokenizer.ggml.scores"], strict=True)))
+    made = (GPT2Tokenizer if kind == "gpt2" else LlamaTokenizer)(vocab=vocabulary, merges=merges)
+    backend: Tokenizer = made.backend_tokenizer
+    _cut_into_words(backend, kind, rule, metadata["general.architecture"] == "phi3")
+    for token, its_kind in zip(tokens, kinds, strict=True):
+        if its_kind in (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED):
+            special = its_kind == gguf.TokenType.CONTROL
+            added.append(AddedToken(token, normalized=False, special=special))
+    backend.add_tokens(added)
+    return backend
+
+
+def _cut_into_words(backend: "Tokenizer", kind: str, rule: str, phi3: bool) -> None:
+    """How text is cut into words, which the file gives by a name only."""
+    from tokenizers import Regex, normalizers, pre_tokenizers
+
+    if kind == "llama":
+        if phi3:  # its published tokenizer has a space before each part of a text, Llama's before the text alone
+            backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+            backend.pre_tokenizer = None
+        return
+    if rule in _WHOLE_WORDS:
         model = backend.model
         model.ignore_merges = True
         backend.model = model
-    if kind == "gpt2" and rule == "smollm":
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+    first: pre_tokenizers.PreTokenizer | None = None
+    if rule == "smollm":
+        first = pre_tokenizers.Digits(individual_digits=True)
+    elif rule == "tekken":
+        first = pre_tokenizers.Split(Regex(_TEKKEN), "isolated")
+    elif rule != "gpt-2":
+        digits = r"\p{N}" if "qwen" in rule else r"\p{N}{1,3}"
+        first = pre_tokenizers.Split(Regex(_CONTRACTIONS + _LETTERS + digits + _REST), "isolated")
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule in ("gpt-2", "smollm"))
+    backend.pre_tokenizer = words if first is None else pre_tokenizers.Sequence([first, words])
