@@ -102,7 +102,11 @@ class ModelRunner:
         """
         self.tick.zero_()
         if self.captures and batch not in self._graphs:
-            self._graphs[batch] = self._capture(batch)
+            try:
+                self._graphs[batch] = self._capture(batch)
+            except BaseException:  # torch.OutOfMemoryError: the caller tries again with less
+                self._drop_graphs()
+                raise
             if len(self._graphs) > GRAPHS:
                 self._graphs.pop(next(iter(self._graphs)))
             self.tick.zero_()  # the step before a capture needs a row of the buffers as well

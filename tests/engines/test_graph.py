@@ -175,6 +175,28 @@ def test_a_smaller_batch_is_captured_after_a_full_chunk(monkeypatch):
     assert captured == [2, 1] and runner.tick.item() == 3
 
 
+def test_after_memory_ran_out_in_a_capture_the_next_one_has_a_new_pool(monkeypatch):
+    """As it was seen on a GPU: torch captures nothing into a pool whose graphs are all gone, and ends the run."""
+    decoder = Decoder(make("llama"))
+    runner = ModelRunner(decoder, KVCache(decoder), 2)
+    handles = iter(range(100))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    runner.captures, runner._pool, captured = True, next(handles), []
+
+    def capture(batch):
+        captured.append(runner._pool)
+        if len(captured) == 1:
+            raise torch.OutOfMemoryError
+        return SimpleNamespace(replay=lambda: None)
+
+    monkeypatch.setattr(runner, "_capture", capture)
+    with pytest.raises(torch.OutOfMemoryError):
+        runner.run(2, 1, 4)
+    runner.run(2, 1, 4)
+    runner.run(1, 1, 4)
+    assert captured == [0, 1, 1] and runner._pool == 1
+
+
 def test_a_model_that_changed_its_precision_gets_a_cache_of_its_own():
     model, texts = make("llama", lora=False), prompts()
     engine = GraphEngine(model)

@@ -7,6 +7,7 @@ from transformers import GenerationConfig, Qwen2ForCausalLM
 
 from nbhelpers import engines, evaluate
 from nbhelpers.evaluate import Answer, Proportion, Score, accuracy, ask, ask_again, paired
+from nbhelpers.rewards import is_correct, right
 
 QUESTIONS = ["short?", "a somewhat longer question?", "b?", "which is bigger, 9.11 or 9.9?", "c?", "why?"]
 GOOD = "<reasoning>\nwhy\n</reasoning>\n<answer>\n{}\n</answer>\n"
@@ -259,7 +260,16 @@ AFTER = {"one": GOOD.format("9.90"), "two": GOOD.format("1000"), "three": "x", "
 
 
 def score(script, tokenizer, rows=ROWS, **kwargs) -> Score:
-    return accuracy(scripted(script), tokenizer, rows, **{"batch_size": 3, **kwargs})
+    """What stands in the tags counts, so that right and in form differ in known rows."""
+    return accuracy(scripted(script), tokenizer, rows, **{"batch_size": 3, "correct": is_correct, **kwargs})
+
+
+def test_right_is_in_whatever_form(tokenizer):
+    """Unless another rule is given: the bare "2" is right, and not in form."""
+    before = score(BEFORE, tokenizer, correct=right)
+    assert before.rows == accuracy(scripted(BEFORE), tokenizer, ROWS, batch_size=3).rows
+    assert [row.correct for row in before.rows] == [False, True, True, True]
+    assert [row.formatted for row in before.rows] == [True, True, False, False]
 
 
 def test_accuracy_counts(tokenizer):

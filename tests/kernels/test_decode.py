@@ -224,8 +224,8 @@ def test_torch_attention_equals_the_whole_softmax():
     """The reference itself: one row at a time, by the formula."""
     for case in CASES[:4]:
         arguments = attention_case(**{k: v for k, v in case.items() if k != "tolerance"})
-        q, k, v, cos, sin, cache, _, layer, positions, _, scale, window, _ = arguments
-        q, k = kernels.rope(q, k, cos, sin)
+        q, k, v, cos, sin, cache, _, layer, positions, _, scale, window, norms = arguments
+        q, k = kernels.rope(q, k, cos, sin, norms)
         before = cache.clone()
         got = kernels.decode_attention(*arguments)
         for row, position in enumerate(positions.tolist()):

@@ -29,6 +29,7 @@ def test_history_holds_what_trl_logs(clock):
         "form": pytest.approx(0.3536, abs=1e-4)}, "between": {"total": None, "correct": None, "form": None},
         "length": 41.4, "shortest": 11.0, "longest": 60.0, "clipped": 0.02, "clip_ratio": 0.0, "zero_signal": 0.31,
         "kl": None, "tokens": 1000.0, "speed": 1000.0, "format": pytest.approx(1 / 3), "seconds": 1.0,
+        "right": None, "replaced": None, "loss": 0.0, "grad_norm": None,
     }  # fmt: skip
     assert [(row["step"], row["reward"], row["kl"]) for row in live.history] == [(1, 1.5, None), (2, 2.0, 0.5)]
     assert second["speed"] == pytest.approx(600.0)  # what drawing took since is not counted
@@ -86,7 +87,7 @@ def test_a_terminal_gets_a_line_for_each_step(capsys, clock, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
         "step 1/4 · reward 1.50 (correct 1.25, form 0.25) · format 33% · length 41 tokens · cut off 2% · "
-        "no signal 31% · tokens/s 2,000 · memory 1.3/15.0 GB · elapsed 0:00 · left 0:01"
+        "no signal 31% · loss 0 · tokens/s 2,000 · memory 1.3/15.0 GB · elapsed 0:00 · left 0:01"
     )
     assert lines[1].startswith("step 2/4 · reward 2.00") and "KL 0.5" in lines[1]
     assert lines[2].startswith("stopped: step 2/4") and "took 0:02" in lines[2] and len(lines) == 3
