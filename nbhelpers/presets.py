@@ -20,8 +20,8 @@ from nbhelpers.models import families
 
 QUANTIZATIONS = ("dynamic", "nf4", "none")
 WORKSHOP = Path(__file__).parent / "workshop"
-# chosen by measurement (benchmarks/results/real.json): real models follow this wording often enough to be paid for it
-# from the first step on
+# Chosen by measurement (benchmarks/results/real.json): a 1.5B keeps this form in 12 to 16 % of its answers before any
+# training, so that it is paid for it from the first step on, and is right as often as with the others.
 REASONING_PROMPT = "Write your reply in this form:\n<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>"
 
 

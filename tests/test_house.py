@@ -1,5 +1,6 @@
 """The house keeps its storeys: no import climbs to a room above its own, none goes in a circle, and doors open fast."""
 
+import re
 import subprocess
 import sys
 
@@ -31,6 +32,12 @@ def test_the_floors_are_the_folders():
 def test_the_page_has_the_tree():
     """docs/ARCHITECTURE.md has a line for each file of the package and of the benchmarks: its docstring's first."""
     assert house.page() == house.PAGE.read_text(), "python tests/helpers/house.py --write"
+
+
+def test_the_journeys_name_files_that_are_there():
+    journeys = house.PAGE.read_text().partition("## Four journeys")[2].partition("## Every file")[0]
+    named = set(re.findall(r"`([\w/]+\.py)`", journeys))
+    assert len(named) > 30 and [name for name in named if not (house.PACKAGE / name).is_file()] == []
 
 
 def test_few_doors_at_the_top():
