@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from nbhelpers import files, host
 from nbhelpers.architecture import GB
+from nbhelpers.loader.gguf import is_part_of
 from nbhelpers.models import adapter
 
 from .merge import Folder, Merged
@@ -158,12 +159,13 @@ def gguf(
         model_or_folder (`PreTrainedModel`, `PeftModel`, `str` or `Path`): A model as for `merged`, or the folder that
             `merged` wrote. Tensors are read and written one at a time.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        file (`str` or `Path`): Replaced if it is there.
+        file (`str` or `Path`): Replaced if it is there, unless the model was loaded from it.
         quantization (`str`): Of the matrices: "q8_0" (8.5 bits per weight), "bf16" or "f16"; vectors stay in fp32.
             llama-quantize makes smaller ones from bf16.
 
-    Raises host.CannotRun without the gguf package; ValueError for an adapter that cannot be merged, and for an
-    architecture, a rope or a tokenizer that could not be written faithfully.
+    Raises host.CannotRun without the gguf package; ValueError for an adapter that cannot be merged, for an
+    architecture, a rope or a tokenizer that could not be written faithfully, and for a `file` that the model was
+    loaded from.
     """
     from . import gguf_file
 
@@ -174,6 +176,9 @@ def gguf(
         tensors: Folder | Merged = Folder(model_or_folder)
         print(f"from {tensors.source}")
     else:
+        base = adapter.base_of(model_or_folder)
+        if base is not None and is_part_of(file, Path(base.id).expanduser()):
+            raise ValueError(f"{file} is what the model was loaded from, and would be lost: give another name")
         tensors = Merged(model_or_folder)
         print(f"merged into {tensors.source}")
     with files.whole_file(file) as new:

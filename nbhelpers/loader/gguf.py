@@ -106,6 +106,14 @@ def is_gguf(path: Path) -> bool:
     return path.is_file() or path.suffix == ".gguf"
 
 
+def is_part_of(file: Path, path: Path) -> bool:
+    """Whether `file` is one of the GGUF files that `path`, a file, any part of a split one or a folder, means."""
+    if not path.exists() or not is_gguf(path):
+        return False
+    parts = path.glob("*.gguf") if path.is_dir() else files_of(path)
+    return file.resolve() in {part.resolve() for part in parts}
+
+
 def files_of(path: Path) -> tuple[Path, ...]:
     """The files of the one model that a file, any part of a split one, or a folder means, in order.
 

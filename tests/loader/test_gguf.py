@@ -138,6 +138,18 @@ def test_a_model_in_parts_by_any_part_or_its_folder(file, tmp_path):
         hub.find(parts[1])
 
 
+def test_an_export_does_not_replace_the_file_that_the_model_came_from(file, tokenizer):
+    before = file.read_bytes()
+    for base in (file, file.parent):
+        with pytest.raises(ValueError, match=r"a\.gguf is what the model was loaded from"):
+            export.gguf(load(base, "nf4"), tokenizer, file.parent / "sub" / ".." / "a.gguf")
+    assert file.read_bytes() == before
+    model = load(file, "nf4")
+    export.gguf(model, tokenizer, file.with_name("b.gguf"))
+    export.gguf(model, tokenizer, file.with_name("b.gguf"))  # its own work may be replaced
+    assert file.read_bytes() == before
+
+
 def test_a_folder_with_safetensors_is_a_folder(written):
     assert not isinstance(hub.find(written / "merged"), gguf_source.GgufSource)
     shutil.copy(written / "files" / "a.gguf", written / "merged" / "a.gguf")
