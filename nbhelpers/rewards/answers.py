@@ -6,8 +6,10 @@ Model text is hostile: nothing here takes more than linear time in it.
 import re
 from decimal import Decimal
 
+from .tags import REASONING
+
 _BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # an escaped brace is none
-TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
+TAGS = REASONING.all
 
 
 def text_of(completion: str | list[dict[str, str]]) -> str:
@@ -35,9 +37,7 @@ def extract_answer(text: str) -> str | None:
     >>> extract_answer("9.9") is None
     True
     """
-    _, opened, rest = text.rpartition("<answer>")
-    inside, closed, _ = rest.partition("</answer>")
-    return inside.strip() if opened and closed else None
+    return REASONING.extract(text)
 
 
 def extract_boxed(text: str) -> str | None:
@@ -83,15 +83,7 @@ def formatted(text: str) -> bool:
     >>> formatted("<reasoning>9 tenths</reasoning><answer>9.9</answer>")
     False
     """
-    reasoning, between, answer = text.removesuffix("\n").partition("\n</reasoning>\n<answer>\n")
-    return bool(
-        between
-        and reasoning.startswith("<reasoning>\n")
-        and answer.endswith("\n</answer>")
-        and reasoning.removeprefix("<reasoning>").strip()
-        and answer.removesuffix("</answer>").strip()
-        and all(text.count(tag) == 1 for tag in TAGS)
-    )
+    return REASONING.in_form(text)
 
 
 def number_of(text: str) -> Decimal | None:
