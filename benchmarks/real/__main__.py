@@ -11,9 +11,9 @@ question and answer, the answer behind "####"), and the number of steps. Weights
 neither is shipped with this project.
 
 `right` is in whatever form, `in_form` between the tags, right or wrong; shares with their 95 % interval (Wilson).
-The code is that of notebooks/models/qwen2.5-1.5b.ipynb, cell by cell, with three things exchanged: the weights (a GGUF
-two is bigger. `pass_8_before` is what the model could do with eight tries before the training, on `numbers`. `plain`:
-what was asked of it that has nothing to do with the task, right before and after.
+`numbers` and `templates` are the two test files, `own_templates` held-out stories of `tasks.word_problems`, `decimals`
+which of two is bigger. `pass_8_before` is what the model could do with eight tries before the training, on `numbers`.
+`plain`: what was asked of it that has nothing to do with the task, right before and after.
 """
 
 import argparse
