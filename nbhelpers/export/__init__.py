@@ -10,15 +10,13 @@ processes that train together (torchrun) the first one writes, and the others re
 """
 
 import copy
-import json
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbhelpers import files, host
 from nbhelpers.architecture import GB
 from nbhelpers.loader.gguf import is_part_of
-from nbhelpers.models import adapter
+from nbhelpers.models import adapter, model_folder
 
 from .merge import Folder, Merged
 
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SHARD = 2e9  # bytes of a file of merged weights; the host holds one
+_CONFIGS = ("config.json", "adapter_config.json")  # one of them is in every folder written here
 CARD = """---
 library_name: {library}
 tags:
@@ -61,8 +59,8 @@ def save(model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBa
     if not host.is_first_process():
         return Path(folder)
     if adapter.loras(model):
-        _not_the_base(model, folder)
-    with _replaced(folder) as new:
+        model_folder.not_the_base(model, folder)
+    with model_folder.replaced(folder, _CONFIGS) as new:
         if adapter.loras(model):
             adapter.save_adapter(model, new)
             use = f'from nbhelpers import loader\n\nmodel, tokenizer = loader.load("{Path(folder).name}")'
@@ -100,11 +98,12 @@ def merged(
         raise ValueError(f'dtype={dtype!r}: it is "bfloat16" or "float16"')
     if not host.is_first_process():
         return Path(folder)
-    _not_the_base(model, folder)
+    model_folder.not_the_base(model, folder)
     tensors, kind = Merged(model), {"bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
     print(f"merged into {tensors.source}")
-    with _replaced(folder) as new:
-        total = _write_shards(tensors, kind, new)
+    with model_folder.replaced(folder, _CONFIGS) as new:
+        nbytes = {name: 2 * torch.Size(shape).numel() for name, shape in tensors.shapes.items()}
+        total = model_folder.write_shards(new, nbytes, lambda name: _in_16_bits(tensors, name, kind))
         config = copy.deepcopy(tensors.config)
         config.dtype, config.architectures = kind, [tensors.architecture]
         config.save_pretrained(new)
@@ -116,35 +115,15 @@ def merged(
     return Path(folder)
 
 
-def _write_shards(tensors: Merged, dtype: "torch.dtype", folder: Path) -> int:
-    """Write safetensors files of at most `SHARD` bytes or one tensor, and an index of several; the bytes in all."""
+def _in_16_bits(tensors: Merged, name: str, dtype: "torch.dtype") -> "dict[str, torch.Tensor]":
+    """One merged tensor by its name; ValueError for a number that `dtype` does not hold."""
     import torch
-    from safetensors.torch import save_file
 
-    shards: list[list[str]] = [[]]
-    sizes = [0]
-    for name, shape in tensors.shapes.items():
-        nbytes = 2 * torch.Size(shape).numel()
-        if shards[-1] and sizes[-1] + nbytes > SHARD:
-            shards.append([])
-            sizes.append(0)
-        shards[-1].append(name)
-        sizes[-1] += nbytes
-    file_of: dict[str, str] = {}
-    for i, names in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        shard = {}
-        for name in names:
-            shard[name] = tensors.read(name).to(dtype)
-            if not torch.isfinite(shard[name]).all():
-                kind = str(dtype).removeprefix("torch.")
-                raise ValueError(f'{name} does not fit into {kind}: dtype="bfloat16"')
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        file_of |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": file_of}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-    return sum(sizes)
+    tensor = tensors.read(name).to(dtype)
+    if not torch.isfinite(tensor).all():
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(f'{name} does not fit into {kind}: dtype="bfloat16"')
+    return {name: tensor}
 
 
 def gguf(
@@ -205,7 +184,7 @@ def push(folder: str | Path, repo_id: str, private: bool = True, token: str | No
     if not host.is_first_process():
         return f"{huggingface_hub.constants.ENDPOINT}/{repo_id}"
     folder = Path(folder)
-    if not any((folder / name).exists() for name in _MODELS):
+    if not any((folder / name).exists() for name in _CONFIGS):
         raise FileNotFoundError(f"{folder} is no folder that export.save or export.merged wrote")
     api = huggingface_hub.HfApi(token=token)
     try:
@@ -222,43 +201,9 @@ def push(folder: str | Path, repo_id: str, private: bool = True, token: str | No
     return str(address)
 
 
-_MODELS = ("config.json", "adapter_config.json")
-_ENDINGS = (".json", ".safetensors", ".md", ".txt", ".jinja", ".model")  # of the files in a model's folder
-
-
-def _replaced(folder: str | Path) -> AbstractContextManager[Path]:
-    """`files.whole_folder`, after a look at what it would replace: only a model's folder is.
-
-    Raises FileExistsError for any other.
-    """
-    folder = Path(folder)
-    inside = sorted(folder.iterdir()) if folder.exists() else []
-    if inside and not any((folder / name).exists() for name in _MODELS):
-        raise FileExistsError(f"{folder} is there and holds no model: it is left alone. Choose another folder")
-    foreign = [path.name for path in inside if path.is_dir() or path.suffix not in _ENDINGS]
-    if foreign:
-        raise FileExistsError(
-            f"{folder} would be replaced as a whole, and it holds {foreign[0]} beside a model: it is left alone. "
-            "Choose another folder"
-        )
-    return files.whole_folder(folder)
-
-
-def _base_id(model: "PreTrainedModel | PeftModel") -> str:
-    base = adapter.base_of(model)
-    return base.id if base is not None else str(model.config.name_or_path)
-
-
-def _not_the_base(model: "PreTrainedModel | PeftModel", folder: str | Path) -> None:
-    """ValueError if `folder` is the one that the model was loaded from: it would be lost."""
-    base = Path(_base_id(model))
-    if (base / "config.json").exists() and base.resolve() == Path(folder).resolve():
-        raise ValueError(f"{folder} is the base model itself: write to another folder")
-
-
 def _card(folder: Path, model: "PreTrainedModel | PeftModel", name: str, what: str, library: str, use: str) -> None:
     """Write the README. Of a base that is a folder it has the last name only, because it may be published."""
-    base = _base_id(model)
+    base = model_folder.base_id(model)
     base = Path(base).name if Path(base).is_absolute() or Path(base).exists() else base
     (folder / "README.md").write_text(CARD.format(name=name, what=what, base=base, library=library, use=use))
 

@@ -4,23 +4,19 @@
 """
 
 import copy
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from nbhelpers import files, host
+from nbhelpers import host
 from nbhelpers.architecture import GB
-from nbhelpers.models import adapter, families, quantize
+from nbhelpers.models import adapter, families, model_folder, quantize
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
     from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-SHARD = 2e9  # bytes of a file; the host holds one
-_ENDINGS = (".json", ".safetensors", ".md", ".txt", ".jinja", ".model")  # of the files in a model's folder
 
 
 def keep(model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: str | Path) -> Path:
@@ -36,8 +32,6 @@ def keep(model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBa
     Raises ValueError for a model without 4-bit layers, one with an adapter that is merged in or that changes more than
     linear layers, or the folder that it was loaded from; FileExistsError for a folder that holds something else.
     """
-    from safetensors.torch import save_file
-
     folder, inner = Path(folder), families.unwrap(model)
     if not host.is_first_process():
         return folder
@@ -45,25 +39,16 @@ def keep(model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBa
     states = {name: vars(p)["quant_state"] for name, p in tensors.items() if "quant_state" in vars(p)}
     if not states:
         raise ValueError("the model has no layer in 4 bits, so there is nothing packed to keep: export.save writes it")
-    _check(inner, folder)
-    parts = _parts(tensors)
-    index: dict[str, str] = {}
-    total = 0
-    with files.whole_folder(folder) as new:
-        for i, names in enumerate(parts, start=1):
-            file = "model.safetensors" if len(parts) == 1 else f"model-{i:05}-of-{len(parts):05}.safetensors"
-            part = {}
-            for name in names:
-                part[name] = tensors[name].detach()
-                if name in states:
-                    part |= {f"{name}.{key}": value for key, value in states[name].as_dict(packed=True).items()}
-            save_file({key: value.cpu().contiguous() for key, value in part.items()}, new / file, {"format": "pt"})
-            index |= dict.fromkeys(part, file)
-            total += sum(value.nbytes for value in part.values())
-        if len(parts) > 1:
-            (new / "model.safetensors.index.json").write_text(
-                json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1) + "\n"
-            )
+    model_folder.not_the_base(inner, folder)
+
+    def stored(name: str) -> dict[str, torch.Tensor]:
+        part = {name: tensors[name].detach()}
+        if name in states:
+            part |= {f"{name}.{key}": value for key, value in states[name].as_dict(packed=True).items()}
+        return {key: value.cpu().contiguous() for key, value in part.items()}
+
+    with model_folder.replaced(folder, ("config.json",)) as new:
+        total = model_folder.write_shards(new, {name: p.nbytes for name, p in tensors.items()}, stored)
         _config(inner, states).save_pretrained(new)
         inner.generation_config.save_pretrained(new)
         tokenizer.save_pretrained(new)
@@ -87,30 +72,6 @@ def _parameters(inner: "PreTrainedModel") -> dict[str, torch.nn.Parameter]:
                 f"the adapter is merged into {name}: model.unmerge_adapter() first, the base is kept alone"
             )
     return found
-
-
-def _parts(tensors: dict[str, torch.nn.Parameter]) -> list[list[str]]:
-    """Names of the tensors of each file, in order."""
-    parts: list[list[str]] = [[]]
-    size = 0
-    for name, parameter in tensors.items():
-        if parts[-1] and size + parameter.nbytes > SHARD:
-            parts.append([])
-            size = 0
-        parts[-1].append(name)
-        size += parameter.nbytes
-    return parts
-
-
-def _check(inner: "PreTrainedModel", folder: Path) -> None:
-    """Refuse to replace anything but a model's folder, and the model's own."""
-    base = adapter.base_of(inner)
-    if base is not None and (folder / "config.json").exists() and Path(base.id).resolve() == folder.resolve():
-        raise ValueError(f"{folder} is the base model itself: write to another folder")
-    inside = sorted(folder.iterdir()) if folder.exists() else []
-    foreign = [path.name for path in inside if path.is_dir() or path.suffix not in _ENDINGS]
-    if foreign or (inside and not (folder / "config.json").exists()):
-        raise FileExistsError(f"{folder} is there and holds more than a model: it is left alone. Choose another folder")
 
 
 def _config(inner: "PreTrainedModel", states: "dict[str, QuantState]") -> "PreTrainedConfig":

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from nbhelpers import export, loader
 from nbhelpers.export import merge
-from nbhelpers.models import quantize
+from nbhelpers.models import model_folder, quantize
 
 # ---- adapter ----
 
@@ -96,7 +96,7 @@ def test_a_model_without_an_adapter_is_saved_whole(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_merged_model_is_pefts(base, tmp_path, name, monkeypatch, capsys):
-    monkeypatch.setattr(export, "SHARD", 60_000)  # several files
+    monkeypatch.setattr(model_folder, "SHARD", 60_000)  # several files
     model, tokenizer = trained(base(name))
     before = logits(model)
     export.merged(model, tokenizer, tmp_path / "merged")

@@ -54,7 +54,7 @@ def test_transformers_reads_a_kept_model(packed, tmp_path):
 
 def test_a_kept_model_may_be_in_several_files(packed, tmp_path, monkeypatch):
     model, tokenizer = packed
-    monkeypatch.setattr("nbhelpers.loader.packed.SHARD", 5_000)
+    monkeypatch.setattr("nbhelpers.models.model_folder.SHARD", 5_000)
     loader.keep(model, tokenizer, tmp_path / "kept")
     assert len(list((tmp_path / "kept").glob("model-*.safetensors"))) > 2
     assert torch.equal(logits(load(tmp_path / "kept", None)), logits(model))
