@@ -8,18 +8,21 @@ from tiny_model import tokenizer
 
 from nbhelpers import LeanGRPOConfig, LeanGRPOTrainer
 from nbhelpers.training.signal_hooks import Difficulty, silent_groups, spliced
+from nbhelpers.training.stop_when import StopWhen
 
 G = 4
 
 
-def trainer_of(folder, reward, rows=None, **settings):
+def trainer_of(folder, reward, rows=None, steps=2, stop_when=None, **settings):
     data = Dataset.from_dict(rows or {"prompt": [c * 3 for c in "abcdefgh"]})
     args = LeanGRPOConfig(
-        str(folder), max_steps=2, per_device_train_batch_size=2 * G, num_generations=G, max_completion_length=6,
+        str(folder), max_steps=steps, per_device_train_batch_size=2 * G, num_generations=G, max_completion_length=6,
         learning_rate=1e-2, save_strategy="no", disable_tqdm=True, use_cpu=True, bf16=False, seed=3, **settings,
     )  # fmt: skip
     model = make_model()
-    return LeanGRPOTrainer(model, [reward], args, data, processing_class=tokenizer(), engine="graph")
+    return LeanGRPOTrainer(
+        model, [reward], args, data, processing_class=tokenizer(), engine="graph", stop_when=stop_when
+    )
 
 
 def test_silence_is_exact():
@@ -44,6 +47,20 @@ def test_an_update_of_silent_groups_moves_nothing(tmp_path, value):
     assert all(torch.equal(p, before[name]) for name, p in one.model.named_parameters())
     assert all(log["frac_reward_zero_std"] == 1.0 for log in one.state.log_history if "reward" in log)
     assert set(one._logs["advantages"]) == {0.0}
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_a_run_that_learns_nothing_is_ended_and_says_why(tmp_path, capsys, rounds):
+    def reward(completions, **_):
+        return [0.0] * len(completions)
+
+    rows = {"prompt": ["abc", "bcd"] * 4, "answer": ["18"] * 8}
+    one = trainer_of(tmp_path, reward, rows, steps=9, stop_when=StopWhen(silent_steps=3), dynamic_sampling=rounds)
+    one.train()
+    said = capsys.readouterr().out
+    assert one.state.global_step == 3 and (tmp_path / "checkpoint-3").is_dir()  # nothing is lost
+    assert "Stopped after step 3. For 3 steps all answers to a question got the same reward" in said
+    assert "none is right, in whatever form" in said and 1 <= said.count("  the answer ") <= 3
 
 
 def test_silent_groups_are_replaced_before_the_update(tmp_path):
