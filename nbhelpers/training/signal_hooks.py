@@ -161,7 +161,7 @@ class SignalHooks(Hooks):
             count = self._most_of_all(len(wanting))  # every process must take part in what the others gather
             if count == 0:
                 break
-            rows = self._drawn(count, {Difficulty.key(row["prompt"]) for row in inputs})
+            rows = self._drawn(count, {Difficulty.key(row["prompt"]) for row in inputs[::size]})
             with self._unlogged():
                 other = super()._generate_and_score_completions(rows)
             quiet = self._own(silent_groups(self._totals, size).repeat_interleave(size)).view(-1, size)[:, 0].tolist()
@@ -177,7 +177,7 @@ class SignalHooks(Hooks):
             replaced += len(pairs)
         tokens = batch["completion_mask"].sum()
         batch["num_items_in_batch"] = self.accelerator.gather(tokens).sum()
-        self._log_metric_now("signal/replaced", replaced / max(1, len(silent)))
+        self._metrics["train"]["signal/replaced"].append(replaced / max(1, len(silent)))
         return batch
 
     def _drawn(self, count: int, taken: set[str]) -> Inputs:
@@ -195,9 +195,6 @@ class SignalHooks(Hooks):
     def _most_of_all(self, count: int) -> int:
         """The largest of all processes' numbers."""
         return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
-
-    def _log_metric_now(self, name: str, value: float) -> None:
-        self._metrics["train"][name].append(value)
 
     @contextmanager
     def _unlogged(self) -> Iterator[None]:

@@ -10,18 +10,28 @@ BOTH = Tags("<think>", "</think>", "<answer>", "</answer>", opened_by_template=T
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "form", "answer"),
     [
-        GOOD, GOOD.rstrip("\n"), GOOD + "\n", GOOD + "bye", "\n" + GOOD, GOOD * 2, "", GOOD.replace("9.9", ""),
-        GOOD.replace("\n9.9", ""), GOOD.replace("9 tenths", " "), GOOD.replace("9 tenths", "9 <answer> tenths"),
-        GOOD.replace("</reasoning>\n", "</reasoning>"), GOOD.removeprefix("<reasoning>\n"),
-        "<answer>1</answer><answer>2",
-        "<reasoning>\n</reasoning>\n<answer>\n9.9\n</answer>\n",
+        (GOOD, True, "9.9"),
+        (GOOD.rstrip("\n"), True, "9.9"),
+        (GOOD + "\n", False, "9.9"),
+        (GOOD + "bye", False, "9.9"),
+        ("\n" + GOOD, False, "9.9"),
+        (GOOD * 2, False, "9.9"),
+        ("", False, None),
+        (GOOD.replace("9.9", ""), False, ""),
+        (GOOD.replace("\n9.9", ""), False, ""),
+        (GOOD.replace("9 tenths", " "), False, "9.9"),
+        (GOOD.replace("9 tenths", "9 <answer> tenths"), False, "9.9"),
+        (GOOD.replace("</reasoning>\n", "</reasoning>"), False, "9.9"),
+        (GOOD.removeprefix("<reasoning>\n"), False, "9.9"),
+        ("<answer>1</answer><answer>2", False, None),
+        ("<reasoning>\n</reasoning>\n<answer>\n9.9\n</answer>\n", False, "9.9"),
     ],
-)  # fmt: skip
-def test_reasoning_is_what_it_was(text):
-    assert in_form(text) == REASONING.in_form(text) == formatted(text)
-    assert REASONING.extract(text) == extract_answer(text)
+)
+def test_reasoning(text, form, answer):
+    assert in_form(text) is REASONING.in_form(text) is formatted(text) is form
+    assert REASONING.extract(text) == extract_answer(text) == answer
     assert [0.5 * REASONING.count(text)] == rewards.tag_count([text]) or "</answer>" in text
 
 
