@@ -90,15 +90,18 @@ def number_of(text: str) -> Decimal | None:
     """A plain decimal number (sign, thousands commas and decimals allowed, no exponent), or None."""
     digits = text.strip().removeprefix("-") if text.strip().startswith("-") else text.strip().removeprefix("+")
     whole, point, decimals = digits.partition(".")
-    first, *groups = whole.split(",")
-    if groups and not (1 <= len(first) <= 3 and all(len(group) == 3 for group in groups)):
+    if not grouped(whole) or (point and not decimals):
         return None
-    if point and not decimals:
-        return None
-    joined = "".join([first, *groups]) + decimals
+    joined = whole.replace(",", "") + decimals
     if not (joined.isascii() and joined.isdigit()):
         return None
     return Decimal(text.strip().replace(",", ""))
+
+
+def grouped(whole: str) -> bool:
+    """Whether the commas of a whole number, if it has any, stand between its thousands."""
+    first, *groups = whole.split(",")
+    return not groups or (1 <= len(first) <= 3 and all(len(group) == 3 for group in groups))
 
 
 def is_correct(text: str, answer: str) -> bool:

@@ -9,7 +9,7 @@ import re
 import unicodedata
 from fractions import Fraction
 
-from .answers import extract_boxed, same
+from .answers import extract_boxed, grouped, same
 
 _WORDS = 1000  # characters of a sentence that can be an answer
 _LONGEST = 100  # characters of a number that is read: no answer has more, and int() refuses thousands of digits
@@ -149,9 +149,7 @@ def _number_at(words: str, match: re.Match) -> str | None:
 
 def _digits(text: str) -> str | None:
     """Digits without their thousands commas, or None where the commas stand wrong or there are too many digits."""
-    first, *groups = text.partition(".")[0].split(",")
-    grouped = not groups or (len(first) <= 3 and all(len(group) == 3 for group in groups))
-    return text.replace(",", "") if grouped and len(text) <= _LONGEST else None
+    return text.replace(",", "") if grouped(text.partition(".")[0]) and len(text) <= _LONGEST else None
 
 
 def _fraction(number: str) -> Fraction:
