@@ -190,9 +190,10 @@ for text, score, advantage in zip(texts, scores, advantages, strict=True):
 # %% [markdown]
 # ## 8 · Settings
 #
-# Those of TRL, the library whose trainer this one builds on, spelled out. A step takes four questions and answers each
-# of them `num_generations` times. The learning rate is small because a reward is a noisy teacher. With `beta=0` nothing
-# pulls the model back to where it was; if the answers turn into gibberish, try 0.04.
+# Those of TRL, the library whose trainer this one builds on, spelled out. A step takes `questions_per_step` questions
+# and answers each of them `num_generations` times; how many answers go through the card at once, the trainer finds out
+# by itself. The learning rate is small because a reward is a noisy teacher. With `beta=0` nothing pulls the model back
+# to where it was; if the answers turn into gibberish, try 0.04.
 
 # %%
 from nbhelpers import LeanGRPOConfig, LeanGRPOTrainer, StopWhen
@@ -201,8 +202,8 @@ args = LeanGRPOConfig(
     output_dir=OUT,
     max_steps=STEPS or preset.max_steps,
     num_generations=preset.num_generations,  # answers to a question: the group
-    per_device_train_batch_size=preset.num_generations,
-    gradient_accumulation_steps=4,  # questions a step; fewer is faster and noisier
+    per_device_train_batch_size=preset.questions_per_step * preset.num_generations,  # fewer is faster and noisier
+    gradient_accumulation_steps=1,
     max_completion_length=preset.max_completion_length,
     temperature=1.0,
     learning_rate=preset.learning_rate,
@@ -236,7 +237,7 @@ trainer = LeanGRPOTrainer(
 )
 
 # %% [markdown]
-# **What to look for.** The curve of a single step is noisy: four questions are few, and some are harder than others.
+# **What to look for.** The curve of a single step is noisy: its questions are few, and some are harder than others.
 # Look at the smoothed line over tens of steps.
 #
 # - `in_form` usually moves first: it is easy, and it is rewarded at once. `correct` follows later and more slowly, if

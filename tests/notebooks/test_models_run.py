@@ -39,7 +39,7 @@ from transformers import TrainerCallback
 class Signal(TrainerCallback):
     sent = False
 
-    def on_substep_end(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step == {at} and not self.sent:
             self.sent = True
             os.kill(os.getpid(), {number})
