@@ -108,7 +108,8 @@ def check(reward_funcs: Reward | Sequence[Reward], task: Questions, *, n: int = 
         reward_funcs (`Reward` or `Sequence[Reward]`): Functions with TRL's signature, as for the trainer.
         task (`tasks.Task`): Its `train` has the columns `prompt` and `answer`; all others are passed on.
         n (`int`): How many rows of it to use.
-        form (`str`): A well-formed completion, with `{reasoning}` and `{answer}` where these stand.
+        form (`str`): A well-formed completion, with `{reasoning}` and `{answer}` where these stand; for a model that
+            thinks by itself `THINK.frame`.
 
     Returns:
         `Check`
