@@ -28,8 +28,8 @@ class Tags:
     @property
     def frame(self) -> str:
         """A text in exactly this form, with `{reasoning}` and `{answer}` where these stand."""
-        thought = f"{self.think_open}\n{{reasoning}}\n{self.think_close}\n"
-        return thought + (f"{self.answer_open}\n{{answer}}\n{self.answer_close}\n" if self.answer_open else "\n{answer}")
+        answer = f"{self.answer_open}\n{{answer}}\n{self.answer_close}\n" if self.answer_open else "\n{answer}"
+        return f"{self.think_open}\n{{reasoning}}\n{self.think_close}\n{answer}"
 
     def completed(self, text: str) -> str:
         """The text with the opening tag in front, if it was the template that wrote it."""
@@ -80,7 +80,8 @@ class Tags:
     def in_form(self, text: str) -> bool:
         """Whether a text is exactly the wanted form: each tag once, nothing before, neither thought nor answer blank.
 
-        With answer tags each tag stands on its own line and one line end may follow the last. Without, white space around the tags is free: models that think by themselves differ in it.
+        With answer tags each tag stands on its own line and one line end may follow the last. Without, white space
+        around the tags is free: models that think by themselves differ in it.
         """
         text = self.completed(text)
         if any(text.count(tag) != 1 for tag in self.all):
@@ -102,4 +103,3 @@ class Tags:
 
 REASONING = Tags("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 THINK = Tags("<think>", "</think>", opened_by_template=True)
-
