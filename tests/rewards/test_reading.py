@@ -317,8 +317,7 @@ def test_right_follows_the_tags(text, tags, is_right):
     assert right(text, "18", tags) is is_right
 
 
-def test_is_correct_wants_the_answer_alone_in_its_place():
-    assert is_correct("why\n</think>\n\n18", "18", THINK) and not is_correct("why\n</think>\n\nIt is 18", "18", THINK)
-    assert is_correct("<solution>18</solution>", "18", SOLUTION) and not is_correct(
-        "<answer>18</answer>", "18", SOLUTION
-    )
+@pytest.mark.parametrize(("form", "tags"), [("why\n</think>\n\n{}", THINK), ("<solution>{}</solution>", SOLUTION)])
+def test_is_correct_wants_the_answer_alone_in_its_place(form, tags):
+    assert is_correct(form.format("18"), "18", tags) and not is_correct(form.format("It is 18"), "18", tags)
+    assert not is_correct("<answer>18</answer>", "18", tags)
