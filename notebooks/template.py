@@ -139,8 +139,10 @@ print("The right answer:", example["answer"])
 # %% tags=["before"]
 HELD_OUT = 100
 longest = preset.max_completion_length
-asked = dict(tags=preset.tags, max_new_tokens=longest)  # here and at the end
-before = evaluate.ask(model, tokenizer, tasks.PROBES, system_prompt=preset.system_prompt, **asked)
+asked = dict(tags=preset.tags, max_new_tokens=longest)  # the form, and how many tokens an answer may take
+before = evaluate.ask(
+    model, tokenizer, tasks.PROBES, system_prompt=preset.system_prompt, temperature=preset.temperature, **asked
+)
 print(f"{before[0].question}\n\n{before[0].completion}\n")
 score_before = evaluate.accuracy(model, tokenizer, task.test, n=HELD_OUT, **asked)
 print(score_before)
@@ -330,7 +332,7 @@ result = trainer.train(resume_from_checkpoint="auto")
 # The same questions, the same system prompt, the same decoding. Only the weights differ.
 
 # %%
-after = evaluate.ask(model, tokenizer, tasks.PROBES, system_prompt=preset.system_prompt, **asked)
+after = evaluate.ask_again(model, tokenizer, before)
 panel.before_after(before, after, tasks.PROBE_ANSWER)
 
 # %% [markdown]
