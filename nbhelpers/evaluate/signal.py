@@ -81,12 +81,13 @@ class Signal:
                 f"Longer answers: {self.cut_off:.0%} were cut off at {limit} tokens, and those are hardly ever right. "
                 "Raise max_completion_length; memory.plan says how far."
             )
+        if self.right == 0 and self.cut_off > 0.5:
+            return said  # nobody can know what whole answers would be like
         if self.right == self.in_form == 0:
-            if self.cut_off <= 0.5:  # else nobody can know yet
-                said.append(
-                    "Another prompt: no answer is right, and none is in the form that is asked for. Try another system "
-                    "prompt, or the tags that this model knows; then easier questions."
-                )
+            said.append(
+                "Another prompt: no answer is right, and none is in the form that is asked for. Try another system "
+                "prompt, or the tags that this model knows; then easier questions."
+            )
         elif self.right == 0 or (self.with_signal < FEW and self.right < ALMOST_NONE):
             said.append(
                 f"Easier questions: {self.right:.0%} of the answers are right, so hardly more than the form could be "

@@ -65,32 +65,39 @@ def easy_or_hard(prompt, i):
 
 
 @pytest.mark.parametrize(
-    ("text", "funcs", "options", "says"),
+    ("text", "funcs", "says"),
     [
-        (lambda prompt, i: f"no {'a' * i}", (correct, in_form), {}, ["Another prompt"]),
-        (lambda prompt, i: f"I say {i}", (in_tags,), {}, ["Another prompt"]),
-        (lambda prompt, i: GOOD.format(i), (correct, in_form), {}, ["Easier questions"]),
-        (lambda prompt, i: GOOD.format(i) if i else "<answer>", (correct, in_form), {}, ["Easier questions"]),
-        (lambda prompt, i: GOOD.format(18), (correct, in_form), {}, ["Harder questions"]),
-        (lambda prompt, i: f"It is {17 + i % 2}", (in_tags,), {}, ["Other rewards"]),  # the night that was wasted
-        (easy_or_hard, (correct, in_form), {}, ["Questions in between"]),
-        (lambda prompt, i: "and so on " * 90, (correct, in_form), {}, ["Longer answers"]),
-        (lambda prompt, i: f"I say {17 + i % 2}" + " ok" * 40 * (i > 4), (correct, in_form), {}, ["Longer answers"]),
-        (lambda prompt, i: GOOD.format(18), (unscored,), {}, ["Other rewards"]),
+        (lambda prompt, i: f"no {'a' * i}", (correct, in_form), ["Another prompt"]),
+        (lambda prompt, i: f"I say {i}", (in_tags,), ["Another prompt"]),
+        (lambda prompt, i: GOOD.format(i), (correct, in_form), ["Easier questions"]),
+        (lambda prompt, i: GOOD.format(i) if i else "<answer>", (correct, in_form), ["Easier questions"]),
+        (lambda prompt, i: GOOD.format(18), (correct, in_form), ["Harder questions"]),
+        (lambda prompt, i: f"It is {17 + i % 2}", (in_tags,), ["Other rewards"]),  # the night that was wasted
+        (easy_or_hard, (correct, in_form), ["Questions in between"]),
+        (lambda prompt, i: "and so on " * 90, (correct, in_form), ["Longer answers"]),
+        (lambda prompt, i: GOOD.format(17) if i == 0 else "so on " * 90, (correct, in_form), ["Longer answers"]),
+        (lambda prompt, i: f"I say {17 + i % 2}" + " ok" * 40 * (i > 4), (correct, in_form), ["Longer answers"]),
+        (lambda prompt, i: GOOD.format(18), (unscored,), ["Other rewards"]),
     ],
     ids=["prompt", "prompt, night", "easier", "easier, form alone", "harder", "rewards", "between", "longer",
-         "longer, partly", "no score"],
+         "longer, one in form", "longer, partly", "no score"],
 )  # fmt: skip
-def test_what_to_do(asked, text, funcs, options, says):
-    found = asked(text, funcs, **options)
+def test_what_to_do(asked, text, funcs, says):
+    found = asked(text, funcs)
     assert [advice.partition(":")[0] for advice in found.advice] == says
     assert all(f"→ {advice}" in str(found) for advice in found.advice)
 
 
-def test_silence_is_exact_and_in_fp32_as_in_training(asked):
-    """0.8 + 0.2 and 1.0 + 0.0 are one number in fp32, and rounding of a mean is no signal."""
-    third = [lambda completions, **_: [0.1] * len(completions)]
-    assert asked(lambda prompt, i: f"I say {i}", third).with_signal == 0
+def test_silence_is_exact(asked):
+    """The rounding of a mean is no signal, and a millionth is one; sums are those of fp32, as in training."""
+
+    def tenth(completions, **_):
+        return [0.1 + 0.2 * (i % 2) for i in range(len(completions))]
+
+    def rest(completions, **_):
+        return [0.2 * (1 - i % 2) for i in range(len(completions))]
+
+    assert asked(lambda prompt, i: f"I say {i}", [tenth, rest]).with_signal == 0
 
     def nearly(completions, **_):
         return [0.1 + 1e-6 * (i % 8 == 0) for i in range(len(completions))]
