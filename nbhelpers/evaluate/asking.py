@@ -58,7 +58,7 @@ def answers(
     engine: "str | Engine" = "auto",
     tags: Tags = REASONING,
 ) -> list[Answer]:
-    """`decoding.num_generations` completions for each prompt (chat messages), in order; what all of the above share."""
+    """`decoding.num_generations` completions for each prompt (chat messages), in order."""
     from nbhelpers import engines
 
     if not prompts:
