@@ -120,7 +120,7 @@ def reward_cell(cells: list[dict]) -> int:
     return next(i for i, cell in enumerate(cells) if "def correct(" in "".join(cell["source"]))
 
 
-@parametrize(MODELS)
+@parametrize([TAUGHT[0], THINKING[0]])  # the others of their kind have the same
 def test_the_rewards_of_a_model_notebook_stand_the_check(path):
     """Nothing to warn of; and the hole that a reader is asked to make is found."""
     cells = json.loads(path.read_text())["cells"]
@@ -138,7 +138,7 @@ def test_the_rewards_of_a_model_notebook_stand_the_check(path):
         def brief(completion_ids, **_):
             return [0.3 * (1 - len(ids) / preset.max_completion_length) for ids in completion_ids]
 
-        holes = rewards.check([*funcs[:2], brief], task, form=preset.tags.frame).warnings
+        holes = rewards.check([brief], task, form=preset.tags.frame).warnings
         assert any("brief: it can be gamed" in hole and "empty" in hole for hole in holes), "exercise 2"
 
 
