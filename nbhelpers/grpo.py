@@ -42,6 +42,21 @@ def group_advantages(rewards: torch.Tensor, num_generations: int, scale: bool = 
     return advantages.view(-1)
 
 
+def silent_groups(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
+    """Which groups teach nothing, because all of their rewards are equal.
+
+    Args:
+        rewards (`Tensor`): float [B], NaN where no reward function applied; groups stand side by side.
+        num_generations (`int`): Rows of a group.
+
+    Returns bool [B / num_generations].
+    """
+    groups = rewards.view(-1, num_generations)
+    highest = groups.nan_to_num(nan=-torch.inf).amax(1)
+    lowest = groups.nan_to_num(nan=torch.inf).amin(1)
+    return highest <= lowest
+
+
 def ratio(
     logps: torch.Tensor, old_logps: torch.Tensor, mask: torch.Tensor, importance_sampling_level: str = "token"
 ) -> torch.Tensor:

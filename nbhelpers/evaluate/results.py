@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nbhelpers.html import cell, table
+from nbhelpers.rewards import REASONING, Tags
 
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
 
@@ -45,12 +46,13 @@ class Answer:
     Args:
         question (`str`): The last message of the prompt.
         completion (`str`): What the model wrote, without special tokens.
-        answer (`str` or `None`): The text of its answer tag (see `rewards.extract_answer`).
+        answer (`str` or `None`): What stands in the place of the answer (see `rewards.Tags.extract`).
         tokens (`int`): Number of tokens written, the end token included.
         finished (`bool`): Whether it ended by itself; False when it was cut off at `max_new_tokens`.
         prompt (`str`): All that the model was given: chat template, system prompt and question.
         decoding (`Decoding`): How the completion was drawn.
         messages (`list[dict]`): The prompt as chat messages, to ask the same again.
+        tags (`rewards.Tags`): The form that was asked for.
     """
 
     question: str
@@ -61,6 +63,7 @@ class Answer:
     prompt: str = field(repr=False)
     decoding: Decoding = field(repr=False)
     messages: list[dict] = field(repr=False, hash=False, kw_only=True, default_factory=list)
+    tags: Tags = field(repr=False, kw_only=True, default=REASONING)
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Row(Answer):
     Args:
         gold (`str`): The right answer.
         correct (`bool`): Whether the completion has it.
-        formatted (`bool`): Whether the completion has exactly the wanted form (see `rewards.formatted`).
+        formatted (`bool`): Whether the completion has exactly the wanted form (see `rewards.in_form`).
     """
 
     gold: str

@@ -24,6 +24,13 @@ _PAD = (
 )  # fmt: skip
 
 
+class InUserTurn(str):
+    """An instruction for the end of the user's turn, where others have a system message; as a `system_prompt`.
+
+    For models that were trained without system messages, as DeepSeek-R1 and what was distilled from it.
+    """
+
+
 def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model folder, prepared. Raises ValueError if it has none, or as `prepare`."""
     from transformers import AutoTokenizer

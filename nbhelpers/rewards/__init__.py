@@ -11,14 +11,26 @@ in penalties.py, and checking.py tries rewards before any training; all of it ca
 
 from dataclasses import dataclass
 
+from nbhelpers.models.tags import REASONING, THINK, Tags
+
 from . import math_equal
-from .answers import TAGS, extract_answer, extract_boxed, formatted, is_correct, number_of, same, text_of
+from .answers import (
+    TAGS,
+    extract_answer,
+    extract_boxed,
+    form,
+    formatted,
+    in_form,
+    is_correct,
+    number_of,
+    same,
+    text_of,
+)
 from .checking import check
 from .countdown_rules import verify
 from .penalties import get_language_consistency, get_length_penalty, get_repetition_penalty
 from .reading import read, right
 from .reward import Reward
-from .tags import REASONING, THINK, Tags, form, in_form
 
 __all__ = [
     "REASONING", "TAGS", "THINK", "Reward", "Sample", "Tags", "check", "correctness", "countdown", "extract_answer",

@@ -3,9 +3,11 @@
 import re
 from collections.abc import Iterator, Sequence
 
+from nbhelpers.models.tags import REASONING
+
 from .answers import number_of, same
 
-FORM = "<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>\n"
+FORM = REASONING.frame
 THOUGHT = "First I look at what is asked, then I work it out step by step."
 CHARACTERS = 100_000  # of the longest texts
 

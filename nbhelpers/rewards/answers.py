@@ -6,7 +6,7 @@ Model text is hostile: nothing here takes more than linear time in it.
 import re
 from decimal import Decimal
 
-from .tags import REASONING
+from nbhelpers.models.tags import REASONING, Tags
 
 _BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # an escaped brace is none
 TAGS = REASONING.all
@@ -83,7 +83,17 @@ def formatted(text: str) -> bool:
     >>> formatted("<reasoning>9 tenths</reasoning><answer>9.9</answer>")
     False
     """
-    return REASONING.in_form(text)
+    return in_form(text)
+
+
+def in_form(text: str, tags: Tags = REASONING) -> bool:
+    """`Tags.in_form` as a function: whether a text is exactly the wanted form."""
+    return tags.in_form(text)
+
+
+def form(text: str, tags: Tags = REASONING) -> float:
+    """`Tags.form` as a function: how much of the form is there, 0.0 to 1.0."""
+    return tags.form(text)
 
 
 def number_of(text: str) -> Decimal | None:
@@ -104,8 +114,8 @@ def grouped(whole: str) -> bool:
     return not groups or (1 <= len(first) <= 3 and all(len(group) == 3 for group in groups))
 
 
-def is_correct(text: str, answer: str) -> bool:
-    """Whether the answer tag of a text holds the right answer.
+def is_correct(text: str, answer: str, tags: Tags = REASONING) -> bool:
+    """Whether the right answer, and nothing else, stands in the place of the answer.
 
     Two decimals are compared by value ("9.90" is 9.9, "1,000" is 1000), anything else as text, without regard to
     case and to how much white space there is.
@@ -113,6 +123,7 @@ def is_correct(text: str, answer: str) -> bool:
     Args:
         text (`str`): What the model wrote, tags included.
         answer (`str`): The right answer.
+        tags (`Tags`): What encloses the answer, or ends the thought before it.
 
     Returns:
         `bool`
@@ -121,7 +132,7 @@ def is_correct(text: str, answer: str) -> bool:
     >>> is_correct("<answer>9.90</answer>", "9.9"), is_correct("9.9", "9.9")
     (True, False)
     """
-    given = extract_answer(text)
+    given = tags.extract(text)
     return given is not None and same(given, str(answer))
 
 

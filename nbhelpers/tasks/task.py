@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from nbhelpers.models.chat import prompt_ids
+from nbhelpers.models.chat import InUserTurn, prompt_ids
 
 from .preview import Preview
 from .sources import Source
@@ -61,7 +61,14 @@ class Task:
 
 
 def messages(question: str, system_prompt: str | None = SYSTEM_PROMPT) -> list[dict[str, str]]:
-    """One question as the chat messages that training, evaluation and probes all use."""
+    """One question as the chat messages that training, evaluation and probes all use.
+
+    Args:
+        question (`str`): What is asked.
+        system_prompt (`str`, *optional*): The system's message; none for None. `InUserTurn` stands behind the question.
+    """
+    if isinstance(system_prompt, InUserTurn):
+        return [{"role": "user", "content": f"{question}\n\n{system_prompt}"}]
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     return [*system, {"role": "user", "content": question}]
 

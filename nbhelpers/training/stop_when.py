@@ -30,9 +30,11 @@ class StopWhen:
 
     Args:
         silent_steps (`int`, *optional*): Steps in a row in which no group had a signal.
-        solved_steps (`int`, *optional*): Steps in a row in which nearly every answer was right.
+        solved_steps (`int`, *optional*): Steps in a row in which nearly every answer was right, and most groups had no
+            signal: a model that is right may still learn the form, or to be brief.
         gaming_steps (`int`, *optional*): Steps over which the reward rose and nothing else did: right answers did not,
-            and the answers are in form, alike, or a fraction of their length.
+            and the answers are in form, alike, or a fraction of their length. A model that is mostly right, and stays
+            so, may learn to be brief.
     """
 
     silent_steps: int | None = 10
@@ -77,6 +79,8 @@ class StopWhen:
         newest = _newest(logs, self.solved_steps)
         if newest is None or not all(log.get("right", 0.0) > ALMOST_ALL for log in newest):
             return None
+        if _mean("frac_reward_zero_std", newest) < 0.5:
+            return None
         return (
             f"The task is solved: for {len(newest)} steps {fmean(log['right'] for log in newest):.1%} of the answers "
             "were right. More steps would teach little: take harder questions."
@@ -90,6 +94,8 @@ class StopWhen:
         rise, gained = _change("reward", first, newest), _change("right", first, newest)
         highest = max(log["reward"] for log in logs) - min(log["reward"] for log in logs)
         if rise < max(0.02, RISEN * highest) or rise < 0.5 * highest or gained > 0.02:
+            return None
+        if _mean("right", newest) > 0.5 and gained > -0.02:
             return None
         signs = _signs(first, newest, samples)
         if not signs:

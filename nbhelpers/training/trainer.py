@@ -19,7 +19,7 @@ from trl.extras.profiling import profiling_context
 
 from nbhelpers import engines, gpu, panel
 from nbhelpers.memory.room import Reserved
-from nbhelpers.rewards import Sample, text_of
+from nbhelpers.rewards import REASONING, Sample, Tags, text_of
 from nbhelpers.rewards.guard import guard_all
 
 from .lean_hooks import ONE_CARD_EACH, LeanStepHooks
@@ -152,6 +152,7 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, trl.GRPOTrainer):
         stop_when (`StopWhen`, *optional*): Ends a run that learns nothing, is done, or is gamed, and says why.
         correct (`Callable[[str, str], bool]`, *optional*): Given a completion's text and the row's `answer`, whether it
             is right, in whatever form: measured and shown as `right`, never rewarded. `rewards.right` if not given.
+        tags (`rewards.Tags`): The form of which `in_form` is the share, for panel and `stop_when`; `preset.tags`.
 
     Raises ValueError for what `check` refuses, and for an engine together with an argument that only TRL's own
     generation knows; RewardError for two reward functions of one name.
@@ -181,6 +182,7 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, trl.GRPOTrainer):
         lean: bool = True,
         stop_when: StopWhen | None = None,
         correct: "Callable[[str, str], bool] | None" = None,
+        tags: Tags = REASONING,
     ):
         installed = version("trl")
         if not TESTED_TRL[0] <= installed < TESTED_TRL[1]:
@@ -204,13 +206,14 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, trl.GRPOTrainer):
             parameter.data = data.to(parameter.device)  # where a step of 1e-5 is rounded away
         self.engine = self._engine(engine)
         rounds = args.dynamic_sampling if isinstance(args, LeanGRPOConfig) else 0
-        self._begin_signal(correct, rounds)
+        self._begin_signal(correct, rounds, tags)
         if stop_when is not None:
             self.add_callback(Stopper(stop_when))
         # The trainer knows the panel, not the panel the trainer: transformers hands callbacks neither an engine nor the
         # list of callbacks, so any other way would be an attribute that both sides have to know of.
         for live in [callback for callback in self.callback_handler.callbacks if isinstance(callback, panel.Live)]:
             live.engine = self.engine  # asks its probes with the engine that writes the completions
+            live.tags = self.tags
             for other in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # one updating output, not two
                 self.remove_callback(other)
 

@@ -1,0 +1,106 @@
+"""Prompts in, answers out, scored where the right one is known: what `ask`, `accuracy` and `check_signal` share."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from nbhelpers.models.chat import prompt_ids
+from nbhelpers.rewards import REASONING, Tags, in_form, read, right
+
+from .results import Answer, Decoding, Row
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from nbhelpers.engines import Engine
+
+
+def scored(
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    dataset: "Dataset | list[dict]",
+    n: int | None,
+    correct: Callable[[str, str], bool] | None,
+    decoding: Decoding,
+    engine: "str | Engine",
+    tags: Tags,
+) -> list[list[Row]]:
+    """The completions of each of the first n questions, scored."""
+    rows = [dataset[i] for i in range(len(dataset) if n is None else min(n, len(dataset)))]
+    if not rows:
+        raise ValueError("no rows to score: the data set is empty, or n is 0")
+    if not {"prompt", "answer"} <= set(rows[0]):
+        raise ValueError(f"a row needs the columns prompt and answer; this data set has {', '.join(rows[0])}")
+    given = answers(model, tokenizer, [row["prompt"] for row in rows], decoding, engine, tags)
+    each, correct = decoding.num_generations, correct or partial(right, tags=tags)
+    return [
+        [
+            Row(
+                **vars(answer),
+                gold=row["answer"],
+                correct=bool(correct(answer.completion, row["answer"])),
+                formatted=in_form(answer.completion, tags),
+            )
+            for answer in given[i * each : (i + 1) * each]
+        ]
+        for i, row in enumerate(rows)
+    ]
+
+
+def answers(
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[list[dict]],
+    decoding: Decoding,
+    engine: "str | Engine" = "auto",
+    tags: Tags = REASONING,
+) -> list[Answer]:
+    """`decoding.num_generations` completions for each prompt (chat messages), in order."""
+    from nbhelpers import engines
+
+    if not prompts:
+        return []
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    ends = end_tokens(model, tokenizer)
+    limit = model.config.get_text_config().max_position_embeddings
+    engines.base.check_length(ids, decoding.max_new_tokens, limit, option="max_new_tokens")
+    writer = engines.choose(engine, model, tokenizer, rows=decoding.batch_size, quiet=True)
+    decoding = replace(decoding, engine=writer.name)
+    each = decoding.num_generations
+    # each completion draws from a stream of its own: neither the others nor how long they took matter
+    seeds = [decoding.seed * 1_000_003 + i for i in range(each * len(ids))]
+    sampling = engines.Sampling(
+        decoding.max_new_tokens, num_generations=each, temperature=decoding.temperature, stop_ids=ends, seed=seeds
+    )
+    written = writer.generate(ids, sampling)
+    texts = tokenizer.batch_decode([completion.token_ids for completion in written], skip_special_tokens=True)
+    return [
+        Answer(
+            question=prompts[i // each][-1]["content"],
+            completion=text,
+            answer=_answer(text, tags),
+            tokens=len(completion.token_ids),
+            finished=completion.reason == "stop_id",
+            prompt=str(tokenizer.decode(ids[i // each])),
+            decoding=decoding,
+            messages=prompts[i // each],
+            tags=tags,
+        )
+        for i, (completion, text) in enumerate(zip(written, texts, strict=True))
+    ]
+
+
+def _answer(text: str, tags: Tags) -> str | None:
+    """What stands in the place of the answer; where that is all behind the thought, the answer that is read of it."""
+    answer = tags.extract(text)
+    return answer if answer is None or tags.answer_open else read(answer) or answer
+
+
+def end_tokens(model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    """Ids that end a completion: the tokenizer's own and all that the model declares, as in TRL's trainers."""
+    declared = model.generation_config.eos_token_id
+    declared = [declared] if isinstance(declared, int) else declared or []
+    return tuple(sorted({*declared, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}))
