@@ -304,7 +304,7 @@ trainer = LeanGRPOTrainer(
 #   100 % nothing is learned, and after ten such steps the run ends by itself and says what to change.
 
 # %% [markdown] tags=["thinks"]
-# **What to look for.** The curve of a single step is noisy: four questions are few, and some are harder than others.
+# **What to look for.** The curve of a single step is noisy: its questions are few, and some are harder than others.
 # Look at the smoothed line over tens of steps.
 #
 # - *tokens an answer* is the curve that should fall: `brief` pays for it. If `correct` falls with it, the model leaves
