@@ -4,12 +4,13 @@ What comes back is in results.py, and is compared there. Asking leaves no trace:
 tokenizer and the random numbers of the training that follows are as they were.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from nbhelpers.models.chat import prompt_ids
-from nbhelpers.rewards import extract_answer, formatted, right
+from nbhelpers.models import chat
+from nbhelpers.rewards import extract_answer, formatted, question_of, right
 from nbhelpers.tasks import messages
 
 from .results import Answer as Answer
@@ -39,6 +40,8 @@ def ask(
     seed: int = 0,
     batch_size: int = 64,
     engine: "str | Engine" = "auto",
+    stop_strings: Sequence[str] = (),
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[Answer]:
     """Put questions to the model and read its answers.
 
@@ -53,6 +56,9 @@ def ask(
         seed (`int`): Of the drawing.
         batch_size (`int`): Questions at a time. More is faster and takes more memory.
         engine (`str` or `engines.Engine`): What writes: "auto", "graph", "hf", or a trainer's own, `trainer.engine`.
+        stop_strings (`Sequence[str]`): A completion ends with these too; use those of the training.
+        chat_template_kwargs (`dict`, *optional*): What the chat template is given besides the messages, as in
+            GRPOConfig; None for those of the run that trained with this tokenizer.
 
     Returns:
         `list[Answer]`: In the order of the questions.
@@ -63,7 +69,11 @@ def ask(
     if isinstance(questions, str):
         raise ValueError(f"questions must be a list: write [{questions[:40]!r}]")
     prompts = [messages(question, system_prompt) for question in questions]
-    return answers(model, tokenizer, prompts, Decoding(max_new_tokens, temperature, seed, batch_size), engine)
+    decoding = Decoding(
+        max_new_tokens, temperature, seed, batch_size, stop_strings=tuple(stop_strings),
+        chat_template_kwargs=chat_template_kwargs,
+    )  # fmt: skip
+    return answers(model, tokenizer, prompts, decoding, engine)
 
 
 def ask_again(
@@ -108,6 +118,8 @@ def accuracy(
     max_new_tokens: int = 256,
     batch_size: int = 64,
     engine: "str | Engine" = "auto",
+    stop_strings: Sequence[str] = (),
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Score:
     """Answer the questions of a data set and count what is right.
 
@@ -119,7 +131,8 @@ def accuracy(
         n (`int`, *optional*): Only the first n rows.
         temperature (`float`), seed (`int`): See `ask`.
         correct (`Callable[[str, str], bool]`): Given the completion's text and the right answer, whether it is right.
-        max_new_tokens (`int`), batch_size (`int`), engine (`str` or `engines.Engine`): See `ask`.
+        max_new_tokens (`int`), batch_size (`int`), engine (`str` or `engines.Engine`), stop_strings (`Sequence[str]`),
+            chat_template_kwargs (`dict`, *optional*): See `ask`.
 
     Returns:
         `Score`: One completion a question, so the shares are means of independent draws, as the interval wants.
@@ -127,7 +140,10 @@ def accuracy(
     Raises:
         ValueError: Without rows or without the two columns, which names the columns that there are.
     """
-    decoding = Decoding(max_new_tokens, temperature, seed, batch_size)
+    decoding = Decoding(
+        max_new_tokens, temperature, seed, batch_size, stop_strings=tuple(stop_strings),
+        chat_template_kwargs=chat_template_kwargs,
+    )  # fmt: skip
     scored = [row for (row,) in _scored(model, tokenizer, dataset, n, correct, decoding, engine)]
     return Score(
         accuracy=Proportion.of(sum(row.correct for row in scored), len(scored)),
@@ -151,6 +167,8 @@ def pass_at_k(
     max_new_tokens: int = 256,
     batch_size: int = 64,
     engine: "str | Engine" = "auto",
+    stop_strings: Sequence[str] = (),
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> PassAtK:
     """How often at least one of k completions is right: what the model can do, where `accuracy` is what it mostly does.
 
@@ -165,7 +183,8 @@ def pass_at_k(
         n (`int`, *optional*): Only the first n rows.
         temperature (`float`): Above 0, or all completions of a question are the same.
         seed (`int`), correct (`Callable[[str, str], bool]`), max_new_tokens (`int`), batch_size (`int`), engine
-            (`str` or `engines.Engine`): See `accuracy`.
+            (`str` or `engines.Engine`), stop_strings (`Sequence[str]`), chat_template_kwargs (`dict`, *optional*): See
+            `accuracy`.
 
     Returns:
         `PassAtK`, from the unbiased estimator of arXiv 2107.03374.
@@ -177,7 +196,10 @@ def pass_at_k(
         raise ValueError(f"k={tuple(k)}: each is between 1 and num_generations={num_generations}")
     if temperature <= 0:
         raise ValueError("at temperature 0 all completions of a question are the same: pass@k needs one above 0")
-    decoding = Decoding(max_new_tokens, temperature, seed, batch_size, num_generations=num_generations)
+    decoding = Decoding(
+        max_new_tokens, temperature, seed, batch_size, num_generations=num_generations,
+        stop_strings=tuple(stop_strings), chat_template_kwargs=chat_template_kwargs,
+    )  # fmt: skip
     rows = _scored(model, tokenizer, dataset, n, correct, decoding, engine)
     hits = [sum(row.correct for row in group) for group in rows]
     values = {tries: sum(unbiased_pass_at_k(num_generations, c, tries) for c in hits) / len(hits) for tries in k}
@@ -230,8 +252,12 @@ def answers(
 
     if not prompts:
         return []
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    ends = end_tokens(model, tokenizer)
+    if decoding.chat_template_kwargs is None:
+        decoding = replace(decoding, chat_template_kwargs=chat.template_kwargs(tokenizer))
+    ids = [chat.prompt_ids(tokenizer, prompt, decoding.chat_template_kwargs) for prompt in prompts]
+    ends = chat.end_ids(model, tokenizer)
+    if (end := chat.end_of_turn(tokenizer, ends)) is not None:
+        warnings.warn(chat.goes_on(tokenizer, ends, end), stacklevel=3)
     limit = model.config.get_text_config().max_position_embeddings
     engines.base.check_length(ids, decoding.max_new_tokens, limit, option="max_new_tokens")
     writer = engines.choose(engine, model, tokenizer, rows=decoding.batch_size, quiet=True)
@@ -240,27 +266,21 @@ def answers(
     # each completion draws from a stream of its own: neither the others nor how long they took matter
     seeds = [decoding.seed * 1_000_003 + i for i in range(each * len(ids))]
     sampling = engines.Sampling(
-        decoding.max_new_tokens, num_generations=each, temperature=decoding.temperature, stop_ids=ends, seed=seeds
-    )
+        decoding.max_new_tokens, num_generations=each, temperature=decoding.temperature, stop_ids=ends,
+        stop_strings=decoding.stop_strings, seed=seeds,
+    )  # fmt: skip
     written = writer.generate(ids, sampling)
     texts = tokenizer.batch_decode([completion.token_ids for completion in written], skip_special_tokens=True)
     return [
         Answer(
-            question=prompts[i // each][-1]["content"],
+            question=question_of(prompts[i // each]),
             completion=text,
             answer=extract_answer(text),
             tokens=len(completion.token_ids),
-            finished=completion.reason == "stop_id",
+            finished=completion.reason != engines.base.LENGTH,
             prompt=str(tokenizer.decode(ids[i // each])),
             decoding=decoding,
             messages=prompts[i // each],
         )
         for i, (completion, text) in enumerate(zip(written, texts, strict=True))
     ]
-
-
-def end_tokens(model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
-    """Ids that end a completion: the tokenizer's own and all that the model declares, as in TRL's trainers."""
-    declared = model.generation_config.eos_token_id
-    declared = [declared] if isinstance(declared, int) else declared or []
-    return tuple(sorted({*declared, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}))
