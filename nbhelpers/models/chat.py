@@ -100,9 +100,14 @@ def begins_answer(messages: list[dict[str, str]]) -> bool:
 
 
 def text_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """Token ids of a prompt that is plain text. A begin token in it, as a rendered chat has one, gets no second."""
+    """Token ids of a prompt that is plain text. A begin token in it, as a rendered chat has one, gets no second; an end
+    token that the tokenizer puts behind every text is taken off, for the model goes on there."""
     ids = list(tokenizer(text)["input_ids"])
-    return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id else ids
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        ids = ids[1:]
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token)):
+        ids = ids[:-1]
+    return ids
 
 
 # ---- what the template is given besides the messages ----
@@ -113,15 +118,18 @@ def keep_template_kwargs(tokenizer: "PreTrainedTokenizerBase", chat_template_kwa
 
     Raises ValueError for values that JSON does not have.
     """
-    try:
-        tokenizer.init_kwargs["chat_template_kwargs"] = json.loads(json.dumps(chat_template_kwargs))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"chat_template_kwargs={chat_template_kwargs!r} cannot be saved as JSON: {error}") from None
+    tokenizer.init_kwargs.pop("chat_template_kwargs", None)
+    if chat_template_kwargs:
+        try:
+            kept = json.loads(json.dumps(chat_template_kwargs))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"chat_template_kwargs={chat_template_kwargs!r} cannot be saved: {error}") from None
+        tokenizer.init_kwargs["chat_template_kwargs"] = kept
 
 
 def template_kwargs(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """What `keep_template_kwargs` was given, {} if it never was."""
-    return tokenizer.init_kwargs.get("chat_template_kwargs") or {}
+    return tokenizer.init_kwargs.get("chat_template_kwargs", {})
 
 
 # ---- where an answer ends ----

@@ -33,10 +33,12 @@ class PromptHooks(Hooks):
             return [chat.text_ids(self._tokenizer, prompt) for prompt in prompts], None, {}
         if not any(map(chat.begins_answer, prompts)):
             return super()._tokenize_prompts(prompts)
-        if self._is_vlm or self.environment_factories is not None:
+        whole = any(isinstance(reward, torch.nn.Module) for reward in self.reward_funcs)
+        if self._is_vlm or self.environment_factories is not None or whole:
             raise ValueError(
-                "a prompt ends with an assistant message, the beginning of the answer, which is continued neither for "
-                "models that see images nor in an environment: leave that message out"
+                "a prompt ends with an assistant message, the beginning of the answer. It is continued neither for "
+                "models that see images, nor in an environment, nor for a reward model, which would read two turns: "
+                "leave that message out"
             )
         more = {**self.chat_template_kwargs, "tools": self.tools or None, "chat_template": self.chat_template}
         return [chat.prompt_ids(self._tokenizer, prompt, more) for prompt in prompts], None, {}
