@@ -87,11 +87,30 @@ def prompt_ids(
     Raises ValueError for a begun answer that the template does not write as it is.
     """
     more = template_kwargs(tokenizer) if chat_template_kwargs is None else chat_template_kwargs
-    begun = begins_answer(messages)
+    if begins_answer(messages):
+        return list(tokenizer(_begun(tokenizer, messages, more), add_special_tokens=False)["input_ids"])
     encoded = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=not begun, continue_final_message=begun, tokenize=True, return_dict=True, **more
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, **more
     )
     return list(cast("BatchEncoding", encoded)["input_ids"])
+
+
+def _begun(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]], more: dict[str, Any]) -> str:
+    """The text of a conversation whose last message is the beginning of the answer. ValueError as `prompt_ids`."""
+    answer = messages[-1]["content"]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, continue_final_message=True, tokenize=False, **more))
+    except ValueError:
+        raise ValueError(
+            f"the chat template does not write the begun answer {answer!r} as it is, so it cannot be continued: leave "
+            "the last message out"
+        ) from None
+    if len(messages) > 1:
+        asked = str(tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False, **more))
+        rest = text.removeprefix(asked).strip()
+        if text.startswith(asked) and rest != answer.strip() and rest.endswith(answer.strip()):
+            return asked + answer  # Qwen3's writes an empty <think></think> in front of an answer that has none
+    return text
 
 
 def begins_answer(messages: list[dict[str, str]]) -> bool:

@@ -281,7 +281,7 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
         num_generations: int,
         has_tool_images: bool = False,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """TRL's hook: token ids of a completion for each prompt, and the log-probabilities they were drawn with."""
+        """TRL's hook: token ids of a completion for each prompt, and what the engine reports of each."""
         if self.engine is None or images is not None or multimodal_fields:
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
