@@ -115,7 +115,7 @@ def engine_correction(
 
     Args:
         logps (`Tensor`): float [B, T], log-probabilities as of the rollout, under the trainer.
-        sampling_logps (`Tensor`): float [B, T], those under the engine that drew.
+        sampling_logps (`Tensor`): float [B, T], those under the engine that drew; like logps, without any filter.
         mask (`Tensor`): [B, T], 1 where a token belongs to the completion.
         mode (`str`): "token_truncate", "token_mask", "sequence_truncate" or "sequence_mask".
         clip_min (`float`, *optional*), clip_max (`float`, *optional*): Limits of the weight; None for no limit.

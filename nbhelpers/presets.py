@@ -152,8 +152,8 @@ _TABLE = {
                 hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
                 num_key_value_heads=2, head_dim=128, vocab_size=151936, tie_word_embeddings=True,
             ),
-            # measured (benchmarks/results/real.json); with 4 questions a step and 3e-5 it learned about half as much in the
-            # same time, and with 16 and 1e-4 it began to lose the form after 60 steps
+            # measured (benchmarks/results/real.json); with 4 questions a step and 3e-5 it learned about half as much in
+            # the same time, and with 16 and 1e-4 it began to lose the form after 60 steps
             questions_per_step=16, learning_rate=5e-5, max_steps=110, cards=_CARDS_SMALL,
         ),
         Preset(

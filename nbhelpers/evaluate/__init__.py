@@ -5,13 +5,12 @@ tokenizer and the random numbers of the training that follows are as they were.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nbhelpers.rewards import REASONING, Tags
 from nbhelpers.tasks import messages
 
 from .asking import answers, scored
-from .asking import end_tokens as end_tokens
 from .results import Answer as Answer
 from .results import Decoding, PassAtK, Proportion, Score, unbiased_pass_at_k
 from .results import Paired as Paired
@@ -43,6 +42,8 @@ def ask(
     seed: int = 0,
     batch_size: int = 64,
     engine: "str | Engine" = "auto",
+    stop_strings: Sequence[str] = (),
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[Answer]:
     """Put questions to the model and read its answers.
 
@@ -59,6 +60,9 @@ def ask(
         seed (`int`): Of the drawing.
         batch_size (`int`): Questions at a time. More is faster and takes more memory.
         engine (`str` or `engines.Engine`): What writes: "auto", "graph", "hf", or a trainer's own, `trainer.engine`.
+        stop_strings (`Sequence[str]`): A completion ends with these too; use those of the training.
+        chat_template_kwargs (`dict`, *optional*): What the chat template is given besides the messages, as in
+            GRPOConfig; None for those of the run that trained with this tokenizer.
 
     Returns:
         `list[Answer]`: In the order of the questions.
@@ -69,7 +73,11 @@ def ask(
     if isinstance(questions, str):
         raise ValueError(f"questions must be a list: write [{questions[:40]!r}]")
     prompts = [messages(asked, system_prompt) if isinstance(asked, str) else asked for asked in questions]
-    return answers(model, tokenizer, prompts, Decoding(max_new_tokens, temperature, seed, batch_size), engine, tags)
+    decoding = Decoding(
+        max_new_tokens, temperature, seed, batch_size, stop_strings=tuple(stop_strings),
+        chat_template_kwargs=chat_template_kwargs,
+    )  # fmt: skip
+    return answers(model, tokenizer, prompts, decoding, engine, tags)
 
 
 def ask_again(
@@ -115,6 +123,8 @@ def accuracy(
     max_new_tokens: int = 256,
     batch_size: int = 64,
     engine: "str | Engine" = "auto",
+    stop_strings: Sequence[str] = (),
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Score:
     """Answer the questions of a data set and count what is right.
 
@@ -128,7 +138,8 @@ def accuracy(
         correct (`Callable[[str, str], bool]`, *optional*): Given the completion's text and the right answer, whether it
             is right; `rewards.right` if not given.
         tags (`rewards.Tags`): The wanted form.
-        max_new_tokens (`int`), batch_size (`int`), engine (`str` or `engines.Engine`): See `ask`.
+        max_new_tokens (`int`), batch_size (`int`), engine (`str` or `engines.Engine`), stop_strings (`Sequence[str]`),
+            chat_template_kwargs (`dict`, *optional*): See `ask`.
 
     Returns:
         `Score`: One completion a question, so the shares are means of independent draws, as the interval wants.
@@ -136,7 +147,10 @@ def accuracy(
     Raises:
         ValueError: Without rows or without the two columns, which names the columns that there are.
     """
-    decoding = Decoding(max_new_tokens, temperature, seed, batch_size)
+    decoding = Decoding(
+        max_new_tokens, temperature, seed, batch_size, stop_strings=tuple(stop_strings),
+        chat_template_kwargs=chat_template_kwargs,
+    )  # fmt: skip
     rows = [row for (row,) in scored(model, tokenizer, dataset, n, correct, decoding, engine, tags)]
     return Score(
         accuracy=Proportion.of(sum(row.correct for row in rows), len(rows)),
@@ -161,6 +175,8 @@ def pass_at_k(
     max_new_tokens: int = 256,
     batch_size: int = 64,
     engine: "str | Engine" = "auto",
+    stop_strings: Sequence[str] = (),
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> PassAtK:
     """How often at least one of k completions is right: what the model can do, where `accuracy` is what it mostly does.
 
@@ -175,7 +191,8 @@ def pass_at_k(
         n (`int`, *optional*): Only the first n rows.
         temperature (`float`): Above 0, or all completions of a question are the same.
         seed (`int`), correct (`Callable[[str, str], bool]`), tags (`rewards.Tags`), max_new_tokens (`int`), batch_size
-            (`int`), engine (`str` or `engines.Engine`): See `accuracy`.
+            (`int`), engine (`str` or `engines.Engine`), stop_strings (`Sequence[str]`), chat_template_kwargs (`dict`,
+            *optional*): See `accuracy`.
 
     Returns:
         `PassAtK`, from the unbiased estimator of arXiv 2107.03374.
@@ -187,7 +204,10 @@ def pass_at_k(
         raise ValueError(f"k={tuple(k)}: each is between 1 and num_generations={num_generations}")
     if temperature <= 0:
         raise ValueError("at temperature 0 all completions of a question are the same: pass@k needs one above 0")
-    decoding = Decoding(max_new_tokens, temperature, seed, batch_size, num_generations=num_generations)
+    decoding = Decoding(
+        max_new_tokens, temperature, seed, batch_size, num_generations=num_generations,
+        stop_strings=tuple(stop_strings), chat_template_kwargs=chat_template_kwargs,
+    )  # fmt: skip
     rows = scored(model, tokenizer, dataset, n, correct, decoding, engine, tags)
     hits = [sum(row.correct for row in group) for group in rows]
     values = {tries: sum(unbiased_pass_at_k(num_generations, c, tries) for c in hits) / len(hits) for tries in k}

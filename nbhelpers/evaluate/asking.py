@@ -1,12 +1,13 @@
 """Prompts in, answers out, scored where the right one is known: what `ask`, `accuracy` and `check_signal` share."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from nbhelpers.models.chat import prompt_ids
-from nbhelpers.rewards import REASONING, Tags, in_form, read, right
+from nbhelpers.models import chat
+from nbhelpers.rewards import REASONING, Tags, in_form, question_of, read, right
 
 from .results import Answer, Decoding, Row
 
@@ -63,8 +64,12 @@ def answers(
 
     if not prompts:
         return []
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    ends = end_tokens(model, tokenizer)
+    if decoding.chat_template_kwargs is None:
+        decoding = replace(decoding, chat_template_kwargs=chat.template_kwargs(tokenizer))
+    ids = [chat.prompt_ids(tokenizer, prompt, decoding.chat_template_kwargs) for prompt in prompts]
+    ends = chat.end_ids(model, tokenizer)
+    if (end := chat.end_of_turn(tokenizer, ends)) is not None:
+        warnings.warn(chat.goes_on(tokenizer, ends, end), stacklevel=3)
     limit = model.config.get_text_config().max_position_embeddings
     engines.base.check_length(ids, decoding.max_new_tokens, limit, option="max_new_tokens")
     writer = engines.choose(engine, model, tokenizer, rows=decoding.batch_size, quiet=True)
@@ -73,17 +78,18 @@ def answers(
     # each completion draws from a stream of its own: neither the others nor how long they took matter
     seeds = [decoding.seed * 1_000_003 + i for i in range(each * len(ids))]
     sampling = engines.Sampling(
-        decoding.max_new_tokens, num_generations=each, temperature=decoding.temperature, stop_ids=ends, seed=seeds
-    )
+        decoding.max_new_tokens, num_generations=each, temperature=decoding.temperature, stop_ids=ends,
+        stop_strings=decoding.stop_strings, seed=seeds,
+    )  # fmt: skip
     written = writer.generate(ids, sampling)
     texts = tokenizer.batch_decode([completion.token_ids for completion in written], skip_special_tokens=True)
     return [
         Answer(
-            question=prompts[i // each][-1]["content"],
+            question=question_of(prompts[i // each]),
             completion=text,
             answer=_answer(text, tags),
             tokens=len(completion.token_ids),
-            finished=completion.reason == "stop_id",
+            finished=completion.reason != engines.base.LENGTH,
             prompt=str(tokenizer.decode(ids[i // each])),
             decoding=decoding,
             messages=prompts[i // each],
@@ -97,10 +103,3 @@ def _answer(text: str, tags: Tags) -> str | None:
     """What stands in the place of the answer; where that is all behind the thought, the answer that is read of it."""
     answer = tags.extract(text)
     return answer if answer is None or tags.answer_open else read(answer) or answer
-
-
-def end_tokens(model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
-    """Ids that end a completion: the tokenizer's own and all that the model declares, as in TRL's trainers."""
-    declared = model.generation_config.eos_token_id
-    declared = [declared] if isinstance(declared, int) else declared or []
-    return tuple(sorted({*declared, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}))

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from nbhelpers.html import cell, table
 from nbhelpers.rewards import REASONING, Tags
@@ -29,6 +30,9 @@ class Decoding:
         batch_size (`int`): Questions at a time.
         engine (`str`): The name of what wrote; another one rounds otherwise.
         num_generations (`int`): Completions of each question.
+        stop_strings (`tuple[str, ...]`): What ends a completion besides end tokens.
+        chat_template_kwargs (`dict`, *optional*): What the chat template was given besides the messages; None for those
+            that are kept with the tokenizer.
     """
 
     max_new_tokens: int
@@ -37,6 +41,11 @@ class Decoding:
     batch_size: int
     engine: str = ""
     num_generations: int = 1
+    stop_strings: tuple[str, ...] = ()
+    chat_template_kwargs: dict[str, Any] | None = field(default=None, hash=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "stop_strings", tuple(self.stop_strings))  # JSON has lists alone
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class Answer:
     """One question and what the model wrote.
 
     Args:
-        question (`str`): The last message of the prompt.
+        question (`str`): The last message of the prompt, or the one before where that begins the answer.
         completion (`str`): What the model wrote, without special tokens.
         answer (`str` or `None`): What stands in the place of the answer (see `rewards.Tags.extract`).
         tokens (`int`): Number of tokens written, the end token included.

@@ -23,6 +23,7 @@ from .answers import (
     in_form,
     is_correct,
     number_of,
+    question_of,
     same,
     text_of,
 )
@@ -35,8 +36,8 @@ from .reward import Reward
 __all__ = [
     "REASONING", "TAGS", "THINK", "Reward", "Sample", "Tags", "check", "correctness", "countdown", "extract_answer",
     "extract_boxed", "form", "formatted", "get_language_consistency", "get_length_penalty", "get_repetition_penalty",
-    "in_form", "integer_answer", "is_correct", "math_correctness", "number_of", "read", "right", "same", "soft_format",
-    "strict_format", "tag_count", "text_of",
+    "in_form", "integer_answer", "is_correct", "math_correctness", "number_of", "question_of", "read", "right", "same",
+    "soft_format", "strict_format", "tag_count", "text_of",
 ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from nbhelpers.models.tags import REASONING
 
-from .answers import number_of, same
+from .answers import number_of, question_of, same
 
 FORM = REASONING.frame
 THOUGHT = "First I look at what is asked, then I work it out step by step."
@@ -39,8 +39,7 @@ def texts_for(row: dict, rows: Sequence[dict], form: str) -> dict[str, list[str]
         rows (`Sequence[dict]`): All rows of the check; where an answer is no number, another row's is the wrong one.
         form (`str`): A well-formed completion with `{reasoning}` and `{answer}` in it.
     """
-    prompt, right = row["prompt"], str(row["answer"])
-    question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    question, right = question_of(row["prompt"]), str(row["answer"])
     numbers = list(dict.fromkeys(_NUMBERS.findall(question)))
     value = number_of(right)
     others = [str(other["answer"]) for other in rows] if value is None else [*numbers, str(value + 1)]

@@ -17,6 +17,13 @@ def text_of(completion: str | list[dict[str, str]]) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"] or ""
 
 
+def question_of(prompt: str | list[dict[str, str]]) -> str:
+    """What a prompt asks: a plain string, or the last chat message that is not the beginning of the answer."""
+    if isinstance(prompt, str):
+        return prompt
+    return next((turn for turn in reversed(prompt) if turn["role"] != "assistant"), prompt[-1])["content"] or ""
+
+
 def extract_answer(text: str) -> str | None:
     """The text inside the answer tag, without the white space around it.
 
