@@ -186,7 +186,9 @@ class LeanStepHooks(Hooks):
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         name = first_non_finite(named)
         if name is None:
-            self._skipped_in_a_row = 0
+            # a batch that teaches nothing has gradients of exactly 0, and proves nothing
+            if self._skipped_in_a_row and any(p.grad is not None and bool(p.grad.any()) for _, p in named):
+                self._skipped_in_a_row = 0
         else:
             self.skipped_steps += 1
             self._skipped_in_a_row += 1
