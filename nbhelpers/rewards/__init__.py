@@ -163,9 +163,9 @@ def math_correctness(completions: list, answer: list[str], **_) -> list[float | 
     r"""2.0 when the answer is the same mathematics as the right one, else 0.0: \frac12, 0.5, 50\% and 1/2 are equal.
 
     The answer is what stands in the answer tag or, without a closed one, in the last `\boxed{...}`. math-verify
-    compares, in a process of its own, at most `math_equal.SECONDS` for each answer; one that is late, longer than 200
-    characters or no mathematics scores 0.0. An answer need not be worked out: 17*23 is equal to 391. Where the question
-    is itself an expression that a model could copy, use `correctness`.
+    compares, in a process of its own, at most `math_equal.SECONDS` for a batch and 0.03 s more for each answer; one
+    that is late, longer than 200 characters or no mathematics scores 0.0. An answer need not be worked out: 17*23 is
+    equal to 391. Where the question is itself an expression that a model could copy, use `correctness`.
 
     Args:
         completions (`list[str]` or `list[list[dict[str, str]]]`): What the model wrote.

@@ -1,8 +1,8 @@
 """A limit for the time that a function may take, whatever it does: computes for ever, or waits for ever.
 
 A thread cannot end another one's work, and while a regular expression backtracks no other thread runs at all. So a
-timer of the system counts the processor's time, and a thread the time that goes by while nothing is computed; both send one
-signal, whose handler raises. The signal is SIGVTALRM: SIGALRM is what rewards and math-verify use themselves. One call into
+timer of the system counts the processor's time, and a thread the time that goes by while nothing is computed. Both send
+one signal, whose handler raises: SIGVTALRM, because SIGALRM is what rewards and math-verify use themselves. A call into
 C that never looks at signals is not interrupted. Windows and threads other than the main one have no such signal: there
 it is only said that the function hangs.
 """

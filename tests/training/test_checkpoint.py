@@ -1,4 +1,4 @@
-"""A checkpoint's folder is complete or not there: damage is found, start and step say which is newest, old ones leave."""
+"""A checkpoint's folder is complete or not there: damage is found, steps say which is newest, old ones leave."""
 
 import os
 import stat
