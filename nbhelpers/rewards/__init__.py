@@ -18,13 +18,14 @@ from .countdown_rules import verify
 from .penalties import get_language_consistency, get_length_penalty, get_repetition_penalty
 from .reading import read, right
 from .reward import Reward
+from .sandbox import sandboxed
 from .tags import REASONING, THINK, Tags, form, in_form
 
 __all__ = [
     "REASONING", "TAGS", "THINK", "Reward", "Sample", "Tags", "check", "correctness", "countdown", "extract_answer",
     "extract_boxed", "form", "formatted", "get_language_consistency", "get_length_penalty", "get_repetition_penalty",
-    "in_form", "integer_answer", "is_correct", "math_correctness", "number_of", "read", "right", "same", "soft_format",
-    "strict_format", "tag_count", "text_of",
+    "in_form", "integer_answer", "is_correct", "math_correctness", "number_of", "read", "right", "same", "sandboxed",
+    "soft_format", "strict_format", "tag_count", "text_of",
 ]  # fmt: skip
 
 

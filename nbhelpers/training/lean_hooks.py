@@ -108,7 +108,7 @@ class LeanStepHooks(Hooks):
         """What the optimizer will allocate in its first update."""
         if self.optimizer is not None and self.optimizer.state:
             return 0.0
-        name = str(self.args.optim)
+        name = str(self.args.optim).lower()  # an enum: "optimizernames.adamw_8bit"
         if "paged" in name:
             return 0.0
         kind = "adamw_8bit" if "8bit" in name else "adamw"

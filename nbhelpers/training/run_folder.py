@@ -180,7 +180,7 @@ def checkpoint_bytes(model: "PreTrainedModel", args: "GRPOConfig") -> tuple[floa
     trained = [p for p in model.parameters() if p.requires_grad]
     saved = trained if adapter.loras(model) else list(model.parameters())
     weights = sum(p.numel() * p.element_size() for p in saved)
-    name = str(args.optim)
+    name = str(args.optim).lower()  # "optimizernames.adamw_torch"
     kind = "adamw_8bit" if "8bit" in name else "adamw"
     states = 0.0 if args.save_only_model or "adamw" not in name else OPTIMIZER_BYTES[kind]
     optimizer = states * sum(p.numel() for p in trained)
