@@ -106,8 +106,10 @@ def sandboxed(
     said: set[str] = set()
 
     def score(completions: list, **columns: Any) -> list[float | None]:
-        n, scores, errors = len(completions), {}, {}
-        waiting, running = deque(range(n)), {}
+        n = len(completions)
+        scores: dict[int, float | None] = {}
+        errors: dict[int, str] = {}
+        waiting, running = deque(range(n)), dict[int, _Child]()
         selector = selectors.DefaultSelector()
         try:
             while waiting or running:
@@ -206,8 +208,8 @@ def _inside(reward: Reward, arguments: dict[str, Any], limits: _Limits, pipe: in
         signal.signal(number, signal.SIG_DFL)
     missing = _walls(folder) if sys.platform == "linux" else list(WALLS)
     nowhere = os.open(os.devnull, os.O_RDWR)
-    for number in range(3):  # what it prints is nobody's
-        os.dup2(nowhere, number)
+    for descriptor in range(3):  # what it prints is nobody's
+        os.dup2(nowhere, descriptor)
     os.dup2(pipe, 3)
     os.closerange(4, 65536)  # files, sockets and devices of the notebook
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  a notebook's own go through its sockets
