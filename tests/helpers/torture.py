@@ -52,6 +52,7 @@ class Bench:
         self.python, self.root, self.random = python, root, random.Random(seed)
         self.count = 0
         self.whole = self.result(self.run(self.fresh()))
+        self.undisturbed = self.root / "run-1"
         assert self.whole is not None and self.whole["step"] == RUN["max_steps"], "the undisturbed run failed"
 
     def fresh(self) -> Path:
@@ -195,8 +196,7 @@ def flips(bench: Bench, count: int) -> Row:
     from nbhelpers.training import checkpoint
 
     row = Row("one bit flipped in a file of the newest checkpoint: the one before is taken, or it was harmless")
-    folder = bench.fresh()
-    bench.run(folder)
+    folder = bench.undisturbed
     newest = checkpoint.newest(folder)
     assert newest is not None
     manifest = checkpoint.read(newest)

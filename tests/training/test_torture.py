@@ -1,6 +1,5 @@
-"""A small half of `make torture`: two kills, twins and some flipped bits. The rest is in tests/helpers/torture.py."""
+"""A small half of `make torture`: a kill, a signal, twins and some flipped bits. The rest is in tests/helpers/torture.py."""
 
-import os
 import sys
 
 import pytest
@@ -9,12 +8,11 @@ import torture
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks and kills")
 def test_a_small_half_of_the_torture_holds(tmp_path, warm, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     bench = torture.Bench(warm, tmp_path, seed=1)
-    monkeypatch.setattr(torture, "PHASES", {name: torture.PHASES[name] for name in ("save", "evaluation")})
-    rows = [torture.kills(bench, 2), torture.signals(bench, 2), torture.twins(bench, 1), torture.flips(bench, 26)]
+    monkeypatch.setattr(torture, "PHASES", {"save": torture.PHASES["save"]})
+    rows = [torture.kills(bench, 1), torture.signals(bench, 1), torture.twins(bench, 1), torture.flips(bench, 26)]
     assert [row.lost for row in rows] == [[], [], [], []]
-    assert sum(row.held for row in rows) == 31
+    assert sum(row.held for row in rows) == 29
     assert "| tried | held | lost |" in torture.table(rows)
 
 
