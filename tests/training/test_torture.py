@@ -1,4 +1,4 @@
-"""A small half of `make torture`: a kill, a signal, twins and some flipped bits. The rest is in tests/helpers/torture.py."""
+"""A small half of `make torture`: a kill, a signal, twins and some flipped bits. The rest: tests/helpers/torture.py."""
 
 import sys
 
