@@ -105,8 +105,10 @@ def kills(bench: Bench, count: int) -> Row:
         phase = list(PHASES)[i % len(PHASES)]
         call, share = bench.random.randint(1, PHASES[phase][1]), bench.random.random()
         folder = bench.fresh()
-        bench.run(folder, phase, call, share)
-        row.count(f"{phase} {call}, {share:.0%} into it", bench.goes_on(folder))
+        code, text = bench.run(folder, phase, call, share)
+        fault = None if code == -signal.SIGKILL or bench.result((code, text)) else f"it ended with {code}"
+        late = "" if code == -signal.SIGKILL else ", which came too late"
+        row.count(f"{phase} {call}, {share:.0%} into it{late}", fault or bench.goes_on(folder))
         shutil.rmtree(folder, ignore_errors=True)
     return row
 
