@@ -4,34 +4,40 @@ TRL takes what a reward function gives. A function that raises ends the run; one
 lets it go on to the end, with exit code 0, having learned nothing.
 """
 
+import asyncio
 import functools
 import inspect
 import math
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .reward import Reward
+from .time_limit import Late, limited
 
 if TYPE_CHECKING:
     from torch import nn
 
 FAILURES = 3  # batches in a row without a single score before the run is stopped
+SECONDS = 300.0  # for one call of a reward function
+NOT_ITS_OWN = (KeyboardInterrupt, GeneratorExit, asyncio.CancelledError)  # nothing that a reward did wrong
 
 
 class RewardError(ValueError):
     """A reward function that must be changed before training can go on; the message says which, and how."""
 
 
-def guard(func: Reward) -> Reward:
+def guard(func: Reward, seconds: float = SECONDS) -> Reward:
     """The same reward function, for a run that is not lost to one bad batch. Async functions stay async.
 
-    A batch in which it raises, or gives no usable number at all, scores None (for TRL: "does not apply") with a
-    warning; the third in a row stops the run. NaN, infinity or something that is no number scores None in its row,
-    with a warning for the first one.
+    A batch in which it raises (SystemExit and its like too), takes too long, or gives no usable number at all, scores
+    None (for TRL: "does not apply") with a warning; the third in a row stops the run. NaN, infinity or something
+    that is no number scores None in its row, with a warning for the first one.
 
     Args:
         func (`Reward`): A reward function with TRL's signature.
+        seconds (`float`): Time for one call; then it is cut off, as far as Python can (see time_limit.py).
 
     Returns:
         `Reward`: It has the `__name__` under which TRL logs `func`, and returns a `list[float | None]`.
@@ -41,10 +47,12 @@ def guard(func: Reward) -> Reward:
             or does not return one score for each completion; after three failed batches in a row, from the last
             exception.
     """
-    return _Guard(func).guarded()
+    return _Guard(func, seconds).guarded()
 
 
-def guard_all(funcs: "Sequence[Reward | str | nn.Module]") -> "list[Reward | str | nn.Module]":
+def guard_all(
+    funcs: "Sequence[Reward | str | nn.Module]", seconds: float = SECONDS
+) -> "list[Reward | str | nn.Module]":
     """`guard` around every function of a list; reward models (modules and names of models) pass through untouched.
 
     A completion to which no function applies is left to TRL, which keeps it out of its group's baseline and gives it
@@ -54,6 +62,7 @@ def guard_all(funcs: "Sequence[Reward | str | nn.Module]") -> "list[Reward | str
     Args:
         funcs (`Sequence[Reward | str | nn.Module]`): What TRL's `reward_funcs` takes: reward functions, reward models
             and names of reward models.
+        seconds (`float`): As in `guard`.
 
     Returns:
         `list[Reward | str | nn.Module]`: As long as `funcs`, in the same order.
@@ -63,7 +72,7 @@ def guard_all(funcs: "Sequence[Reward | str | nn.Module]") -> "list[Reward | str
     """
     from torch import nn
 
-    guards = {i: _Guard(func) for i, func in enumerate(funcs) if not isinstance(func, (str, nn.Module))}
+    guards = {i: _Guard(func, seconds) for i, func in enumerate(funcs) if not isinstance(func, (str, nn.Module))}
     names = [one.name for one in guards.values()]
     for name in names:
         if names.count(name) > 1:
@@ -72,6 +81,11 @@ def guard_all(funcs: "Sequence[Reward | str | nn.Module]") -> "list[Reward | str
         for one in guards.values():
             one.team = list(guards.values())
     return [guards[i].guarded() if i in guards else func for i, func in enumerate(funcs)]
+
+
+def unguarded(func: Any) -> Any:
+    """The function that was given to `guard`; anything else as it is."""
+    return vars(func).get(_INSIDE, func) if inspect.isfunction(func) else func
 
 
 def named(func: Any) -> tuple[str, Any]:
@@ -86,11 +100,17 @@ def named(func: Any) -> tuple[str, Any]:
     return func.__name__ if inspect.isroutine(func) else type(func).__name__, func
 
 
+_INSIDE = "unguarded"  # the attribute of a guarded function that holds what it guards
+
+
 class _Guard:
     """What one guarded function did so far."""
 
-    def __init__(self, func: Callable[..., Any]):
-        self.func = func
+    def __init__(self, func: Callable[..., Any], seconds: float):
+        if not seconds > 0:
+            raise ValueError(f"reward_seconds={seconds}: a number of seconds above 0")
+        self.func, self.seconds = func, seconds
+        self.spent = 0.0  # seconds in this function so far
         self.name, self.inner = named(func)
         called = self.inner if inspect.isroutine(self.inner) else self.inner.__call__
         self.is_async = inspect.iscoroutinefunction(called)
@@ -105,24 +125,43 @@ class _Guard:
 
         async def guarded_async(completions: list, **columns: Any) -> list[float | None]:
             self.check_columns(completions, columns)
+            begun = time.monotonic()
             try:
-                scores = await self.func(completions=completions, **columns)
-            except Exception as error:
-                return self.failed(len(completions), error)
+                scores = await asyncio.wait_for(self.func(completions=completions, **columns), self.seconds)
+            except NOT_ITS_OWN:
+                raise
+            except BaseException as error:
+                late = isinstance(error, TimeoutError) and time.monotonic() - begun >= self.seconds
+                return self.failed(len(completions), Late() if late else error)
+            finally:
+                self.count_time(time.monotonic() - begun, columns)
             return self.checked(scores, len(completions))
 
         def guarded_sync(completions: list, **columns: Any) -> list[float | None]:
             self.check_columns(completions, columns)
+            begun = time.monotonic()
             try:
-                scores = self.func(completions=completions, **columns)
-            except Exception as error:
+                with limited(self.seconds, f"reward function {self.name!r}"):
+                    scores = self.func(completions=completions, **columns)
+            except NOT_ITS_OWN:
+                raise
+            except BaseException as error:
                 return self.failed(len(completions), error)
+            finally:
+                self.count_time(time.monotonic() - begun, columns)
             return self.checked(scores, len(completions))
 
         guarded: Any = guarded_async if self.is_async else guarded_sync
         guarded.__name__ = guarded.__qualname__ = self.name
         guarded.__doc__ = self.inner.__doc__
+        vars(guarded)[_INSIDE] = self.func
         return guarded
+
+    def count_time(self, seconds: float, columns: dict[str, Any]) -> None:
+        """Add up what the function costs, and log it where the trainer offers to."""
+        self.spent += seconds
+        if (log_metric := columns.get("log_metric")) is not None:
+            log_metric(f"reward_seconds/{self.name}", seconds)
 
     def check_columns(self, completions: list, columns: dict) -> None:
         """A misspelt column or a missing `**_` would fail in every batch: say so in the first."""
@@ -169,10 +208,15 @@ class _Guard:
         self.count_silence(numbers)
         return numbers
 
-    def failed(self, n: int, error: Exception) -> list[float | None]:
+    def failed(self, n: int, error: BaseException) -> list[float | None]:
         """None for each of n completions, with a warning; RewardError for the third failure in a row."""
         self.failures += 1
         what = f"{type(error).__name__}: {error}"
+        if isinstance(error, Late):
+            what = (
+                f"no answer within {self.seconds:g} s (reward_seconds; it has cost {self.spent + self.seconds:.0f} s "
+                "of this run so far)"
+            )
         if self.failures >= FAILURES:
             raise RewardError(
                 f"reward function {self.name!r} failed in {FAILURES} batches in a row, last with {what}"

@@ -44,3 +44,7 @@ class Hooks(trl.GRPOTrainer):
 
     def _read_state(self, position: checkpoint.Position) -> None:
         """Take it out again; call super(). A run that starts afresh hands over a position without any."""
+
+    def _identity(self) -> dict[str, Any]:
+        """What else, beyond arguments, model, data and rewards, makes it this run, as JSON; add to super()'s."""
+        return {}

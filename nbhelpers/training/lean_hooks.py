@@ -108,7 +108,7 @@ class LeanStepHooks(Hooks):
         """What the optimizer will allocate in its first update."""
         if self.optimizer is not None and self.optimizer.state:
             return 0.0
-        name = str(self.args.optim)
+        name = str(self.args.optim).lower()  # an enum: "optimizernames.adamw_8bit"
         if "paged" in name:
             return 0.0
         kind = "adamw_8bit" if "8bit" in name else "adamw"
@@ -186,7 +186,9 @@ class LeanStepHooks(Hooks):
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         name = first_non_finite(named)
         if name is None:
-            self._skipped_in_a_row = 0
+            # a batch that teaches nothing has gradients of exactly 0, and proves nothing
+            if self._skipped_in_a_row and any(p.grad is not None and bool(p.grad.any()) for _, p in named):
+                self._skipped_in_a_row = 0
         else:
             self.skipped_steps += 1
             self._skipped_in_a_row += 1

@@ -10,6 +10,7 @@ Only the files of hooks and this one touch TRL's private parts. Here these are:
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +22,9 @@ from nbhelpers import engines, gpu, panel
 from nbhelpers.memory.room import Reserved
 from nbhelpers.models import chat
 from nbhelpers.rewards import REASONING, Sample, Tags, question_of, text_of
-from nbhelpers.rewards.guard import guard_all
+from nbhelpers.rewards.guard import SECONDS, guard_all
 
+from . import run_folder
 from .lean_hooks import ONE_CARD_EACH, LeanStepHooks
 from .prompt_hooks import PromptHooks
 from .resume_hooks import ResumeHooks
@@ -79,6 +81,7 @@ class LeanGRPOConfig(trl.GRPOConfig):
     save_steps: float = 20
     save_total_limit: int | None = 2
     dynamic_sampling: int = 0  # rounds in which groups without a signal are replaced before the update (DAPO)
+    reward_seconds: float = SECONDS  # for one call of a reward function, before its rows count as not scored
 
     def __post_init__(self):
         if self.bf16 is None and not self.fp16:
@@ -125,16 +128,16 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
     """TRL's GRPOTrainer, made for one small machine. These things differ:
 
     - the precision is this machine's when `args` is a `LeanGRPOConfig` (or None);
-    - reward functions are guarded (`guard.guard_all`): a wrong length is refused by name; one exception or NaN costs
-      one batch's rows of that function, not the run;
+    - reward functions are guarded (`guard.guard_all`): a wrong length is refused by name; one exception, NaN or call
+      that takes longer than `args.reward_seconds` costs one batch's rows of that function, not the run;
     - `state.samples` holds the newest rollout as `Sample`s, for callbacks such as `panel.Live`;
     - log-probabilities and gradients come from the lean step (`lean_step.LeanStep`);
     - completions are written by an engine from the weights that are trained, and end with a stop string too
       (`generation_kwargs={"stop_strings": [...]}`);
     - a prompt that ends with an assistant message is continued there; what is rewarded is what the model wrote;
     - `chat_template_kwargs` are kept with the tokenizer, so that `evaluate` asks as the training does;
-    - an interrupt (Ctrl-C, the notebook's stop button) or an error saves what was learned to `args.output_dir`;
-      after an interrupt `train()` returns as if the run had ended, so the next cell works;
+    - an interrupt (Ctrl-C, the notebook's stop button, SIGTERM, SIGHUP) or an error saves what was learned to
+      `args.output_dir`; after an interrupt `train()` returns as if the run had ended, so the next cell works;
     - a group whose rewards are all equal has advantages of exactly 0, and is replaced where `args.dynamic_sampling`
       says so;
     - checkpoints are complete or absent, and `train(resume_from_checkpoint="auto")` resumes from the newest one as
@@ -197,9 +200,11 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
         if args is None:
             args = LeanGRPOConfig("runs/grpo")
         check(model, train_dataset, args)
+        run_folder.check_writable(Path(args.output_dir or "trainer_output"))  # before transformers makes it
         funcs = None
         if reward_funcs is not None:
-            funcs = guard_all(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])
+            seconds = args.reward_seconds if isinstance(args, LeanGRPOConfig) else SECONDS
+            funcs = guard_all(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs], seconds)
         masters = {} if isinstance(model, str) else {p: p.data for p in model.parameters() if p.requires_grad}
         super().__init__(
             model, funcs, args, train_dataset, eval_dataset=eval_dataset, processing_class=processing_class,
@@ -271,6 +276,9 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
         if chosen.name != "vllm":
             gpu.grow_blocks()
         return chosen
+
+    def _identity(self) -> dict[str, Any]:
+        return {**super()._identity(), "engine": "TRL's own" if self.engine is None else self.engine.name}
 
     def _reserved(self) -> Reserved:
         asleep = 0 if self.engine is None else self.engine.asleep
