@@ -115,7 +115,9 @@ class LayerwiseDecoder:
         with torch.no_grad():
             return x, self.rotary(x, packed.positions)
 
-    def logps(self, x: Tensor, packed: Packed, temperature: float) -> tuple[Tensor, Tensor]:
+    def logps(
+        self, x: Tensor, packed: Packed, temperature: float, entropy_grad: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy [S] fp32 of the scored tokens, from the last layer's output [1, T, H]."""
         scored = take(x.flatten(0, 1), packed.source)
         bias, state = self.head.bias, None
@@ -123,7 +125,7 @@ class LayerwiseDecoder:
             state = self.head.weight.quant_state
         return kernels.linear_logprob(
             self.norm(scored), self.head.weight, packed.target, quant_state=state, bias=bias, temperature=temperature,
-            entropy=True,
+            entropy=True, entropy_grad=entropy_grad,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -142,6 +144,7 @@ class LayerwiseDecoder:
         layers: Layers,
         objective: Callable[[Tensor, Tensor], Tensor],
         backward: Callable[[Tensor], Any],
+        entropy_grad: bool = False,
     ) -> None:
         """One micro-batch forward and backward; gradients are added to the parameters' `.grad`.
 
@@ -151,9 +154,10 @@ class LayerwiseDecoder:
             layers (`Layers`): What each layer saves.
             objective (`Callable`): (logps [S] fp32, entropies [S] fp32) -> scalar with a gradient.
             backward (`Callable`): Called with that scalar, e.g. accelerator.backward.
+            entropy_grad (`bool`): The entropies have a gradient too.
         """
         try:
-            self._differentiate_layers(packed, temperature, layers, objective, backward)
+            self._differentiate_layers(packed, temperature, layers, objective, backward, entropy_grad)
         finally:
             self.store.clear()
 
@@ -164,6 +168,7 @@ class LayerwiseDecoder:
         layers: Layers,
         objective: Callable[[Tensor, Tensor], Tensor],
         backward: Callable[[Tensor], Any],
+        entropy_grad: bool,
     ) -> None:
         store, last = self.store, len(self.layers) - 1
         first_saved = len(self.layers) - layers.saved
@@ -191,7 +196,7 @@ class LayerwiseDecoder:
         leaf = x.requires_grad_()
         del x
         with torch.enable_grad(), self._arithmetic():
-            value = objective(*self.logps(leaf, packed, temperature))
+            value = objective(*self.logps(leaf, packed, temperature, entropy_grad))
         with _plain(self.device):
             backward(value)
         gradient = [_gradient_of(leaf)]  # a list, so that who takes it out can free it

@@ -123,7 +123,11 @@ class LeanStep:
     # -------------------------------------------------------------------------------------------------- the work
 
     def differentiate(
-        self, batch: Rows, objective: Objective, backward: Callable[[Tensor], Any] = torch.Tensor.backward
+        self,
+        batch: Rows,
+        objective: Objective,
+        backward: Callable[[Tensor], Any] = torch.Tensor.backward,
+        entropy_grad: bool = False,
     ) -> None:
         """Add the gradients of a batch to the parameters' `.grad`.
 
@@ -133,6 +137,7 @@ class LeanStep:
                 each micro-batch; the batch's loss is their sum. `packed.number` and `packed.column` are the row and the
                 column of each of the S tokens.
             backward (`Callable`): Called with each scalar, e.g. accelerator.backward, which scales it for fp16.
+            entropy_grad (`bool`): The entropies have a gradient too; the head is then computed again in the backward.
 
         Raises CannotFit if not even one row fits.
         """
@@ -144,7 +149,7 @@ class LeanStep:
                 return objective(logps, entropies, packed)
 
             layers = Layers(micro_batch.saved, micro_batch.on_device, micro_batch.tile)
-            self.decoder.differentiate(packed, self.temperature, layers, of_tokens, backward)
+            self.decoder.differentiate(packed, self.temperature, layers, of_tokens, backward, entropy_grad)
         for parameter in self.trained:  # without a signal the gradients are 0, and the optimizer's momentum still acts
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -192,7 +197,8 @@ class LeanStep:
         completions = {i: torch.zeros(completion_length, dtype=torch.long) for i in range(rows)}
         all_rows = [Row(i, i // num_generations, prompt_length, completion_length) for i in range(rows)]
         prompts = [torch.zeros(prompt_length, dtype=torch.long)] * (all_rows[-1].prompt + 1)
-        batch = Rows(all_rows, prompts, completions)
+        scored = {i: torch.arange(completion_length) for i in range(rows)}
+        batch = Rows(all_rows, prompts, completions, scored)
         grads = [p.grad for p in self.trained]
 
         def largest() -> list[MicroBatch]:
