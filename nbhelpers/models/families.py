@@ -179,7 +179,13 @@ def _why_not_train(model: "nn.Module", family: Family, inner: "PreTrainedModel")
 
     if any(window(family, module.self_attn) for module in inner.model.layers):
         return "its attention has a sliding window"
-    dropouts = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    halves = [half for layer in inner.model.layers for half in (layer.self_attn, layer.mlp)]
+    drawn = {module for half in halves for module in half.modules()}  # their linear layers' own, LoRA's: they are called
+    dropouts = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Dropout) and module.p > 0 and module not in drawn
+    ]
     if dropouts or inner.config.attention_dropout:
         return f"it has dropout ({dropouts[0] if dropouts else 'attention_dropout'})"
     if known().get(type(inner.lm_head)) is not False:

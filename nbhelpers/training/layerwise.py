@@ -8,7 +8,8 @@ freed within one micro-batch; between the layers there are plain tensors [1, T, 
 
 The backward of a layer that is recomputed starts with the MLP half, tile by tile: its last product is skipped (only
 its gradient is needed), and the gradient of s is written over a. The attention half follows once the MLP's memory is
-free again.
+free again. What it draws at random, LoRA's dropout say, is what the forward drew: the layer starts from the same state
+of the random generators and computes in the same order.
 """
 
 from collections.abc import Callable, Iterator
@@ -179,6 +180,7 @@ class LayerwiseDecoder:
         x, root = embedded.detach(), get_gradient_edge(embedded) if trained else None
         del embedded
         graphs: list[tuple[Tensor, Tensor]] = []
+        random: list[list[Tensor]] = []  # states of the generators before each layer that is computed again
         for number, layer in enumerate(self.layers):
             if number >= first_saved:
                 leaf = x.detach().requires_grad_()
@@ -189,6 +191,7 @@ class LayerwiseDecoder:
                 del leaf, y
             else:
                 store.put(number, x, host=number < first_on_device)
+                random.append(_random_state(self.device))
                 with torch.no_grad(), self._arithmetic():
                     x = self._forward(layer, x, packed, cos_sin, layers.tile)
         store.flush()
@@ -211,7 +214,8 @@ class LayerwiseDecoder:
                 store.prefetch(number)
                 store.prefetch(number - 1)
                 x = store.take(number)
-                gradient.append(self._backward(self.layers[number], x, packed, cos_sin, layers.tile, gradient))
+                with _random_from(random.pop(), self.device):
+                    gradient.append(self._backward(self.layers[number], x, packed, cos_sin, layers.tile, gradient))
                 del x
         if root is not None:
             self._differentiate(root, gradient.pop())
@@ -234,6 +238,29 @@ class LayerwiseDecoder:
 def _gradient_of(leaf: Tensor) -> Tensor:
     assert leaf.grad is not None  # it has been differentiated
     return leaf.grad
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    """The states of the generators that a layer on this device draws from."""
+    states = [torch.get_rng_state()]
+    return states if device.type == "cpu" else [*states, torch.get_device_module(device).get_rng_state(device)]
+
+
+@contextmanager
+def _random_from(states: list[Tensor], device: torch.device) -> Iterator[None]:
+    """What is drawn within is drawn from these states of the generators; what is drawn after that, as if it were not."""
+    before = _random_state(device)
+    try:
+        _set_random_state(states, device)
+        yield
+    finally:
+        _set_random_state(before, device)
+
+
+def _set_random_state(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states[1], device)
 
 
 def _plain(device: torch.device) -> AbstractContextManager:

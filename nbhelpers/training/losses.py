@@ -43,7 +43,6 @@ class Settings:
     vespo_pos: tuple[float, float] = (2.0, 3.0)  # vespo_k_pos, vespo_lambda_pos
     vespo_neg: tuple[float, float] = (3.0, 2.0)  # vespo_k_neg, vespo_lambda_neg
     off_policy_mask_threshold: float | None = None
-    top_entropy_quantile: float = 1.0
     entropy_bonus: bool = False  # whether there is one, be its factor 0 in this batch
     entropy_coef: float = 0.0  # the factor in this batch: the adaptive bonus changes it
     correction: str | None = "sequence_mask"  # vllm_importance_sampling_mode; None: no correction for the engine

@@ -54,8 +54,8 @@ def run(
     Stage 1: what each token counts in the whole batch, and which completions have a gradient at all. Without a KL term
         and an entropy bonus one without advantage (all of its group got the same reward) has none: with `backward` it
         is not computed.
-    Stage 2: the completions without their padding. With top_entropy_quantile their entropies, in a pass of their own:
-        which tokens count is known only once all of them are.
+    Stage 2: the completions without their padding. With `high_entropy` their entropies, in a pass of their own: which
+        tokens count is known only once all of them are.
     Stage 3: forward and backward, one micro-batch after the other; each adds its tokens' weighted loss.
 
     If memory runs out, all stages are run again with smaller micro-batches (`LeanStep.retried`).
@@ -69,7 +69,7 @@ def run(
             given.
         backward (`Callable`, *optional*): Called with each micro-batch's scalar, e.g. accelerator.backward. None: no
             gradients.
-        high_entropy (`Callable`, *optional*): Which tokens have the highest entropies; top_entropy_quantile needs it.
+        high_entropy (`Callable`, *optional*): Which tokens count, those with the highest entropies; None: all do.
 
     Raises CannotFit if not even one completion fits.
     """
@@ -93,8 +93,7 @@ def _run(
     mask, advantages = loss_mask(batch), batch["advantages"]
     divisor = 1.0 if settings.loss_type in losses.BY_ITEMS else accumulation
     weights = losses.token_weights(mask, settings, num_items) / divisor
-    filtered = settings.top_entropy_quantile < 1.0 and high_entropy is not None
-    every = backward is None or bool(settings.beta or settings.entropy_bonus or filtered)
+    every = backward is None or bool(settings.beta or settings.entropy_bonus or high_entropy)
     keep = torch.ones_like(advantages, dtype=torch.bool) if every else advantages != 0
 
     # Stage 2: no padding
@@ -102,7 +101,7 @@ def _run(
                  mask)  # fmt: skip
     shape = mask.shape[0], mask.shape[1]
     acts = mask
-    if filtered and high_entropy is not None:
+    if high_entropy is not None:
         acts = mask * high_entropy(step.score(rows, shape)[1], mask)
 
     # Stage 3: forward and backward
