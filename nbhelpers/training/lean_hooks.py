@@ -149,12 +149,13 @@ class LeanStepHooks(Hooks):
     def _write_state(self, position: checkpoint.Position) -> None:
         super()._write_state(position)
         position.counters.update(skipped=self.skipped_steps, in_a_row=self._skipped_in_a_row)
+        last = self._last_world_entropy  # TRL keeps it in a checkpoint too, but not for a step that is cut short
+        position.extra["entropy"] = [self.entropy_coef, None if last == float("inf") else last]
 
     def _read_state(self, position: checkpoint.Position) -> None:
         super()._read_state(position)
-        # TRL finds its own state of the entropy bonus in a checkpoint, and begins nothing afresh
-        self.entropy_coef, self._last_world_entropy = self.args.entropy_coef, float("inf")
-        self._entropy_window_stats = None
+        self.entropy_coef, last = position.extra.get("entropy", (self.args.entropy_coef, None))
+        self._last_world_entropy, self._entropy_window_stats = float("inf") if last is None else last, None
         self.skipped_steps = position.counters.get("skipped", 0)
         self._skipped_in_a_row = position.counters.get("in_a_row", 0)
 
