@@ -19,7 +19,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
-from nbhelpers.memory.micro_batches import OPTIMIZER_BYTES
+from nbhelpers.architecture import GB
+from nbhelpers.memory.micro_batches import OPTIMIZER_BYTES, StepCost, Tokens
 from nbhelpers.memory.room import Reserved
 from nbhelpers.models import families
 
@@ -38,6 +39,8 @@ def why_not(trainer: Hooks) -> str | None:
     asked = {
         f"loss_type={args.loss_type!r}": args.loss_type not in losses.LOSS_TYPES,
         "cast_lm_head_to_fp32": args.cast_lm_head_to_fp32,
+        "neftune_noise_alpha": bool(args.neftune_noise_alpha),  # its noise depends on the length of padded rows
+        "use_liger_kernel": args.use_liger_kernel,
         "a mixture of experts' auxiliary loss": trainer.aux_loss_enabled,
         f"{trainer.accelerator.distributed_type}": trainer.accelerator.distributed_type not in ONE_CARD_EACH,
     }
@@ -45,6 +48,27 @@ def why_not(trainer: Hooks) -> str | None:
         if wanted:
             return f"{what} is asked for"
     return families.why_not(trainer.accelerator.unwrap_model(trainer.model), "training")
+
+
+def cost(trainer: Hooks) -> str:
+    """What it costs to leave a batch to TRL, in a sentence: the planner's bytes for its rows at once, prompts left out."""
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    rows, length = args.per_device_train_batch_size, trainer.max_completion_length
+    said = f"TRL computes the {rows} rows of a batch at once, padded"
+    try:
+        shapes = families.architecture(families.unwrap(model).config.to_dict())
+    except (ValueError, KeyError):
+        return f"{said}: how much memory that takes is not known for this architecture."
+    step = StepCost(shapes, 2 if args.bf16 or args.fp16 else model.dtype.itemsize)
+    tokens, layers = Tokens(*[rows * length] * 3), step.layers
+    all_saved, inputs_saved = (
+        step.peak(tokens, saved, layers - saved, tokens.packed) / GB for saved in (layers, 0)
+    )
+    least = step.least([(0, 1, length)]) / GB
+    saved, other = (inputs_saved, "") if args.gradient_checkpointing else (
+        all_saved, f" ({inputs_saved:.2g} GB with gradient_checkpointing=True)")  # fmt: skip
+    return (f"{said}: for completions of {length} tokens that is at least {saved:.2g} GB{other} on top of the weights, "
+            f"where the lean step gets by with {least:.2g} GB.")  # fmt: skip
 
 
 class LeanStepHooks(Hooks):
@@ -69,7 +93,7 @@ class LeanStepHooks(Hooks):
         reason = why_not(self) if lean else "lean=False"
         self.lean = reason is None
         if lean and not self.lean:
-            print(f"The loss is TRL's own, without the lean step's memory and speed: {reason}.")
+            print(f"The loss is TRL's own, without the lean step's memory and speed: {reason}. {cost(self)}")
 
     def settings(self) -> losses.Settings:
         """What decides the loss, as it is set now."""

@@ -71,6 +71,28 @@ def test_a_completion_that_is_all_tools_is_left_out(pair):
     compare(pair, batch, loss_type="grpo")
 
 
+def test_whole_runs_with_an_environment_end_at_the_same_weights(tmp_path):
+    """Its texts stand between the model's own; two updates for each rollout, so with an old pass, and a reference."""
+
+    def rollout(prompts, one):
+        draw = torch.Generator().manual_seed(one.state.global_step)
+        ids = [torch.randint(3, 40, (int(n),), generator=draw).tolist()
+               for n in torch.randint(4, 12, (len(prompts),), generator=draw)]  # fmt: skip
+        mask = [[int(i % 4 != 2) for i in range(len(row))] for row in ids]
+        return {"prompt_ids": one.processing_class(prompts)["input_ids"], "completion_ids": ids, "logprobs": None,
+                "env_mask": mask}  # fmt: skip
+
+    ends = []
+    for cls in (trl.GRPOTrainer, trainer.LeanGRPOTrainer):
+        model = make_model("qwen2")
+        start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        one = make_trainer(cls, model, tmp_path, optim="sgd", num_iterations=2, beta=0.04, max_steps=3)
+        one.rollout_func = rollout
+        one.train()
+        ends.append({n: p.detach() - start[n] for n, p in one.model.named_parameters() if p.requires_grad})
+    assert one.lean and difference(ends[1], ends[0]) < 1e-4
+
+
 @pytest.mark.parametrize("settings", [
     {"quantile": 0.2}, {"quantile": 0.5, "loss_type": "grpo", "beta": 0.04}, {"quantile": 0.3, "coef": 0.1},
     {"threshold": 0.05}, {"threshold": 0.1, "quantile": 0.5, "loss_type": "vespo"},
