@@ -254,8 +254,8 @@ def linear_logprob(
         temperature (`float`): Divides the logits.
         vocab_size (`int`, *optional*): Words from this index on are padding and get no probability.
         entropy (`bool`): Return the entropy too.
-        entropy_grad (`bool`): Let a gradient flow through it, d entropy / d logit = -p (log p + entropy). The logits are
-            then computed again in the backward: three products, not two.
+        entropy_grad (`bool`): Let a gradient flow through it. The logits are then computed again in the backward: three
+            products, not two.
         scratch_bytes (`int`): Bounds the buffer for logits, whatever the number of tokens.
 
     Returns fp32 [...], or with `entropy` a pair of those, in nats. Gradients flow to hidden and, if it requires one, to

@@ -116,9 +116,7 @@ class LayerwiseDecoder:
         with torch.no_grad():
             return x, self.rotary(x, packed.positions)
 
-    def logps(
-        self, x: Tensor, packed: Packed, temperature: float, entropy_grad: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def logps(self, x: Tensor, packed: Packed, temperature: float, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy [S] fp32 of the scored tokens, from the last layer's output [1, T, H]."""
         scored = take(x.flatten(0, 1), packed.source)
         bias, state = self.head.bias, None
@@ -248,7 +246,7 @@ def _random_state(device: torch.device) -> list[Tensor]:
 
 @contextmanager
 def _random_from(states: list[Tensor], device: torch.device) -> Iterator[None]:
-    """What is drawn within is drawn from these states of the generators; what is drawn after that, as if it were not."""
+    """What is drawn within is drawn from these states of the generators, and what comes after it as if it were not."""
     before = _random_state(device)
     try:
         _set_random_state(states, device)

@@ -51,24 +51,24 @@ def why_not(trainer: Hooks) -> str | None:
 
 
 def cost(trainer: Hooks) -> str:
-    """What it costs to leave a batch to TRL, in a sentence: the planner's bytes for its rows at once, prompts left out."""
+    """What it costs to leave a batch to TRL, as a sentence: the planner's bytes of all of its completions at once."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     rows, length = args.per_device_train_batch_size, trainer.max_completion_length
     said = f"TRL computes the {rows} rows of a batch at once, padded"
     try:
-        shapes = families.architecture(families.unwrap(model).config.to_dict())
+        shapes = families.architecture(model.config.to_dict())
     except (ValueError, KeyError):
-        return f"{said}: how much memory that takes is not known for this architecture."
+        return f"{said}: how many GB that takes is not known for this architecture."
     step = StepCost(shapes, 2 if args.bf16 or args.fp16 else model.dtype.itemsize)
     tokens, layers = Tokens(*[rows * length] * 3), step.layers
-    all_saved, inputs_saved = (
-        step.peak(tokens, saved, layers - saved, tokens.packed) / GB for saved in (layers, 0)
+    whole, inputs = (step.peak(tokens, saved, layers - saved, tokens.packed) / GB for saved in (layers, 0))
+    needs = f"{whole:.2g} GB ({inputs:.2g} GB with gradient_checkpointing=True)"
+    if args.gradient_checkpointing:
+        needs = f"{inputs:.2g} GB"
+    return (
+        f"{said}: for completions of {length} tokens that is at least {needs} on top of the weights, where the lean "
+        f"step gets by with {step.least([(0, 1, length)]) / GB:.2g} GB."
     )
-    least = step.least([(0, 1, length)]) / GB
-    saved, other = (inputs_saved, "") if args.gradient_checkpointing else (
-        all_saved, f" ({inputs_saved:.2g} GB with gradient_checkpointing=True)")  # fmt: skip
-    return (f"{said}: for completions of {length} tokens that is at least {saved:.2g} GB{other} on top of the weights, "
-            f"where the lean step gets by with {least:.2g} GB.")  # fmt: skip
 
 
 class LeanStepHooks(Hooks):
@@ -119,13 +119,13 @@ class LeanStepHooks(Hooks):
         )
 
     def _entropy_coef(self) -> float:
-        """The factor of the entropy bonus in this batch: 0 while the entropy was above its target in the last update."""
+        """The factor of the entropy bonus in this batch: 0 if the entropy was above its target in the last update."""
         if self.use_adaptive_entropy and self._last_world_entropy > self.args.entropy_target:
             return 0.0
         return self.entropy_coef
 
     def _adapt_entropy_coef(self, entropies: Tensor, acts: Tensor) -> None:
-        """After a batch: TRL's controller of the entropy bonus, which moves once an update, by the update's mean entropy.
+        """TRL's controller of the entropy bonus: it moves once an update, by the mean entropy of the update's tokens.
 
         Args:
             entropies (`Tensor`): fp32 [B, T], nats.

@@ -103,7 +103,8 @@ def token_loss(
     if kind == "cispo":
         per_token = -r.clamp(max=settings.epsilon_high).detach() * a * logps
     elif kind == "sapo":
-        t = torch.where(a > 0, *a.new_tensor(settings.sapo_temperatures))
+        high, low = a.new_tensor(settings.sapo_temperatures)
+        t = torch.where(a > 0, high, low)
         per_token = -torch.sigmoid(t * (r - 1)) * 4 / t * a
     else:
         phi = sequence_weight(logps - old_logps, advantages, mask, settings, correction)
@@ -142,8 +143,8 @@ def sequence_weight(
     if correction is not None:
         log_w = log_w + correction.log().clamp(lowest, 20.0).sum(-1, keepdim=True)
     log_w = log_w.clamp(lowest, 20.0)
-    pairs = zip(settings.vespo_pos, settings.vespo_neg, strict=True)
-    k, rate = (torch.where((advantages >= 0).unsqueeze(1), *log_w.new_tensor(pair)) for pair in pairs)
+    pos, neg = log_w.new_tensor([settings.vespo_pos, settings.vespo_neg])
+    k, rate = torch.where((advantages >= 0).unsqueeze(1), pos, neg).split(1, dim=1)
     rate = rate.clamp(min=1e-4)
     return (rate + k * log_w - rate * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0)
 

@@ -19,6 +19,8 @@ from step_cases import (
 from transformers import Qwen2ForCausalLM
 
 from nbhelpers import grpo
+from nbhelpers.architecture import GB
+from nbhelpers.memory.micro_batches import Tokens
 from nbhelpers.training import lean_step, losses, packing, trainer
 
 
@@ -135,6 +137,10 @@ def test_what_the_lean_step_cannot_do_goes_trls_way(tmp_path, capsys):
     one = make_trainer(trainer.LeanGRPOTrainer, make_model(), tmp_path, cast_lm_head_to_fp32=True)
     assert not one.lean
     assert "The loss is TRL's own" in (said := capsys.readouterr().out) and "cast_lm_head_to_fp32" in said
+    tokens, step = Tokens(96, 96, 96), one._step_of(one.model).cost  # 8 rows of 12
+    whole, inputs = step.peak(tokens, 3, 0, 96) / GB, step.peak(tokens, 0, 3, 96) / GB
+    assert f"8 rows of a batch at once, padded: for completions of 12 tokens that is at least {whole:.2g} GB" in said
+    assert f"({inputs:.2g} GB with gradient_checkpointing=True)" in said and inputs < whole
     configure(one)
     loss = one.compute_loss(one.model, make_batch(size=2) | {"old_per_token_logps": torch.zeros(4, 12)})
     assert loss.requires_grad and loss.grad_fn is not None

@@ -1,4 +1,4 @@
-"""GRPO's relatives, what is left out of a loss, and the entropy bonus: TRL's loss, gradients and metrics on one rollout."""
+"""GRPO's relatives, what is left out of a loss, and the entropy bonus, against TRL's own loss on one rollout."""
 
 import math
 
@@ -134,8 +134,14 @@ def test_the_adaptive_entropy_bonus_moves_as_trls(pair, target):
                 one.accelerator.gradient_state._set_sync_gradients(number == 1)
                 one.accelerator.backward(one.compute_loss(one.model, part))
             track.append((one.entropy_coef, one._last_world_entropy))
-        seen.append((track, {n: p.grad.clone() for n, p in one.model.named_parameters() if p.grad is not None},
-                     one._metrics["train"]["entropy_coef"], one._metrics["train"]["policy_loss"]))
+        seen.append(
+            (
+                track,
+                {n: p.grad.clone() for n, p in one.model.named_parameters() if p.grad is not None},
+                one._metrics["train"]["entropy_coef"],
+                one._metrics["train"]["policy_loss"],
+            )
+        )
     (wanted, grads, coefs, policy), (got, ours, our_coefs, our_policy) = seen
     assert [pytest.approx(each, rel=1e-5) for each in wanted] == got and len(set(coefs)) > 1
     assert coefs == pytest.approx(our_coefs) and policy == pytest.approx(our_policy, rel=1e-4, abs=1e-6)

@@ -309,7 +309,8 @@ class LinearLogprob(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dw = torch.zeros(head.weight.shape, dtype=torch.float32, device=hidden.device)
         factor, mixed = g.float(), None
-        if entropies is not None and g_entropy is not None:  # the larger of the two is the factor, so that d is of size 1
+        if entropies is not None and g_entropy is not None:
+            # the larger of the two is the factor, so that what is kept in 16 bits is of size 1
             factor = torch.maximum(g.abs(), g_entropy.abs())
             mixed = torch.stack((*(torch.stack((g, g_entropy)) / factor).nan_to_num(), entropies))
         factor = (factor / (head.temperature * head.unit))[:, None]
