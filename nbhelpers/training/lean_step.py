@@ -75,7 +75,8 @@ class LeanStep:
         backend = attention or choose(self.device, dtype)
         self.decoder = LayerwiseDecoder(model, backend, autocast)
         width = max(embedding.element_size(), dtype.itemsize)
-        self.cost = StepCost(families.architecture(model.config.to_dict()), width, backend)
+        dropped = max(map(_dropped, self.decoder.layers))
+        self.cost = StepCost(families.architecture(model.config.to_dict()), width, backend, dropped)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.temperature, self.share_prompts = temperature, share_prompts
         self.room = Room(self.device, budget_gb, reserved)
@@ -211,6 +212,17 @@ class LeanStep:
         for parameter, grad in zip(self.trained, grads, strict=True):
             parameter.grad = grad
         return micro_batches
+
+
+def _dropped(layer: nn.Module) -> int:
+    """Features that go through LoRA's dropout in a decoder layer."""
+    from peft.tuners.lora import LoraLayer
+
+    features = 0
+    for module in layer.modules():
+        if isinstance(module, LoraLayer) and any(isinstance(one, nn.Dropout) for one in module.lora_dropout.values()):
+            features += module.in_features or 0
+    return features
 
 
 def _lengths(rows: list[Row]) -> list[Lengths]:

@@ -70,7 +70,7 @@ def each(entries):
             yield pytest.param(entry.how, tried, id=f"{entry.names.split()[0]}-{number}-{entry.how}", marks=marks)
 
 
-@pytest.mark.parametrize("how, settings", each(ARGUMENTS))
+@pytest.mark.parametrize("how, settings", [*each(ARGUMENTS)])
 def test_arguments_run_as_the_table_says(tmp_path, how, settings):
     if how == REFUSED:
         with pytest.raises((ValueError, NotImplementedError), match=next(iter(settings))):
@@ -83,7 +83,7 @@ def test_arguments_run_as_the_table_says(tmp_path, how, settings):
         one.train()
 
 
-@pytest.mark.parametrize("how, config", each(ADAPTERS))
+@pytest.mark.parametrize("how, config", [*each(ADAPTERS)])
 def test_adapters_run_as_the_table_says(tmp_path, how, config):
     ((kind, options),) = config.items()
     one, said = made(tmp_path, make_model("qwen2", lora=False), getattr(peft, kind)(**options))

@@ -20,7 +20,8 @@ from transformers import Qwen2ForCausalLM
 
 from nbhelpers import grpo
 from nbhelpers.architecture import GB
-from nbhelpers.memory.micro_batches import Tokens
+from nbhelpers.memory.micro_batches import StepCost, Tokens
+from nbhelpers.models import families
 from nbhelpers.training import lean_step, losses, packing, trainer
 
 
@@ -137,7 +138,7 @@ def test_what_the_lean_step_cannot_do_goes_trls_way(tmp_path, capsys):
     one = make_trainer(trainer.LeanGRPOTrainer, make_model(), tmp_path, cast_lm_head_to_fp32=True)
     assert not one.lean
     assert "The loss is TRL's own" in (said := capsys.readouterr().out) and "cast_lm_head_to_fp32" in said
-    tokens, step = Tokens(96, 96, 96), one._step_of(one.model).cost  # 8 rows of 12
+    tokens, step = Tokens(96, 96, 96), StepCost(families.architecture(one.model.config.to_dict()), 4)  # 8 rows of 12
     whole, inputs = step.peak(tokens, 3, 0, 96) / GB, step.peak(tokens, 0, 3, 96) / GB
     assert f"8 rows of a batch at once, padded: for completions of 12 tokens that is at least {whole:.2g} GB" in said
     assert f"({inputs:.2g} GB with gradient_checkpointing=True)" in said and inputs < whole

@@ -155,6 +155,14 @@ def test_a_run_that_draws_and_adapts_and_is_stopped_goes_on_as_if_it_had_not_bee
     assert len(set(factors)) > 1 and again.entropy_coef == factors[-1]
 
 
+def test_its_memory_is_reckoned_with():
+    rows, _ = rollout()
+    with_it, without = (lean_step.LeanStep(lora(p), budget_gb=2e-4) for p in (0.3, 0.0))
+    assert with_it.cost.dropped == 6 * 32 + 48 and without.cost.dropped == 0  # six projections read 32 features
+    assert max(one.peak for one in with_it.plan(rows.rows)) <= with_it.available()
+    assert with_it.cost.least([(0, 9, 12)]) > without.cost.least([(0, 9, 12)])
+
+
 def test_dropout_that_the_walk_does_not_pass_is_refused():
     assert "dropout (model.layers.0.resid_attn_dropout)" in families.why_not(
         make_model("phi3", lora=False, resid_pdrop=0.1), "training"
