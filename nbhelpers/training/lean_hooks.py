@@ -93,7 +93,8 @@ class LeanStepHooks(Hooks):
         reason = why_not(self) if lean else "lean=False"
         self.lean = reason is None
         if lean and not self.lean:
-            print(f"The loss is TRL's own, without the lean step's memory and speed: {reason}. {cost(self)}")
+            print(f"The loss is TRL's own, without the lean step's memory and speed: {reason}. {cost(self)}"
+                  " What it costs in seconds: docs/compatibility.md.")  # fmt: skip
 
     def settings(self) -> losses.Settings:
         """What decides the loss, as it is set now."""

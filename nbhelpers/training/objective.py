@@ -19,7 +19,7 @@ from nbhelpers.architecture import GB
 from . import losses
 from .lean_step import LeanStep
 from .losses import Settings
-from .packing import Packed, unpad
+from .packing import Packed, Rows, unpad
 
 HighEntropy = Callable[[Tensor, Tensor], Tensor]  # (entropies, mask) [B, T] -> bool [B, T], as TRL's trainer gives it
 
@@ -54,11 +54,12 @@ def run(
     Stage 1: what each token counts in the whole batch, and which completions have a gradient at all. Without a KL term
         and an entropy bonus one without advantage (all of its group got the same reward) has none: with `backward` it
         is not computed.
-    Stage 2: the completions without their padding. With `high_entropy` their entropies, in a pass of their own: which
-        tokens count is known only once all of them are.
+    Stage 2: the completions without their padding.
     Stage 3: forward and backward, one micro-batch after the other; each adds its tokens' weighted loss.
 
-    If memory runs out, all stages are run again with smaller micro-batches (`LeanStep.retried`).
+    If memory runs out, all stages are run again with smaller micro-batches (`LeanStep.retried`). With `high_entropy` a
+    pass of its own comes before them: which tokens count is known only once all entropies are. (Outside of what is run
+    again, since all processes must call it equally often.)
 
     Args:
         step (`LeanStep`): Of the policy.
@@ -73,9 +74,12 @@ def run(
 
     Raises CannotFit if not even one completion fits.
     """
+    mask = acts = loss_mask(batch)
+    if high_entropy is not None:
+        rows, shape = _unpadded(batch, mask), (mask.shape[0], mask.shape[1])
+        acts = mask * high_entropy(step.retried(lambda: step.score(rows, shape)[1], learns=False), mask)
     return step.retried(
-        lambda: _run(step, batch, settings, accumulation, num_items, backward, high_entropy),
-        learns=backward is not None,
+        lambda: _run(step, batch, settings, mask, acts, accumulation, num_items, backward), learns=backward is not None
     )
 
 
@@ -83,31 +87,27 @@ def _run(
     step: LeanStep,
     batch: dict[str, Any],
     settings: Settings,
+    mask: Tensor,
+    acts: Tensor,
     accumulation: float,
     num_items: Tensor | float | None,
     backward: Callable[[Tensor], Any] | None,
-    high_entropy: HighEntropy | None,
 ) -> Outcome:
     start = time.perf_counter()
     # Stage 1: weights of the tokens, and rows with a gradient
-    mask, advantages = loss_mask(batch), batch["advantages"]
+    advantages = batch["advantages"]
     divisor = 1.0 if settings.loss_type in losses.BY_ITEMS else accumulation
     weights = losses.token_weights(mask, settings, num_items) / divisor
-    every = backward is None or bool(settings.beta or settings.entropy_bonus or high_entropy)
+    every = backward is None or bool(settings.beta or settings.entropy_bonus)
     keep = torch.ones_like(advantages, dtype=torch.bool) if every else advantages != 0
 
     # Stage 2: no padding
-    rows = unpad(batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], batch["completion_mask"], keep,
-                 mask)  # fmt: skip
-    shape = mask.shape[0], mask.shape[1]
-    acts = mask
-    if high_entropy is not None:
-        acts = mask * high_entropy(step.score(rows, shape)[1], mask)
+    rows = _unpadded(batch, mask, keep)
 
     # Stage 3: forward and backward
     loss = _BatchLoss(batch, settings, mask, weights, acts, accumulation)
     if backward is None:
-        loss.logps, loss.entropies = step.score(rows, shape)
+        loss.logps, loss.entropies = step.score(rows, (mask.shape[0], mask.shape[1]))
         loss.of_rows(torch.arange(len(mask), device=mask.device), loss.logps, loss.entropies)
     else:
         step.differentiate(rows, loss.of_packed, backward, entropy_grad=settings.entropy_coef != 0)
@@ -118,6 +118,14 @@ def _run(
         loss.total - loss.bonus, loss.total * divisor, loss.logps, loss.entropies, mask, acts, scored, old_logps,
         loss.correction, seconds,
     )  # fmt: skip
+
+
+def _unpadded(batch: dict[str, Any], mask: Tensor, keep: Tensor | None = None) -> Rows:
+    prompts, completions = (
+        (batch["prompt_ids"], batch["prompt_mask"]),
+        (batch["completion_ids"], batch["completion_mask"]),
+    )
+    return unpad(*prompts, *completions, keep, mask)
 
 
 def loss_mask(batch: dict[str, Any]) -> Tensor:
@@ -228,7 +236,8 @@ def metrics(
         """Over all tokens of all processes; over rows where there is one number per row."""
         if x.shape[1] == 1:
             over = torch.ones_like(x)
-        total, count = reduce(torch.stack([(x * over).sum(), over.sum().float()])).tolist()
+        x = torch.where(over.bool(), x, 0.0)  # no product: what takes no loss may be infinite
+        total, count = reduce(torch.stack([x.sum(), over.sum().float()])).tolist()
         return total / max(count, 1.0)
 
     coef = grpo.ratio(outcome.logps, outcome.old_logps, mask, level)

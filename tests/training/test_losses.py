@@ -63,6 +63,7 @@ def test_a_tools_result_that_nobody_would_have_written_breaks_nothing(pair):
     configure(pair[1], beta=0.04)
     loss, got = gradients(pair[1], batch)
     assert math.isfinite(loss) and all(gradient.isfinite().all() for gradient in got.values())
+    assert math.isfinite(pair[1]._metrics["train"]["kl"][0])
 
 
 def test_a_completion_that_is_all_tools_is_left_out(pair):
