@@ -17,10 +17,12 @@ INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check $(if $(CO
 run: .venv/ready
 	@$(BIN)/python notebooks/run.py notebooks/00_quickstart.ipynb runs/quickstart $(if $(DATA),--set 'DATA=$(DATA)')
 
-# notebooks/models/*.ipynb from the template and the presets; badges, install cells and tables from their one source.
+# notebooks/models/*.ipynb from the template and the presets; badges, install cells, tables and docs/compatibility.md from
+# their one source.
 notebooks: .venv/ready
 	@$(BIN)/python notebooks/build.py
 	@$(BIN)/python -m benchmarks.readme
+	@$(BIN)/python -m benchmarks.compatibility
 
 # One thread a process and two processes: faster than two threads each that wait for each other. The model notebooks run
 # as copies in a fresh folder: beside the originals there may be checkpoints of a real run.

@@ -205,7 +205,7 @@ def lora_mlp(
 def linear_logprob(
     hidden: Tensor, weight: Tensor, target: Tensor, *, quant_state: "QuantState | None" = None,
     bias: Tensor | None = None, temperature: float = 1.0, vocab_size: int | None = None, entropy: bool = False,
-    scratch_bytes: int = LOGITS_BYTES,
+    entropy_grad: bool = False, scratch_bytes: int = LOGITS_BYTES,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """See nbhelpers.kernels.linear_logprob."""
     if quant_state is not None:
@@ -217,7 +217,8 @@ def linear_logprob(
         z = (z if bias is None else z + bias) / temperature
         logps = z.log_softmax(-1)
         chosen = logps.gather(-1, t.clamp(min=0)[:, None]).squeeze(-1).masked_fill(t == -100, 0.0)
-        return chosen, -(logps.exp() * logps).sum(-1).detach()
+        entropies = -(logps.exp() * logps).sum(-1)
+        return chosen, entropies if entropy_grad else entropies.detach()
 
     # a chunk's logits are recomputed in the backward, so that all of them are never in memory, on a CPU either
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)

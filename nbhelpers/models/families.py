@@ -179,7 +179,14 @@ def _why_not_train(model: "nn.Module", family: Family, inner: "PreTrainedModel")
 
     if any(window(family, module.self_attn) for module in inner.model.layers):
         return "its attention has a sliding window"
-    dropouts = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    # dropout inside a linear layer, LoRA's, is drawn by the layer's own forward; any other would have to be walked
+    halves = [half for layer in inner.model.layers for half in (layer.self_attn, layer.mlp)]
+    inside = {module for half in halves for module in half.modules()}
+    dropouts = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Dropout) and module.p > 0 and module not in inside
+    ]
     if dropouts or inner.config.attention_dropout:
         return f"it has dropout ({dropouts[0] if dropouts else 'attention_dropout'})"
     if known().get(type(inner.lm_head)) is not False:

@@ -75,7 +75,8 @@ class LeanStep:
         backend = attention or choose(self.device, dtype)
         self.decoder = LayerwiseDecoder(model, backend, autocast)
         width = max(embedding.element_size(), dtype.itemsize)
-        self.cost = StepCost(families.architecture(model.config.to_dict()), width, backend)
+        dropped = max(map(_dropped, self.decoder.layers))
+        self.cost = StepCost(families.architecture(model.config.to_dict()), width, backend, dropped)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.temperature, self.share_prompts = temperature, share_prompts
         self.room = Room(self.device, budget_gb, reserved)
@@ -123,7 +124,11 @@ class LeanStep:
     # -------------------------------------------------------------------------------------------------- the work
 
     def differentiate(
-        self, batch: Rows, objective: Objective, backward: Callable[[Tensor], Any] = torch.Tensor.backward
+        self,
+        batch: Rows,
+        objective: Objective,
+        backward: Callable[[Tensor], Any] = torch.Tensor.backward,
+        entropy_grad: bool = False,
     ) -> None:
         """Add the gradients of a batch to the parameters' `.grad`.
 
@@ -133,6 +138,7 @@ class LeanStep:
                 each micro-batch; the batch's loss is their sum. `packed.number` and `packed.column` are the row and the
                 column of each of the S tokens.
             backward (`Callable`): Called with each scalar, e.g. accelerator.backward, which scales it for fp16.
+            entropy_grad (`bool`): The entropies have a gradient too; the head is then computed again in the backward.
 
         Raises CannotFit if not even one row fits.
         """
@@ -144,7 +150,7 @@ class LeanStep:
                 return objective(logps, entropies, packed)
 
             layers = Layers(micro_batch.saved, micro_batch.on_device, micro_batch.tile)
-            self.decoder.differentiate(packed, self.temperature, layers, of_tokens, backward)
+            self.decoder.differentiate(packed, self.temperature, layers, of_tokens, backward, entropy_grad)
         for parameter in self.trained:  # without a signal the gradients are 0, and the optimizer's momentum still acts
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -192,7 +198,8 @@ class LeanStep:
         completions = {i: torch.zeros(completion_length, dtype=torch.long) for i in range(rows)}
         all_rows = [Row(i, i // num_generations, prompt_length, completion_length) for i in range(rows)]
         prompts = [torch.zeros(prompt_length, dtype=torch.long)] * (all_rows[-1].prompt + 1)
-        batch = Rows(all_rows, prompts, completions)
+        scored = {i: torch.arange(completion_length) for i in range(rows)}
+        batch = Rows(all_rows, prompts, completions, scored)
         grads = [p.grad for p in self.trained]
 
         def largest() -> list[MicroBatch]:
@@ -205,6 +212,17 @@ class LeanStep:
         for parameter, grad in zip(self.trained, grads, strict=True):
             parameter.grad = grad
         return micro_batches
+
+
+def _dropped(layer: nn.Module) -> int:
+    """Features that go through LoRA's dropout in a decoder layer."""
+    from peft.tuners.lora import LoraLayer
+
+    features = 0
+    for module in layer.modules():
+        if isinstance(module, LoraLayer) and any(isinstance(one, nn.Dropout) for one in module.lora_dropout.values()):
+            features += module.in_features or 0
+    return features
 
 
 def _lengths(rows: list[Row]) -> list[Lengths]:

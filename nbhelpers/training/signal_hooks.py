@@ -28,6 +28,7 @@ from nbhelpers.rewards import Tags, in_form, right, text_of
 
 from . import checkpoint
 from .hooks import Hooks
+from .objective import loss_mask
 
 Batch = dict[str, Any]  # TRL's rollout: tensors by name, B rows of whole groups
 Inputs = list[dict[str, Any]]  # rows of the data set, each as often as it is answered
@@ -37,6 +38,8 @@ LEFT_PADDED = ("prompt_ids", "prompt_mask")
 
 def spliced(batch: Batch, rows: list[int], other: Batch, other_rows: list[int], pad_token_id: int) -> Batch:
     """`batch` with its `rows` replaced by `other_rows` of another rollout, padded to a common length."""
+    if "tool_mask" in batch or "tool_mask" in other:  # where one rollout has none, all of its tokens take a loss
+        batch, other = ({"tool_mask": one["completion_mask"]} | one for one in (batch, other))
     result = dict(batch)
     for name, value in batch.items():
         if not isinstance(value, Tensor) or value.dim() == 0:
@@ -164,8 +167,7 @@ class SignalHooks(Hooks):
                 batch = spliced(batch, to, other, source, self._tokenizer.pad_token_id)
             wanting = wanting[len(pairs) :]
             replaced += len(pairs)
-        tokens = batch["completion_mask"].sum()
-        batch["num_items_in_batch"] = self.accelerator.gather(tokens).sum()
+        batch["num_items_in_batch"] = self.accelerator.gather(loss_mask(batch).sum()).sum()
         self._metrics["train"]["signal/replaced"].append(replaced / max(1, len(silent)))
         return batch
 
