@@ -13,7 +13,7 @@ Whatever TRL offers and the lean step does not (`why_not` lists it) is left to T
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
@@ -40,6 +40,8 @@ def why_not(trainer: Hooks) -> str | None:
         "top_entropy_quantile": args.top_entropy_quantile < 1.0,
         "off_policy_mask_threshold": args.off_policy_mask_threshold is not None,
         "tools": bool(trainer.tools),
+        "neftune_noise_alpha": args.neftune_noise_alpha is not None,
+        "torch_compile": trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
         "cast_lm_head_to_fp32": args.cast_lm_head_to_fp32,
         "a mixture of experts' auxiliary loss": trainer.aux_loss_enabled,
         f"{trainer.accelerator.distributed_type}": trainer.accelerator.distributed_type not in ONE_CARD_EACH,
