@@ -1,8 +1,9 @@
-"""TRL's GRPOTrainer whose log-probabilities and gradients come from the lean step: four of its hooks.
+"""TRL's GRPOTrainer whose log-probabilities and gradients come from the lean step: five of its hooks.
 
     _compute_loss                           forward AND backward of a batch, micro-batch by micro-batch
     _get_per_token_logps_and_entropies      without gradients: the "old" and the reference pass
     training_step                           checks the gradients before the optimizer uses them
+    log                                     leaves an entropy out that is not of all rows
     train                                   tries the longest possible batch first
 
 It also adds to `_metrics`, which TRL logs, and calls `_tokenize_prompts` to know how long the longest prompt is.
@@ -10,6 +11,7 @@ It also adds to `_metrics`, which TRL logs, and calls `_tokenize_prompts` to kno
 Whatever TRL offers and the lean step does not (`why_not` lists it) is left to TRL, and a printed line says so.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -205,6 +207,13 @@ class LeanStepHooks(Hooks):
                 for _, parameter in named:
                     parameter.grad = None
         self._metrics["train"]["skipped_steps"].append(float(self.skipped_steps))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in TRL, which averages what is known; an entropy that misses some of a step's rows is no entropy of it."""
+        measured = self._metrics["train" if self.model.training else "eval"]
+        if any(math.isnan(value) for value in measured.get("entropy", ())):
+            measured["entropy"] = [math.nan]
+        super().log(logs, start_time)
 
     def train(
         self,

@@ -7,6 +7,7 @@ Only the files of hooks and this one touch TRL's private parts. Here these are:
     _tokenizer                              the engine's tokenizer
 """
 
+import math
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -272,9 +273,20 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, trl.GRPOTrainer):
         return [completion.token_ids for completion in written], [completion.logprobs for completion in written]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in TRL; callbacks find the newest rollout in `state.samples`."""
+        """As in TRL; callbacks find the newest rollout in `state.samples`.
+
+        In `state.log_history` a number that is not finite is None, because JSON has none. Its last entry, the summary
+        of the run, has the newest step's numbers too, as with TRL where logging_steps left some of them to it.
+        """
         vars(self.state)["samples"] = self.samples()  # TrainerState has no such field; the panel reads it
         super().log(logs, start_time)
+        *before, entry = self.state.log_history
+        if "train_runtime" in entry:
+            entry = next((log for log in reversed(before) if "reward" in log), {}) | entry
+        self.state.log_history[-1] = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in entry.items()
+        }
 
     def samples(self) -> list[Sample]:
         """The newest rollout of all processes: prompt, completion, reward by function and advantage of each row."""
