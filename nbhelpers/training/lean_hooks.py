@@ -12,10 +12,12 @@ Whatever TRL offers and the lean step does not (`why_not` lists it) is left to T
 """
 
 import math
+from itertools import islice
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, DynamoBackend
+from datasets import IterableDataset
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
@@ -31,6 +33,7 @@ from .packing import unpad
 
 ONE_CARD_EACH = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 SAMPLE = 20_000  # rows of a data set that are searched for the longest prompt
+STREAMED = 64  # of one that is streamed: to read it takes time, and is done again for the first step
 
 
 def why_not(trainer: Hooks) -> str | None:
@@ -245,10 +248,7 @@ class LeanStepHooks(Hooks):
 
     def _longest_prompt(self) -> int:
         """Tokens of the longest prompt among the first rows of the data set, by its 8 longest in characters."""
-        prompts = []
-        for row in self.train_dataset:
-            prompts.append(row["prompt"])
-            if len(prompts) == SAMPLE:
-                break
+        rows = islice(self.train_dataset, STREAMED if isinstance(self.train_dataset, IterableDataset) else SAMPLE)
+        prompts = [row["prompt"] for row in rows]
         longest = sorted(prompts, key=lambda prompt: len(str(prompt)))[-8:]
         return max(len(ids) for ids in self._tokenize_prompts(longest)[0])
