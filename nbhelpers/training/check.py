@@ -49,7 +49,7 @@ def check(
 
 
 def check_rows(rows: Any, owned: bool) -> None:
-    """Refuse what cannot be trained on: TypeError for what is no data set, ValueError without rows and as below."""
+    """Raises TypeError for what is no data set; ValueError without rows, and as `check_columns`."""
     if rows is None or (isinstance(rows, Dataset) and len(rows) == 0):
         raise ValueError(
             "`train_dataset` is required unless an `environment_factory` is provided, and it is empty: GRPO would stop "
@@ -57,8 +57,8 @@ def check_rows(rows: Any, owned: bool) -> None:
         )
     if not isinstance(rows, (Dataset, IterableDataset)):
         raise TypeError(
-            f"`train_dataset` must be a `Dataset` or `IterableDataset`, got `{type(rows).__name__}`: take task.train of "
-            'a task, one split of a dictionary (splits["train"]), datasets.Dataset.from_list(rows) of a list'
+            f"`train_dataset` must be a `Dataset` or `IterableDataset`, got `{type(rows).__name__}`: take task.train "
+            'of a task, one split of a dictionary (splits["train"]), datasets.Dataset.from_list(rows) of a list'
         )
     check_columns(rows, "train_dataset", owned)
 

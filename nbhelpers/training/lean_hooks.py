@@ -249,6 +249,6 @@ class LeanStepHooks(Hooks):
     def _longest_prompt(self) -> int:
         """Tokens of the longest prompt among the first rows of the data set, by its 8 longest in characters."""
         rows = islice(self.train_dataset, STREAMED if isinstance(self.train_dataset, IterableDataset) else SAMPLE)
-        prompts = [row["prompt"] for row in rows]
+        prompts = [row["prompt"] for row in rows if "prompt" in row]  # an environment may ask instead
         longest = sorted(prompts, key=lambda prompt: len(str(prompt)))[-8:]
-        return max(len(ids) for ids in self._tokenize_prompts(longest)[0])
+        return max(len(ids) for ids in self._tokenize_prompts(longest)[0]) if longest else 1

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import trl
+from datasets import IterableDataset
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, PrinterCallback
 from trl.extras.profiling import profiling_context
 
@@ -33,7 +34,7 @@ from .stop_when import Stopper, StopWhen
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+    from datasets import Dataset, DatasetDict, IterableDatasetDict
     from peft import PeftConfig, PeftModel
     from transformers import (
         BitsAndBytesConfig,
@@ -182,6 +183,9 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, trl.GRPOTrainer):
         check_model(self.model, args)
         self.engine, self._said_too_long = self._engine(engine), False
         rounds = args.dynamic_sampling if isinstance(args, LeanGRPOConfig) else 0
+        if rounds and isinstance(self.train_dataset, IterableDataset):
+            raise ValueError("dynamic_sampling draws other questions from anywhere in train_dataset, which a stream "
+                             "cannot do: set dynamic_sampling=0, or make a datasets.Dataset of it")  # fmt: skip
         self._begin_signal(correct, rounds)
         if stop_when is not None:
             self.add_callback(Stopper(stop_when))

@@ -134,6 +134,11 @@ def test_a_stream_is_read_as_far_as_it_is_needed(tmp_path):
     assert len(read) < 1200
 
 
+def test_questions_are_not_exchanged_in_a_stream(tmp_path):
+    with pytest.raises(ValueError, match=r"dynamic_sampling draws other questions.*set dynamic_sampling=0"):
+        make(tiny_model.model(), tmp_path, rows=ROWS.to_iterable_dataset(), dynamic_sampling=1)
+
+
 # ---- settings ----
 
 
@@ -221,8 +226,7 @@ def talking():
 
 
 @pytest.mark.filterwarnings("ignore:You are using 'environment_factory'")
-@pytest.mark.parametrize("rows", [None, Dataset.from_dict({"prompt": [[{"role": "user", "content": "Go"}]] * 4}),
-                                  Dataset.from_dict({"prompt": [[{"role": "user", "content": ""}]] * 4, "n": [1] * 4})])  # fmt: skip
+@pytest.mark.parametrize("rows", [None, Dataset.from_dict({"prompt": [[{"role": "user", "content": "Go"}]] * 4})])
 def test_an_environment_may_own_the_data_and_the_reward(tmp_path, rows):
     run = make(tiny_model.model(), tmp_path, rows=rows, rewards=None, environment_factory=Counter,
                processing_class=talking(), max_completion_length=3)  # fmt: skip
@@ -235,6 +239,21 @@ def test_an_environment_beside_reward_functions(tmp_path):
     run = make(tiny_model.model(), tmp_path, rows=None, environment_factory=Riddle, processing_class=talking())
     assert run.train().global_step == 2 and run.reward_func_names == ["varied"]
     assert any("Which word?" in sample.prompt for sample in run.state.samples)
+
+
+def constant(completions, **_):
+    return [1.0 for _ in completions]
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'environment_factory'")
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_rows_for_several_environments_need_no_prompt(tmp_path, rounds):
+    """Which questions are too hard is remembered by all of such a row; a silent one may be exchanged."""
+    rows = Dataset.from_dict({"environment": ["a", "b"], "level": [1, 2]})
+    run = make(tiny_model.model(), tmp_path, rows=rows, environment_factory={"a": Counter, "b": Riddle}, max_steps=1,
+               processing_class=talking(), dynamic_sampling=rounds, rewards=constant)  # fmt: skip
+    assert run._longest_prompt() == 1
+    assert run.train().global_step == 1 and len(run.difficulty.silent) == 1 + rounds
 
 
 @pytest.mark.filterwarnings("ignore:You are using 'environment_factory'")
