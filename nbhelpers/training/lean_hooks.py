@@ -1,8 +1,9 @@
-"""TRL's GRPOTrainer whose log-probabilities and gradients come from the lean step: four of its hooks.
+"""TRL's GRPOTrainer whose log-probabilities and gradients come from the lean step: five of its hooks.
 
     _compute_loss                           forward AND backward of a batch, micro-batch by micro-batch
     _get_per_token_logps_and_entropies      without gradients: the "old" and the reference pass
     training_step                           checks the gradients before the optimizer uses them
+    log                                     leaves an entropy out that is not of all rows
     train                                   tries the longest possible batch first
 
 It also adds to `_metrics`, which TRL logs, and calls `_tokenize_prompts` to know how long the longest prompt is. The
@@ -12,10 +13,13 @@ adaptive entropy bonus is TRL's, and so is its state: `_entropy_bonus_enabled`, 
 Whatever TRL offers and the lean step does not (`why_not` lists it) is left to TRL, and a printed line says so.
 """
 
+import math
+from itertools import islice
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
+from datasets import IterableDataset
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
@@ -31,6 +35,7 @@ from .packing import unpad
 
 ONE_CARD_EACH = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 SAMPLE = 20_000  # rows of a data set that are searched for the longest prompt
+STREAMED = 64  # of one that is streamed: to read it takes time, and is done again for the first step
 
 
 def why_not(trainer: Hooks) -> str | None:
@@ -38,6 +43,7 @@ def why_not(trainer: Hooks) -> str | None:
     args = trainer.args
     asked = {
         f"loss_type={args.loss_type!r}": args.loss_type not in losses.LOSS_TYPES,
+        "torch_compile": trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
         "cast_lm_head_to_fp32": args.cast_lm_head_to_fp32,
         "neftune_noise_alpha": bool(args.neftune_noise_alpha),  # its noise depends on the length of padded rows
         "use_liger_kernel": args.use_liger_kernel,
@@ -276,6 +282,13 @@ class LeanStepHooks(Hooks):
                     parameter.grad = None
         self._metrics["train"]["skipped_steps"].append(float(self.skipped_steps))
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in TRL, which averages what is known; an entropy that misses some of a step's rows is no entropy of it."""
+        measured = self._metrics["train" if self.model.training else "eval"]
+        if any(math.isnan(value) for value in measured.get("entropy", ())):
+            measured["entropy"] = [math.nan]
+        super().log(logs, start_time)
+
     def train(
         self,
         resume_from_checkpoint: Any = None,  # a str or a bool, as TRL has it; ResumeHooks takes a Path too
@@ -306,10 +319,7 @@ class LeanStepHooks(Hooks):
 
     def _longest_prompt(self) -> int:
         """Tokens of the longest prompt among the first rows of the data set, by its 8 longest in characters."""
-        prompts = []
-        for row in self.train_dataset:
-            prompts.append(row["prompt"])
-            if len(prompts) == SAMPLE:
-                break
+        rows = islice(self.train_dataset, STREAMED if isinstance(self.train_dataset, IterableDataset) else SAMPLE)
+        prompts = [row["prompt"] for row in rows if "prompt" in row]  # an environment may ask instead
         longest = sorted(prompts, key=lambda prompt: len(str(prompt)))[-8:]
-        return max(len(ids) for ids in self._tokenize_prompts(longest)[0])
+        return max(len(ids) for ids in self._tokenize_prompts(longest)[0]) if longest else 1

@@ -77,7 +77,7 @@ class LeanStep:
         width = max(embedding.element_size(), dtype.itemsize)
         dropped = max(map(_dropped, self.decoder.layers))
         self.cost = StepCost(families.architecture(model.config.to_dict()), width, backend, dropped)
-        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.model = model
         self.temperature, self.share_prompts = temperature, share_prompts
         self.room = Room(self.device, budget_gb, reserved)
         if any(p.dtype == torch.uint8 and p.is_cuda for p in model.parameters()) and kernels.triton is not None:
@@ -86,6 +86,17 @@ class LeanStep:
             # the kernels' buffer is allocated now, so that it counts as taken when the room is measured
             scratch((scratch_bytes(self.cost.architecture, dtype.itemsize) // dtype.itemsize, 1), dtype, self.device)
         self.micro_batches: list[MicroBatch] = []  # of the newest batch, to look at
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """What is trained now: while TRL asks for the reference's log-probabilities it is another adapter."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _refuse_hooks(self) -> None:
+        """Raises ValueError for a hook that would not be called, set since this step was made."""
+        if (why := families.missed_hook(self.model, "training")) is not None:
+            raise ValueError(f"this model cannot run through the lean step: {why}. Remove the hook, set it before the "
+                             "trainer is made, or give the trainer lean=False")  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------ the budget
 
@@ -140,8 +151,9 @@ class LeanStep:
             backward (`Callable`): Called with each scalar, e.g. accelerator.backward, which scales it for fp16.
             entropy_grad (`bool`): The entropies have a gradient too; the head is then computed again in the backward.
 
-        Raises CannotFit if not even one row fits.
+        Raises CannotFit if not even one row fits, ValueError for a hook that would not be called.
         """
+        self._refuse_hooks()
         self.micro_batches = self.plan(batch.rows) if batch.rows else []
         for micro_batch in self.micro_batches:
             packed = pack(batch, [batch.rows[i] for i in micro_batch.rows], self.device, self.share_prompts)
@@ -162,7 +174,10 @@ class LeanStep:
         Args:
             batch (`Rows`): The completions, which may be none.
             shape (`tuple[int, int]`): (B, T).
+
+        Raises ValueError for a hook that would not be called.
         """
+        self._refuse_hooks()
         logps, entropies = (torch.zeros(shape, device=self.device) for _ in range(2))
         for rows, tile in self._forward_batches(batch.rows, self.available()):
             packed = pack(batch, rows, self.device, self.share_prompts)
@@ -200,7 +215,8 @@ class LeanStep:
         prompts = [torch.zeros(prompt_length, dtype=torch.long)] * (all_rows[-1].prompt + 1)
         scored = {i: torch.arange(completion_length) for i in range(rows)}
         batch = Rows(all_rows, prompts, completions, scored)
-        grads = [p.grad for p in self.trained]
+        trained = self.trained
+        grads = [p.grad for p in trained]
 
         def largest() -> list[MicroBatch]:
             micro_batches = self.plan(all_rows)
@@ -209,7 +225,7 @@ class LeanStep:
             return micro_batches
 
         micro_batches = self.retried(largest)
-        for parameter, grad in zip(self.trained, grads, strict=True):
+        for parameter, grad in zip(trained, grads, strict=True):
             parameter.grad = grad
         return micro_batches
 

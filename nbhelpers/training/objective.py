@@ -5,6 +5,7 @@ advantages [B]; and, where they are needed, num_items_in_batch, tool_mask (0 on 
 loss), old_per_token_logps, ref_per_token_logps, sampling_per_token_logps and importance_sampling_ratio [B, T].
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -217,7 +218,8 @@ def metrics(
     reduce: Callable[[Tensor], Tensor],
     gather: Callable[[Tensor], Tensor],
 ) -> dict[str, float]:
-    """What TRL logs of a batch, by TRL's names, and: sampling/kl, frac_zero_signal_skipped, tokens_per_second, peak_gb.
+    """What TRL logs of a batch, by TRL's names, and: sampling/kl, frac_zero_signal_skipped, tokens_per_second, peak_gb,
+    and signal/entropy, which is over the rows that were computed.
 
     Args:
         outcome (`Outcome`): From `run` on this batch.
@@ -226,29 +228,37 @@ def metrics(
         reduce (`Callable`): Adds a tensor up over all processes, as accelerator.reduce.
         gather (`Callable`): Concatenates a tensor of all processes, as accelerator.gather.
 
-    Returns means over all tokens, or all rows, of all processes; NaN where there is nothing to tell. Every process
-    calls `reduce` and `gather` equally often, whatever its rows are like.
+    Returns means over all tokens, or all rows, of all processes; NaN where there is nothing to tell, and for `entropy`
+    where rows were not computed, so that it is TRL's number or none. Every process calls `reduce` and `gather` equally
+    often, whatever its rows are like.
     """
     mask, level = outcome.mask, settings.importance_sampling_level
     advantages = batch["advantages"].unsqueeze(1)
 
-    def mean(x: Tensor, over: Tensor = mask) -> float:
-        """Over all tokens of all processes; over rows where there is one number per row."""
-        if x.shape[1] == 1:
-            over = torch.ones_like(x)
+    def mean(x: Tensor, over: Tensor | None = None) -> float:
+        """Over all tokens of all processes, or those that `over` marks; over rows where there is one number per row."""
+        if over is None:
+            over = torch.ones_like(x) if x.shape[1] == 1 else mask
         x = torch.where(over.bool(), x, 0.0)  # no product: what takes no loss may be infinite
         total, count = reduce(torch.stack([x.sum(), over.sum().float()])).tolist()
-        return total / max(count, 1.0)
+        return total / count if count else math.nan
+
+    def lowest(x: Tensor) -> float:
+        """Of all processes' numbers, NaN left out."""
+        value = gather(x.nan_to_num(nan=math.inf).min()).min().item()
+        return value if math.isfinite(value) else math.nan
 
     coef = grpo.ratio(outcome.logps, outcome.old_logps, mask, level)
     logs: dict[str, float] = {}
     if settings.beta:
         divergence = grpo.kl(outcome.logps, batch["ref_per_token_logps"])
         logs["kl"] = mean(divergence * coef if settings.use_bias_correction_kl else divergence)
-    logs["entropy"] = mean(outcome.entropies, outcome.scored)
+    logs["signal/entropy"] = mean(outcome.entropies, outcome.scored)
+    all_scored = reduce((mask - outcome.scored).sum()).item() == 0
+    logs["entropy"] = logs["signal/entropy"] if all_scored else math.nan
 
     def by_row(x: Tensor) -> Tensor:
-        return gather(x.squeeze(1) if x.shape[1] == 1 else (x * mask).sum(-1) / mask.sum(-1))
+        return x.squeeze(1) if x.shape[1] == 1 else (x * mask).sum(-1) / mask.sum(-1)
 
     if settings.loss_type in losses.CLIPPED:
         coef = coef if settings.delta is None else coef.clamp(max=settings.delta)
@@ -256,8 +266,7 @@ def metrics(
         high = ((coef > 1 + settings.epsilon_high) & (advantages > 0)).float()
         logs["clip_ratio/low_mean"], logs["clip_ratio/high_mean"] = mean(low), mean(high)
         logs["clip_ratio/region_mean"] = mean(torch.maximum(low, high))
-        logs["clip_ratio/low_min"] = by_row(low).nan_to_num(nan=torch.inf).min().item()
-        logs["clip_ratio/high_max"] = by_row(high).nan_to_num(nan=-torch.inf).max().item()
+        logs["clip_ratio/low_min"], logs["clip_ratio/high_max"] = lowest(by_row(low)), -lowest(-by_row(high))
     elif settings.loss_type == "cispo":
         logs["cispo_clip_ratio"] = mean(((coef > settings.epsilon_high) & (advantages > 0)).float())
     elif settings.loss_type == "vespo":
@@ -275,12 +284,15 @@ def metrics(
         difference = (outcome.logps - sampled).abs()
         logs["sampling/kl"] = mean(grpo.kl(sampled, outcome.logps), known)
         logs["sampling/sampling_logp_difference/mean"] = mean(difference, known)
-        logs["sampling/sampling_logp_difference/max"] = gather(difference.max()).max().item()
+        logs["sampling/sampling_logp_difference/max"] = -lowest((-difference).masked_fill(known == 0, math.nan))
     if outcome.correction is not None:
-        lowest, highest = gather(outcome.correction.min()), gather(outcome.correction.max())
-        logs["sampling/importance_sampling_ratio/min"] = lowest.min().item()
-        logs["sampling/importance_sampling_ratio/mean"] = mean(outcome.correction)
-        logs["sampling/importance_sampling_ratio/max"] = highest.max().item()
+        weighted = outcome.scored if batch.get("importance_sampling_ratio") is None else mask  # TRL's has every row
+        if outcome.correction.shape[1] == 1:
+            weighted = weighted.amax(1, keepdim=True)
+        weights = outcome.correction.masked_fill(weighted == 0, math.nan)
+        logs["sampling/importance_sampling_ratio/min"] = lowest(weights)
+        logs["sampling/importance_sampling_ratio/mean"] = mean(outcome.correction, weighted)
+        logs["sampling/importance_sampling_ratio/max"] = -lowest(-weights)
     skipped = (outcome.scored.sum(1) == 0) & (mask.sum(1) > 0)
     logs["frac_zero_signal_skipped"] = mean(skipped.float().unsqueeze(1))
     logs["tokens_per_second"] = reduce(mask.sum().float()).item() / max(outcome.seconds, 1e-9)

@@ -59,6 +59,11 @@ def _padded(t: Tensor, width: int, fill: int, left: bool) -> Tensor:
     return torch.nn.functional.pad(t, (missing, 0) if left else (0, missing), value=fill)
 
 
+def _question(row: dict[str, Any]) -> Any:
+    """What makes a row of the data set the one that it is: its prompt, or all of it where an environment asks."""
+    return row.get("prompt", row)
+
+
 class Difficulty:
     """What is known of each question by now: whether its newest group taught something. Keyed by the prompt's hash."""
 
@@ -67,7 +72,7 @@ class Difficulty:
 
     @staticmethod
     def key(prompt: Any) -> str:
-        return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(prompt, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def note(self, prompts: list[Any], silent: list[bool]) -> None:
         self.silent.update(zip(map(self.key, prompts), silent, strict=True))
@@ -144,7 +149,7 @@ class SignalHooks(Hooks):
         whole = len(inputs) % size == 0 and "pixel_values" not in batch
         silent = silent_rows.view(-1, size)[:, 0].tolist() if whole else []
         if whole:
-            self.difficulty.note([row["prompt"] for row in inputs[::size]], silent)
+            self.difficulty.note([_question(row) for row in inputs[::size]], silent)
         if not rounds:
             return batch
         wanting = [group for group, quiet in enumerate(silent) if quiet]
@@ -153,11 +158,11 @@ class SignalHooks(Hooks):
             count = self._most_of_all(len(wanting))  # every process must take part in what the others gather
             if count == 0:
                 break
-            rows = self._drawn(count, {Difficulty.key(row["prompt"]) for row in inputs[::size]})
+            rows = self._drawn(count, {Difficulty.key(_question(row)) for row in inputs[::size]})
             with self._unlogged():
                 other = super()._generate_and_score_completions(rows)
             quiet = self._own(silent_groups(self._totals, size).repeat_interleave(size)).view(-1, size)[:, 0].tolist()
-            self.difficulty.note([row["prompt"] for row in rows[::size]], quiet)
+            self.difficulty.note([_question(row) for row in rows[::size]], quiet)
             good = [group for group, is_quiet in enumerate(quiet) if not is_quiet]
             pairs = list(zip(wanting, good, strict=False))
             if pairs:
@@ -177,9 +182,10 @@ class SignalHooks(Hooks):
         for _ in range(count):
             for _ in range(TRIES):
                 row = data[int(torch.randint(len(data), ()))]
-                if Difficulty.key(row["prompt"]) not in taken and not self.difficulty.was_silent(row["prompt"]):
+                key = Difficulty.key(_question(row))
+                if key not in taken and not self.difficulty.was_silent(_question(row)):
                     break
-            taken.add(Difficulty.key(row["prompt"]))
+            taken.add(key)
             rows += [copy(row) for _ in range(self.num_generations)]
         return rows
 

@@ -7,24 +7,27 @@ Only the files of hooks and this one touch TRL's private parts. Here these are:
     _tokenizer                              the engine's tokenizer
 """
 
+import math
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import trl
+from datasets import IterableDataset
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, PrinterCallback
 from trl.extras.profiling import profiling_context
 
 from nbhelpers import engines, gpu, panel
 from nbhelpers.memory.room import Reserved
-from nbhelpers.models import chat
+from nbhelpers.models import chat, families
 from nbhelpers.rewards import REASONING, Sample, Tags, question_of, text_of
 from nbhelpers.rewards.guard import SECONDS, guard_all
 
 from . import run_folder
+from .check import check, check_model
 from .lean_hooks import ONE_CARD_EACH, LeanStepHooks
 from .prompt_hooks import PromptHooks
 from .resume_hooks import ResumeHooks
@@ -34,7 +37,7 @@ from .stop_when import Stopper, StopWhen
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+    from datasets import Dataset, DatasetDict, IterableDatasetDict
     from peft import PeftConfig, PeftModel
     from transformers import (
         BitsAndBytesConfig,
@@ -92,36 +95,6 @@ class LeanGRPOConfig(trl.GRPOConfig):
         with warnings.catch_warnings():  # TRL sets gradient_checkpointing, which transformers 5.23 calls deprecated
             warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
             super().__post_init__()
-
-
-def check(
-    model: "str | PreTrainedModel | PeftModel",
-    train_dataset: "Dataset | IterableDataset | None",
-    args: trl.GRPOConfig,
-) -> None:
-    """Refuse, before anything is computed, what would fail late or train nothing without a word.
-
-    Raises ValueError: no or empty dataset, no `prompt` column, no trainable parameter, fp16 master weights under fp16.
-    """
-    if train_dataset is None or (hasattr(train_dataset, "__len__") and len(train_dataset) == 0):
-        raise ValueError("train_dataset is empty: GRPO would stop at once and call it a success. Check the task's rows")
-    if train_dataset.column_names is not None and "prompt" not in train_dataset.column_names:
-        raise ValueError(
-            f"train_dataset has the columns {', '.join(train_dataset.column_names)} but no 'prompt': "
-            "build it with nbhelpers.tasks, or rename your column"
-        )
-    if isinstance(model, str):
-        return
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not trained:
-        raise ValueError("no parameter of the model is trainable: load it with lora_rank > 0, or with lora_rank=0 and "
-                         "quantization='none' to train all of it")  # fmt: skip
-    halves = [name for name, p in trained if p.dtype == torch.float16]
-    if args.fp16 and halves:
-        raise ValueError(
-            f"fp16 training needs fp32 master weights, but {len(halves)} trainable parameters are fp16, the first is "
-            f"{halves[0]}: load the model with nbhelpers.loader.load, or cast them with .float()"
-        )
 
 
 class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.GRPOTrainer):
@@ -199,7 +172,7 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
                           stacklevel=2)  # fmt: skip
         if args is None:
             args = LeanGRPOConfig("runs/grpo")
-        check(model, train_dataset, args)
+        check(model, train_dataset, args, eval_dataset, peft_config is not None, environment_factory is not None)
         run_folder.check_writable(Path(args.output_dir or "trainer_output"))  # before transformers makes it
         funcs = None
         if reward_funcs is not None:
@@ -215,8 +188,16 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
         )  # fmt: skip
         for parameter, data in masters.items():  # TRL casts a 4-bit model's adapter to bf16, even on a T4 or a CPU,
             parameter.data = data.to(parameter.device)  # where a step of 1e-5 is rounded away
-        self.engine = self._engine(engine)
+        if {"is_loaded_in_4bit", "is_loaded_in_8bit"} & vars(families.unwrap(self.model)).keys():
+            for parameter in self.model.parameters():  # the adapter that TRL made from peft_config, too
+                if parameter.requires_grad and parameter not in masters:
+                    parameter.data = parameter.data.float()
+        check_model(self.model, args)
+        self.engine, self._said_too_long = self._engine(engine), False
         rounds = args.dynamic_sampling if isinstance(args, LeanGRPOConfig) else 0
+        if rounds and isinstance(self.train_dataset, IterableDataset):
+            raise ValueError("dynamic_sampling draws other questions from anywhere in train_dataset, which a stream "
+                             "cannot do: set dynamic_sampling=0, or make a datasets.Dataset of it")  # fmt: skip
         self._begin_signal(correct, rounds, tags)
         if stop_when is not None:
             self.add_callback(Stopper(stop_when))
@@ -297,6 +278,7 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
+        self._say_if_too_long(prompt_ids)
         n = num_generations  # a group's prompts are adjacent and the same: the engine gets one of them
         grouped = all(prompt_ids[i] == prompt_ids[i - i % n] for i in range(len(prompt_ids)))
         n = n if grouped and len(prompt_ids) % n == 0 else 1
@@ -323,13 +305,34 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
             top_k=max(0, self.top_k or 0), top_p=self.top_p, min_p=self.min_p or 0.0,
             repetition_penalty=self.repetition_penalty, min_tokens=self._generation_kwargs.get("min_new_tokens", 0),
             stop_ids=tuple(self.eos_token_ids), stop_strings=(stops,) if isinstance(stops, str) else tuple(stops),
-            seed=seed,
+            seed=seed, past_limit=self.engine is not None and self.engine.name != "vllm",
         )  # fmt: skip
 
+    def _say_if_too_long(self, prompt_ids: list[list[int]]) -> None:
+        """TRL generates past the positions that a model was made for without a word; here there is one, once."""
+        limit, longest = self.model.config.get_text_config().max_position_embeddings, max(map(len, prompt_ids))
+        if longest + self.max_completion_length > limit and not self._said_too_long:
+            self._said_too_long = True
+            print(f"A prompt of {longest} tokens and max_completion_length={self.max_completion_length} go past the "
+                  f"{limit} positions that this model was made for: what is written there may be poor. This is said "
+                  "once.")  # fmt: skip
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in TRL; callbacks find the newest rollout in `state.samples`."""
+        """As in TRL; callbacks find the newest rollout in `state.samples`.
+
+        In `state.log_history` a number that is not finite is None, because JSON has none. Its last entry, the summary
+        of the run, has the newest step's numbers too, as with TRL where logging_steps left some of them to it.
+        """
         vars(self.state)["samples"] = self.samples()  # TrainerState has no such field; the panel reads it
         super().log(logs, start_time)
+        history = cast("list[dict[str, Any]]", self.state.log_history)
+        *before, entry = history
+        if "train_runtime" in entry:
+            entry = next((log for log in reversed(before) if "reward" in log), {}) | entry
+        history[-1] = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in entry.items()
+        }
 
     def samples(self) -> list[Sample]:
         """The newest rollout of all processes: prompt, completion, reward by function and advantage of each row."""

@@ -55,7 +55,7 @@ def length_reward(completions, **_):
 
 def make_trainer(cls, model, folder, **changes):
     lean = {name: changes.pop(name) for name in ("budget_gb", "max_skipped_steps") if name in changes}
-    callbacks = changes.pop("callbacks", None)
+    callbacks, evaluated = changes.pop("callbacks", None), changes.pop("eval_dataset", False)
     if cls is trainer.LeanGRPOTrainer:
         lean["engine"] = None  # TRL writes the completions of both, so that both draw alike
     settings = dict(
@@ -66,6 +66,7 @@ def make_trainer(cls, model, folder, **changes):
     args = trl.GRPOConfig(str(folder), **(settings | changes))
     return cls(
         model, reward_funcs=[length_reward], args=args, train_dataset=ROWS, callbacks=callbacks,
+        eval_dataset=ROWS.select(range(2)) if evaluated else None,
         processing_class=tiny_model.tokenizer(), **lean,
     )  # fmt: skip
 
