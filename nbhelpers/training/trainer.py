@@ -9,7 +9,7 @@ Only the files of hooks and this one touch TRL's private parts. Here these are:
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -284,7 +284,7 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
         n = n if grouped and len(prompt_ids) % n == 0 else 1
         # each process draws with its own seed: with few prompts a group is spread over several
         seed = int(torch.randint(2**62, ())) + self.accelerator.process_index
-        sampling = self._sampling(n, seed)
+        sampling = replace(self._sampling(n, seed), past_limit=self.engine.name != "vllm")
         with profiling_context(self, f"engine.{self.engine.name}"):
             written = self.engine.generate(prompt_ids[::n], sampling)
         if sampling.stop_strings:
@@ -305,7 +305,7 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
             top_k=max(0, self.top_k or 0), top_p=self.top_p, min_p=self.min_p or 0.0,
             repetition_penalty=self.repetition_penalty, min_tokens=self._generation_kwargs.get("min_new_tokens", 0),
             stop_ids=tuple(self.eos_token_ids), stop_strings=(stops,) if isinstance(stops, str) else tuple(stops),
-            seed=seed, past_limit=self.engine is not None and self.engine.name != "vllm",
+            seed=seed,
         )  # fmt: skip
 
     def _say_if_too_long(self, prompt_ids: list[list[int]]) -> None:
