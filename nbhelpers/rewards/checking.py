@@ -31,7 +31,7 @@ from .adversarial import (
     hostile,
     texts_for,
 )
-from .guard import named
+from .guard import LARGEST, fresh, named
 from .reward import Questions, Reward
 
 SLOW_MS, STOP_MS = 50.0, 250.0  # a reward may take SLOW_MS for CHARACTERS
@@ -138,7 +138,7 @@ def _by_name(reward_funcs: Reward | Sequence[Reward]) -> dict[str, Reward]:
     """Each reward function under the name that TRL logs it by; the errors of `check` for what is none."""
     from torch import nn
 
-    rewards = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+    rewards: list[Any] = list(reward_funcs) if isinstance(reward_funcs, Sequence) else [reward_funcs]
     if models := [reward for reward in rewards if isinstance(reward, nn.Module) or not callable(reward)]:
         raise TypeError(f"{models[0]!r} is no function, and rewards.check looks at functions only: leave it out")
     names = [named(reward)[0] for reward in rewards]
@@ -173,13 +173,13 @@ class _Trial:
         chat = not isinstance(rows[0]["prompt"], str)
         columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion")}
         result = self.reward(
-            prompts=[row["prompt"] for row in rows],
+            prompts=fresh([row["prompt"] for row in rows]),
             completions=[[{"role": "assistant", "content": text}] if chat else text for text in texts],
             completion_ids=[list(text[::4].encode("utf-8", "replace")) for text in texts],
             trainer_state=SimpleNamespace(global_step=0, max_steps=1, epoch=0.0),
             log_extra=lambda *_: None,
             log_metric=lambda *_: None,
-            **columns,
+            **fresh(columns),
         )
         return _awaited(result) if inspect.iscoroutine(result) else result
 
@@ -189,7 +189,7 @@ class _Trial:
         return [_lowest(of_one_row) for of_one_row in zip(*tries, strict=True)]
 
     def numbers(self, rows: list[dict], texts: list[str]) -> list[float | None]:
-        """Its scores, one for each text, None for what is no finite number."""
+        """Its scores, one for each text, None for what the guard would not take as a number."""
         try:
             values = [None if value is None else float(value) for value in self.call(rows, texts)]
         except Exception as error:
@@ -199,9 +199,9 @@ class _Trial:
             said = f"it returns {len(values)} scores for {len(texts)} completions; one is wanted for each"
             self.problems[said] = None
             return [None for _ in texts]
-        if bad := [value for value in values if value is not None and not math.isfinite(value)]:
-            self.problems[f"it returns {bad[0]}, no number"] = None
-        return [value if value is not None and math.isfinite(value) else None for value in values]
+        if bad := [value for value in values if value is not None and not abs(value) <= LARGEST]:
+            self.problems[f"it returns {bad[0]}, no number within {LARGEST:g}"] = None
+        return [value if value is not None and abs(value) <= LARGEST else None for value in values]
 
     def slowest(self, row: dict, form: str) -> tuple[int, float]:
         """The characters and the milliseconds of the slowest hostile text, of the largest size that was tried."""

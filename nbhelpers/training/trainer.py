@@ -22,6 +22,7 @@ from nbhelpers.memory.room import Reserved
 from nbhelpers.rewards import Sample, text_of
 from nbhelpers.rewards.guard import guard_all
 
+from . import rows, settings
 from .lean_hooks import ONE_CARD_EACH, LeanStepHooks
 from .resume_hooks import ResumeHooks
 from .signal_hooks import SignalHooks
@@ -78,6 +79,7 @@ class LeanGRPOConfig(trl.GRPOConfig):
     dynamic_sampling: int = 0  # rounds in which groups without a signal are replaced before the update (DAPO)
 
     def __post_init__(self):
+        settings.refuse(self)  # before TRL divides by some of them
         if self.bf16 is None and not self.fp16:
             for name, value in precision().items():
                 setattr(self, name, value)
@@ -95,15 +97,12 @@ def check(
 ) -> None:
     """Refuse, before anything is computed, what would fail late or train nothing without a word.
 
-    Raises ValueError: no or empty dataset, no `prompt` column, no trainable parameter, fp16 master weights under fp16.
+    Raises ValueError: no or empty dataset, no `prompt` column, a prompt that is none (`rows.check`), no trainable
+    parameter, fp16 master weights under fp16.
     """
-    if train_dataset is None or (hasattr(train_dataset, "__len__") and len(train_dataset) == 0):
+    if train_dataset is None:
         raise ValueError("train_dataset is empty: GRPO would stop at once and call it a success. Check the task's rows")
-    if train_dataset.column_names is not None and "prompt" not in train_dataset.column_names:
-        raise ValueError(
-            f"train_dataset has the columns {', '.join(train_dataset.column_names)} but no 'prompt': "
-            "build it with nbhelpers.tasks, or rename your column"
-        )
+    rows.check(train_dataset, "train_dataset")
     if isinstance(model, str):
         return
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -188,10 +187,17 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, trl.GRPOTrainer):
                           stacklevel=2)  # fmt: skip
         if args is None:
             args = LeanGRPOConfig("runs/grpo")
+        settings.refuse(args)
+        if train_dataset is not None:
+            train_dataset = rows.as_dataset(train_dataset, "train_dataset")
+        if eval_dataset is not None:
+            eval_dataset = rows.of_evaluation(eval_dataset)
         check(model, train_dataset, args)
+        rows.enough(train_dataset, args)
         funcs = None
         if reward_funcs is not None:
-            funcs = guard_all(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])
+            funcs = guard_all(list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs])
+            settings.refuse_weights(args, len(funcs))
         masters = {} if isinstance(model, str) else {p: p.data for p in model.parameters() if p.requires_grad}
         super().__init__(
             model, funcs, args, train_dataset, eval_dataset=eval_dataset, processing_class=processing_class,
@@ -203,6 +209,7 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, trl.GRPOTrainer):
         for parameter, data in masters.items():  # TRL casts a 4-bit model's adapter to bf16, even on a T4 or a CPU,
             parameter.data = data.to(parameter.device)  # where a step of 1e-5 is rounded away
         self.engine = self._engine(engine)
+        self._refuse_long_prompts()
         rounds = args.dynamic_sampling if isinstance(args, LeanGRPOConfig) else 0
         self._begin_signal(correct, rounds)
         if stop_when is not None:
@@ -239,6 +246,21 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, trl.GRPOTrainer):
         if chosen.name != "vllm":
             gpu.grow_blocks()
         return chosen
+
+    def _refuse_long_prompts(self) -> None:
+        """ValueError for a prompt that leaves too little room for its completion, as its step would raise."""
+        if self.engine is None or self.environment_factories is not None:  # each writes the prompts on
+            return
+        limit = self.accelerator.unwrap_model(self.model).config.get_text_config().max_position_embeddings
+        why = (f"and with max_completion_length={self.max_completion_length} the model can hold {limit}: leave the row "
+               "out, or lower max_completion_length")  # fmt: skip
+
+        def lengths(prompts: list[Any]) -> list[int]:
+            return [len(ids) for ids in self._tokenize_prompts(prompts)[0]]
+
+        rows.refuse_longer(self.train_dataset, "train_dataset", limit - self.max_completion_length, lengths, why)
+        for data in rows.several(self.eval_dataset):
+            rows.refuse_longer(data, "eval_dataset", limit - self.max_completion_length, lengths, why)
 
     def _reserved(self) -> Reserved:
         asleep = 0 if self.engine is None else self.engine.asleep
