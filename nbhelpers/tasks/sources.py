@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from pandas import DataFrame
 
-from nbhelpers import host
+from nbhelpers import hub_words
 
 from .files import SUFFIXES, check_twice, read
 
@@ -120,26 +120,36 @@ def _frame(frame: "DataFrame", columns: Sequence[str]) -> Source:
 
 def _hub(name: str, columns: Sequence[str], config: str | None, split: str, stream: bool) -> Source:
     import datasets
-    from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     part = f'"{name}"' + (f', "{config}"' if config else "") + f', split="{split}"'
+    in_use = hub_words.token_in_use(None)
     try:
         dataset = datasets.load_dataset(name, config, split=split, streaming=stream)
-    except DatasetNotFoundError as error:
-        raise ValueError(
-            f"the hub has no data set {name!r} that you may read, nor is it a file here. If it is private or gated, "
-            f"accept its terms on its page and set HF_TOKEN. ({error})"
-        ) from None
-    except (ConnectionError, OfflineModeIsEnabled, HfHubHTTPError) as error:
-        copy = f"pass a copy instead of the name: a folder that holds {split}.parquet, .jsonl or .csv"
-        raise host.hub_out_of_reach(name, error, copy) from None
+    except (FileNotFoundError, ConnectionError, OfflineModeIsEnabled, HfHubHTTPError) as error:
+        raise hub_words.refusal(
+            "data set", name, _what_the_hub_says(name, error), has_token=in_use is not None, pass_token="set HF_TOKEN",
+            copy=f"pass a copy instead of the name: a folder that holds {split}.parquet, .jsonl or .csv",
+        ) from None  # fmt: skip
     except ValueError as error:  # no such config, no such split: datasets names those that there are
         raise ValueError(f"load_dataset({part}): {error}") from None
     if dataset.column_names is not None:  # unknown before the first row of some streams
         check_columns(name, columns, dataset.column_names)
         dataset = dataset.select_columns(list(dict.fromkeys(columns)))
     return Source(_checked(dataset, name, columns), name)
+
+
+def _what_the_hub_says(name: str, error: Exception) -> Exception:
+    """The hub's own refusal, asked for once more: `datasets` says of most that it cannot find the files."""
+    import huggingface_hub
+
+    if hub_words.status(error) is not None or huggingface_hub.constants.HF_HUB_OFFLINE:
+        return error
+    try:
+        huggingface_hub.HfApi().dataset_info(name, timeout=10)
+    except Exception as refusal:
+        return refusal
+    return error
 
 
 def _checked(rows: "Dataset | IterableDataset", name: str, columns: Sequence[str]) -> Iterator[tuple[int, dict]]:

@@ -12,6 +12,8 @@ from typing import Any
 
 import trl
 
+from nbhelpers import hub_words
+
 LARGEST = 1e6  # of a reward's weight: float32 must hold the square of what it multiplies
 
 
@@ -168,7 +170,8 @@ def why_not(args: trl.GRPOConfig) -> str | None:
 
 
 def refuse(args: trl.GRPOConfig) -> None:
-    """Raises ValueError, with the sentence of `why_not`, for settings that make no sense."""
+    """Raises ValueError, with the sentence of `why_not`, for settings that make no sense, and for a garbled token."""
+    hub_words.checked_token(args.hub_token)  # is not shown, so it is no row of the table
     if sentence := why_not(args):
         raise ValueError(sentence)
 
