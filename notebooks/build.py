@@ -18,6 +18,9 @@ from nbhelpers import presets
 
 HERE = Path(__file__).parent
 REPOSITORY = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+# The newest release's tag and the commit that it stood on, written here in the commit after it; both empty before the
+# first one. Notebooks install that very commit.
+RELEASE, COMMIT = "", ""
 MODELS = tuple(name for name in presets.names() if presets.get(name).notebook)
 ACCESS = {
     False: "It is open: no account, no login.",
@@ -50,6 +53,7 @@ def model(name: str) -> str:
     preset = presets.get(name)
     fields = {
         "title": preset.title, "preset": name, "hub_id": preset.hub_id, "repository": REPOSITORY,
+        "release": RELEASE, "commit": COMMIT,
         "access": ACCESS[preset.gated].replace("{hub_id}", preset.hub_id), "badges": badges(f"models/{name}.ipynb"),
     }  # fmt: skip
     notebook = jupytext.reads((HERE / "template.py").read_text(), fmt="py:percent")

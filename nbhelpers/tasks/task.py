@@ -48,6 +48,14 @@ class Task:
         lines = [f"{self.name}: {len(self.train)} questions to train on, {len(self.test)} held out"]
         return "\n".join(lines + self.dropped)
 
+    def per_step(self, wanted: int) -> int:
+        """How many questions a step can take: `wanted`, or where there are fewer to train on all of them, which is
+        said. A step that wants more than there are is never made."""
+        if len(self.train) < wanted:
+            print(f"only {len(self.train)} questions to train on, so a step takes {len(self.train)} and not {wanted}: "
+                  "results will be noisy, more questions help")  # fmt: skip
+        return min(wanted, len(self.train))
+
     def preview(self, tokenizer: "PreTrainedTokenizerBase", n: int = 3, *, most: int = 2000) -> Preview:
         """What the model really reads. The last line of a notebook cell shows it; `print` does too.
 
