@@ -10,7 +10,9 @@ import inspect
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .reward import Reward
@@ -19,6 +21,7 @@ from .time_limit import Late, limited
 if TYPE_CHECKING:
     from torch import nn
 
+LARGEST = 1e15  # of a reward: float32, in which groups are compared, must hold its square many times over
 FAILURES = 3  # batches in a row without a single score before the run is stopped
 SECONDS = 300.0  # for one call of a reward function
 NOT_ITS_OWN = (KeyboardInterrupt, GeneratorExit, asyncio.CancelledError)  # nothing that a reward did wrong
@@ -32,8 +35,10 @@ def guard(func: Reward, seconds: float = SECONDS) -> Reward:
     """The same reward function, for a run that is not lost to one bad batch. Async functions stay async.
 
     A batch in which it raises (SystemExit and its like too), takes too long, or gives no usable number at all, scores
-    None (for TRL: "does not apply") with a warning; the third in a row stops the run. NaN, infinity or something
-    that is no number scores None in its row, with a warning for the first one.
+    None (for TRL: "does not apply") with a warning; the third in a row stops the run. NaN, infinity, a number beyond
+    `LARGEST` or something that is no number scores None in its row, with a warning for the first one. It gets copies of
+    its arguments (`fresh`), so that what it writes into them reaches neither the next function nor the panel, and
+    gradients are on again after it.
 
     Args:
         func (`Reward`): A reward function with TRL's signature.
@@ -68,10 +73,14 @@ def guard_all(
         `list[Reward | str | nn.Module]`: As long as `funcs`, in the same order.
 
     Raises:
-        RewardError: At once for two functions of one name, whose curves TRL would mix into one.
+        RewardError: At once for what is neither, with its place in the list, and for two functions of one name, whose
+            curves TRL would mix into one.
     """
     from torch import nn
 
+    for i, func in enumerate(funcs):
+        if why := _why_no_reward(func):
+            raise RewardError(f"reward_funcs[{i}] is {why}")
     guards = {i: _Guard(func, seconds) for i, func in enumerate(funcs) if not isinstance(func, (str, nn.Module))}
     names = [one.name for one in guards.values()]
     for name in names:
@@ -88,6 +97,35 @@ def unguarded(func: Any) -> Any:
     return vars(func).get(_INSIDE, func) if inspect.isfunction(func) else func
 
 
+def _why_no_reward(func: Any) -> str | None:
+    """What `func` is instead of a reward function, a reward model or the name of one; None if it is one of them."""
+    from torch import nn
+
+    if isinstance(func, str):
+        if "/" in func or Path(func).is_dir():
+            return None
+        return (
+            f"the text {func!r}, no function and no reward model (a folder, owner/model): write {func} without quotes"
+        )
+    if inspect.isclass(func):
+        return f"the class {func.__name__}, whose instance is wanted: {func.__name__}(...)"
+    if callable(func) or isinstance(func, nn.Module):
+        return None
+    inner = ": a list within the list, so take its brackets off" if isinstance(func, (list, tuple)) else ""
+    return f"{func!r}, and a {type(func).__name__} is no function{inner}"
+
+
+def fresh(value: Any) -> Any:
+    """A copy of lists, tuples and dicts, however deep; what they hold in the end (texts, numbers, images) is shared."""
+    if type(value) is dict:
+        return {key: fresh(item) for key, item in value.items()}
+    if type(value) not in (list, tuple):
+        return value
+    if all(isinstance(item, (str, int, float)) for item in value):  # token ids: many, and quickly copied
+        return value[:]
+    return type(value)(fresh(item) for item in value)
+
+
 def named(func: Any) -> tuple[str, Any]:
     """The name under which TRL logs a reward function, and what is left of it without `functools.partial`.
 
@@ -101,6 +139,18 @@ def named(func: Any) -> tuple[str, Any]:
 
 
 _INSIDE = "unguarded"  # the attribute of a guarded function that holds what it guards
+
+
+@contextmanager
+def _as_it_was() -> Iterator[None]:
+    """After the block gradients are on or off as before it: a reward that switches them off would end the run."""
+    import torch
+
+    enabled = torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(enabled)
 
 
 class _Guard:
@@ -127,7 +177,10 @@ class _Guard:
             self.check_columns(completions, columns)
             begun = time.monotonic()
             try:
-                scores = await asyncio.wait_for(self.func(completions=completions, **columns), self.seconds)
+                with _as_it_was():
+                    scores = await asyncio.wait_for(
+                        self.func(completions=fresh(completions), **fresh(columns)), self.seconds
+                    )
             except NOT_ITS_OWN:
                 raise
             except BaseException as error:
@@ -141,8 +194,8 @@ class _Guard:
             self.check_columns(completions, columns)
             begun = time.monotonic()
             try:
-                with limited(self.seconds, f"reward function {self.name!r}"):
-                    scores = self.func(completions=completions, **columns)
+                with _as_it_was(), limited(self.seconds, f"reward function {self.name!r}"):
+                    scores = self.func(completions=fresh(completions), **fresh(columns))
             except NOT_ITS_OWN:
                 raise
             except BaseException as error:
@@ -195,12 +248,12 @@ class _Guard:
         numbers = [_number(score) for score in scores]
         bad = [row for row in range(n) if numbers[row] is None and scores[row] is not None]
         if len(bad) == n > 0:
-            return self.failed(n, ValueError(f"{scores[0]!r} in row 0, and no finite number in any other"))
+            return self.failed(n, ValueError(f"{scores[0]!r} in row 0, and no usable number in any other"))
         if bad and not self.warned:
             self.warned = True
             warnings.warn(
                 f"reward function {self.name!r} gave {scores[bad[0]]!r} to row {bad[0]} of {n}, which is no finite "
-                "number; such rows count as None (not scored). This is said once.",
+                f"number within {LARGEST:g}; such rows count as None (not scored). This is said once.",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -252,9 +305,9 @@ class _Guard:
 
 
 def _number(score: Any) -> float | None:
-    """A finite float, or None for everything that is none."""
+    """A finite float that float32 can reckon with, or None for everything that is none."""
     try:
         number = math.nan if isinstance(score, (str, bytes)) else float(score)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several values
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= LARGEST else None

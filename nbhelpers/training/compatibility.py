@@ -94,7 +94,7 @@ ARGUMENTS = (
           "max_grad_norm lr_scheduler_type lr_scheduler_kwargs warmup_steps", AS_IN_TRL,
           "an update whose gradients are not finite is skipped, in every precision"),
     Entry("torch_empty_cache_steps", AS_IN_TRL),
-    Entry("torch_compile torch_compile_backend torch_compile_mode", REFUSED, "the walk goes past a compiled forward",
+    Entry("torch_compile torch_compile_backend torch_compile_mode", LOSS, "the walk goes past a compiled forward",
           when="True", tries=({"torch_compile": True},)),
     Entry("auto_find_batch_size", REFUSED, "by TRL; the lean step finds its own", when="True",
           tries=({"auto_find_batch_size": True},)),

@@ -9,7 +9,7 @@ Only the files of hooks and this one touch TRL's private parts. Here these are:
 
 import math
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,9 +26,10 @@ from nbhelpers.models import chat, families
 from nbhelpers.rewards import REASONING, Sample, Tags, question_of, text_of
 from nbhelpers.rewards.guard import SECONDS, guard_all
 
-from . import run_folder
-from .check import check, check_model
+from . import rows, run_folder, settings
+from .config import LeanGRPOConfig
 from .lean_hooks import ONE_CARD_EACH, LeanStepHooks
+from .model_check import check_model
 from .prompt_hooks import PromptHooks
 from .resume_hooks import ResumeHooks
 from .signal_hooks import SignalHooks
@@ -50,51 +51,6 @@ if TYPE_CHECKING:
 
 ENGINES_KNOW = {"stop_strings", "min_new_tokens"}  # of transformers' names in `generation_kwargs`
 TESTED_TRL = ("1.16", "1.17")  # from, up to but not including
-
-
-def precision() -> dict[str, bool]:
-    """The arguments of a GRPOConfig that decide the arithmetic: bf16 from Ampere on, fp16 on a T4, fp32 on a CPU.
-
-    TRL's own default is bf16 wherever fp16 is not asked for, which a T4 does not have and a CPU refuses.
-    """
-    dtype = gpu.compute_dtype()
-    return {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, "use_cpu": dtype == torch.float32}
-
-
-@dataclass
-class LeanGRPOConfig(trl.GRPOConfig):
-    """TRL's GRPOConfig whose unset precision is this machine's, that logs every step and reports to no service.
-
-    No gradient checkpointing: the lean step decides for each layer what to keep and what to compute again.
-
-    Where engine and trainer disagree about a token's probability, that token's loss is importance-weighted. TRL's own
-    default, the product of a completion's ratios, turns rounding noise into a factor: 0.3 to 1.9 in bf16 at 256 tokens
-    (rows `first_loss_...` of benchmarks/results/vllm.json), and more the longer the completion.
-
-    A checkpoint every 20 steps, the newest two kept: on a T4, where a step takes tens of seconds, a killed run costs
-    minutes, and a LoRA's checkpoint is a few dozen MB. transformers' own default, 500, is longer than most runs here.
-    The folder must outlive the machine: on Colab one on Google Drive, on Kaggle below /kaggle/working with
-    Persistence set to "Files only".
-    """
-
-    gradient_checkpointing: bool = False
-    vllm_importance_sampling_mode: str = "token_truncate"
-    logging_steps: float = 1
-    report_to: str | list[str] | None = "none"
-    save_steps: float = 20
-    save_total_limit: int | None = 2
-    dynamic_sampling: int = 0  # rounds in which groups without a signal are replaced before the update (DAPO)
-    reward_seconds: float = SECONDS  # for one call of a reward function, before its rows count as not scored
-
-    def __post_init__(self):
-        if self.bf16 is None and not self.fp16:
-            for name, value in precision().items():
-                setattr(self, name, value)
-        if self.use_cpu:
-            self.dataloader_pin_memory = False  # there is no card to pin for, and torch warns at each step
-        with warnings.catch_warnings():  # TRL sets gradient_checkpointing, which transformers 5.23 calls deprecated
-            warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
-            super().__post_init__()
 
 
 class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.GRPOTrainer):
@@ -172,12 +128,18 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
                           stacklevel=2)  # fmt: skip
         if args is None:
             args = LeanGRPOConfig("runs/grpo")
-        check(model, train_dataset, args, eval_dataset, peft_config is not None, environment_factory is not None)
+        settings.refuse(args)
+        owned = environment_factory is not None
+        train_dataset, eval_dataset = rows.looked_at(train_dataset, eval_dataset, args, owned)
+        if peft_config is None and not isinstance(model, str):  # what is adapted yet is frozen now
+            check_model(model, args)
         run_folder.check_writable(Path(args.output_dir or "trainer_output"))  # before transformers makes it
         funcs = None
         if reward_funcs is not None:
             seconds = args.reward_seconds if isinstance(args, LeanGRPOConfig) else SECONDS
-            funcs = guard_all(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs], seconds)
+            given = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+            funcs = guard_all(given, seconds)
+            settings.refuse_weights(args, len(funcs))
         masters = {} if isinstance(model, str) else {p: p.data for p in model.parameters() if p.requires_grad}
         super().__init__(
             model, funcs, args, train_dataset, eval_dataset=eval_dataset, processing_class=processing_class,
@@ -194,6 +156,7 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
                     parameter.data = parameter.data.float()
         check_model(self.model, args)
         self.engine, self._said_too_long = self._engine(engine), False
+        self._refuse_long_prompts()
         rounds = args.dynamic_sampling if isinstance(args, LeanGRPOConfig) else 0
         if rounds and isinstance(self.train_dataset, IterableDataset):
             raise ValueError("dynamic_sampling draws other questions from anywhere in train_dataset, which a stream "
@@ -260,6 +223,20 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
 
     def _identity(self) -> dict[str, Any]:
         return {**super()._identity(), "engine": "TRL's own" if self.engine is None else self.engine.name}
+
+    def _refuse_long_prompts(self) -> None:
+        """ValueError for a prompt that is longer than all that the model can hold."""
+        if self.engine is None or self.environment_factories is not None:  # each writes the prompts on
+            return
+        limit = self.accelerator.unwrap_model(self.model).config.get_text_config().max_position_embeddings
+        why = f"and all that the model can hold is {limit}: leave the row out"
+
+        def lengths(prompts: list[Any]) -> list[int]:
+            return [len(ids) for ids in self._tokenize_prompts(prompts)[0]]
+
+        rows.refuse_longer(self.train_dataset, "train_dataset", limit, lengths, why)
+        for data in rows.several(self.eval_dataset):
+            rows.refuse_longer(data, "eval_dataset", limit, lengths, why)
 
     def _reserved(self) -> Reserved:
         asleep = 0 if self.engine is None else self.engine.asleep

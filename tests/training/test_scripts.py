@@ -105,8 +105,8 @@ def test_the_fifth_argument_is_the_data_to_evaluate_on(tmp_path):
 
 
 @pytest.mark.parametrize("rows, error, message", [
-    (list(ROWS), TypeError, r"must be a `Dataset` or `IterableDataset`, got `list`: .*from_list"),
-    (DatasetDict(train=ROWS), TypeError, r'got `DatasetDict`.*splits\["train"\]'),
+    (list(ROWS["prompt"]), TypeError, r"must be a `Dataset` or `IterableDataset`, got `list`: .*from_list"),
+    (DatasetDict(train=ROWS), TypeError, r'is a DatasetDict of train: .*dataset\["train"\]'),
     (None, ValueError, "`train_dataset` is required"),
     (ROWS.add_column("completions", ["x"] * 8), ValueError, r"column 'completions'.*rename_column"),
     (ROWS.add_column("prompts", ["x"] * 8), ValueError, r"column 'prompts'.*rename_column"),
@@ -145,7 +145,7 @@ def test_questions_are_not_exchanged_in_a_stream(tmp_path):
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
 def test_a_temperature_that_is_not_positive_is_refused(tmp_path, temperature):
     for cls in (trl.GRPOConfig, trainer.LeanGRPOConfig):
-        with pytest.raises(ValueError, match="has to be strictly positive"):
+        with pytest.raises(ValueError, match="temperature=.*0.01 to 100"):
             make(tiny_model.model(), tmp_path, config_cls=cls, temperature=temperature)
 
 
@@ -161,7 +161,7 @@ def test_a_compiled_model_is_left_to_trls_loss_from_the_start(tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("engine", ["graph", "hf"])
-@pytest.mark.parametrize("limit", [12, 8])
+@pytest.mark.parametrize("limit", [12, 10])
 def test_prompts_near_the_models_limit_and_past_it_are_trained_on(tmp_path, capsys, engine, limit):
     """TRL's generate goes on, and so do the engines, with the same greedy tokens; alone they refuse it."""
     model = tiny_model.model(max_position_embeddings=limit)
