@@ -8,8 +8,8 @@ from tqdm.auto import tqdm
 
 from nbhelpers import gpu, host, memory
 from nbhelpers.architecture import GB
-from nbhelpers.models import families, quantize
-from nbhelpers.models.adapter import Base, keep_base, refuse_other
+from nbhelpers.models import chat, families, quantize
+from nbhelpers.models.adapter import Base, keep_base, refuse_other, rows_of
 
 from . import calibration, hub, stream
 from .request import Request
@@ -18,6 +18,7 @@ from .shards import Shards
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 SMALL = 100e6  # bytes of a checkpoint that is read in a moment: no progress bar
 
 
@@ -31,6 +32,8 @@ def build(
     source = hub.locate(request.model, token)
     request = _accepted(request, source)
     tokenizer = source.tokenizer()
+    if request.adapter is not None and (request.adapter / TOKENIZER_CONFIG_FILE).exists():
+        tokenizer = chat.load_tokenizer(request.adapter)  # with the words and the template that it was trained with
     shards = source.weights()
     model = stream.empty_model(source, request.weight_dtype)
     if request.quantization != "none":
@@ -46,7 +49,8 @@ def build(
     if request.device.type == "cuda":
         torch.cuda.empty_cache()  # torch caches the memory of the 16-bit matrices that were quantised
     _describe(model, source, tokenizer, request.quantization != "none")
-    keep_base(model, Base(source.id, source.config_hash(), shards.fingerprint(), request.quantization), choice)
+    base = Base(source.id, source.config_hash(), shards.fingerprint(), request.quantization, rows_of(model))
+    keep_base(model, base, choice)
     return model, tokenizer
 
 

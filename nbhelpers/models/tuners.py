@@ -20,6 +20,7 @@ LINEAR = frozenset((
 # LoRA's variants that do not: fields of LoraConfig, for both walks and for training
 _WHOLE_TEXT = ("alora_invocation_tokens",)
 _RANDOM = ("monteclora_config", "velora_config")  # another forward, or backward, each time a layer is computed
+_STARTS_FROM_DATA = ("corda", "lora_ga", "loftq")
 
 
 def adapters(model: "nn.Module") -> "dict[str, PeftConfig]":
@@ -47,4 +48,19 @@ def why_not(model: "nn.Module", for_: Literal["training", "generation"]) -> str 
         for field, value in fields.items():
             if "dropout" in field and value and field != "lora_dropout":
                 return f"its adapter {name!r} has dropout ({field})"
+    return None
+
+
+def why_not_rebuilt(config: "PeftConfig") -> str | None:
+    """Why peft cannot build an adapter again from its saved files and the base, as it was; None if it can.
+
+    Some ways to start a LoRA take a part out of the base's weights, and peft does so again on loading: the same part
+    with "pissa" and "olora", another one where it depends on chance or on data.
+    """
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if config.is_prompt_learning:
+        return f"the adapter is {kind}, which peft loads to be used but not to be trained"
+    start = vars(config).get("init_lora_weights")
+    if isinstance(start, str) and (start in _STARTS_FROM_DATA or start.startswith("pissa_niter")):
+        return f"the adapter has init_lora_weights={start!r}, which changes the base by what is not saved"
     return None

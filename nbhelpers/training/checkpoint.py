@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from trl import GRPOConfig
 
 MANIFEST, STAGING = "manifest.json", "_saving"
+BESIDE = "beside.safetensors"  # parameters that an adapter's own files lack: TRL's reference, what is trained along
 # Arguments that make it another run: optimizer and data would go on in a way that neither run had alone.
 FIXED = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations",

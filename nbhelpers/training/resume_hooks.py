@@ -11,11 +11,13 @@ They touch these private parts of TRL and transformers:
     _issue_warnings_after_load              no warning for tied weights, which are not stored twice
 """
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
@@ -105,16 +107,23 @@ class ResumeHooks(Hooks):
             transformers_logging.enable_progress_bar()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """transformers' hook: the adapter of a model from `loader.load` is saved with what it is an adapter of."""
-        model = self.accelerator.unwrap_model(self.model)
-        if state_dict is not None or not adapter.loras(model) or adapter.base_of(model) is None:
-            super()._save(output_dir, state_dict)
-            if self.args.should_save:  # a pickle that nothing reads
-                Path(output_dir or self._root, TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        elif self.args.should_save:
-            folder = output_dir or self._root
-            adapter.save_adapter(model, folder)
-            self.processing_class.save_pretrained(folder)
+        """transformers' hook: the adapter of a model from `loader.load` is saved with what it is an adapter of, and TRL's
+        reference with the position of the run alone (`_save_checkpoint`)."""
+        model, folder = self.accelerator.unwrap_model(self.model), Path(output_dir or self._root)
+        loras = adapter.loras(model)
+        why = adapter.why_not_saved(adapter.peft_model(model)) if loras else None
+        if loras and state_dict is None and why is None:
+            if self.args.should_save:
+                adapter.save_adapter(model, folder)
+                self.processing_class.save_pretrained(folder)
+            return
+        if why is not None and adapter.base_of(model) is not None and self._staging is None:
+            print(f"{folder} gets peft's files alone: {why}.")
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nothing reads
+            if loras:
+                shutil.rmtree(folder / adapter.REFERENCE, ignore_errors=True)
 
     def _save_all(self) -> Path:
         """Save model or adapter, tokenizer and the log of the run into the output folder, and return it.
@@ -207,12 +216,15 @@ class ResumeHooks(Hooks):
         return checkpoint.describe(model, self.args, self.train_dataset, self.reward_func_names)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """transformers' hook. Beside the trained adapter TRL keeps a copy for the KL term, "ref", which peft saves in a
-        subfolder; transformers 5.15 then reads the subfolders only, and training would go on from a random adapter."""
+        """transformers' hook. Beside the trained adapter there may be more (`checkpoint.BESIDE`). Where peft had saved
+        TRL's reference in a subfolder, transformers 5.15 reads that only, and the trained one is read here."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        loaded = self.model if model is None else model
-        if len(adapter.loras(loaded)) > 1 and (Path(resume_from_checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME).exists():
+        loaded, folder = self.model if model is None else model, Path(resume_from_checkpoint)
+        if len(adapter.loras(loaded)) > 1 and (folder / ADAPTER_SAFE_WEIGHTS_NAME).exists():
             adapter.peft_model(loaded).load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+        if (folder / checkpoint.BESIDE).exists():
+            for name, tensor in load_file(folder / checkpoint.BESIDE).items():
+                loaded.get_parameter(name).data.copy_(tensor)
 
     def _finished(self, folder: Path) -> bool:
         """Whether nothing is left to do; then the model has the checkpoint's weights and the callbacks its log."""
@@ -245,7 +257,9 @@ class ResumeHooks(Hooks):
             super()._save_checkpoint(model, trial)
         finally:
             self._staging = None
-        staged = root / checkpoint.STAGING / name
+        staged, inner = root / checkpoint.STAGING / name, self.accelerator.unwrap_model(self.model)
+        if self.args.should_save and adapter.loras(inner) and (more := adapter.beside(adapter.peft_model(inner))):
+            save_file({key: tensor.cpu().contiguous() for key, tensor in more.items()}, staged / checkpoint.BESIDE)
         self._position().save(staged, self.accelerator.process_index)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:

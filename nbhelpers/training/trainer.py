@@ -19,6 +19,7 @@ from trl.extras.profiling import profiling_context
 
 from nbhelpers import engines, gpu, panel
 from nbhelpers.memory.room import Reserved
+from nbhelpers.models import adapter
 from nbhelpers.rewards import Sample, text_of
 from nbhelpers.rewards.guard import guard_all
 
@@ -189,6 +190,8 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, trl.GRPOTrainer):
         if args is None:
             args = LeanGRPOConfig("runs/grpo")
         check(model, train_dataset, args)
+        if not isinstance(model, str):
+            adapter.drop_reference(model)  # of an earlier trainer: this cell is run again
         funcs = None
         if reward_funcs is not None:
             funcs = guard_all(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])
