@@ -66,11 +66,13 @@ def resolve(
     """
     adapter = _adapter_folder(preset_or_id)
     if adapter is not None:
-        own = {"lora_rank": lora_rank, "lora_alpha": lora_alpha, "lora_targets": lora_targets}
-        given = [name for name, value in own.items() if value is not None]
-        if given:
-            raise ValueError(f"the adapter in {adapter} has its own {given[0]}: leave it out, or load the base")
-        read_config(adapter)  # refused before anything is downloaded
+        own = vars(read_config(adapter))  # what cannot be built is refused before anything is downloaded
+        given = {"r": lora_rank, "lora_alpha": lora_alpha, "target_modules": lora_targets and set(_names(lora_targets))}
+        other = [name for name, value in given.items() if value is not None and value != own.get(name)]
+        if other:
+            raise ValueError(f"the adapter in {adapter} has {other[0]}={own.get(other[0])} of its own, and here it is "
+                             f"{given[other[0]]}: leave that out, or load the base for a new adapter")  # fmt: skip
+        lora_rank = own.get("r") or 1  # whatever it is: not every weight is trained
         base = read_base(adapter)
         preset_or_id, quantization = base.id, quantization or base.quantization
         calibration = calibration or read_choice(adapter)
@@ -82,9 +84,6 @@ def resolve(
     quantization = default.quantization if quantization is None else quantization
     rank = default.lora_rank if lora_rank is None else lora_rank
     dropout = default.lora_dropout if lora_dropout is None and adapter is None else lora_dropout
-    targets = default.lora_targets if lora_targets is None else lora_targets
-    if isinstance(targets, str):  # peft's way to say all of them, or one name
-        targets = () if targets == "all-linear" else (targets,)
     _check(quantization, rank, dropout or 0.0)
     choice, prompts = _choice_or_prompts(calibration, quantization)
     device = torch.device(device) if device else gpu.device()
@@ -99,11 +98,18 @@ def resolve(
         lora_rank=rank,
         lora_alpha=(default.lora_alpha if lora_alpha is None else lora_alpha) or rank,
         lora_dropout=dropout,
-        lora_targets=tuple(targets),
+        lora_targets=default.lora_targets if lora_targets is None else _names(lora_targets),
         device=device,
-        weight_dtype=dtype or (torch.float32 if rank == 0 and adapter is None else compute),
+        weight_dtype=dtype or (torch.float32 if rank == 0 else compute),
         dtype=compute,
     )
+
+
+def _names(targets: Iterable[str] | str) -> tuple[str, ...]:
+    """Names of layers; a text is one name, or peft's "all-linear": all."""
+    if isinstance(targets, str):
+        return () if targets == "all-linear" else (targets,)
+    return tuple(targets)
 
 
 def _adapter_folder(preset_or_id: Preset | str | Path) -> Path | None:
