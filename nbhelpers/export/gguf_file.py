@@ -129,6 +129,9 @@ def _settings(writer: "GGUFWriter", config: "PreTrainedConfig", name: str, file_
     if rope["rope_type"] not in ("default", "llama3"):
         raise ValueError(f"rope_type {rope['rope_type']!r} cannot be written to GGUF here, only default and llama3")
     family = families.FAMILIES[config.model_type]
+    if config.hidden_act not in families.SILU:
+        raise ValueError(f"GGUF's {family.gguf} architecture computes silu, and this model's activation is "
+                         f"{config.hidden_act}")  # fmt: skip
     window = families.config_window(family, config)
     if window and window < config.max_position_embeddings and not family.gguf_window:
         raise ValueError(f"GGUF's {family.gguf} architecture has no sliding window, and this model has one of {window}")
