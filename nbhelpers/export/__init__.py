@@ -62,8 +62,7 @@ def save(model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBa
     if adapter.loras(model):
         model_folder.not_the_base(model, folder)
     elif any("quant_state" in parameter.__dict__ for parameter in model.parameters()):
-        raise ValueError("the model is in 4 bits and has no adapter: export.merged writes it in 16 bits, loader.keep as "
-                         "it is")  # fmt: skip
+        raise ValueError("the model is in 4 bits and has no adapter: export.merged writes it in 16 bits")
     with model_folder.replaced(folder, _CONFIGS) as new:
         if adapter.loras(model):
             adapter.save_adapter(model, new)
@@ -85,7 +84,8 @@ def merged(
     """Write the model with its adapter merged in, in 16 bits, as transformers and vLLM load it; the folder.
 
     The base's numbers are those of its original checkpoint if that can be had, else its 4 bits dequantised, and a line
-    says which; a tensor that was changed in memory is written as it is there. Host memory: 2 GB and the largest tensor. The model in memory stays as it is.
+    says which; a tensor that was changed in memory is written as it is there. Host memory: 2 GB and the largest
+    tensor. The model in memory stays as it is.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): As `loader.load` returns it.

@@ -49,7 +49,7 @@ def write(
     import gguf
 
     config = tensors.config
-    if "phi3" in name.lower().replace("-", "") and not _PHI3_TOKENS <= tokenizer.get_vocab().keys():
+    if "phi3" in name.lower().replace("-", "") and not tokenizer.get_vocab().keys() >= _PHI3_TOKENS:
         raise ValueError(f"llama.cpp takes a model with the name {name!r} for a Phi-3 and would look for its tokens: "
                          "give the file another name")  # fmt: skip
     if quantization not in QUANTIZATIONS:

@@ -243,7 +243,9 @@ def read_config(folder: Path) -> "PeftConfig":
         config = PeftConfig.from_pretrained(str(folder))
     unknown = [name for name, value in json.loads(file.read_text()).items() if value and name not in vars(config)]
     if unknown:
-        raise ValueError(f"{file} was written by a newer peft, this one does not know {unknown[0]}: pip install -U peft")
+        raise ValueError(
+            f"{file} was written by a newer peft, this one does not know {unknown[0]}: pip install -U peft"
+        )
     if (why := tuners.why_not_rebuilt(config)) is not None:
         raise ValueError(f"{why}, so what is in {folder} cannot be loaded as it was")
     return config

@@ -212,7 +212,7 @@ def _replaced(family: Family, inner: "PreTrainedModel") -> str | None:
 
 
 def _kind(module: "nn.Module") -> str:
-    """"a Sequential", "peft's Embedding"."""
+    """Its class in words: a Sequential, or peft's Embedding."""
     name, library = type(module).__name__, type(module).__module__.partition(".")[0]
     return f"peft's {name}" if library == "peft" else f"a {name}"
 

@@ -1,8 +1,9 @@
 """Which of peft's ways to adapt a model change its linear layers alone, token by token.
 
-Both walks (training/layerwise.py, engines/forward.py) call a linear layer that they do not know as a module, so whatever
-peft puts in its place is computed. What peft does elsewhere they would leave out without a word: tokens in front of the
-prompt, keys and values, norms, hooks on the whole model. So a walk takes what is known to be safe, and nothing else.
+Both walks (training/layerwise.py, engines/forward.py) call a linear layer that they do not know as a module, so
+whatever peft puts in its place is computed. What peft does elsewhere they would leave out without a word: tokens in
+front of the prompt, keys and values, norms, hooks on the whole model. So a walk takes what is known to be safe, and
+nothing else.
 """
 
 from typing import TYPE_CHECKING, Literal

@@ -107,8 +107,8 @@ class ResumeHooks(Hooks):
             transformers_logging.enable_progress_bar()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """transformers' hook: the adapter of a model from `loader.load` is saved with what it is an adapter of, and TRL's
-        reference with the position of the run alone (`_save_checkpoint`)."""
+        """transformers' hook: the adapter of a model from `loader.load` is saved with what it is an adapter of; TRL's
+        reference is saved with the position of the run alone (`_save_checkpoint`)."""
         model, folder = self.accelerator.unwrap_model(self.model), Path(output_dir or self._root)
         loras = adapter.loras(model)
         why = adapter.why_not_saved(adapter.peft_model(model)) if loras else None
