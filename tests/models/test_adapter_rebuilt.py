@@ -1,4 +1,4 @@
-"""A saved adapter comes back as what it was: peft builds it again, with its words and its template, or it is refused."""
+"""A saved adapter comes back as what it was, with its words and its template, or it is refused."""
 
 import peft
 import pytest
