@@ -54,12 +54,15 @@ def save(model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBa
             onto its base.
 
     Raises FileExistsError if `folder` holds something besides a model, the checkpoints of a run for instance;
-    ValueError if an adapter would replace its own base.
+    ValueError if an adapter would replace its own base, for what `adapter.why_not_saved` names, and for a model in 4
+    bits that has no adapter.
     """
     if not host.is_first_process():
         return Path(folder)
     if adapter.loras(model):
         model_folder.not_the_base(model, folder)
+    elif any("quant_state" in parameter.__dict__ for parameter in model.parameters()):
+        raise ValueError("the model is in 4 bits and has no adapter: export.merged writes it in 16 bits")
     with model_folder.replaced(folder, _CONFIGS) as new:
         if adapter.loras(model):
             adapter.save_adapter(model, new)
@@ -81,7 +84,8 @@ def merged(
     """Write the model with its adapter merged in, in 16 bits, as transformers and vLLM load it; the folder.
 
     The base's numbers are those of its original checkpoint if that can be had, else its 4 bits dequantised, and a line
-    says which. Host memory: 2 GB and the largest tensor. The model in memory stays as it is.
+    says which; a tensor that was changed in memory is written as it is there. Host memory: 2 GB and the largest
+    tensor. The model in memory stays as it is.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): As `loader.load` returns it.
@@ -111,8 +115,14 @@ def merged(
             tensors.generation_config.save_pretrained(new)
         tokenizer.save_pretrained(new)
         _card(new, model, Path(folder).name, "The merged 16-bit weights of", "transformers", _load_line(folder))
-    print(f"{folder}: {total / GB:.3f} GB in {dtype}")
+    print(f"{folder}: {total / GB:.3f} GB in {dtype}{_own(tensors)}")
     return Path(folder)
+
+
+def _own(tensors: Merged | Folder) -> str:
+    """What was not taken from the original weights, in words."""
+    changed = tensors.changed if isinstance(tensors, Merged) else []
+    return f"; {len(changed)} tensors ({changed[0]}, ...) are the model's own, changed in memory" if changed else ""
 
 
 def _in_16_bits(tensors: Merged, name: str, dtype: "torch.dtype") -> "dict[str, torch.Tensor]":
@@ -162,7 +172,7 @@ def gguf(
         print(f"merged into {tensors.source}")
     with files.whole_file(file) as new:
         gguf_file.write(tensors, tokenizer, new, quantization, file.stem)
-    print(f"{file}: {file.stat().st_size / GB:.3f} GB in {quantization}")
+    print(f"{file}: {file.stat().st_size / GB:.3f} GB in {quantization}{_own(tensors)}")
     return file
 
 

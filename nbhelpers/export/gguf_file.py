@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 QUANTIZATIONS = ("q8_0", "f16", "bf16")
+# What llama.cpp has of GGUF's architectures; it would not open a file that asks more of it
+_BIASES = ("LLAMA", "QWEN2")
+_PARTIAL_ROPE = ("PHI3",)
+_PHI3_TOKENS = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
 _LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -45,6 +49,9 @@ def write(
     import gguf
 
     config = tensors.config
+    if "phi3" in name.lower().replace("-", "") and not tokenizer.get_vocab().keys() >= _PHI3_TOKENS:
+        raise ValueError(f"llama.cpp takes a model with the name {name!r} for a Phi-3 and would look for its tokens: "
+                         "give the file another name")  # fmt: skip
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization={quantization!r}: it is one of {', '.join(QUANTIZATIONS)}")
     if config.model_type not in families.FAMILIES:
@@ -67,7 +74,7 @@ def write(
     plan = []
     for ours, shape in tensors.shapes.items():
         theirs = names.get_name(ours, try_suffixes=(".weight", ".bias"))
-        if theirs is None:
+        if theirs is None or (ours.endswith(".bias") and family.gguf not in _BIASES):
             raise ValueError(f"GGUF's {family.gguf} has no place for the tensor {ours}")
         data, chosen = encode(torch.zeros(1, shape[-1]) if len(shape) > 1 else torch.zeros(shape))  # of one row
         nbytes = data.nbytes * (math.prod(shape[:-1]) if len(shape) > 1 else 1)
@@ -129,9 +136,20 @@ def _settings(writer: "GGUFWriter", config: "PreTrainedConfig", name: str, file_
     if rope["rope_type"] not in ("default", "llama3"):
         raise ValueError(f"rope_type {rope['rope_type']!r} cannot be written to GGUF here, only default and llama3")
     family = families.FAMILIES[config.model_type]
+    if config.hidden_act not in families.SILU:
+        raise ValueError(f"GGUF's {family.gguf} architecture computes silu, and this model's activation is "
+                         f"{config.hidden_act}")  # fmt: skip
     window = families.config_window(family, config)
-    if window and window < config.max_position_embeddings and not family.gguf_window:
-        raise ValueError(f"GGUF's {family.gguf} architecture has no sliding window, and this model has one of {window}")
+    if window and window < config.max_position_embeddings:
+        if not family.gguf_window:
+            raise ValueError(
+                f"GGUF's {family.gguf} architecture has no sliding window, and this model has one of {window}"
+            )
+        print(f"the file says that attention has a window of {window} tokens; llama.cpp does not look at that, and "
+              "writes another text once one is longer")  # fmt: skip
+    if rope.get("partial_rotary_factor", 1.0) != 1.0 and family.gguf not in _PARTIAL_ROPE:
+        raise ValueError(f"GGUF's {family.gguf} architecture rotates whole heads, and this model a part of them "
+                         f"(partial_rotary_factor={rope['partial_rotary_factor']})")  # fmt: skip
     writer.add_name(name)
     writer.add_file_type(file_type)
     writer.add_quantization_version(2)
@@ -158,6 +176,9 @@ def _settings(writer: "GGUFWriter", config: "PreTrainedConfig", name: str, file_
 def _tokenizer(writer: "GGUFWriter", tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig") -> None:
     """Write vocabulary, merges or scores, special tokens and chat template."""
     content = _content(tokenizer)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size}: "
+                         "model.resize_token_embeddings(len(tokenizer)) before training")  # fmt: skip
     tokens, kinds = _vocabulary(tokenizer, content, config.vocab_size)
     if content["model"].get("byte_fallback", False):
         _sentencepiece(writer, kinds)

@@ -37,7 +37,7 @@ def load(
     lora_rank: int | None = None,
     lora_alpha: int | None = None,
     lora_dropout: float | None = None,
-    lora_targets: Iterable[str] | None = None,
+    lora_targets: Iterable[str] | str | None = None,
     kernels: bool = True,
     calibration: list[Prompt] | Choice | Path | None = None,
     budget: float = 0.10,
@@ -55,10 +55,11 @@ def load(
             "none"; None is the preset's, "nf4" without a preset. A checkpoint that bitsandbytes quantised loads as it
             is.
         lora_rank, lora_alpha (`int`, *optional*), lora_dropout (`float`, *optional*), lora_targets (names of linear
-            layers, *optional*): The adapter; None is the preset's (rank 16, alpha 16, no dropout, all linear layers
-            without a preset). Its numbers are fp32. lora_rank=0 with quantization="none" trains every weight instead,
-            in fp32 unless `dtype` says otherwise: in bf16 a step of 1e-5 is rounded away, and fp16 has no gradient
-            scaling.
+            layers, one name or "all-linear", *optional*): A new adapter; None is the preset's (rank 16, alpha 16, no
+            dropout, all linear layers without a preset). A saved one is built as it was, with its own tokenizer, and
+            takes lora_dropout alone. Its numbers are fp32. lora_rank=0 with quantization="none" trains every weight
+            instead, in fp32 unless `dtype` says otherwise: in bf16 a step of 1e-5 is rounded away, and fp16 has no
+            gradient scaling.
         kernels (`bool`): Whether to use the fused kernels of `patch`.
         calibration (`list[str | list[dict]]`, `Choice` or `Path`, *optional*): For "dynamic": prompts (texts or lists
             of messages) to measure with, or a Choice or the Path of its file to repeat. None: a dozen built-in word

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from nbhelpers import gpu, host, memory
 from nbhelpers.architecture import GB
 from nbhelpers.models import chat, families, quantize
-from nbhelpers.models.adapter import Base, keep_base, refuse_other
+from nbhelpers.models.adapter import Base, keep_base, refuse_other, rows_of
 
 from . import calibration, hub, stream
 from .request import Request
@@ -18,6 +18,7 @@ from .shards import Shards
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 SMALL = 100e6  # bytes of a checkpoint that is read in a moment: no progress bar
 
 
@@ -32,6 +33,8 @@ def build(
     request = _accepted(request, source)
     source.model_config()  # names a config without sense, over which loading the tokenizer would stumble
     tokenizer = source.tokenizer()
+    if request.adapter is not None and (request.adapter / TOKENIZER_CONFIG_FILE).exists():
+        tokenizer = chat.load_tokenizer(request.adapter)  # with the words and the template that it was trained with
     shards = source.weights()
     model = stream.empty_model(source, request.weight_dtype)
     refuse_unknown_tokens(tokenizer, model)
@@ -48,7 +51,8 @@ def build(
     if request.device.type == "cuda":
         torch.cuda.empty_cache()  # torch caches the memory of the 16-bit matrices that were quantised
     _describe(model, source, tokenizer, request.quantization != "none")
-    keep_base(model, Base(source.id, source.config_hash(), shards.fingerprint(), request.quantization), choice)
+    base = Base(source.id, source.config_hash(), shards.fingerprint(), request.quantization, rows_of(model))
+    keep_base(model, base, choice)
     return model, tokenizer
 
 

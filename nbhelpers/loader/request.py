@@ -1,6 +1,5 @@
 """What is asked of `loader.load`, with every default filled in and checked before anything is downloaded."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import torch
 
 from nbhelpers import gpu
-from nbhelpers.models.adapter import read_base, read_choice
+from nbhelpers.models.adapter import read_base, read_choice, read_config
 from nbhelpers.models.quantize import Choice
 from nbhelpers.presets import QUANTIZATIONS, Preset
 
@@ -38,9 +37,9 @@ class Request:
     choice: Choice | None  # for "dynamic": the layers to keep in 16 bits; None: to be measured
     prompts: list[Prompt] | None  # to measure them with; None: those of `calibration`
     budget: float  # for "dynamic": extra bytes, as a share of the model's size in NF4
-    lora_rank: int  # 0: no adapter, every weight is trained
+    lora_rank: int  # of a new adapter; 0: none, every weight is trained
     lora_alpha: int
-    lora_dropout: float
+    lora_dropout: float | None  # None: a saved adapter's own
     lora_targets: tuple[str, ...]  # names of linear layers; empty: all
     device: torch.device
     weight_dtype: torch.dtype  # of what is not quantised
@@ -54,7 +53,7 @@ def resolve(
     lora_rank: int | None = None,
     lora_alpha: int | None = None,
     lora_dropout: float | None = None,
-    lora_targets: Iterable[str] | None = None,
+    lora_targets: Iterable[str] | str | None = None,
     calibration: list[Prompt] | Choice | Path | None = None,
     budget: float = 0.10,
     device: torch.device | str | None = None,
@@ -62,21 +61,30 @@ def resolve(
 ) -> Request:
     """The arguments of `load`, each None replaced by what the adapter's folder, the preset or `Defaults` says.
 
-    Raises ValueError for a name that is no model or an argument out of its range, FileNotFoundError for an adapter's
-    folder or a choice's file that is not complete.
+    Raises ValueError for a name that is no model, an argument out of its range, or one that a saved adapter has its own
+    of; FileNotFoundError for an adapter's folder or a choice's file that is not complete.
     """
     adapter = _adapter_folder(preset_or_id)
     if adapter is not None:
-        base, lora = read_base(adapter), json.loads((adapter / "adapter_config.json").read_text())
+        own = vars(read_config(adapter))  # what cannot be built is refused before anything is downloaded
+        given = {"r": lora_rank, "lora_alpha": lora_alpha, "target_modules": lora_targets and set(_names(lora_targets))}
+        other = [name for name, value in given.items() if value is not None and value != own.get(name)]
+        if other:
+            raise ValueError(f"the adapter in {adapter} has {other[0]}={own.get(other[0])} of its own, and here it is "
+                             f"{given[other[0]]}: leave that out, or load the base for a new adapter")  # fmt: skip
+        lora_rank = own.get("r") or 1  # whatever it is: not every weight is trained
+        base = read_base(adapter)
         preset_or_id, quantization = base.id, quantization or base.quantization
         calibration = calibration or read_choice(adapter)
-        lora_rank, lora_alpha, lora_targets = lora["r"], lora["lora_alpha"], sorted(lora["target_modules"])
-    model = hub.identify(preset_or_id)
+    try:
+        model = hub.identify(preset_or_id)
+    except ValueError as error:
+        raise error if adapter is None else ValueError(f"the base of the adapter in {adapter}: {error}") from None
     default = model if isinstance(model, Preset) else Defaults()
     quantization = default.quantization if quantization is None else quantization
     rank = default.lora_rank if lora_rank is None else lora_rank
-    dropout = default.lora_dropout if lora_dropout is None else lora_dropout
-    _check(quantization, rank, dropout)
+    dropout = default.lora_dropout if lora_dropout is None and adapter is None else lora_dropout
+    _check(quantization, rank, dropout or 0.0)
     choice, prompts = _choice_or_prompts(calibration, quantization)
     device = torch.device(device) if device else gpu.device()
     compute = dtype or (gpu.compute_dtype() if device.type == "cuda" else torch.float32)
@@ -90,11 +98,18 @@ def resolve(
         lora_rank=rank,
         lora_alpha=(default.lora_alpha if lora_alpha is None else lora_alpha) or rank,
         lora_dropout=dropout,
-        lora_targets=tuple(default.lora_targets if lora_targets is None else lora_targets),
+        lora_targets=default.lora_targets if lora_targets is None else _names(lora_targets),
         device=device,
         weight_dtype=dtype or (torch.float32 if rank == 0 else compute),
         dtype=compute,
     )
+
+
+def _names(targets: Iterable[str] | str) -> tuple[str, ...]:
+    """Names of layers; a text is one name, or peft's "all-linear": all."""
+    if isinstance(targets, str):
+        return () if targets == "all-linear" else (targets,)
+    return tuple(targets)
 
 
 def _adapter_folder(preset_or_id: Preset | str | Path) -> Path | None:

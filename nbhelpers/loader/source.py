@@ -67,7 +67,12 @@ class Source:
         if not file.exists():
             return None
         read_json(file)  # names it if it is damaged
-        return GenerationConfig.from_pretrained(self.folder)
+        config = GenerationConfig.from_pretrained(self.folder)
+        try:
+            config.validate(strict=True)
+        except ValueError:  # a temperature without do_sample, which transformers reads and then refuses to write
+            config.do_sample = True
+        return config
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """Ready for GRPO, see `models.chat`. ValueError if there is none."""

@@ -20,7 +20,7 @@ def dress(
 
     Args:
         model (`PreTrainedModel`): A base model as `base_model.build` makes it.
-        request (`Request`): Its adapter, or lora_rank 0 to train every weight.
+        request (`Request`): A saved adapter or a new one, or lora_rank 0 to train every weight.
         kernels (`bool`): Whether to put on the fused kernels of `patch`.
         started (`float`): `time.perf_counter()` when loading began, for the seconds in the line.
 
@@ -28,11 +28,13 @@ def dress(
     """
     base = base_of(model)
     assert base is not None  # `build` keeps it on the model
-    if request.lora_rank:
-        adapted = attach(model, request.lora_rank, request.lora_alpha, request.lora_dropout, request.lora_targets)
-        if request.adapter is not None:
-            load_adapter(adapted, request.adapter)
-        model = cast("PreTrainedModel", adapted)  # a PeftModel, which passes on to the model all that it lacks itself
+    # a PeftModel passes on to the model all that it lacks itself
+    if request.adapter is not None:
+        model = cast("PreTrainedModel", load_adapter(model, request.adapter, request.lora_dropout))
+    elif request.lora_rank:
+        dropout = request.lora_dropout or 0.0
+        adapted = attach(model, request.lora_rank, request.lora_alpha, dropout, request.lora_targets)
+        model = cast("PreTrainedModel", adapted)
     else:
         model.requires_grad_(True)
     if kernels:

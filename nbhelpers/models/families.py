@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from nbhelpers.architecture import Architecture, Family
 
+from . import tuners
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -105,12 +107,23 @@ class Layer(NamedTuple):
 def layer(family: Family, module: "nn.Module") -> Layer:
     """The parts of a decoder layer, whether the fused kernels are on it or not."""
     decoder: Any = module  # nn.Module does not say what its children are
-    attention, mlp = decoder.self_attn, decoder.mlp
+    attention, mlp = in_force(decoder.self_attn), in_force(decoder.mlp)
     return Layer(
         decoder.input_layernorm, named(attention, family.qkv), named(attention, (family.out,))[0],
         decoder.post_attention_layernorm, named(mlp, family.gate_up), named(mlp, (family.down,))[0],
         named(attention, family.head_norms), window(family, attention),
     )  # fmt: skip
+
+
+def in_force(module: "nn.Module") -> "nn.Module":
+    """What computes in a module's place: the copy that peft trains (modules_to_save), else the module itself."""
+    from peft.utils import ModulesToSaveWrapper
+
+    if not isinstance(module, ModulesToSaveWrapper):
+        return module
+    names = [] if module.disable_adapters else module.active_adapters
+    copies: Any = module.modules_to_save
+    return next((copies[name] for name in names if name in copies), module.original_module)
 
 
 def head_norms(norms: "tuple[nn.Module, ...]") -> "HeadNorms | None":
@@ -166,13 +179,46 @@ def why_not(model: "nn.Module", for_: Literal["training", "generation"]) -> str 
         return f"its activation is {config.hidden_act}, not silu"
     if (rope := config.rope_parameters["rope_type"]) in ROPES_OF_LENGTH:
         return f"its rope ({rope}) changes with the length of the text"
+    if (reason := tuners.why_not(model, for_)) is not None:
+        return reason
     if type(inner.get_input_embeddings()) is not nn.Embedding:
-        return f"its embedding is a {type(inner.get_input_embeddings()).__name__}, wrapped or quantised"
+        return f"its embedding is {_kind(inner.get_input_embeddings())}, wrapped or quantised"
+    if (reason := _replaced(family, inner)) is not None:
+        return reason
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "it is spread over several devices"
     if (why := missed_hook(model, for_)) is not None:
         return why
     return _why_not_train(model, family, inner) if for_ == "training" else None
+
+
+def _replaced(family: Family, inner: "PreTrainedModel") -> str | None:
+    """Which module, other than a linear layer, is not the family's own: a walk would compute what its own does."""
+    norms, roles = ("input_layernorm", "post_attention_layernorm"), {"self_attn": "Attention", "mlp": "MLP"}
+    body: Any = inner.model
+    found = [("norm", "RMSNorm", body.norm), ("rotary_emb", "RotaryEmbedding", body.rotary_emb)]
+    for number, layer in enumerate(body.layers):
+        decoder: Any = in_force(layer)
+        found.append((f"layers.{number}", "DecoderLayer", decoder))
+        parts = [(decoder, name, "RMSNorm") for name in norms] + [(decoder, *role) for role in roles.items()]
+        for owner, name, role in parts:
+            if name not in owner._modules:
+                break  # of another class, which is named below
+            found.append((f"layers.{number}.{name}", role, owner._modules[name]))
+        else:
+            attention = in_force(decoder.self_attn)
+            head_norms = [name for name in family.head_norms if name in attention._modules]
+            found += [(f"layers.{number}.self_attn.{name}", "RMSNorm", attention._modules[name]) for name in head_norms]
+    for name, role, module in found:
+        if type(in_force(module)).__name__ != f"{family.prefix}{role}":
+            return f"its {name} is {_kind(module)}, not the family's own"
+    return None
+
+
+def _kind(module: "nn.Module") -> str:
+    """Its class in words: a Sequential, or peft's Embedding."""
+    name, library = type(module).__name__, type(module).__module__.partition(".")[0]
+    return f"peft's {name}" if library == "peft" else f"a {name}"
 
 
 def _why_not_train(model: "nn.Module", family: Family, inner: "PreTrainedModel") -> str | None:
@@ -194,7 +240,7 @@ def _why_not_train(model: "nn.Module", family: Family, inner: "PreTrainedModel")
     if dropouts or inner.config.attention_dropout:
         return f"it has dropout ({dropouts[0] if dropouts else 'attention_dropout'})"
     if known().get(type(inner.lm_head)) is not False:
-        return f"its head is a {type(inner.lm_head).__name__}"
+        return f"its head is {_kind(inner.lm_head)}"
     return None
 
 

@@ -54,9 +54,14 @@ class _RMSNorm(_Fused):
         return kernels.rms_norm(hidden_states, self.weight, self.variance_epsilon, residual)
 
 
+def _called(norm: nn.Module) -> bool:
+    """Whether a norm must be called as a module: it is watched, or one that peft wraps."""
+    return watched(norm) or not isinstance(norm, _RMSNorm)
+
+
 def _add_and_norm(x: Tensor, residual: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """x + residual, and the norm of it; in one launch unless the norm is watched."""
-    if watched(norm):
+    """x + residual, and the norm of it; in one launch unless the norm has to be called as it is."""
+    if _called(norm):
         x = x + residual
         return x, norm(x)
     return norm(x, residual)
@@ -121,7 +126,7 @@ class _Attention(_Fused):
             sin (`Tensor`): As for `kernels.rope`.
         """
         norms = families.named(self, self.family.head_norms)
-        if norms and any(watched(norm) for norm in norms):  # they must be called as modules
+        if any(_called(norm) for norm in norms):
             q, k, v = self._heads(outputs)
             q_norm, k_norm = norms
             return *kernels.rope(q_norm(q).to(q.dtype), k_norm(k).to(k.dtype), cos, sin), v

@@ -160,7 +160,9 @@ def foldable(norm: nn.Module, x: Tensor, modules: Sequence[nn.Module]) -> tuple[
         modules (`Sequence[nn.Module]`): Linear layers that read the norm's output.
     """
     layer: Any = norm
-    if watched(norm) or (weight := layer.weight).requires_grad:
+    if watched(norm) or "variance_epsilon" not in norm.__dict__:  # one that peft wraps has none of its own
+        return None
+    if (weight := layer.weight).requires_grad:
         return None
     if torch.is_autocast_enabled(x.device.type) or weight.dtype == x.dtype == compute_dtype(x, modules):
         return weight, layer.variance_epsilon

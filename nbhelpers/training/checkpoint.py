@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 MANIFEST, STAGING = "manifest.json", "_saving"
 FORMAT = 2  # of the manifest; 1 had no hash of itself
+BESIDE = "beside.safetensors"  # parameters that an adapter's own files lack: TRL's reference, what is trained along
 
 # ---------------------------------------------------------------------------------------------- complete or absent
 

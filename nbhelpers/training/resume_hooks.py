@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors.torch import load_file
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
@@ -182,12 +183,15 @@ class ResumeHooks(SaveHooks):
         return folder
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """transformers' hook. Beside the trained adapter TRL keeps a copy for the KL term, "ref", which peft saves in a
-        subfolder; transformers 5.15 then reads the subfolders only, and training would go on from a random adapter."""
+        """transformers' hook. Beside the trained adapter there may be more (`checkpoint.BESIDE`). Where peft had saved
+        TRL's reference in a subfolder, transformers 5.15 reads that only, and the trained one is read here."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        loaded = self.model if model is None else model
-        if len(adapter.loras(loaded)) > 1 and (Path(resume_from_checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME).exists():
+        loaded, folder = self.model if model is None else model, Path(resume_from_checkpoint)
+        if len(adapter.loras(loaded)) > 1 and (folder / ADAPTER_SAFE_WEIGHTS_NAME).exists():
             adapter.peft_model(loaded).load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+        if (folder / checkpoint.BESIDE).exists():
+            for name, tensor in load_file(folder / checkpoint.BESIDE).items():
+                loaded.get_parameter(name).data.copy_(tensor)
 
     def _finished(self, folder: Path) -> bool:
         """Whether nothing is left to do; then the model has the checkpoint's weights and the callbacks its log."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.utils import logging as transformers_logging
 
@@ -51,16 +52,23 @@ class SaveHooks(Hooks):
             transformers_logging.enable_progress_bar()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """transformers' hook: the adapter of a model from `loader.load` is saved with what it is an adapter of."""
-        model = self.accelerator.unwrap_model(self.model)
-        if state_dict is not None or not adapter.loras(model) or adapter.base_of(model) is None:
-            super()._save(output_dir, state_dict)
-            if self.args.should_save:  # a pickle that nothing reads
-                Path(output_dir or self._root, TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        elif self.args.should_save:
-            folder = output_dir or self._root
-            adapter.save_adapter(model, folder)
-            self.processing_class.save_pretrained(folder)
+        """transformers' hook: the adapter of a model from `loader.load` is saved with what it is an adapter of; TRL's
+        reference is saved with the position of the run alone (`_write_checkpoint`)."""
+        model, folder = self.accelerator.unwrap_model(self.model), Path(output_dir or self._root)
+        loras = adapter.loras(model)
+        why = adapter.why_not_saved(adapter.peft_model(model)) if loras else None
+        if loras and state_dict is None and why is None:
+            if self.args.should_save:
+                adapter.save_adapter(model, folder)
+                self.processing_class.save_pretrained(folder)
+            return
+        if why is not None and adapter.base_of(model) is not None and self._staging is None:
+            print(f"{self._root} gets peft's files alone: {why}.")
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nothing reads
+            if loras:
+                shutil.rmtree(folder / adapter.REFERENCE, ignore_errors=True)
 
     def _save_all(self, checkpoint_too: bool = True) -> Path | None:
         """Save model or adapter, tokenizer and the log of the run into the output folder, and return it.
@@ -201,7 +209,9 @@ class SaveHooks(Hooks):
             super()._save_checkpoint(model, trial)
         finally:
             self._staging = None
-        staged = root / checkpoint.STAGING / name
+        staged, inner = root / checkpoint.STAGING / name, self.accelerator.unwrap_model(self.model)
+        if self.args.should_save and adapter.loras(inner) and (more := adapter.beside(adapter.peft_model(inner))):
+            save_file({key: tensor.cpu().contiguous() for key, tensor in more.items()}, staged / checkpoint.BESIDE)
         self._position().save(staged, self.accelerator.process_index)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:

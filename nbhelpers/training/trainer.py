@@ -22,7 +22,7 @@ from trl.extras.profiling import profiling_context
 
 from nbhelpers import engines, gpu, panel
 from nbhelpers.memory.room import Reserved
-from nbhelpers.models import chat, families
+from nbhelpers.models import adapter, chat, families
 from nbhelpers.rewards import REASONING, Sample, Tags, question_of, text_of
 from nbhelpers.rewards.guard import SECONDS, guard_all
 
@@ -131,8 +131,10 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
         settings.refuse(args)
         owned = environment_factory is not None
         train_dataset, eval_dataset = rows.looked_at(train_dataset, eval_dataset, args, owned)
-        if peft_config is None and not isinstance(model, str):  # what is adapted yet is frozen now
-            check_model(model, args)
+        if not isinstance(model, str):
+            if peft_config is None:  # what is adapted yet is frozen now
+                check_model(model, args)
+            adapter.drop_reference(model)  # of an earlier trainer: this cell is run again
         run_folder.check_writable(Path(args.output_dir or "trainer_output"))  # before transformers makes it
         funcs = None
         if reward_funcs is not None:

@@ -99,8 +99,12 @@ def test_a_number_too_large_for_the_files_own_type_is_refused(base, tmp_path, to
     export.gguf(model, tokenizer, tmp_path / "a.gguf", "f16")
     found = next(tensor for tensor in GGUFReader(tmp_path / "a.gguf").tensors if tensor.name == "output_norm.weight")
     assert found.data[0] == 1e6
+    model.config.intermediate_size = 90  # which no whole number of blocks fills
+    for layer in model.model.layers:
+        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            linear.weight = torch.nn.Parameter(linear.weight.data[:90].contiguous())
+        layer.mlp.down_proj.weight = torch.nn.Parameter(layer.mlp.down_proj.weight.data[:, :90].contiguous())
     down = model.model.layers[0].mlp.down_proj
-    down.weight = torch.nn.Parameter(down.weight.data[:, :90].contiguous())
     export.gguf(model, tokenizer, tmp_path / "b.gguf", "q8_0")
     down.weight.data[0, 0] = 1e6
     for quantization in ("f16", "q8_0"):
@@ -143,7 +147,7 @@ def test_what_cannot_be_written_faithfully_is_refused(base, tmp_path, tokenizer,
     with pytest.raises(ValueError, match="no sliding window"):
         export.gguf(model, tokenizer, out)
     model.config.sliding_window = None
-    model.config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4}
+    model.config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
     with pytest.raises(ValueError, match="'yarn' cannot be written"):
         export.gguf(model, tokenizer, out)
     model.config.model_type = "gemma"

@@ -145,7 +145,7 @@ def test_questions_are_not_exchanged_in_a_stream(tmp_path):
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
 def test_a_temperature_that_is_not_positive_is_refused(tmp_path, temperature):
     for cls in (trl.GRPOConfig, trainer.LeanGRPOConfig):
-        with pytest.raises(ValueError, match="temperature=.*0.01 to 100"):
+        with pytest.raises(ValueError, match=r"temperature=.*0.01 to 100"):
             make(tiny_model.model(), tmp_path, config_cls=cls, temperature=temperature)
 
 
