@@ -158,7 +158,8 @@ def drop_reference(model: nn.Module) -> None:
 
 def rows_of(model: nn.Module) -> int:
     """Rows of the embedding."""
-    return families.unwrap(model).get_input_embeddings().weight.shape[0]
+    embedding: Any = families.unwrap(model).get_input_embeddings()
+    return embedding.weight.shape[0]
 
 
 def _brings_rows(model: "PeftModel", config: "PeftConfig", first: int) -> bool:

@@ -1,5 +1,7 @@
 """What peft changes outside linear layers is refused by both walks, and TRL's loss trains it all the same."""
 
+import copy
+
 import peft
 import pytest
 import torch
@@ -25,7 +27,7 @@ IDS = torch.tensor([[5, 9, 31, 7, 4, 5, 12]])
 
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_what_changes_more_than_linear_layers_is_refused_by_name(name):
-    model = get_peft_model(make("llama", lora=False), ELSEWHERE[name])
+    model = get_peft_model(make("llama", lora=False), copy.deepcopy(ELSEWHERE[name]))
     for walk in ("training", "generation"):
         assert name in families.why_not(model, walk)
 
@@ -85,7 +87,7 @@ def test_the_trainer_falls_back_and_trains_them(name, tmp_path, capsys):
     import tiny_model
 
     config = {**ELSEWHERE, "LN_TUNING": peft.LNTuningConfig(**LM, target_modules=["norm"])}[name]
-    model = get_peft_model(tiny_model.model(), config)
+    model = get_peft_model(tiny_model.model(), copy.deepcopy(config))  # peft writes into it
     before = {key: p.detach().clone() for key, p in model.named_parameters() if p.requires_grad}
     args = trainer.LeanGRPOConfig(
         str(tmp_path), max_steps=1, per_device_train_batch_size=8, num_generations=4, max_completion_length=8,
