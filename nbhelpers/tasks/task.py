@@ -11,6 +11,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from nbhelpers.models.chat import prompt_ids
+from nbhelpers.rewards.answers import written
 
 from .preview import Preview
 from .sources import Source
@@ -129,12 +130,12 @@ def split(name: str, rows: list[dict], dropped: list[str], test_share: float) ->
 
 
 def text_of(cell: object, column: str) -> str:
-    """A cell as text, "" for None and NaN. Raises Unusable for what is neither text nor a number."""
+    """A cell as text (see `answers.written`), "" for None and NaN. Raises Unusable for a list or a dict."""
     if isinstance(cell, (list, dict)):
         raise Unusable(f"its {column} is a {type(cell).__name__}, not text")
     if cell is None or cell != cell:
         return ""
-    return str(cell).strip()
+    return written(cell)
 
 
 def _counted(numbers: list[int], unit: str) -> str:
