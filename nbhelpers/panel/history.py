@@ -26,6 +26,7 @@ METRICS = {
     "zero_signal": "frac_reward_zero_std",
     "kl": "kl",
     "right": "right",
+    "alike": "alike",
     "replaced": "signal/replaced",
     "loss": "loss",
     "grad_norm": "grad_norm",
@@ -48,7 +49,8 @@ def row_of(log: dict) -> dict:
             for key, value in values.items()
             if key.startswith("rewards/") and key.endswith(end)
         }
-    return {**row, "within": {}, "between": {}, "format": None, "speed": None, "memory": None, "seconds": None}
+    unknown = {name: None for name in ("format", "speed", "memory", "seconds")}
+    return {**row, "within": {}, "between": {}, **unknown, "gaming": []}
 
 
 # ---- groups ----

@@ -26,7 +26,14 @@ class Tags:
         return tuple(tag for tag in (self.think_open, self.think_close, self.answer_open, self.answer_close) if tag)
 
     def completed(self, text: str) -> str:
-        """The text with the opening tag in front, if it was the template that wrote it."""
+        """The text with the opening tag in front, if it was the template that wrote it.
+
+        Where `</think>` is none of the tags, without all before the last one: a model that thinks by itself (R1, Qwen3)
+        does so before it begins with the form that it was asked for.
+        """
+        if "</think>" not in self.all:
+            _, closed, after = text.rpartition("</think>")
+            return after.lstrip() if closed else text
         opened = self.opened_by_template and self.think_close in text and self.think_open not in text
         return f"{self.think_open}\n{text.removeprefix(chr(10))}" if opened else text
 
@@ -48,18 +55,26 @@ class Tags:
         text = self.completed(text)
         return sum(text.count(tag) == 1 for tag in self.all) / len(self.all)
 
-    def form(self, text: str) -> float:
+    def form(self, text: str, prompt: str | list[dict[str, str]] = "") -> float:
         """How much of the form is there, 0.0 to 1.0: two thirds for the tags one by one, a third for the exact form.
 
-        Nothing for a form without content: where what stands between two tags holds no letter and no digit, as in the
-        placeholder "..." of a system prompt, which small models learn to copy because it is paid.
+        Nothing for a form without content: where thought or answer holds no letter and no digit, as in the placeholder
+        "..." of a system prompt, which small models learn to copy because it is paid; and where the thought is copied
+        from the prompt word for word, be it the example of a thought there or the question.
+
+        Args:
+            text (`str`): What the model wrote.
+            prompt (`str` or `list[dict[str, str]]`): What it was asked, a text or chat messages, as reward functions
+                get it in `prompts`.
         """
         text = self.completed(text)
-        for opening, closing in ((self.think_open, self.think_close), (self.answer_open, self.answer_close)):
-            _, opened, rest = text.partition(opening) if opening else ("", "", "")
-            inside, closed, _ = rest.partition(closing) if opened else ("", "", "")
-            if closed and not any(map(str.isalnum, inside)):
-                return 0.0
+        _, opened, rest = text.partition(self.think_open)
+        thought, closed, _ = rest.partition(self.think_close)
+        if opened and closed and (_blank(thought) or _words(thought) in _words(prompt)):
+            return 0.0
+        answer = self.extract(text)
+        if answer is not None and _blank(answer):
+            return 0.0
         return 2 / 3 * self.count(text) + 1 / 3 * self.in_form(text)
 
     def in_form(self, text: str) -> bool:
@@ -86,13 +101,23 @@ class Tags:
         )
 
 
+def _blank(text: str) -> bool:
+    return not any(map(str.isalnum, text))
+
+
+def _words(text: str | list[dict[str, str]]) -> str:
+    """A text, or all of a chat, without regard to case and spacing."""
+    whole = text if isinstance(text, str) else " ".join(message["content"] or "" for message in text)
+    return " ".join(whole.casefold().split())
+
+
 REASONING = Tags("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 THINK = Tags("<think>", "</think>", opened_by_template=True)
 
 
-def form(text: str, tags: Tags = REASONING) -> float:
-    """`Tags.form` as a function: how much of the form is there, 0.0 to 1.0."""
-    return tags.form(text)
+def form(text: str, tags: Tags = REASONING, prompt: str | list[dict[str, str]] = "") -> float:
+    """`Tags.form` as a function: how much of the form is there, 0.0 to 1.0, with nothing for a copy of the prompt."""
+    return tags.form(text, prompt)
 
 
 def in_form(text: str, tags: Tags = REASONING) -> bool:
