@@ -120,7 +120,7 @@ def soft_format(completions: list, **_) -> list[float]:
 
 
 def strict_format(completions: list, **_) -> list[float]:
-    """0.5 when the text is exactly the wanted form (see `formatted`), else 0.0.
+    """0.5 when the text is exactly the wanted form (see `formatted`) and not hollow (see `Tags.form`), else 0.0.
 
     Args:
         completions (`list[str]` or `list[list[dict[str, str]]]`): What the model wrote.
@@ -132,7 +132,7 @@ def strict_format(completions: list, **_) -> list[float]:
     >>> strict_format(["<reasoning>\\n9 tenths\\n</reasoning>\\n<answer>\\n9.9\\n</answer>\\n", "<answer>9.9</answer>"])
     [0.5, 0.0]
     """
-    return [0.5 * formatted(text_of(completion)) for completion in completions]
+    return [0.5 * (form(text_of(completion)) == 1.0) for completion in completions]
 
 
 def integer_answer(completions: list, **_) -> list[float]:

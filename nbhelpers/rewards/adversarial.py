@@ -11,8 +11,19 @@ CHARACTERS = 100_000  # of the longest texts
 
 RIGHT, BAD_FORM, WRONG, EMPTY = "right", "right, bad form", "wrong, good form", "empty"
 ONLY_TAGS, REPEATED, LONG = "only the form", "right, 50 times", f"numbers, {CHARACTERS // 1000}k characters"
-HEDGES = ("the question as answer", "all candidates as answer", "all candidates in prose", "two answers", LONG)
-KINDS = (RIGHT, BAD_FORM, WRONG, EMPTY, ONLY_TAGS, REPEATED, *HEDGES)
+PLACEHOLDERS, COPIED, UNTHOUGHT = "dots in the form", "the prompt's example", "right, no thought"
+NO_NUMBERS, LONGER = "nan or inf as answer", "the right one, longer"
+HEDGES = (
+    "the question as answer",
+    "all candidates as answer",
+    "all candidates in prose",
+    "one or the other",
+    "two answers",
+    LONG,
+)
+HOLLOW = (EMPTY, ONLY_TAGS, PLACEHOLDERS, COPIED)  # a form, or not even that
+KINDS = (RIGHT, BAD_FORM, WRONG, *HOLLOW, UNTHOUGHT, REPEATED, NO_NUMBERS, LONGER, *HEDGES)
+ANY = (NO_NUMBERS, LONGER)  # of whose texts the higher score counts: each is a hole by itself
 HOSTILE = (
     "<answer>",
     "</answer>",
@@ -30,7 +41,7 @@ _NUMBERS = re.compile(r"(?<![\d.])\d{1,12}(?:\.\d{1,12})?(?!\d)")
 
 
 def texts_for(row: dict, rows: Sequence[dict], form: str) -> dict[str, list[str]]:
-    """By kind, the texts that answer one row's question: one, or two of which the lower score counts.
+    """By kind, the texts that answer one row's question: one, or two of which the lower score counts (see `ANY`).
 
     Args:
         row (`dict`): Has `prompt` (`str` or chat messages) and `answer`.
@@ -49,6 +60,10 @@ def texts_for(row: dict, rows: Sequence[dict], form: str) -> dict[str, list[str]
     def filled(answer: str, reasoning: str = THOUGHT) -> str:
         return form.replace("{reasoning}", reasoning).replace("{answer}", answer)
 
+    first_tag, last_tag = form.split()[0], form.split()[-1]
+    asked = prompt if isinstance(prompt, str) else "\n".join(message["content"] or "" for message in prompt)
+    example = re.search(f"{re.escape(first_tag)}.*{re.escape(last_tag)}", asked, re.DOTALL)
+    longer = f"{right}e3" if value else f"{right}1", re.sub("^[-+]?", r"\g<0>1", right)  # 9.9e3, 19.9
     many = " ".join(map(str, range(CHARACTERS // 5)))[: CHARACTERS - len(right) - 2]
     return {
         RIGHT: [filled(right)],
@@ -56,11 +71,17 @@ def texts_for(row: dict, rows: Sequence[dict], form: str) -> dict[str, list[str]
         WRONG: [filled(wrong)],
         EMPTY: [""],
         ONLY_TAGS: [filled("", "")],
+        PLACEHOLDERS: [filled("...", "...")],
+        COPIED: [example[0] if example else filled("...", "...")],
+        UNTHOUGHT: [filled(right, "")],
         REPEATED: [filled(right, " ".join([right] * 50))],
+        NO_NUMBERS: [filled("nan"), filled("inf")],
+        LONGER: [filled(text) for text in longer],
         HEDGES[0]: [filled(question, question)],
         HEDGES[1]: [filled(", ".join(order)) for order in orders],
         HEDGES[2]: [" ".join(f"The answer is {text}." for text in order) for order in orders],
-        HEDGES[3]: [filled(right) + filled(wrong), filled(wrong) + filled(right)],
+        HEDGES[3]: [filled(f"{right} or {wrong}"), filled(f"{wrong} or {right}")],
+        HEDGES[4]: [filled(right) + filled(wrong), filled(wrong) + filled(right)],
         LONG: [f"{right} {many}", f"{many} {right}"],
     }
 
