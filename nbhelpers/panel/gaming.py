@@ -14,7 +14,7 @@ from nbhelpers.rewards import Sample
 
 Log = dict[str, Any]  # one step's entry of TRL's log
 STEPS = 20  # of a window: what is compared is the newest one with those before it
-RISEN = 0.1  # of the reward, as a share of its range so far: more is a rise
+RISEN = 0.5  # of the reward, as a share of its range so far: more is a rise
 GAINED, LOST = 0.02, 0.05  # of right answers: less is no gain, more is a loss and no noise
 FEW, MOST = 0.05, 0.5  # of the answers
 ALIKE, GROWN = 0.7, 0.2  # where answers are alike, and by how much they have grown so
@@ -70,7 +70,7 @@ def _since(first: Sequence[Log], newest: Sequence[Log], logs: Sequence[Log], sam
     """`why`, against one earlier window."""
     rewards = [log["reward"] for log in logs]
     span, rise = max(rewards) - min(rewards), _mean("reward", newest) - _mean("reward", first)
-    if rise < max(0.02, RISEN * span, 0.5 * span):
+    if rise < max(0.02, RISEN * span):
         return None
     measured = all("right" in log for log in (*first, *newest))
     before, now = (_mean("right", window) if measured else 0.0 for window in (first, newest))
@@ -110,13 +110,13 @@ def _shape(first: Sequence[Log], newest: Sequence[Log]) -> list[str]:
 
 def _alike(first: Sequence[Log], newest: Sequence[Log], samples: Sequence[Sample]) -> list[str]:
     """In words, what shows that the answers have grown alike."""
+    logged = _known("alike", first, newest)
+    before, now = (_mean("alike", window) if logged else 1.0 for window in (first, newest))
     most = max(Counter(sample.completion.strip() for sample in samples).values(), default=0)
-    if most > 0.5 * len(samples):
+    if most > 0.5 * len(samples) and now > 0.0:  # not where there is only one question
         return [f"{most} of the newest {len(samples)} are the same text"]
-    if _known("alike", first, newest):
-        before, now = _mean("alike", first), _mean("alike", newest)
-        if now > ALIKE and now - before > GROWN:
-            return [f"they have grown alike ({before:.0%} of their words in common before, {now:.0%} now)"]
+    if now > ALIKE and now - before > GROWN:
+        return [f"they have grown alike ({before:.0%} of their words in common before, {now:.0%} now)"]
     return []
 
 
@@ -127,9 +127,8 @@ def _payer(first: Sequence[Log], newest: Sequence[Log]) -> tuple[str, float]:
     if not rises:
         return "the rewards", 0.0
     best = max(rises, key=lambda name: rises[name])
-    return best.removeprefix("rewards/").removesuffix("/mean"), rises[best] / sum(
-        max(0.0, rise) for rise in rises.values()
-    )
+    all_rises = sum(rise for rise in rises.values() if rise > 0)
+    return best.removeprefix("rewards/").removesuffix("/mean"), rises[best] / all_rises if all_rises else 0.0
 
 
 def quoted(samples: Sequence[Sample], count: int) -> list[str]:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 
-from .answers import number_of, same
+from .answers import number_of, same, written
 
 FORM = "<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>\n"
 THOUGHT = "First I look at what is asked, then I work it out step by step."
@@ -48,11 +48,11 @@ def texts_for(row: dict, rows: Sequence[dict], form: str) -> dict[str, list[str]
         rows (`Sequence[dict]`): All rows of the check; where an answer is no number, another row's is the wrong one.
         form (`str`): A well-formed completion with `{reasoning}` and `{answer}` in it.
     """
-    prompt, right = row["prompt"], str(row["answer"])
+    prompt, right = row["prompt"], written(row["answer"])
     question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     numbers = list(dict.fromkeys(_NUMBERS.findall(question)))
     value = number_of(right)
-    others = [str(other["answer"]) for other in rows] if value is None else [*numbers, str(value + 1)]
+    others = [written(other["answer"]) for other in rows] if value is None else [*numbers, str(value + 1)]
     wrong = next((other for other in others if not same(other, right)), f"not {right}")
     candidates = [text for text in dict.fromkeys([wrong, *numbers, *map(str, range(10))]) if not same(text, right)]
     orders = ([right, *candidates], [*candidates, right])
@@ -60,9 +60,9 @@ def texts_for(row: dict, rows: Sequence[dict], form: str) -> dict[str, list[str]
     def filled(answer: str, reasoning: str = THOUGHT) -> str:
         return form.replace("{reasoning}", reasoning).replace("{answer}", answer)
 
-    first_tag, last_tag = form.split()[0], form.split()[-1]
-    asked = prompt if isinstance(prompt, str) else "\n".join(message["content"] or "" for message in prompt)
-    example = re.search(f"{re.escape(first_tag)}.*{re.escape(last_tag)}", asked, re.DOTALL)
+    first, last = form.partition("{")[0].strip(), form.rpartition("}")[2].strip()
+    asked = prompt if isinstance(prompt, str) else "\n".join(str(message["content"]) for message in prompt)
+    example = re.search(f"{re.escape(first)}.*{re.escape(last)}", asked, re.DOTALL) if first and last else None
     longer = f"{right}e3" if value else f"{right}1", re.sub("^[-+]?", r"\g<0>1", right)  # 9.9e3, 19.9
     many = " ".join(map(str, range(CHARACTERS // 5)))[: CHARACTERS - len(right) - 2]
     return {

@@ -107,7 +107,7 @@ def _blank(text: str) -> bool:
 
 def _words(text: str | list[dict[str, str]]) -> str:
     """A text, or all of a chat, without regard to case and spacing."""
-    whole = text if isinstance(text, str) else " ".join(message["content"] or "" for message in text)
+    whole = text if isinstance(text, str) else " ".join(str(message["content"]) for message in text)
     return " ".join(whole.casefold().split())
 
 

@@ -98,6 +98,12 @@ def test_an_honest_run_is_left_alone(changes):
     assert first_seen(steps(**changes)) == (None, None)
 
 
+def test_answers_to_one_question_may_be_the_same():
+    """With one group a step nobody can tell."""
+    assert first_seen(steps(alike=0.0), COPIES) == (None, None)
+    assert first_seen(steps(alike=None), COPIES)[0] == 40
+
+
 @pytest.mark.parametrize("flat", [False, True])
 def test_the_recorded_run_raises_no_alarm(flat):
     """Not even with samples that are all the same, nor where its right answers are taken for the few they were."""
