@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -82,16 +83,20 @@ def publish(name: str, rows: list[Row], folder: Path | None = None) -> Path:
     return file
 
 
-def join(name: str, files: list[Path], folder: Path = RESULTS) -> None:
+def join(
+    name: str, files: list[Path], folder: Path = RESULTS, summed_up: Callable[[list[Row]], list[Row]] = list
+) -> None:
     """Put the rows of `files` into the committed results file, a later file's over an earlier one's, and write it to
-    `folder`. Each row says in `run` which call it came from; host, date and command are the last file's."""
+    `folder`. Each row says in `run` which call it came from; host, date and command are the last file's. `summed_up`
+    makes what is written of all rows."""
     rows: dict[tuple[str, str], Row] = {}
     for file in (RESULTS / f"{name}.json", *files):
         document = json.loads(file.read_text())
         run = f"{document['date']}, {document['command']}"
         rows |= {(row["what"], row["who"]): {"run": run, **row} for row in document["rows"]}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps({**document, "rows": list(rows.values())}, indent=1) + "\n")
+    joined = {**document, "rows": summed_up(list(rows.values()))}
+    (folder / f"{name}.json").write_text(json.dumps(joined, indent=1) + "\n")
 
 
 def table(rows: list[Row]) -> str:

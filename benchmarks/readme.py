@@ -182,7 +182,44 @@ def models() -> str:
     return f"{table(header, rows, words=3)}\n\nTraining half: {halves} Whole step: {wholes}"
 
 
+def learned() -> str:
+    """What real weights learned from the model notebook, the worst of the seeds."""
+    results = Results("real")
+    model = "qwen2.5-coder-1.5b"
+    kinds = (
+        ("numbers", "word problems, other numbers"), ("templates", "word problems of other kinds"),
+        ("own_templates", "stories of `tasks.word_problems`, held out"), ("decimals", "which decimal is bigger"),
+        ("plain", "60 plain questions, for what was lost"),
+    )  # fmt: skip
+    runs = (("t4", "as a T4: fp16, 15 GB"), ("7GB", "bf16, 7 GB"))
+    header = ["right, in whatever form", *(title for _, title in runs)]
+    keys = [(f"{model}/{run}/{name}_after", "ours") for run, _ in runs for name, _ in kinds]
+
+    def share(key: str) -> str:
+        value = results(key)
+        return "–" if value is None else f"{100 * value:.1f}"
+
+    rows = [
+        [
+            title,
+            *(f"{share(f'{model}/{run}/{name}_before')} → {share(f'{model}/{run}/{name}_after')} %" for run, _ in runs),
+        ]
+        for name, title in kinds
+    ]
+    rows.append(["in form, after", *(f"{share(f'{model}/{run}/in_form_after')} %" for run, _ in runs)])
+    rows.append(["right with eight tries, before", *(f"{share(f'{model}/{run}/pass_8_before')} %" for run, _ in runs)])
+    rows.append(["steps", *(number(results(f"{model}/{run}/steps"), 0) for run, _ in runs)])
+    rows.append(["minutes of training", *(_minutes(results(f"{model}/{run}/seconds")) for run, _ in runs)])
+    rows.append(["GB by the driver", *(number(results(f"{model}/{run}/peak_driver")) for run, _ in runs)])
+    return f"{table(header, rows)}\n\n{results.source(*keys)}"
+
+
+def _minutes(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{seconds / 60:.1f}"
+
+
 TABLES = {
+    "learned": learned,
     "lessons": lessons,
     "models": models,
     "quickstart": quickstart,

@@ -42,6 +42,21 @@ def group_advantages(rewards: torch.Tensor, num_generations: int, scale: bool = 
     return advantages.view(-1)
 
 
+def silent_groups(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
+    """Which groups teach nothing, because all of their rewards are equal.
+
+    Args:
+        rewards (`Tensor`): float [B], NaN where no reward function applied; groups stand side by side.
+        num_generations (`int`): Rows of a group.
+
+    Returns bool [B / num_generations].
+    """
+    groups = rewards.view(-1, num_generations)
+    highest = groups.nan_to_num(nan=-torch.inf).amax(1)
+    lowest = groups.nan_to_num(nan=torch.inf).amin(1)
+    return highest <= lowest
+
+
 def ratio(
     logps: torch.Tensor, old_logps: torch.Tensor, mask: torch.Tensor, importance_sampling_level: str = "token"
 ) -> torch.Tensor:
@@ -100,7 +115,7 @@ def engine_correction(
 
     Args:
         logps (`Tensor`): float [B, T], log-probabilities as of the rollout, under the trainer.
-        sampling_logps (`Tensor`): float [B, T], those under the engine that drew.
+        sampling_logps (`Tensor`): float [B, T], those under the engine that drew; like logps, without any filter.
         mask (`Tensor`): [B, T], 1 where a token belongs to the completion.
         mode (`str`): "token_truncate", "token_mask", "sequence_truncate" or "sequence_mask".
         clip_min (`float`, *optional*), clip_max (`float`, *optional*): Limits of the weight; None for no limit.

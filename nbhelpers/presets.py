@@ -17,12 +17,17 @@ from typing import Any, TypedDict
 
 from nbhelpers.architecture import Architecture
 from nbhelpers.models import families
+from nbhelpers.models.chat import InUserTurn
+from nbhelpers.models.tags import REASONING, THINK, Tags
 
 QUANTIZATIONS = ("dynamic", "nf4", "none")
 WORKSHOP = Path(__file__).parent / "workshop"
 # Chosen by measurement (benchmarks/results/real.json): a 1.5B keeps this form in 12 to 16 % of its answers before any
 # training, so that it is paid for it from the first step on, and is right as often as with the others.
 REASONING_PROMPT = "Write your reply in this form:\n<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>"
+
+# For models that think by themselves, in tags of their own: of the form only where to put the result is left to say.
+BOXED_PROMPT = InUserTurn(r"Think step by step, and put the result into \boxed{}.")
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,15 @@ class Preset:
     lora_dropout: float = 0.0
     lora_targets: tuple[str, ...] = ()  # names of linear layers; all of the family's if none is given
     num_generations: int = 8
+    questions_per_step: int = 4  # each answered num_generations times
     max_prompt_length: int = 256
     max_completion_length: int = 768
     learning_rate: float = 1e-5
     max_steps: int = 250
     dataset: str = "openai/gsm8k"  # what the notebooks hand to tasks.gsm8k
-    system_prompt: str | None = REASONING_PROMPT
+    system_prompt: str | None = REASONING_PROMPT  # or chat.InUserTurn
+    tags: Tags = REASONING  # the form that is asked for, paid and counted
+    temperature: float = 0.0  # of the questions before and after; the training's own is 1
     notebook: bool = True  # whether notebooks/models/ has one
     smoke: bool = False
     cards: tuple[tuple[int, tuple[tuple[str, Any], ...]], ...] = ()  # (GB from which it holds, what changes)
@@ -119,6 +127,22 @@ _CARDS_7B = _cards(
     gb24={"max_completion_length": 1024, "lora_rank": 32, "lora_alpha": 32},
     gb40={"max_completion_length": 2048, "lora_rank": 32, "lora_alpha": 32},
 )
+# A model that thinks by itself takes hundreds of tokens for what another says in one line, and at temperature 0 it may
+# go in circles: 0.6 is what the makers of both families advise.
+_CARDS_THINKING = _cards(
+    gb8={"quantization": "nf4", "max_completion_length": 1024},
+    gb12={},
+    gb24={"max_completion_length": 3072},
+    gb40={"max_completion_length": 4096},
+)
+_CARDS_THINKING_7B = _cards(
+    gb8={"quantization": "nf4", "num_generations": 4, "max_completion_length": 1024, "lora_rank": 8, "lora_alpha": 8},
+    gb12={"quantization": "nf4", "max_completion_length": 1024},
+    gb15={"quantization": "nf4"},
+    gb24={"max_completion_length": 3072},
+    gb40={"max_completion_length": 4096, "lora_rank": 32, "lora_alpha": 32},
+)
+_thinking = partial(Preset, system_prompt=BOXED_PROMPT, tags=THINK, temperature=0.6, max_completion_length=2048)
 _TABLE = {
     preset.name: preset
     for preset in (
@@ -128,7 +152,9 @@ _TABLE = {
                 hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
                 num_key_value_heads=2, head_dim=128, vocab_size=151936, tie_word_embeddings=True,
             ),
-            cards=_CARDS_SMALL,
+            # measured (benchmarks/results/real.json); with 4 questions a step and 3e-5 it learned about half as much in
+            # the same time, and with 16 and 1e-4 it began to lose the form after 60 steps
+            questions_per_step=16, learning_rate=5e-5, max_steps=110, cards=_CARDS_SMALL,
         ),
         Preset(
             "qwen2.5-3b", "Qwen2.5 3B Instruct", "Qwen/Qwen2.5-3B-Instruct",
@@ -142,37 +168,37 @@ _TABLE = {
             "qwen2.5-7b", "Qwen2.5 7B Instruct", "Qwen/Qwen2.5-7B-Instruct", _QWEN25_7B,
             lora_rank=16, lora_alpha=16, learning_rate=5e-6, cards=_CARDS_7B,
         ),
-        Preset(
+        _thinking(
             "qwen3-0.6b", "Qwen3 0.6B", "Qwen/Qwen3-0.6B",
             _qwen3(
                 hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
                 tie_word_embeddings=True,
             ),
-            notebook=False, cards=_CARDS_SMALL,
+            notebook=False, cards=_CARDS_THINKING,
         ),
-        Preset(
+        _thinking(
             "qwen3-1.7b", "Qwen3 1.7B", "Qwen/Qwen3-1.7B",
             _qwen3(
                 hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
                 tie_word_embeddings=True,
             ),
-            notebook=False, cards=_CARDS_SMALL,
+            cards=_CARDS_THINKING,
         ),
-        Preset(
+        _thinking(
             "qwen3-4b", "Qwen3 4B", "Qwen/Qwen3-4B",
             _qwen3(
                 hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
                 tie_word_embeddings=True,
             ),
-            notebook=False, cards=_CARDS_SMALL,
+            cards=_CARDS_THINKING,
         ),
-        Preset(
+        _thinking(
             "qwen3-8b", "Qwen3 8B", "Qwen/Qwen3-8B",
             _qwen3(
                 hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
                 tie_word_embeddings=False,
             ),
-            notebook=False, lora_rank=16, lora_alpha=16, learning_rate=5e-6, cards=_CARDS_7B,
+            notebook=False, lora_rank=16, lora_alpha=16, learning_rate=5e-6, cards=_CARDS_THINKING_7B,
         ),
         Preset(
             "llama-3.2-3b", "Llama 3.2 3B Instruct", "meta-llama/Llama-3.2-3B-Instruct",
@@ -214,17 +240,10 @@ _TABLE = {
                 gb40={"max_completion_length": 2048, "lora_rank": 32, "lora_alpha": 32},
             ),
         ),
-        Preset(
+        _thinking(
             "r1-distill-qwen-7b", "DeepSeek R1 Distill Qwen 7B", "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
             replace(_QWEN25_7B, rope_theta=10000.0, max_position_embeddings=131072),
-            lora_rank=16, lora_alpha=16, learning_rate=5e-6, max_completion_length=1024,  # it thinks at length
-            cards=_cards(
-                gb8={"quantization": "nf4", "num_generations": 4, "max_completion_length": 512, "lora_rank": 8},
-                gb12={"quantization": "nf4"},
-                gb15={"quantization": "nf4"},
-                gb24={"max_completion_length": 2048},
-                gb40={"max_completion_length": 4096, "lora_rank": 32, "lora_alpha": 32},
-            ),
+            lora_rank=16, lora_alpha=16, learning_rate=5e-6, cards=_CARDS_THINKING_7B,
         ),
     )
 }  # fmt: skip
@@ -253,7 +272,7 @@ def _smoke(preset: Preset) -> Preset:
     return replace(
         preset, architecture=small, smoke=True, gated=False, hub_id=f"smoke/{preset.name}", dataset="smoke/gsm8k",
         lora_rank=min(preset.lora_rank, 4), lora_alpha=min(preset.lora_alpha, 4), num_generations=4,
-        max_prompt_length=1536, max_completion_length=16, max_steps=2,
+        questions_per_step=4, max_prompt_length=1536, max_completion_length=16, max_steps=2,
     )  # fmt: skip
 
 

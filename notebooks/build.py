@@ -2,8 +2,10 @@
 
     python notebooks/build.py     # or `make notebooks`
 
-The template is jupytext's percent format. Only the fields in {braces} differ between the models; the address of the
-repository comes from pyproject.toml. The same input gives the same bytes, so a test can compare.
+The template is jupytext's percent format. Between models of one kind only the fields in {braces} differ. There are two
+kinds: models that are taught to reason, and models that think by themselves (`rewards.THINK`), which practise brevity.
+A cell tagged "taught" or "thinks" is for one kind alone. The address of the repository comes from pyproject.toml. The
+same input gives the same bytes, so a test can compare.
 """
 
 import subprocess
@@ -15,6 +17,7 @@ import jupytext
 import nbformat
 
 from nbhelpers import presets
+from nbhelpers.rewards import THINK
 
 HERE = Path(__file__).parent
 REPOSITORY = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
@@ -24,6 +27,13 @@ ACCESS = {
     True: "It is gated: accept its licence at <https://huggingface.co/{hub_id}>, make a token at "
     "<https://huggingface.co/settings/tokens>, and keep it as a secret named `HF_TOKEN` (Colab: the key symbol on the "
     "left; Kaggle: *Add-ons > Secrets*). It is never shown.",
+}
+ORIGIN = {  # the beginning of a preset's name -> how such a model came to think
+    "r1-distill": "it was *distilled*, which is to say trained on texts in which DeepSeek-R1 thinks before it answers. "
+    "Its chat template opens its `<think>` for it. Its makers advise against a system message, so what is asked of "
+    "it stands behind the question.",
+    "qwen3": "it was trained to think between `<think>` and `</think>` before it answers, and does so unless its chat "
+    "template is told otherwise (`enable_thinking=False`). What is asked of it stands behind the question.",
 }
 METADATA = {
     "accelerator": "GPU",
@@ -48,14 +58,21 @@ def badges(path: str) -> str:
 def model(name: str) -> str:
     """The notebook of a preset, as the text of its file."""
     preset = presets.get(name)
+    kind, other = ("thinks", "taught") if preset.tags == THINK else ("taught", "thinks")
     fields = {
         "title": preset.title, "preset": name, "hub_id": preset.hub_id, "repository": REPOSITORY,
         "access": ACCESS[preset.gated].replace("{hub_id}", preset.hub_id), "badges": badges(f"models/{name}.ipynb"),
+        "origin": next((text for start, text in ORIGIN.items() if name.startswith(start)), ""),
     }  # fmt: skip
     notebook = jupytext.reads((HERE / "template.py").read_text(), fmt="py:percent")
     notebook.metadata = nbformat.from_dict(METADATA)
+    notebook.cells = [cell for cell in notebook.cells if other not in cell.metadata.get("tags", ())]
     for number, cell in enumerate(notebook.cells):
         cell.id = f"c{number:02}"
+        if kind in cell.metadata.get("tags", ()):
+            del cell.metadata["tags"]
+        if kind == "thinks":
+            cell.source = cell.source.replace("[correct, in_form]", "[correct, in_form, brief]")
         for field, value in fields.items():
             cell.source = cell.source.replace("{" + field + "}", value)
     return nbformat.writes(notebook, version=4) + "\n"

@@ -117,7 +117,8 @@ def main() -> None:
         raise SystemExit(
             f"\n{error.ename}: {error.evalue}\n(the whole story: {args.out / args.notebook.name})"
         ) from None
-    print(summary(args.out))
+    if (args.out / "report.json").exists():  # the quickstart writes one
+        print(summary(args.out))
     print(f"{time.time() - started:.0f} s in all. Open {args.out / args.notebook.stem}.html in a browser; then open "
           f"{args.notebook} in Jupyter and try its exercises.")  # fmt: skip
 

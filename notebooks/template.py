@@ -1,4 +1,4 @@
-# %% [markdown]
+# %% [markdown] tags=["taught"]
 # # {title}: a reasoning model by GRPO
 #
 # {badges}
@@ -6,6 +6,25 @@
 # In this notebook {title} practises thinking before it answers, by **GRPO**, the reinforcement learning of DeepSeek-R1:
 # it writes several answers to a question, a few lines of Python say which are good, and those become more likely.
 # Nobody shows it how to reason.
+#
+# Run the cells from top to bottom. Before anything is downloaded you see whether the model fits your card; while it
+# trains you see a live curve; at the end it gets the same questions as before. You can stop at any time and keep what
+# was learned, and after a disconnect you run the cells again and it goes on.
+#
+# The model is `{hub_id}`. {access}
+#
+# You need a GPU. On Colab: *Runtime, Change runtime type, T4 GPU*. On Kaggle: *Settings, Accelerator, GPU T4 x2*, and
+# there *Internet on* as well.
+
+# %% [markdown] tags=["thinks"]
+# # {title}: right in fewer words by GRPO
+#
+# {badges}
+#
+# {title} reasons already: {origin} Such thoughts are long, and one that does not end within the tokens that it gets is
+# cut off before its answer. In this notebook the model practises being right in fewer words, by **GRPO**, the
+# reinforcement learning of DeepSeek-R1: it writes several answers to a question, a few lines of Python say which are
+# good, and those become more likely. Nobody shows it a shorter thought.
 #
 # Run the cells from top to bottom. Before anything is downloaded you see whether the model fits your card; while it
 # trains you see a live curve; at the end it gets the same questions as before. You can stop at any time and keep what
@@ -39,7 +58,7 @@ import_module("nbhelpers.install").run()
 # %% [markdown]
 # ## 2 · Will it fit?
 #
-# The next cell is the only one that differs between the models. Fewer `STEPS` for a first look, more for a longer run.
+# The next cell says which model, and how long. Fewer `STEPS` for a first look, more for a longer run.
 #
 # Checkpoints go to `OUT`, and outlive the session if that folder does. On Colab mount your Drive (the folder symbol on
 # the left) and set `OUT = "/content/drive/MyDrive/reasoner"`; on Kaggle choose *Settings, Persistence, Files only*.
@@ -114,18 +133,21 @@ print("The right answer:", example["answer"])
 # leave about ten points to each side.
 #
 # *Accuracy* counts answers that are right in whatever form they come, as a person would read them. *Format* counts
-# answers between their tags, right or wrong. They are two numbers because they are two things: a model that learns
-# nothing but the tags looks like one that learned to reckon if only what stands in tags is read.
+# answers whose tags are as they should be, right or wrong. They are two numbers because they are two things: a model
+# that learns nothing but the tags looks like one that learned to reckon if only what stands in tags is read.
 
 # %% tags=["before"]
 HELD_OUT = 100
 longest = preset.max_completion_length
-before = evaluate.ask(model, tokenizer, tasks.PROBES, system_prompt=preset.system_prompt, max_new_tokens=longest)
+asked = dict(tags=preset.tags, max_new_tokens=longest)  # the form, and how many tokens an answer may take
+before = evaluate.ask(
+    model, tokenizer, tasks.PROBES, system_prompt=preset.system_prompt, temperature=preset.temperature, **asked
+)
 print(f"{before[0].question}\n\n{before[0].completion}\n")
-score_before = evaluate.accuracy(model, tokenizer, task.test, n=HELD_OUT, max_new_tokens=longest)
+score_before = evaluate.accuracy(model, tokenizer, task.test, n=HELD_OUT, **asked)
 print(score_before)
 
-# %% [markdown]
+# %% [markdown] tags=["taught"]
 # ## 6 · Rewards
 #
 # A reward function gets all answers of a step and returns a number for each. These two are the whole teaching: one
@@ -140,19 +162,52 @@ print(score_before)
 # neat tags around any number at all.
 
 
-# %%
+# %% tags=["taught"]
 def correct(completions, answer, **_):
     """1 for the right result between the answer tags, 0.8 for it in any other form, else 0."""
     texts = [rewards.text_of(completion) for completion in completions]
     return [
-        1.0 if rewards.is_correct(text, gold) else 0.8 * rewards.right(text, gold)
+        1.0 if rewards.is_correct(text, gold, preset.tags) else 0.8 * rewards.right(text, gold, preset.tags)
         for text, gold in zip(texts, answer, strict=True)
     ]
 
 
-def in_form(completions, **_):
-    """Up to 0.3: 0.05 for each tag, 0.1 for the exact form; nothing for tags around dots."""
-    return [0.3 * rewards.form(rewards.text_of(completion)) for completion in completions]
+def in_form(prompts, completions, **_):
+    """Up to 0.3: 0.05 for each tag, 0.1 for the exact form; nothing for dots, or a thought that is copied."""
+    texts = [rewards.text_of(completion) for completion in completions]
+    return [0.3 * rewards.form(text, preset.tags, prompt=prompt) for text, prompt in zip(texts, prompts, strict=True)]
+
+
+# %% [markdown] tags=["thinks"]
+# ## 6 · Rewards
+#
+# A reward function gets all answers of a step and returns a number for each. These three are the whole teaching:
+# `correct` looks at the result, `in_form` at whether a thought was closed and an answer follows, `brief` at the length.
+# None of them looks at the reasoning itself, which is why the model is free to find what can be left out.
+#
+# A thought that was cut off has no answer yet, whatever number happens to stand last in it. It gets nothing.
+#
+# `brief` pays right answers alone, and little. If it paid all of them, the quickest way to a high reward would be any
+# number without a thought. So a right answer in many words is still worth far more than a wrong one in few.
+
+
+# %% tags=["thinks"]
+def correct(completions, answer, **_):
+    """1 for the right result behind the thought, else 0."""
+    texts = [rewards.text_of(completion) for completion in completions]
+    return [float(rewards.right(text, gold, preset.tags)) for text, gold in zip(texts, answer, strict=True)]
+
+
+def in_form(prompts, completions, **_):
+    """Up to 0.3: 0.1 a tag, 0.1 for a closed thought and an answer; nothing for dots, or a thought that is copied."""
+    texts = [rewards.text_of(completion) for completion in completions]
+    return [0.3 * rewards.form(text, preset.tags, prompt=prompt) for text, prompt in zip(texts, prompts, strict=True)]
+
+
+def brief(completions, completion_ids, answer, **_):
+    """Up to 0.3 for a right answer, the more the fewer it takes of the tokens that are allowed."""
+    unused = [max(0, 1 - len(ids) / longest) for ids in completion_ids]
+    return [0.3 * good * share for good, share in zip(correct(completions, answer), unused, strict=True)]
 
 
 # %% [markdown]
@@ -160,7 +215,7 @@ def in_form(completions, **_):
 # that try to cheat. A reward with a hole in it is a hole that the model will find.
 
 # %%
-rewards.check([correct, in_form], task)
+rewards.check([correct, in_form], task, form=preset.tags.frame)
 
 # %% [markdown]
 # ## 7 · One step of GRPO, looked at closely
@@ -174,25 +229,28 @@ rewards.check([correct, in_form], task)
 # Above average (a positive *advantage*) an answer's tokens are made more likely, below average less likely. No second
 # network has to guess how good a question's answers usually are: the group itself says so. If all rewards are equal,
 # every advantage is 0 and the group teaches nothing.
+#
+# **Is there anything to learn from?** Better to know before a night is spent on it. So eight questions are answered as
+# in the first two steps: the most telling group is shown answer by answer, and the table below it says how many were
+# right, in form and cut off, how many of the groups would teach something, and behind the arrow what to do.
 
-# %%
+# %% tags=["signal"]
 size = preset.num_generations
-question, gold = example["prompt"][-1]["content"], [example["answer"]] * size
-group = evaluate.ask(
-    model, tokenizer, [question] * size, system_prompt=preset.system_prompt, temperature=1.0, max_new_tokens=longest
-)
-texts = [answer.completion for answer in group]
-scores = torch.tensor(correct(texts, answer=gold)) + torch.tensor(in_form(texts))
+signal = evaluate.check_signal(model, tokenizer, task, [correct, in_form], num_generations=size, **asked)
+group, scores = signal.rows[signal.widest], torch.tensor(signal.rewards[signal.widest])
 advantages = grpo.group_advantages(scores, num_generations=size)
-for text, score, advantage in zip(texts, scores, advantages, strict=True):
-    print(f"reward {score:.1f}  advantage {advantage:+.2f}  … {text[-60:]!r}")
+print(group[0].question)
+for row, score, advantage in zip(group, scores, advantages, strict=True):
+    print(f"reward {score:.2f}  advantage {advantage:+.2f}  … {row.completion[-60:]!r}")
+signal
 
 # %% [markdown]
 # ## 8 · Settings
 #
-# Those of TRL, the library whose trainer this one builds on, spelled out. A step takes four questions and answers each
-# of them `num_generations` times. The learning rate is small because a reward is a noisy teacher. With `beta=0` nothing
-# pulls the model back to where it was; if the answers turn into gibberish, try 0.04.
+# Those of TRL, the library whose trainer this one builds on, spelled out. A step takes `questions_per_step` questions
+# and answers each of them `num_generations` times; how many answers go through the card at once, the trainer finds out
+# by itself. The learning rate is small because a reward is a noisy teacher. With `beta=0` nothing pulls the model back
+# to where it was; if the answers turn into gibberish, try 0.04.
 
 # %%
 from nbhelpers import LeanGRPOConfig, LeanGRPOTrainer, StopWhen
@@ -201,8 +259,8 @@ args = LeanGRPOConfig(
     output_dir=OUT,
     max_steps=STEPS or preset.max_steps,
     num_generations=preset.num_generations,  # answers to a question: the group
-    per_device_train_batch_size=preset.num_generations,
-    gradient_accumulation_steps=4,  # questions a step; fewer is faster and noisier
+    per_device_train_batch_size=preset.questions_per_step * preset.num_generations,  # fewer is faster and noisier
+    gradient_accumulation_steps=1,
     max_completion_length=preset.max_completion_length,
     temperature=1.0,
     learning_rate=preset.learning_rate,
@@ -231,12 +289,13 @@ trainer = LeanGRPOTrainer(
     train_dataset=task.train,
     processing_class=tokenizer,
     engine="auto",
+    tags=preset.tags,
     callbacks=[live],
     stop_when=StopWhen(),  # ends a run that learns nothing, and says why
 )
 
-# %% [markdown]
-# **What to look for.** The curve of a single step is noisy: four questions are few, and some are harder than others.
+# %% [markdown] tags=["taught"]
+# **What to look for.** The curve of a single step is noisy: its questions are few, and some are harder than others.
 # Look at the smoothed line over tens of steps.
 #
 # - `in_form` usually moves first: it is easy, and it is rewarded at once. `correct` follows later and more slowly, if
@@ -245,7 +304,20 @@ trainer = LeanGRPOTrainer(
 #   cut off, allow more tokens.
 # - *no signal* counts groups whose answers all got the same reward. They are replaced once by other questions; near
 #   100 % nothing is learned, and after ten such steps the run ends by itself and says what to change.
+
+# %% [markdown] tags=["thinks"]
+# **What to look for.** The curve of a single step is noisy: its questions are few, and some are harder than others.
+# Look at the smoothed line over tens of steps.
 #
+# - *tokens an answer* is the curve that should fall: `brief` pays for it. If `correct` falls with it, the model leaves
+#   out thoughts that it needs: let `brief` pay less.
+# - *cut off* counts answers that reached `max_completion_length` before they ended. They cannot be right. It falls as
+#   thoughts get shorter, and `correct` and `in_form` rise by as much; if most are cut off from the start, allow more
+#   tokens.
+# - *no signal* counts groups whose answers all got the same reward. Here they are few, for two right answers are
+#   hardly ever equally long; after ten steps of nothing else the run ends by itself and says what to change.
+
+# %% [markdown]
 # **When it stays flat:** open a few answers in the panel. All wrong? The task is too hard for this model, or the reward
 # does not read its answers. All right? Too easy. Some right and still flat after a hundred steps? Raise the learning
 # rate threefold.
@@ -263,7 +335,7 @@ result = trainer.train(resume_from_checkpoint="auto")
 # The same questions, the same system prompt, the same decoding. Only the weights differ.
 
 # %%
-after = evaluate.ask(model, tokenizer, tasks.PROBES, system_prompt=preset.system_prompt, max_new_tokens=longest)
+after = evaluate.ask_again(model, tokenizer, before)
 panel.before_after(before, after, tasks.PROBE_ANSWER)
 
 # %% [markdown]
@@ -272,7 +344,7 @@ panel.before_after(before, after, tasks.PROBE_ANSWER)
 # chance alone moves some of them both ways.
 
 # %% tags=["after"]
-score_after = evaluate.accuracy(model, tokenizer, task.test, n=HELD_OUT, max_new_tokens=longest)
+score_after = evaluate.accuracy(model, tokenizer, task.test, n=HELD_OUT, **asked)
 print(f"before: {score_before}\nafter:  {score_after}\n{evaluate.paired(score_before, score_after)}")
 
 # %% [markdown]
@@ -285,10 +357,23 @@ print(f"before: {score_before}\nafter:  {score_after}\n{evaluate.paired(score_be
 # %%
 export.save(model, tokenizer, f"{OUT}/reasoner")
 
-# %% [markdown]
+# %% [markdown] tags=["taught"]
 # ## Your turn
+#
+# For another run load the model anew (section 3), and set another `OUT`.
 #
 # 1. Train with `[in_form]` alone. Which curve moves, which does not, and why?
 # 2. Let `correct` pay 0.5 for an answer within 10 % of the right one. Check it with `rewards.check` first. What does it
 #    do to the share of groups without signal?
-# 3. Your own questions: `tasks.from_file("my_questions.csv", tokenizer=tokenizer)` in section 4.
+# 3. Your own questions: `tasks.from_file("my_questions.csv", tokenizer=tokenizer, system_prompt=preset.system_prompt)`
+#    in section 4.
+
+# %% [markdown] tags=["thinks"]
+# ## Your turn
+#
+# For another run load the model anew (section 3), and set another `OUT`.
+#
+# 1. Train without `brief`. Do the answers get shorter all the same? Why could they?
+# 2. Let `brief` pay wrong answers too (leave out `good *`), and try it with `rewards.check`. What would a model learn?
+# 3. Your own questions: `tasks.from_file("my_questions.csv", tokenizer=tokenizer, system_prompt=preset.system_prompt)`
+#    in section 4.

@@ -8,6 +8,8 @@ import pytest
 
 from nbhelpers import architecture, presets
 from nbhelpers.models import families
+from nbhelpers.models.chat import InUserTurn
+from nbhelpers.models.tags import REASONING, THINK
 
 PACKAGE = Path(presets.__file__).parent
 # as published with each checkpoint (the totals of its tensors)
@@ -92,6 +94,17 @@ def test_a_config_and_back():
     assert (found.num_key_value_heads, found.head_dim, found.rope_theta) == (4, 16, 5e5)
     with pytest.raises(ValueError, match="cannot count a 'gpt2'"):
         families.architecture({"model_type": "gpt2"})
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_models_that_think_by_themselves_are_asked_in_their_own_way(name):
+    """In their tags, in the user's turn, not at temperature 0, and with room for a thought on every card."""
+    preset = presets.get(name)
+    thinks = name.startswith(("qwen3", "r1-distill"))
+    assert preset.tags == (THINK if thinks else REASONING)
+    assert isinstance(preset.system_prompt, InUserTurn) == thinks and (preset.temperature > 0) == thinks
+    for gb in (8, 12, 15, 24, 40) if thinks else ():
+        assert preset.on_card(gb).max_completion_length >= 1024
 
 
 def test_cards_are_data():

@@ -3,6 +3,7 @@
     python -m benchmarks.real --weights qwen.gguf --questions FOLDER --mode 7GB      bf16, under 7 GB by the driver
     python -m benchmarks.real --weights qwen.gguf --questions FOLDER --mode t4       fp16, as a T4 would, under 15 GB
     python -m benchmarks.real --weights qwen.gguf --questions FOLDER --prompts       which system prompt is followed?
+    python -m benchmarks.real --weights qwen.gguf --questions FOLDER --against-trl   the same steps, and by TRL + vLLM
     python -m benchmarks.real --join runs/a/real.json runs/b/real.json
 
 The code is that of notebooks/models/qwen2.5-1.5b.ipynb, cell by cell, with three things exchanged: the weights (a
@@ -13,7 +14,8 @@ neither is shipped with this project.
 `right` is in whatever form, `in_form` between the tags, right or wrong; shares with their 95 % interval (Wilson).
 `numbers` and `templates` are the two test files, `own_templates` held-out stories of `tasks.word_problems`, `decimals`
 which of two is bigger. `pass_8_before` is what the model could do with eight tries before the training, on `numbers`.
-`plain`: what was asked of it that has nothing to do with the task, right before and after.
+`plain`: what was asked of it that has nothing to do with the task, right before and after. `in_form_after` is over both
+test files. A row without a seed is the worst of its seeds.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from typing import Any
 
 from benchmarks import common, harness
 
-from . import cells
+from . import against_trl, cells
 
 MODES = {"7GB": 7.0, "t4": 15.0}  # GB of the process, by the driver
 
@@ -47,9 +49,25 @@ def rows_of(report: dict[str, Any], label: str) -> list[common.Row]:
     return rows
 
 
+def worst(rows: list[common.Row]) -> list[common.Row]:
+    """`rows`, and for each "model/mode/seed-0/name" a row "model/mode/name": the worst of the seeds."""
+    seeds: dict[str, list[common.Row]] = {}
+    rest = [row for row in rows if "of_seeds" not in row]
+    for row in rest:
+        head, found, tail = row["what"].partition("/seed-")
+        if found:
+            seeds.setdefault(f"{head}/{tail.partition('/')[2]}", []).append(row)
+    summary = []
+    for what, several in seeds.items():
+        high_is_bad = what.endswith(("_before", "/seconds", "/peak_driver", "/steps"))
+        chosen = (max if high_is_bad else min)(several, key=lambda row: row["value"])
+        summary.append(chosen | {"what": what, "of_seeds": len(several)})
+    return summary + rest
+
+
 def run(args: argparse.Namespace) -> list[common.Row]:
     """One run of the notebook in a process of its own."""
-    label = f"{args.model}/{args.label or args.mode}" + (f"/seed-{args.seed}" if args.seed else "")
+    label = f"{args.model}/{args.label or args.mode}/seed-{args.seed}"
     with tempfile.TemporaryDirectory() as folder:
         job = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         job |= {"folder": folder, "cap": MODES[args.mode]}
@@ -70,7 +88,7 @@ def run(args: argparse.Namespace) -> list[common.Row]:
     if args.out and "live" in found:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         Path(args.out, f"{label.replace('/', '-')}-run.json").write_text(found["live"])
-    return rows_of(found, label)
+    return worst(rows_of(found, label))
 
 
 def main() -> None:
@@ -85,12 +103,17 @@ def main() -> None:
     parser.add_argument("--train-on", choices=("questions", "word_problems"), default="questions")
     parser.add_argument("--preset", default="{}", help="JSON of what to change in the preset; a system_prompt by name")
     parser.add_argument("--prompts", action="store_true", help="measure the system prompts instead")
+    parser.add_argument("--after-only", action="store_true", help="no scores before: they are another seed's")
+    parser.add_argument("--against-trl", nargs="*", choices=("ours", "trl"), help="curves and seconds; both, or one")
     parser.add_argument("--n", type=int, default=400, help="test questions of each kind")
     args = parser.parse_args()
     if args.join:
-        common.join("real", args.join, args.out or common.RESULTS)
+        common.join("real", args.join, args.out or common.RESULTS, worst)
         return
-    rows = run(args)
+    if args.child:
+        against_trl.child(json.loads(args.child))
+        return
+    rows = against_trl.run(args) if args.against_trl is not None else run(args)
     if not rows:
         sys.exit("the run left no report")
     common.publish("real", rows, args.out)

@@ -16,7 +16,7 @@ if torch.cuda.is_available() and JOB["cap"]:
         from benchmarks.harness import play_t4
         play_t4()
     _free, _total = torch.cuda.mem_get_info()
-    _context = _total - _free + 0.1e9
+    _context = _total - _free + 0.4e9  # what the driver takes later: modules, graphs, cuBLAS
     torch.cuda.set_per_process_memory_fraction((JOB["cap"] * 1e9 - _context) / _total)
     _cards = gpu.cards
     gpu.cards = lambda: [_replace(card, total=int(JOB["cap"] * 1e9)) for card in _cards()]
@@ -33,7 +33,7 @@ preset = _replace(preset, hub_id=JOB["weights"], **measure.changes(JOB))
 tasks.gsm8k = lambda *_, **__: measure.problems(JOB, preset.system_prompt)
 """,
     "before": """
-BEFORE = measure.scores(JOB, model, tokenizer, preset, decimals, passes=True)
+BEFORE = {} if JOB["after_only"] else measure.scores(JOB, model, tokenizer, preset, decimals, passes=True)
 print(*(f"{name}: {share}" for name, share in BEFORE.items()), sep="\\n", flush=True)
 TIMER = measure.Timer()
 """,
@@ -63,6 +63,12 @@ def notebook(job: dict[str, Any]) -> str:
     if missing := BEHIND.keys() - seen:
         raise ValueError(f"the notebook has no cell tagged {', '.join(sorted(missing))}")
     return "\n\n".join(parts)
+
+
+def rewards() -> str:
+    """The notebook's own cell with its reward functions, `correct` and `in_form`."""
+    sources = ["".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text())["cells"]]
+    return next(source for source in sources if source.startswith("def correct("))
 
 
 def prompts(job: dict[str, Any]) -> str:

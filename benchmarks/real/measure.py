@@ -41,7 +41,7 @@ PROMPTS = {  # candidates for a preset's system prompt
 }
 
 
-def _rows(file: Path, system_prompt: str | None, n: int | None = None) -> list[dict[str, Any]]:
+def rows_of(file: Path, system_prompt: str | None, n: int | None = None) -> list[dict[str, Any]]:
     lines = file.read_text().splitlines()[:n]
     rows = [json.loads(line) for line in lines]
     return [
@@ -60,8 +60,8 @@ def problems(job: dict[str, Any], system_prompt: str | None) -> tasks.Task:
     if job["train_on"] == "word_problems":
         return tasks.word_problems(4000, job["n"], system_prompt=system_prompt)
     folder = Path(job["questions"])
-    train = _rows(folder / "train.jsonl", system_prompt)
-    test = _rows(folder / "test_numbers.jsonl", system_prompt, job["n"])
+    train = rows_of(folder / "train.jsonl", system_prompt)
+    test = rows_of(folder / "test_numbers.jsonl", system_prompt, job["n"])
     return tasks.Task("questions", Dataset.from_list(train), Dataset.from_list(test))
 
 
@@ -79,8 +79,8 @@ def scores(
     folder, prompt, n = Path(job["questions"]), preset.system_prompt, job["n"]
     own = tasks.word_problems(50, n // 2, system_prompt=prompt)
     data = {
-        "numbers": _rows(folder / "test_numbers.jsonl", prompt, n),
-        "templates": _rows(folder / "test_templates.jsonl", prompt, n),
+        "numbers": rows_of(folder / "test_numbers.jsonl", prompt, n),
+        "templates": rows_of(folder / "test_templates.jsonl", prompt, n),
         "decimals": decimals.test.select(range(n // 2)),
         "own_templates": own.test,
         "plain": [{"prompt": tasks.messages(q, prompt), "answer": a} for q, a in plain.QUESTIONS],
@@ -90,6 +90,8 @@ def scores(
     for name, rows in data.items():
         score = evaluate.accuracy(model, tokenizer, rows, correct=_contains if name == "plain" else right, **how)
         shares[name], shares[f"{name}_in_form"] = score.accuracy, score.format
+    both = shares["numbers_in_form"], shares["templates_in_form"]
+    shares["in_form"] = Proportion.of(sum(round(s.value * s.n) for s in both), sum(s.n for s in both))
     if passes:
         tried = evaluate.pass_at_k(
             model, tokenizer, data["numbers"][: n // 4], k=(1, 8), num_generations=8, correct=right, **how
@@ -156,7 +158,7 @@ def prompts(job: dict[str, Any]) -> None:
     for name, prompt in PROMPTS.items():
         own = tasks.word_problems(50, job["n"] // 2, system_prompt=prompt)
         for kind, rows in (
-            ("numbers", _rows(Path(job["questions"]) / "test_numbers.jsonl", prompt, job["n"] // 2)),
+            ("numbers", rows_of(Path(job["questions"]) / "test_numbers.jsonl", prompt, job["n"] // 2)),
             ("own", own.test),
         ):
             score = evaluate.accuracy(

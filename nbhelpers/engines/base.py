@@ -1,4 +1,4 @@
-"""What every engine does: prompts in, completions out, with the probability that each token was drawn with.
+"""What every engine does: prompts in, completions out, with the model's probability of each token.
 
     engine = engines.choose("auto", model, tokenizer)
     completions = engine.generate([[1, 5, 7], [1, 9]], Sampling(max_tokens=64, num_generations=8))
@@ -67,6 +67,12 @@ class Sampling:
         if isinstance(self.stop_strings, str) or "" in self.stop_strings:
             raise ValueError("stop_strings is a tuple of strings, none of them empty")
 
+    @property
+    def plain(self) -> bool:
+        """Whether draws are from the model's own distribution at the temperature: nothing is penalised or ruled out."""
+        neutral = self.top_k == 0 and self.top_p == 1.0 and self.min_p == 0.0 and self.repetition_penalty == 1.0
+        return neutral and not (self.min_tokens and self.stop_ids)
+
     def seeds(self, n: int) -> list[int]:
         """A 63-bit seed for each of n completions. ValueError if there are seeds, but not n of them."""
         if isinstance(self.seed, Sequence):
@@ -90,8 +96,8 @@ class Completion:
     """What was written after one prompt, and how likely each of its tokens was."""
 
     token_ids: list[int] = field(default_factory=list)
-    # natural logarithm of each token's probability in the distribution that it was drawn from, after temperature and
-    # filters; at temperature 0 in the softmax of the plain (penalised) logits
+    # natural logarithm of each token's probability under the model at this temperature (at 0 as at 1), without penalty,
+    # minimum length and filters: the trainer's own knows of none of them, and what it weighs must be like with like
     logprobs: list[float] = field(default_factory=list)
     reason: str = LENGTH  # or STOP_ID, or STOP_STRING
 

@@ -15,7 +15,7 @@ import torch
 from .base import Sampling
 from .forward import Decoder
 from .kv_cache import KVCache
-from .sampler import sample
+from .sampler import next_token
 
 # of a row: the last token, its position, the request's seed, tokens written so far, and tokens still to come, which are
 # 0 when the request has ended or the row is empty
@@ -122,7 +122,7 @@ class ModelRunner:
         attend = self.cache.step(position, longest)
         hidden = self.decoder.hidden(token[:, None], position[:, None], attend)[:, 0]
         seen = None if self.seen is None else self.seen[:batch]
-        new, logp = sample(self.decoder.logits(hidden), seed, written, self.sampling, self.stops, seen)
+        new, logp = next_token(self.decoder.logits(hidden), seed, written, self.sampling, self.stops, seen)
         self.tokens[:, :batch].index_copy_(0, self.tick, new[None])
         self.logprobs[:, :batch].index_copy_(0, self.tick, logp[None])
         self.tick += 1

@@ -1,14 +1,20 @@
 """transformers' own `generate`, the engine that always works: every architecture, and slow.
 
-It draws with the project's sampler, so seeds, filters and log-probabilities mean the same as in the other engines.
+It draws with the project's sampler, so seeds, filters and log-probabilities mean the same as in the other engines. One
+thing is transformers' own: with dynamic or longrope position embeddings a text that outgrows
+`original_max_position_embeddings` depends on its padding, so on what stands beside it in the batch.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nbhelpers.models import families
+
 from .base import Completion, Engine, Sampling, Writer, check, inference
-from .sampler import sample
+from .sampler import next_token
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -57,15 +63,14 @@ class HFEngine(Engine):
         tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
         pick = _Pick(sampling, seeds, tokens, mask)
-        # whatever a generation_config.json might set is set to its neutral value: `pick` draws
         config = GenerationConfig(
-            max_new_tokens=sampling.max_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
-            no_repeat_ngram_size=0, use_cache=True, pad_token_id=0, eos_token_id=list(sampling.stop_ids) or None,
-            disable_compile=True,
+            max_new_tokens=sampling.max_tokens, do_sample=False, use_cache=True, pad_token_id=0,
+            eos_token_id=list(sampling.stop_ids) or None, disable_compile=True,
         )  # fmt: skip
-        out = model.generate(
-            tokens, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([pick])
-        )
+        with _no_defaults(self.model):
+            out = model.generate(
+                tokens, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([pick])
+            )
         logprobs = torch.stack(pick.logprobs, dim=1).tolist()
         completions = []
         for row, logps in zip(out[:, longest:].tolist(), logprobs, strict=True):
@@ -73,6 +78,25 @@ class HFEngine(Engine):
             writer.add(row, logps)
             completions.append(writer.completion)
         return completions
+
+
+@contextmanager
+def _no_defaults(model: "PreTrainedModel | PeftModel") -> Iterator[None]:
+    """Inside the block the model has an empty generation_config: `generate` fills from it what a call leaves open.
+
+    peft's wrapper may have one of its own, which its `generate` hands down to the model.
+    """
+    from transformers import GenerationConfig
+
+    owners = [one for one in (families.unwrap(model), model) if "generation_config" in vars(one)]
+    own = [(one, one.generation_config) for one in owners]
+    for one in owners:
+        one.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for one, config in own:
+            one.generation_config = config
 
 
 class _Pick:
@@ -90,6 +114,6 @@ class _Pick:
             counts = torch.zeros_like(scores).scatter_add_(1, self.prompts, self.mask.to(scores.dtype))
             self.seen = counts > 0  # not the padding
         written = torch.full_like(self.seeds, len(self.logprobs))
-        token, logp = sample(scores.float(), self.seeds, written, self.sampling, self.stops, self.seen)
+        token, logp = next_token(scores.float(), self.seeds, written, self.sampling, self.stops, self.seen)
         self.logprobs.append(logp)
         return torch.full_like(scores, float("-inf")).scatter_(1, token[:, None], 0.0)

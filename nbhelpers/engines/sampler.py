@@ -16,6 +16,24 @@ from nbhelpers.kernels import draw
 from .base import Sampling
 
 
+def next_token(
+    logits: Tensor, seeds: Tensor, written: Tensor, sampling: Sampling, stops: Tensor, seen: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What an engine writes next: the token that `sample` draws, and its log-probability under the model.
+
+    The trainer weighs a token by its own log-probability over this one (`grpo.engine_correction`), and its own is the
+    model's at the temperature. Penalty, minimum length and filters would make each token's weight the mass that they
+    kept there, and a completion's their product, which is 0 for a long one.
+
+    Args and shapes as in `sample`.
+    """
+    token, logp = sample(logits, seeds, written, sampling, stops, seen)
+    if sampling.plain:
+        return token, logp
+    scaled = logits / (sampling.temperature or 1.0)
+    return token, scaled.gather(1, token[:, None])[:, 0] - scaled.logsumexp(-1)
+
+
 def sample(
     logits: Tensor, seeds: Tensor, written: Tensor, sampling: Sampling, stops: Tensor, seen: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from nbhelpers.memory.kv import prefill_tokens
 
 from .base import Sampling, Writer
 from .cuda_graphs import CHUNK, LEFT, ModelRunner, batch_for, to_host
-from .sampler import sample
+from .sampler import next_token
 
 
 @dataclass(eq=False)
@@ -197,7 +197,7 @@ class Scheduler:
             for i, request in enumerate(requests):
                 seen[i, torch.tensor(request.text, device=device)] = True
         of_group = torch.tensor([i for i, group in enumerate(groups) for _ in group], device=device)
-        token, logp = sample(logits[of_group], state[2], state[3], runner.sampling, runner.stops, seen)
+        token, logp = next_token(logits[of_group], state[2], state[3], runner.sampling, runner.stops, seen)
         runner.advance(state, token)
         runner.state[:, row] = state
         if runner.seen is not None and seen is not None:

@@ -6,6 +6,7 @@ import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from functools import partial
 
 from nbhelpers.html import cell, framed, pre, table
 from nbhelpers.rewards import right
@@ -141,7 +142,7 @@ def before_after(
     before: Sequence[Answer],
     after: Sequence[Answer],
     gold: str | Sequence[str] | None = None,
-    correct: Callable[[str, str], bool] = right,
+    correct: Callable[[str, str], bool] | None = None,
 ) -> Table:
     """The same questions with their answers before and after training; the words that only one of them has are marked.
 
@@ -149,7 +150,8 @@ def before_after(
         before (`Sequence[Answer]`), after (`Sequence[Answer]`): From `evaluate.ask`.
         gold (`str` or `Sequence[str]`, *optional*): The right answer to all questions, or to each: then every answer
             is marked as right or wrong.
-        correct (`Callable[[str, str], bool]`): Given the completion's text and the right answer, whether it is right.
+        correct (`Callable[[str, str], bool]`, *optional*): Given the completion's text and the right answer, whether it
+            is right; `rewards.right` if not given.
 
     Returns:
         `Table`
@@ -164,7 +166,8 @@ def before_after(
 
     def answered(answer: Answer, wanted: str | None, changed: tuple[tuple[int, int], ...]) -> Cell:
         cut = "" if answer.finished else f"\n… (cut off after {answer.tokens} tokens)"
-        return Cell(answer.completion + cut, None if wanted is None else correct(answer.completion, wanted), changed)
+        judge = correct or partial(right, tags=answer.tags)
+        return Cell(answer.completion + cut, None if wanted is None else judge(answer.completion, wanted), changed)
 
     rows = []
     for old, new, wanted in zip(before, after, golds, strict=True):

@@ -8,8 +8,10 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from nbhelpers.html import cell, table
+from nbhelpers.rewards import REASONING, Tags
 
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
 
@@ -28,6 +30,9 @@ class Decoding:
         batch_size (`int`): Questions at a time.
         engine (`str`): The name of what wrote; another one rounds otherwise.
         num_generations (`int`): Completions of each question.
+        stop_strings (`tuple[str, ...]`): What ends a completion besides end tokens.
+        chat_template_kwargs (`dict`, *optional*): What the chat template was given besides the messages; None for those
+            that are kept with the tokenizer.
     """
 
     max_new_tokens: int
@@ -36,6 +41,11 @@ class Decoding:
     batch_size: int
     engine: str = ""
     num_generations: int = 1
+    stop_strings: tuple[str, ...] = ()
+    chat_template_kwargs: dict[str, Any] | None = field(default=None, hash=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "stop_strings", tuple(self.stop_strings))  # JSON has lists alone
 
 
 @dataclass(frozen=True)
@@ -43,14 +53,15 @@ class Answer:
     """One question and what the model wrote.
 
     Args:
-        question (`str`): The last message of the prompt.
+        question (`str`): The last message of the prompt, or the one before where that begins the answer.
         completion (`str`): What the model wrote, without special tokens.
-        answer (`str` or `None`): The text of its answer tag (see `rewards.extract_answer`).
+        answer (`str` or `None`): What stands in the place of the answer (see `rewards.Tags.extract`).
         tokens (`int`): Number of tokens written, the end token included.
         finished (`bool`): Whether it ended by itself; False when it was cut off at `max_new_tokens`.
         prompt (`str`): All that the model was given: chat template, system prompt and question.
         decoding (`Decoding`): How the completion was drawn.
         messages (`list[dict]`): The prompt as chat messages, to ask the same again.
+        tags (`rewards.Tags`): The form that was asked for.
     """
 
     question: str
@@ -61,6 +72,7 @@ class Answer:
     prompt: str = field(repr=False)
     decoding: Decoding = field(repr=False)
     messages: list[dict] = field(repr=False, hash=False, kw_only=True, default_factory=list)
+    tags: Tags = field(repr=False, kw_only=True, default=REASONING)
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,7 @@ class Row(Answer):
     Args:
         gold (`str`): The right answer.
         correct (`bool`): Whether the completion has it.
-        formatted (`bool`): Whether the completion has exactly the wanted form (see `rewards.formatted`).
+        formatted (`bool`): Whether the completion has exactly the wanted form (see `rewards.in_form`).
     """
 
     gold: str

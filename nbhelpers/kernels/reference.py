@@ -244,7 +244,8 @@ def draw(logits: Tensor, seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tenso
     h = (h ^ (h >> 16 & 0xFFFF)) * -0x7A143595
     h = (h ^ (h >> 13 & 0x7FFFF)) * -0x3D4D51CB
     h = (h ^ (h >> 16)) & 0x7FFFFFFF
-    exponential = torch.log1p((h.float() + 0.5) * -(2.0**-31))  # -E_i
+    # -E_i; u_i stays below 1, where it would be rounded to it: E_i were infinite, and a word that is alone would lose
+    exponential = torch.log1p(((h.float() + 0.5) * -(2.0**-31)).clamp_(min=2.0**-24 - 1.0))
     probabilities = logits.softmax(-1)
     token = exponential.div_(probabilities).argmax(-1)  # the largest -E_i / p_i: same winner as logit_i - log E_i
     return token, probabilities.gather(-1, token[:, None]).squeeze(-1).log()

@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from nbhelpers import gpu, host, memory
 from nbhelpers.architecture import GB
-from nbhelpers.models import families, quantize
+from nbhelpers.models import chat, families, quantize
 from nbhelpers.models.adapter import Base, keep_base, refuse_other
 
 from . import calibration, hub, stream
@@ -119,5 +119,9 @@ def _describe(
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     if model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
+    ends = chat.end_ids(model, tokenizer)
+    if (end := chat.end_of_turn(tokenizer, ends)) is not None:
+        model.generation_config.eos_token_id = [*ends, end]
+        print(f"{tokenizer.decode(end)} ends a turn in the chat template and was no end token of the model: it is now.")
     if four_bits:  # what peft looks at to choose its 4-bit layer, and Trainer before it moves a model
         model.__dict__.update(is_loaded_in_4bit=True, quantization_method=QuantizationMethod.BITS_AND_BYTES)

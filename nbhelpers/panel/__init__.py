@@ -18,7 +18,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from nbhelpers import evaluate, host
 from nbhelpers.evaluate import Answer
 from nbhelpers.evaluate.compare import before_after as before_after  # what a notebook calls: panel.before_after
-from nbhelpers.rewards import Sample, formatted
+from nbhelpers.rewards import REASONING, Sample, Tags, in_form
 
 from . import display, gaming, history
 
@@ -79,6 +79,7 @@ class Live(display.View, TrainerCallback):
             raise ValueError(f"probe_every={probe_every} is a number of steps, at least 1")
         self.every, self.probes, self.probe_every = every, list(probes), probe_every
         self.engine: Engine | None = None  # LeanGRPOTrainer's own, which asks the probes
+        self.tags: Tags = REASONING  # and its form
         self.samples: list[Sample] = []
         self._wanted_steps = total_steps
         self._pairs: dict[int, list[Sample]] = {}
@@ -141,7 +142,7 @@ class Live(display.View, TrainerCallback):
         self.samples = list(vars(state).get("samples", []))
         if self.samples:
             groups = history.groups_of(self.samples, args.num_generations)
-            row["format"] = sum(formatted(sample.completion) for sample in self.samples) / len(self.samples)
+            row["format"] = sum(in_form(sample.completion, self.tags) for sample in self.samples) / len(self.samples)
             row["within"], row["between"] = history.spreads(groups, args.reward_weights)
             self.pair, self.pair_step = history.best_and_worst(groups, args.reward_weights), state.global_step
             if state.global_step % max(1, self.total_steps // RECORDED_PAIRS) == 0 or not self._pairs:

@@ -11,7 +11,7 @@ from pathlib import Path
 from nbhelpers import host
 from nbhelpers.evaluate import Answer, Decoding
 from nbhelpers.presets import WORKSHOP, Preset
-from nbhelpers.rewards import Sample
+from nbhelpers.rewards import Sample, Tags
 
 from . import display
 
@@ -117,4 +117,5 @@ def instead_of(preset: Preset, seconds: float = 20.0) -> None:
 
 
 def _answer(recorded: dict) -> Answer:
-    return Answer(**{**recorded, "decoding": Decoding(**recorded["decoding"])})
+    tags = {"tags": Tags(**recorded["tags"])} if "tags" in recorded else {}  # runs of 0.1 have none
+    return Answer(**{**recorded, "decoding": Decoding(**recorded["decoding"]), **tags})

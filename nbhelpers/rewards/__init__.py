@@ -11,20 +11,34 @@ in penalties.py, and checking.py tries rewards before any training; all of it ca
 
 from dataclasses import dataclass
 
+from nbhelpers.models.tags import REASONING, THINK, Tags
+
 from . import math_equal
-from .answers import TAGS, extract_answer, extract_boxed, formatted, is_correct, number_of, same, text_of, written
+from .answers import (
+    TAGS,
+    extract_answer,
+    extract_boxed,
+    form,
+    formatted,
+    in_form,
+    is_correct,
+    number_of,
+    question_of,
+    same,
+    text_of,
+    written,
+)
 from .checking import check
 from .countdown_rules import verify
 from .penalties import get_language_consistency, get_length_penalty, get_repetition_penalty
 from .reading import read, right
 from .reward import Reward
-from .tags import REASONING, THINK, Tags, form, in_form
 
 __all__ = [
     "REASONING", "TAGS", "THINK", "Reward", "Sample", "Tags", "check", "correctness", "countdown", "extract_answer",
     "extract_boxed", "form", "formatted", "get_language_consistency", "get_length_penalty", "get_repetition_penalty",
-    "in_form", "integer_answer", "is_correct", "math_correctness", "number_of", "read", "right", "same", "soft_format",
-    "strict_format", "tag_count", "text_of",
+    "in_form", "integer_answer", "is_correct", "math_correctness", "number_of", "question_of", "read", "right", "same",
+    "soft_format", "strict_format", "tag_count", "text_of",
 ]  # fmt: skip
 
 

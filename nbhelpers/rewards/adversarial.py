@@ -3,9 +3,11 @@
 import re
 from collections.abc import Iterator, Sequence
 
-from .answers import number_of, same, written
+from nbhelpers.models.tags import REASONING
 
-FORM = "<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>\n"
+from .answers import number_of, question_of, same, written
+
+FORM = REASONING.frame
 THOUGHT = "First I look at what is asked, then I work it out step by step."
 CHARACTERS = 100_000  # of the longest texts
 
@@ -49,7 +51,7 @@ def texts_for(row: dict, rows: Sequence[dict], form: str) -> dict[str, list[str]
         form (`str`): A well-formed completion with `{reasoning}` and `{answer}` in it.
     """
     prompt, right = row["prompt"], written(row["answer"])
-    question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    question = question_of(prompt)
     numbers = list(dict.fromkeys(_NUMBERS.findall(question)))
     value = number_of(right)
     others = [written(other["answer"]) for other in rows] if value is None else [*numbers, str(value + 1)]

@@ -8,7 +8,7 @@ import struct
 from decimal import Decimal, InvalidOperation
 from numbers import Real
 
-from .tags import REASONING
+from nbhelpers.models.tags import REASONING, Tags
 
 _BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # an escaped brace is none
 _CURRENCY = re.compile(r"\s*([-+]?)\s*\\?[$€£¥₹]\s*(?=[-+.\d])")
@@ -19,6 +19,13 @@ TAGS = REASONING.all
 def text_of(completion: str | list[dict[str, str]]) -> str:
     """The text of one completion as TRL hands it over: a plain string, or chat messages, of which the last counts."""
     return completion if isinstance(completion, str) else completion[-1]["content"] or ""
+
+
+def question_of(prompt: str | list[dict[str, str]]) -> str:
+    """What a prompt asks: a plain string, or the last chat message that is not the beginning of the answer."""
+    if isinstance(prompt, str):
+        return prompt
+    return next((turn for turn in reversed(prompt) if turn["role"] != "assistant"), prompt[-1])["content"] or ""
 
 
 def extract_answer(text: str) -> str | None:
@@ -87,7 +94,17 @@ def formatted(text: str) -> bool:
     >>> formatted("<reasoning>9 tenths</reasoning><answer>9.9</answer>")
     False
     """
-    return REASONING.in_form(text)
+    return in_form(text)
+
+
+def in_form(text: str, tags: Tags = REASONING) -> bool:
+    """`Tags.in_form` as a function: whether a text is exactly the wanted form."""
+    return tags.in_form(text)
+
+
+def form(text: str, tags: Tags = REASONING, prompt: str | list[dict[str, str]] = "") -> float:
+    """`Tags.form` as a function: how much of the form is there, 0.0 to 1.0, with nothing for a copy of the prompt."""
+    return tags.form(text, prompt)
 
 
 def written(cell: object) -> str:
@@ -151,8 +168,8 @@ def grouped(whole: str) -> bool:
     return not groups or (1 <= len(first) <= 3 and first[0] != "0" and all(len(group) == 3 for group in groups))
 
 
-def is_correct(text: str, answer: str) -> bool:
-    """Whether the answer tag of a text holds the right answer.
+def is_correct(text: str, answer: str, tags: Tags = REASONING) -> bool:
+    """Whether the right answer, and nothing else, stands in the place of the answer.
 
     Two decimals are compared by value ("9.90" is 9.9, "1,000" is 1000, "$18." is 18), anything else as text, without
     regard to case and to how much white space there is. `rewards.right` reads more, as "18 dollars" and "x = 18".
@@ -160,6 +177,7 @@ def is_correct(text: str, answer: str) -> bool:
     Args:
         text (`str`): What the model wrote, tags included.
         answer (`str`): The right answer; a number is read as `written` has it.
+        tags (`Tags`): What encloses the answer, or ends the thought before it.
 
     Returns:
         `bool`
@@ -168,7 +186,7 @@ def is_correct(text: str, answer: str) -> bool:
     >>> is_correct("<answer>9.90</answer>", "9.9"), is_correct("9.9", "9.9")
     (True, False)
     """
-    given = extract_answer(text)
+    given = tags.extract(text)
     return given is not None and same(given, written(answer))
 
 

@@ -4,16 +4,11 @@ What a reward pays for is what a model learns. A hole in it is found by the mode
 `check` within a second.
 """
 
-import asyncio
 import html
-import inspect
 import math
-import threading
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
 
 from nbhelpers.html import cell, framed, table
 
@@ -35,7 +30,7 @@ from .adversarial import (
     hostile,
     texts_for,
 )
-from .guard import named
+from .calling import by_name, call
 from .reward import Questions, Reward
 
 SLOW_MS, STOP_MS = 50.0, 250.0  # a reward may take SLOW_MS for CHARACTERS
@@ -113,7 +108,8 @@ def check(reward_funcs: Reward | Sequence[Reward], task: Questions, *, n: int = 
         reward_funcs (`Reward` or `Sequence[Reward]`): Functions with TRL's signature, as for the trainer.
         task (`tasks.Task`): Its `train` has the columns `prompt` and `answer`; all others are passed on.
         n (`int`): How many rows of it to use.
-        form (`str`): A well-formed completion, with `{reasoning}` and `{answer}` where these stand.
+        form (`str`): A well-formed completion, with `{reasoning}` and `{answer}` where these stand; for a model that
+            thinks by itself `THINK.frame`.
 
     Returns:
         `Check`
@@ -123,7 +119,7 @@ def check(reward_funcs: Reward | Sequence[Reward], task: Questions, *, n: int = 
             `answer`, or `form` has no `{answer}`.
         TypeError: For a reward model: only functions can be checked.
     """
-    rewards = _by_name(reward_funcs)
+    rewards = by_name(reward_funcs)
     rows = _rows_of(task, n)
     if "{answer}" not in form:
         raise ValueError(f"form says where the answer stands, as {{answer}}: {form!r}")
@@ -137,19 +133,6 @@ def check(reward_funcs: Reward | Sequence[Reward], task: Questions, *, n: int = 
         scores[name] = {kind: trial.scores(rows, [row[kind] for row in texts], kind in ANY) for kind in kinds}
         warnings += [f"{name}: {text}" for text in (*trial.problems, *_suspicions(scores[name]))]
     return Check(scores, slowest, warnings + _suspicions_of_all(scores), texts[0])
-
-
-def _by_name(reward_funcs: Reward | Sequence[Reward]) -> dict[str, Reward]:
-    """Each reward function under the name that TRL logs it by; the errors of `check` for what is none."""
-    from torch import nn
-
-    rewards = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
-    if models := [reward for reward in rewards if isinstance(reward, nn.Module) or not callable(reward)]:
-        raise TypeError(f"{models[0]!r} is no function, and rewards.check looks at functions only: leave it out")
-    names = [named(reward)[0] for reward in rewards]
-    if not rewards or len(set(names)) < len(names):
-        raise ValueError(f"reward functions of different names are wanted, not {', '.join(names) or 'none'}")
-    return dict(zip(names, rewards, strict=True))
 
 
 def _rows_of(task: Questions, n: int) -> list[dict]:
@@ -173,21 +156,6 @@ class _Trial:
         self.reward = reward
         self.problems: dict[str, None] = {}  # in order, each once
 
-    def call(self, rows: list[dict], texts: list[str]) -> Any:
-        """What it returns when it is called as TRL does, with one completion for each row."""
-        chat = not isinstance(rows[0]["prompt"], str)
-        columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion")}
-        result = self.reward(
-            prompts=[row["prompt"] for row in rows],
-            completions=[[{"role": "assistant", "content": text}] if chat else text for text in texts],
-            completion_ids=[list(text[::4].encode("utf-8", "replace")) for text in texts],
-            trainer_state=SimpleNamespace(global_step=0, max_steps=1, epoch=0.0),
-            log_extra=lambda *_: None,
-            log_metric=lambda *_: None,
-            **columns,
-        )
-        return _awaited(result) if inspect.iscoroutine(result) else result
-
     def scores(self, rows: list[dict], texts: list[list[str]], highest: bool) -> list[float | None]:
         """The lowest score of each row's texts, or the highest; None where one of them has none."""
         tries = [self.numbers(rows, list(batch)) for batch in zip(*texts, strict=True)]
@@ -196,7 +164,7 @@ class _Trial:
     def numbers(self, rows: list[dict], texts: list[str]) -> list[float | None]:
         """Its scores, one for each text, None for what is no finite number."""
         try:
-            values = [None if value is None else float(value) for value in self.call(rows, texts)]
+            values = [None if value is None else float(value) for value in call(self.reward, rows, texts)]
         except Exception as error:
             self.problems[f"it fails with {type(error).__name__}: {error}"] = None
             return [None for _ in texts]
@@ -231,31 +199,13 @@ class _Trial:
         for _ in range(3):  # other work on the machine makes one measurement long, hardly all three
             start = time.perf_counter()
             try:
-                self.call([row], [text])
+                call(self.reward, [row], [text])
             except Exception as error:
                 self.problems[f"it fails on unusual text with {type(error).__name__}: {str(error)[:200]}"] = None
             best = min(best, 1e3 * (time.perf_counter() - start))
             if best <= SLOW_MS or best > 4 * STOP_MS:
                 break
         return best
-
-
-def _awaited(coroutine: Coroutine) -> Any:
-    """The result of an async reward function, also where a notebook's own event loop runs: in another thread."""
-    results = []
-
-    def run() -> None:
-        try:
-            results.append(asyncio.run(coroutine))
-        except Exception as error:
-            results.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if isinstance(results[0], Exception):
-        raise results[0]
-    return results[0]
 
 
 def _extreme(scores: Sequence[float | None], highest: bool) -> float | None:
@@ -300,8 +250,10 @@ def _gamed(means: dict[str, float]) -> Iterator[str]:
     right, judges = means[RIGHT], means[RIGHT] > means[WRONG]
     holes = []
     for kind in (*HOLLOW, UNTHOUGHT, REPEATED, NO_NUMBERS, LONGER, *HEDGES):
+        if judges and kind == UNTHOUGHT:
+            continue  # it is right all the same, and who pays right answers for brevity pays it most
         # what does not judge answers (a form, a penalty) may pay the same for all of them, but not for none
-        too_much = kind not in (UNTHOUGHT, REPEATED) if judges else kind in (*HOLLOW, UNTHOUGHT) and right > 0
+        too_much = kind != REPEATED if judges else kind in (*HOLLOW, UNTHOUGHT) and right > 0
         score = means.get(kind, -math.inf)
         if score > right or (score == right and too_much):
             holes.append(f"{kind} ({_shown(score)})")

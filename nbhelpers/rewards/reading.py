@@ -10,6 +10,8 @@ import unicodedata
 from decimal import Decimal
 from fractions import Fraction
 
+from nbhelpers.models.tags import REASONING, Tags
+
 from .answers import extract_boxed, grouped, same, written
 
 _WORDS = 1000  # characters of a sentence that can be an answer
@@ -201,7 +203,7 @@ def read(text: str) -> str | None:
     return words if words and not _NUMBER.search(words) else None
 
 
-def right(text: str, answer: str) -> bool:
+def right(text: str, answer: str, tags: Tags = REASONING) -> bool:
     """Whether the answer of a completion is the right one, whatever its form.
 
     Numbers are compared by value: "18.00" is 18, "1/2" is 0.5, "1e3" is 1000; a percent sign counts for nothing
@@ -210,12 +212,14 @@ def right(text: str, answer: str) -> bool:
     Args:
         text (`str`): What the model wrote.
         answer (`str`): The right answer; a number is read as `answers.written` has it.
+        tags (`Tags`): Those that the model was asked for. Where a template opens the thought (`THINK`), a text that
+            never closes it was cut off in its thought: whatever number comes last there is no answer.
 
     Example:
     >>> right("The answer is 18 apples.", "18"), right("17 or 18.", "18"), right("<answer>paris</answer>", "Paris")
     (True, False, True)
     """
-    words, number = _found(text)
+    words, number = _found(text, tags)
     gold = plain(written(answer)).strip()
     wanted = one_number(gold)
     if wanted is not None:
@@ -234,14 +238,17 @@ def _bare(words: str) -> str:
     return _EXPLAINED.sub("", words.strip(_PUNCTUATION)).strip(_PUNCTUATION)
 
 
-def _found(text: str) -> tuple[str | None, str | None]:
+def _found(text: str, tags: Tags = REASONING) -> tuple[str | None, str | None]:
     """The words that are the answer, and the number that they state; None where there is none."""
-    _, closed, after = text.rpartition("</think>")
+    if tags.thinks_on(text):
+        return None, None
+    _, closed, after = text.rpartition("</think>" if tags.answer_open else tags.think_close)
     text = after if closed and after.strip() else text
-    head, closed, _ = text.rpartition("</answer>")
-    _, opened, inside = head.rpartition("<answer>")
+    opening, closing = tags.answer_open or "<answer>", tags.answer_close or "</answer>"
+    head, closed, _ = text.rpartition(closing)
+    _, opened, inside = head.rpartition(opening)
     if closed and opened:
-        return _in_words(inside.partition("</answer>")[0])
+        return _in_words(inside.partition(closing)[0])
     boxed = extract_boxed(text)
     if boxed is not None:
         return _stated(plain(boxed))

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nbhelpers.models import smoke
 
@@ -21,6 +21,7 @@ def gsm8k(
     n_train: int | None = None,
     n_test: int | None = None,
     system_prompt: str | None = SYSTEM_PROMPT,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Task:
     """Grade-school word problems (Cobbe et al. 2021): 7,473 to train on, 1,319 to test, answers that are numbers.
 
@@ -34,6 +35,8 @@ def gsm8k(
         max_prompt_length (`int`, *optional*): Tokens; the default is all that the tokenizer's model takes.
         n_train (`int`, *optional*), n_test (`int`, *optional*): Only the first so many rows.
         system_prompt (`str`, *optional*): Stands before each question. None for no system message.
+        chat_template_kwargs (`dict`, *optional*): What the chat template is given besides, where prompts are measured;
+            that of the run (GRPOConfig).
 
     Raises ConnectionError if the hub is out of reach, FileNotFoundError if the folder lacks one of the two, and
     ValueError if the columns question and answer are not there, or no row is usable.
@@ -46,8 +49,9 @@ def gsm8k(
         opened = open_source(folder, ("question", "answer"), config="main", split=part)
         opened = replace(opened, name=f"{part} of {source}")
         parts[part], notes = collect(
-            opened, _read, tokenizer=tokenizer, system_prompt=system_prompt, max_prompt_length=max_prompt_length, n=n
-        )
+            opened, _read, tokenizer=tokenizer, system_prompt=system_prompt, max_prompt_length=max_prompt_length, n=n,
+            chat_template_kwargs=chat_template_kwargs,
+        )  # fmt: skip
         dropped += notes
         if not parts[part]:
             raise ValueError(f"no usable question in {part} of {source}: " + ("; ".join(notes) or f"n_{part} is {n}"))

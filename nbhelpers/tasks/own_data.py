@@ -24,6 +24,7 @@ def from_data(
     config: str | None = None,
     split: str = "train",
     n: int | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Task:
     """The reader's own questions.
 
@@ -41,6 +42,8 @@ def from_data(
         test_share (`float`): Held out, from 0 to 1, chosen by hash of the question.
         config (`str`, *optional*), split (`str`): Which part of a data set on the hub.
         n (`int`, *optional*): Only the first n usable rows; from the hub no more than needed are fetched.
+        chat_template_kwargs (`dict`, *optional*): What the chat template is given besides, where prompts are measured;
+            that of the run (GRPOConfig).
 
     Raises FileNotFoundError if there is no such file, ValueError for another kind of file, broken JSON or CSV (with the
     line), a missing column (with those that there are) or fewer than two usable rows, and ConnectionError if the hub is
@@ -54,8 +57,9 @@ def from_data(
         return text_of(row.get(question), "question"), text_of(row.get(answer), "answer")
 
     rows, dropped = collect(
-        opened, read, tokenizer=tokenizer, system_prompt=system_prompt, max_prompt_length=max_prompt_length, n=n
-    )
+        opened, read, tokenizer=tokenizer, system_prompt=system_prompt, max_prompt_length=max_prompt_length, n=n,
+        chat_template_kwargs=chat_template_kwargs,
+    )  # fmt: skip
     return split_by_hash(Path(opened.name).stem, rows, dropped, test_share)
 
 

@@ -7,7 +7,7 @@ itself. The real sets on the hub have not been run.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nbhelpers.rewards.answers import extract_boxed
 
@@ -61,6 +61,7 @@ def reasoning(
     system_prompt: str | None = SYSTEM_PROMPT,
     max_prompt_length: int | None = None,
     test_share: float = 0.2,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Task:
     r"""The first `n` usable questions of a reasoning data set, a share of them held out by hash of the question.
 
@@ -77,6 +78,8 @@ def reasoning(
         system_prompt (`str`, *optional*): Stands before each question; None for no system message.
         max_prompt_length (`int`, *optional*): Tokens; the default is all that the tokenizer's model takes.
         test_share (`float`): Held out, from 0 to 1.
+        chat_template_kwargs (`dict`, *optional*): What the chat template is given besides, where prompts are measured;
+            that of the run (GRPOConfig).
 
     Raises ValueError if there is no such name, for a missing column (with those that there are) or fewer than two
     usable rows, and ConnectionError if the hub is out of reach.
@@ -91,8 +94,9 @@ def reasoning(
         return _read(row, spec)
 
     rows, dropped = collect(
-        opened, read, tokenizer=tokenizer, system_prompt=system_prompt, max_prompt_length=max_prompt_length, n=n
-    )
+        opened, read, tokenizer=tokenizer, system_prompt=system_prompt, max_prompt_length=max_prompt_length, n=n,
+        chat_template_kwargs=chat_template_kwargs,
+    )  # fmt: skip
     return split(name, rows, dropped, test_share)
 
 

@@ -8,9 +8,9 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from nbhelpers.models.chat import prompt_ids
+from nbhelpers.models.chat import InUserTurn, prompt_ids
 from nbhelpers.rewards.answers import written
 
 from .preview import Preview
@@ -47,22 +47,38 @@ class Task:
         lines = [f"{self.name}: {len(self.train)} questions to train on, {len(self.test)} held out"]
         return "\n".join(lines + self.dropped)
 
-    def preview(self, tokenizer: "PreTrainedTokenizerBase", n: int = 3, *, most: int = 2000) -> Preview:
+    def preview(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        n: int = 3,
+        *,
+        most: int = 2000,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> Preview:
         """What the model really reads. The last line of a notebook cell shows it; `print` does too.
 
         Args:
             tokenizer (`transformers.PreTrainedTokenizerBase`): The model's, with a chat template.
             n (`int`): How many training prompts are shown, token by token.
             most (`int`): How many are measured, from the first on.
+            chat_template_kwargs (`dict`, *optional*): What the chat template is given besides the messages, as in
+                GRPOConfig; None for those of the run that trained with this tokenizer.
         """
         rows = list(islice(self.train, most))
-        ids = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
+        ids = [prompt_ids(tokenizer, row["prompt"], chat_template_kwargs) for row in rows]
         shown = [(row["answer"], tokens) for row, tokens in zip(rows[:n], ids, strict=False)]
         return Preview.of(self.name, tokenizer, shown, [len(tokens) for tokens in ids], len(self.train), self.dropped)
 
 
 def messages(question: str, system_prompt: str | None = SYSTEM_PROMPT) -> list[dict[str, str]]:
-    """One question as the chat messages that training, evaluation and probes all use."""
+    """One question as the chat messages that training, evaluation and probes all use.
+
+    Args:
+        question (`str`): What is asked.
+        system_prompt (`str`, *optional*): The system's message; none for None. `InUserTurn` stands behind the question.
+    """
+    if isinstance(system_prompt, InUserTurn):
+        return [{"role": "user", "content": f"{question}\n\n{system_prompt}"}]
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     return [*system, {"role": "user", "content": question}]
 
@@ -74,6 +90,7 @@ def collect(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     system_prompt: str | None = SYSTEM_PROMPT,
     max_prompt_length: int | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
     n: int | None = None,
 ) -> tuple[list[dict], list[str]]:
     """The usable rows as {prompt, answer}, and a note for each reason why others were left out.
@@ -84,6 +101,8 @@ def collect(
         tokenizer (`transformers.PreTrainedTokenizerBase`, *optional*): With it, prompts that are too long are left out.
         system_prompt (`str`, *optional*): Stands before each question.
         max_prompt_length (`int`, *optional*): Tokens; with a tokenizer the default is all that its model takes.
+        chat_template_kwargs (`dict`, *optional*): What the chat template is given besides, where prompts are measured;
+            that of the run (GRPOConfig).
         n (`int`, *optional*): Stop after so many usable rows.
     """
     longest = max_prompt_length
@@ -101,7 +120,8 @@ def collect(
             if question in kept:
                 raise Unusable("the question occurs twice")
             prompt = messages(question, system_prompt)
-            if tokenizer is not None and longest is not None and len(prompt_ids(tokenizer, prompt)) > longest:
+            length = 0 if tokenizer is None else len(prompt_ids(tokenizer, prompt, chat_template_kwargs))
+            if longest is not None and length > longest:
                 raise Unusable(f"the prompt is longer than {longest} tokens")
             kept[question] = {"prompt": prompt, "answer": answer}
         except Unusable as reason:

@@ -25,6 +25,7 @@ class Hooks(trl.GRPOTrainer):
     model: "PreTrainedModel"
     processing_class: "PreTrainedTokenizerBase"
     train_dataset: "Dataset | IterableDataset"
+    chat_template_kwargs: dict[str, Any]  # a str, in TRL's words, only until GRPOConfig has read it
     max_completion_length: int
     reward_func_names: list[str]
     num_generations: int

@@ -17,13 +17,15 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nbhelpers.grpo import silent_groups
 from nbhelpers.panel.gaming import alikeness
-from nbhelpers.rewards import formatted, right, text_of
+from nbhelpers.rewards import Tags, in_form, right, text_of
 
 from . import checkpoint
 from .hooks import Hooks
@@ -32,21 +34,6 @@ Batch = dict[str, Any]  # TRL's rollout: tensors by name, B rows of whole groups
 Inputs = list[dict[str, Any]]  # rows of the data set, each as often as it is answered
 TRIES = 20  # questions drawn for one place before any will do
 LEFT_PADDED = ("prompt_ids", "prompt_mask")
-
-
-def silent_groups(rewards: Tensor, num_generations: int) -> Tensor:
-    """Which groups teach nothing, because all of their rewards are equal.
-
-    Args:
-        rewards (`Tensor`): float [B], NaN where no reward function applied; groups stand side by side.
-        num_generations (`int`): Rows of a group.
-
-    Returns bool [B / num_generations].
-    """
-    groups = rewards.view(-1, num_generations)
-    highest = groups.nan_to_num(nan=-torch.inf).amax(1)
-    lowest = groups.nan_to_num(nan=torch.inf).amin(1)
-    return highest <= lowest
 
 
 def spliced(batch: Batch, rows: list[int], other: Batch, other_rows: list[int], pad_token_id: int) -> Batch:
@@ -93,12 +80,14 @@ class SignalHooks(Hooks):
     Attributes:
         correct (`Callable[[str, str], bool]`): Given a completion and the row's `answer`, whether it is right. It is
             measured and shown, never rewarded.
+        tags (`Tags`): The wanted form; how much is in it is measured and shown.
         dynamic_sampling (`int`): Rounds in which silent groups are replaced before the update; 0 for none.
         difficulty (`Difficulty`): Saved with a checkpoint.
     """
 
-    def _begin_signal(self, correct: Callable[[str, str], bool] | None, dynamic_sampling: int) -> None:
-        self.correct = correct or right
+    def _begin_signal(self, correct: Callable[[str, str], bool] | None, dynamic_sampling: int, tags: Tags) -> None:
+        self.tags = tags
+        self.correct = correct or partial(right, tags=tags)
         self.dynamic_sampling = dynamic_sampling
         self.difficulty = Difficulty()
         self._totals = torch.empty(0)  # weighted rewards [B of all processes] of the newest rollout
@@ -116,7 +105,7 @@ class SignalHooks(Hooks):
         if inputs and isinstance(inputs[0].get("answer"), (str, int, float)):
             hits = [bool(self.correct(text, row["answer"])) for text, row in zip(texts, inputs, strict=True)]
             self._log_metric("right", sum(hits) / len(hits))
-            self._log_metric("in_form", sum(map(formatted, texts)) / len(texts))
+            self._log_metric("in_form", sum(in_form(text, self.tags) for text in texts) / len(texts))
             self._log_completion_extra("right", hits)
         return rewards
 

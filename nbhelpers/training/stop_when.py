@@ -29,7 +29,8 @@ class StopWhen:
 
     Args:
         silent_steps (`int`, *optional*): Steps in a row in which no group had a signal.
-        solved_steps (`int`, *optional*): Steps in a row in which nearly every answer was right.
+        solved_steps (`int`, *optional*): Steps in a row in which nearly every answer was right, and most groups had no
+            signal: a model that is right may still learn the form, or to be brief.
         gaming_steps (`int`, *optional*): Steps over which the reward rose and right answers did not, by the rule of
             `panel.gaming.why`, which the panel shows too.
     """
@@ -81,6 +82,8 @@ class StopWhen:
     def _solved(self, logs: Sequence[Log]) -> str | None:
         newest = _newest(logs, self.solved_steps)
         if newest is None or not all(log.get("right", 0.0) > ALMOST_ALL for log in newest):
+            return None
+        if fmean(log["frac_reward_zero_std"] for log in newest) < 0.5:
             return None
         return (
             f"The task is solved: for {len(newest)} steps {fmean(log['right'] for log in newest):.1%} of the answers "

@@ -19,10 +19,12 @@ from trl.extras.profiling import profiling_context
 
 from nbhelpers import engines, gpu, panel
 from nbhelpers.memory.room import Reserved
-from nbhelpers.rewards import Sample, text_of
+from nbhelpers.models import chat
+from nbhelpers.rewards import REASONING, Sample, Tags, question_of, text_of
 from nbhelpers.rewards.guard import guard_all
 
 from .lean_hooks import ONE_CARD_EACH, LeanStepHooks
+from .prompt_hooks import PromptHooks
 from .resume_hooks import ResumeHooks
 from .signal_hooks import SignalHooks
 from .stop_when import Stopper, StopWhen
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     )
     from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 
+ENGINES_KNOW = {"stop_strings", "min_new_tokens"}  # of transformers' names in `generation_kwargs`
 TESTED_TRL = ("1.16", "1.17")  # from, up to but not including
 
 
@@ -118,7 +121,7 @@ def check(
         )
 
 
-class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, trl.GRPOTrainer):
+class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.GRPOTrainer):
     """TRL's GRPOTrainer, made for one small machine. These things differ:
 
     - the precision is this machine's when `args` is a `LeanGRPOConfig` (or None);
@@ -126,7 +129,10 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, trl.GRPOTrainer):
       one batch's rows of that function, not the run;
     - `state.samples` holds the newest rollout as `Sample`s, for callbacks such as `panel.Live`;
     - log-probabilities and gradients come from the lean step (`lean_step.LeanStep`);
-    - completions are written by an engine from the weights that are trained;
+    - completions are written by an engine from the weights that are trained, and end with a stop string too
+      (`generation_kwargs={"stop_strings": [...]}`);
+    - a prompt that ends with an assistant message is continued there; what is rewarded is what the model wrote;
+    - `chat_template_kwargs` are kept with the tokenizer, so that `evaluate` asks as the training does;
     - an interrupt (Ctrl-C, the notebook's stop button) or an error saves what was learned to `args.output_dir`;
       after an interrupt `train()` returns as if the run had ended, so the next cell works;
     - a group whose rewards are all equal has advantages of exactly 0, and is replaced where `args.dynamic_sampling`
@@ -152,6 +158,7 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, trl.GRPOTrainer):
         stop_when (`StopWhen`, *optional*): Ends a run that learns nothing, is done, or is gamed, and says why.
         correct (`Callable[[str, str], bool]`, *optional*): Given a completion's text and the row's `answer`, whether it
             is right, in whatever form: measured and shown as `right`, never rewarded. `rewards.right` if not given.
+        tags (`rewards.Tags`): The form of which `in_form` is the share, for panel and `stop_when`; `preset.tags`.
 
     Raises ValueError for what `check` refuses, and for an engine together with an argument that only TRL's own
     generation knows; RewardError for two reward functions of one name.
@@ -181,6 +188,7 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, trl.GRPOTrainer):
         lean: bool = True,
         stop_when: StopWhen | None = None,
         correct: "Callable[[str, str], bool] | None" = None,
+        tags: Tags = REASONING,
     ):
         installed = version("trl")
         if not TESTED_TRL[0] <= installed < TESTED_TRL[1]:
@@ -204,13 +212,20 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, trl.GRPOTrainer):
             parameter.data = data.to(parameter.device)  # where a step of 1e-5 is rounded away
         self.engine = self._engine(engine)
         rounds = args.dynamic_sampling if isinstance(args, LeanGRPOConfig) else 0
-        self._begin_signal(correct, rounds)
+        self._begin_signal(correct, rounds, tags)
         if stop_when is not None:
             self.add_callback(Stopper(stop_when))
         # The trainer knows the panel, not the panel the trainer: transformers hands callbacks neither an engine nor the
         # list of callbacks, so any other way would be an attribute that both sides have to know of.
         for live in [callback for callback in self.callback_handler.callbacks if isinstance(callback, panel.Live)]:
             live.engine = self.engine  # asks its probes with the engine that writes the completions
+            live.tags = self.tags
+            asked = live.probes[0].decoding.chat_template_kwargs if live.probes else None
+            if asked is not None and asked != chat.template_kwargs(self._tokenizer):
+                print(
+                    f"The panel's probes were asked with chat_template_kwargs={asked}, and will be again, and this run "
+                    f"trains with {self.chat_template_kwargs}: give evaluate.ask the same"
+                )
             for other in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # one updating output, not two
                 self.remove_callback(other)
 
@@ -220,7 +235,7 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, trl.GRPOTrainer):
         asked = {
             "use_vllm=True": args.use_vllm,
             "use_transformers_continuous_batching=True": args.use_transformers_continuous_batching,
-            "generation_kwargs": bool(args.generation_kwargs),
+            "generation_kwargs": bool(self._generation_kwargs.keys() - ENGINES_KNOW),
             "cache_implementation": args.cache_implementation is not None,
             f"{kind}": kind not in ONE_CARD_EACH,
         }
@@ -228,8 +243,25 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, trl.GRPOTrainer):
         if engine is None or why is not None:
             if why is not None and engine not in ("auto", None):
                 raise ValueError(f"engine={engine!r} and {why} exclude each other: leave one of them out")
+            if "stop_strings" in self._generation_kwargs:
+                raise ValueError(
+                    f"TRL's own generation, taken for {why or 'engine=None'}, cannot look for stop_strings: leave "
+                    "either out"
+                )
+            if args.use_vllm and args.vllm_importance_sampling_correction and not self._sampling(1, 0).plain:
+                print(
+                    "TRL's vLLM reports probabilities after top_p, top_k, min_p and repetition_penalty, so the "
+                    "correction weighs a token by what they kept, and a long completion hardly counts: set "
+                    "vllm_importance_sampling_correction=False, or engine='vllm' in place of use_vllm=True"
+                )
             print(f"engine: TRL's own, for {why or 'engine=None'}")
             return None
+        if args.mask_truncated_completions and "stop_strings" in self._generation_kwargs:
+            raise ValueError(
+                "mask_truncated_completions=True takes what ends with one of the stop_strings for cut off and would "
+                "mask it: leave either out"
+            )
+        self._sampling(1, 0)  # raises for what is out of range
         model = self.accelerator.unwrap_model(self.model)
         sizes: dict[str, Any] = {}
         if engine == "vllm":  # allocates its memory once, at the start
@@ -252,7 +284,7 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, trl.GRPOTrainer):
         num_generations: int,
         has_tool_images: bool = False,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """TRL's hook: token ids of a completion for each prompt, and the log-probabilities they were drawn with."""
+        """TRL's hook: token ids of a completion for each prompt, and what the engine reports of each."""
         if self.engine is None or images is not None or multimodal_fields:
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
@@ -262,14 +294,29 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, trl.GRPOTrainer):
         n = n if grouped and len(prompt_ids) % n == 0 else 1
         # each process draws with its own seed: with few prompts a group is spread over several
         seed = int(torch.randint(2**62, ())) + self.accelerator.process_index
-        sampling = engines.Sampling(
-            self.max_completion_length, num_generations=n, temperature=self.temperature, top_k=max(0, self.top_k or 0),
-            top_p=self.top_p, min_p=self.min_p or 0.0, repetition_penalty=self.repetition_penalty,
-            stop_ids=tuple(self.eos_token_ids), seed=seed,
-        )  # fmt: skip
+        sampling = self._sampling(n, seed)
         with profiling_context(self, f"engine.{self.engine.name}"):
             written = self.engine.generate(prompt_ids[::n], sampling)
+        if sampling.stop_strings:
+            self._ended = [completion.reason != engines.base.LENGTH for completion in written]
         return [completion.token_ids for completion in written], [completion.logprobs for completion in written]
+
+    @property
+    def _generation_kwargs(self) -> dict[str, Any]:
+        """What `args.generation_kwargs` asks for."""
+        asked: Any = self.args.generation_kwargs or {}  # a str, in TRL's words, only until GRPOConfig has read it
+        return {name: value for name, value in asked.items() if value is not None}
+
+    def _sampling(self, num_generations: int, seed: int) -> engines.Sampling:
+        """How an engine draws so many completions of each prompt."""
+        stops = self._generation_kwargs.get("stop_strings", ())
+        return engines.Sampling(
+            self.max_completion_length, num_generations=num_generations, temperature=self.temperature,
+            top_k=max(0, self.top_k or 0), top_p=self.top_p, min_p=self.min_p or 0.0,
+            repetition_penalty=self.repetition_penalty, min_tokens=self._generation_kwargs.get("min_new_tokens", 0),
+            stop_ids=tuple(self.eos_token_ids), stop_strings=(stops,) if isinstance(stops, str) else tuple(stops),
+            seed=seed,
+        )  # fmt: skip
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in TRL; callbacks find the newest rollout in `state.samples`."""
@@ -286,6 +333,6 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, trl.GRPOTrainer):
             *self._logs["rewards"].values(),
         )
         return [
-            Sample(text_of(prompt), text_of(completion), dict(zip(names, scores, strict=True)), advantage)
+            Sample(question_of(prompt), text_of(completion), dict(zip(names, scores, strict=True)), advantage)
             for prompt, completion, advantage, *scores in zip(*columns, strict=False)
         ]

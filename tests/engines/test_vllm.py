@@ -320,6 +320,26 @@ def test_a_completion_is_read_and_ends_where_the_others_end():
     assert read((5, 6), "the end").reason == "stop_string"
 
 
+def test_logits_are_divided_where_vllm_reports_them_and_not_again(ours, monkeypatch):
+    """Raw log-probabilities: before penalty and filters, and so before vLLM's own temperature."""
+    name = "vllm.model_executor.layers.logits_processor"
+    monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    layer_class = type("LogitsProcessor", (nn.Module,), {"scale": 1.0})
+    sys.modules[name].LogitsProcessor = layer_class
+    layer, wrapped = layer_class(), nn.Module()
+    wrapped.add_module("base_layer", layer)  # as around an adapter of the head
+    with pytest.raises(KeyboardInterrupt), ours[0].divided(nn.Sequential(wrapped, nn.Linear(2, 2)), 0.5):
+        assert layer.scale == 2.0
+        raise KeyboardInterrupt
+    assert layer.scale == 1.0
+    sys.modules["vllm"].SamplingParams = SimpleNamespace
+    engine = object.__new__(vllm.VLLMEngine)
+    for temperature, told in ((0.5, 1.0), (1.0, 1.0), (0.0, 0.0)):
+        assert engine._parameters(Sampling(temperature=temperature), 1).temperature == told
+    found = vllm.settings("folder", torch.bfloat16, 40, 1024, 10**9, tokenizer=False, eager=False)
+    assert found["logprobs_mode"] == "raw_logprobs"
+
+
 def test_the_adapter_is_not_written_into_an_engine_that_is_asleep():
     engine = object.__new__(vllm.VLLMEngine)
     engine.asleep = 10**9

@@ -88,8 +88,29 @@ class TestAttention:
         check_attention(**case)
 
 
+# (counter, word) at seed 123456789 whose hash is one of the 64 largest of 2^31: u would be rounded to 1, and E infinite
+LARGEST_HASH = [(24452608, 7), (51, 107406), (54, 87677), (396, 129736), (423, 57220)]
+
+
+def check_the_only_word(words=160_000):
+    """The word that is alone, by a filter or by certainty, is drawn and has all of the probability."""
+    counters, only = torch.tensor(LARGEST_HASH).unbind(1)
+    for others in (float("-inf"), -1000.0):  # ruled out, and too unlikely for fp32
+        logits = torch.full((len(only), words), others).scatter_(1, only[:, None], 0.0)
+        token, logp = kernels.draw(logits, torch.full_like(only, 123456789), counters)
+        assert torch.equal(token, only) and torch.equal(logp, torch.zeros(len(only)))
+
+
+def test_the_only_word_is_drawn_whatever_its_number():
+    check_the_only_word()
+
+
 class TestDraw:
     __test__ = interpreter.ON
+
+    def test_the_only_word_is_drawn_whatever_its_number(self):
+        with kernels.use("triton"):
+            check_the_only_word()
 
     @pytest.mark.parametrize("words", [37, 5000])
     def test_the_same_words_as_torch(self, words):

@@ -34,17 +34,17 @@ print("REPORT", json.dumps({
 # the stop button of a notebook is a SIGINT to its kernel; here it comes in the middle of the step after `at`
 SIGNAL = """
 import os
-from transformers import TrainerCallback
 
-class Signal(TrainerCallback):
-    sent = False
+sent, compute_loss = [], trainer.compute_loss
 
-    def on_substep_end(self, args, state, control, **kwargs):
-        if state.global_step == {at} and not self.sent:
-            self.sent = True
-            os.kill(os.getpid(), {number})
+def and_a_signal(*args, **kwargs):
+    loss = compute_loss(*args, **kwargs)
+    if trainer.state.global_step == {at} and not sent:
+        sent.append(True)
+        os.kill(os.getpid(), {number})
+    return loss
 
-trainer.add_callback(Signal())
+trainer.compute_loss = and_a_signal
 """
 
 

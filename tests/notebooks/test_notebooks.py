@@ -6,13 +6,17 @@ import re
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
-from nbhelpers import presets
+from nbhelpers import presets, rewards, tasks
+from nbhelpers.rewards import THINK
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.rglob("*.ipynb"))
 MODELS = [path for path in NOTEBOOKS if path.parent.name == "models"]
 LESSONS = [path for path in NOTEBOOKS if path not in MODELS]
+THINKING = [path for path in MODELS if presets.get(path.stem).tags == THINK]
+TAUGHT = [path for path in MODELS if path not in THINKING]
 MACHINE_PATH = re.compile(r"/(?:home|root|work|tmp|opt|Users)/\w+")
 
 
@@ -91,14 +95,60 @@ def test_a_model_notebook_can_be_read_aloud(path):
     assert len(cells(path, "markdown")) >= 15
 
 
+def different_cells(paths: list[Path]) -> set[int]:
+    """The numbers of the cells in which any of these notebooks differs from the first."""
+    first, *others = (json.loads(path.read_text())["cells"] for path in paths)
+    return {i for cells in others for i, (own, other) in enumerate(zip(cells, first, strict=True)) if own != other}
+
+
 def test_only_the_title_the_badges_and_the_parameters_differ():
-    """No conditionals: two models' notebooks differ in the first cell and in the cell of the parameters."""
-    different = set()
-    for path in MODELS[1:]:
-        pairs = zip(json.loads(path.read_text())["cells"], json.loads(MODELS[0].read_text())["cells"], strict=True)
-        different |= {number for number, (own, other) in enumerate(pairs) if own != other}
-    tags = [cell["metadata"].get("tags") for cell in json.loads(MODELS[0].read_text())["cells"]]
-    assert different == {0, tags.index(["parameters"])}
+    """No conditionals: two models' notebooks differ in the first cell and in the cell of the parameters.
+
+    Models that think by themselves also have prose and rewards of their own, and are given those where rewards go.
+    """
+    cells = json.loads(MODELS[0].read_text())["cells"]
+    tags = [cell["metadata"].get("tags") for cell in cells]
+    everywhere = {0, tags.index(["parameters"])}
+    for kind in (THINKING, TAUGHT):
+        assert len(kind) > 1 and different_cells(kind) == everywhere
+    code = {i for i in different_cells(MODELS) - everywhere if cells[i]["cell_type"] == "code"}
+    assert all("[correct, in_form]" in "".join(cells[i]["source"]) or i == reward_cell(cells) for i in code)
+    assert len(different_cells(MODELS) - everywhere - code) <= 3, "prose about rewards, about curves, and exercises"
+
+
+def reward_cell(cells: list[dict]) -> int:
+    return next(i for i, cell in enumerate(cells) if "def correct(" in "".join(cell["source"]))
+
+
+@parametrize([TAUGHT[0], THINKING[0]])  # the others of their kind have the same
+def test_the_rewards_of_a_model_notebook_stand_the_check(path):
+    """Nothing to warn of; and the hole that a reader is asked to make is found."""
+    cells = json.loads(path.read_text())["cells"]
+    preset = presets.get(path.stem)
+    space = {"rewards": rewards, "preset": preset, "longest": preset.max_completion_length}
+    exec("".join(cells[reward_cell(cells)]["source"]), space)
+    funcs = [space[name] for name in ("correct", "in_form", "brief") if name in space]
+    assert len(funcs) == (3 if path in THINKING else 2)
+    rows = [{"prompt": tasks.messages(f"How many are {n} and 7?", None), "answer": str(n + 7)} for n in range(2, 6)]
+    task = tasks.Task("sums", Dataset.from_list(rows), Dataset.from_list(rows))
+    found = rewards.check(funcs, task, form=preset.tags.frame)
+    assert [warning for warning in found.warnings if "it is slow" not in warning] == []  # the machine may be busy
+    if path in THINKING:
+
+        def brief(completion_ids, **_):
+            return [0.3 * (1 - len(ids) / preset.max_completion_length) for ids in completion_ids]
+
+        holes = rewards.check([brief], task, form=preset.tags.frame).warnings
+        assert any("brief: it can be gamed" in hole and "empty" in hole for hole in holes), "exercise 2"
+
+
+def test_models_that_reason_already_say_so_and_are_asked_without_a_system_message():
+    for path in THINKING:
+        preset, text = presets.get(path.stem), "".join("".join(cell["source"]) for cell in cells(path, "markdown"))
+        assert "reasons already" in text and "Nobody shows it how to reason" not in text and "`brief`" in text
+        assert [message["role"] for message in tasks.messages("?", preset.system_prompt)] == ["user"]
+        assert preset.on_card(15).max_completion_length >= 2048
+    assert {path.stem for path in THINKING} == {"r1-distill-qwen-7b", "qwen3-1.7b", "qwen3-4b"}
 
 
 @parametrize(MODELS)

@@ -90,3 +90,15 @@ def test_a_hollow_form_is_no_form():
     own = task_of(*((f"{n} + 1?", str(n + 1), shown) for n in range(5)))
     said = rewards.check([is_right, by_parts, by_parts_of_its_own], own).warnings
     assert said == [f"by_parts: it can be gamed: a right answer scores 1, and no less: {COPIED} (1)"]
+
+
+def test_a_right_answer_may_be_paid_for_brevity():
+    def brief(completions, answer, **_):
+        lengths = [len(text_of(c)) for c in completions]
+        return [
+            good * max(0.0, 1 - length / 1000)
+            for good, length in zip(is_right(completions, answer), lengths, strict=True)
+        ]
+
+    for funcs in ([brief], [is_right, brief]):
+        assert rewards.check(funcs, TASK).warnings == []

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from nbhelpers import rewards
-from nbhelpers.rewards import reading
+from nbhelpers.rewards import REASONING, THINK, Tags, is_correct, reading
 from nbhelpers.rewards.reading import read, right
 
 RIGHT = [
@@ -306,3 +306,32 @@ def test_hostile_text_takes_linear_time(part):
             if best < 1.0:
                 break
         assert best < 1.0, text[:40]  # what hangs takes minutes; a busy machine is slow
+
+
+SOLUTION = Tags("<thought>", "</thought>", "<solution>", "</solution>")
+
+
+@pytest.mark.parametrize(
+    ("text", "tags", "is_right"),
+    [
+        ("3 * 6 = 18\n</think>\n\nThe answer is \\boxed{18}.", THINK, True),
+        ("<think>\n3 * 6 = 18\n</think>\n\n18", THINK, True),
+        ("3 * 6 = 18\n</think>\n\n17", THINK, False),
+        ("3 * 6 = 18, so the answer is 18. But wait", THINK, False),  # cut off in its thought
+        ("<think>\n3 * 6 = 18", THINK, False),
+        ("The answer is 18.", REASONING, True),
+        ("<reasoning>\n3 * 6 = 18", REASONING, True),
+        ("<thought>\n17\n</thought>\n<solution>\n18\n</solution>", SOLUTION, True),
+        ("<solution>18</solution> 17", SOLUTION, True),
+        ("<solution>17</solution> The answer is 18", SOLUTION, False),
+        ("It is 18", SOLUTION, True),
+    ],
+)
+def test_right_follows_the_tags(text, tags, is_right):
+    assert right(text, "18", tags) is is_right
+
+
+@pytest.mark.parametrize(("form", "tags"), [("why\n</think>\n\n{}", THINK), ("<solution>{}</solution>", SOLUTION)])
+def test_is_correct_wants_the_answer_alone_in_its_place(form, tags):
+    assert is_correct(form.format("18"), "18", tags) and not is_correct(form.format("It is 18"), "18", tags)
+    assert not is_correct("<answer>18</answer>", "18", tags)

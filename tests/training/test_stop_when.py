@@ -71,9 +71,16 @@ def test_a_model_that_learned_the_placeholder():
     {"right": (0.3, 0.34), "in_form": (0.2, 1.0)},  # it learns slowly
     {"right": 0.3, "in_form": (0.2, 0.6)},  # the form first: no sign of gaming yet
     {"right": 0.3, "in_form": 0.5, "reward": 0.5},  # flat
+    {"right": 0.85, "in_form": (0.8, 1.0), "completions/mean_length": (1500.0, 400.0)},  # a reasoner learns to be brief
 ])  # fmt: skip
 def test_an_honest_run_goes_on(changes):
     assert first_stop(logs(80, **({"reward": (0.3, 0.7)} | changes))) == (None, None)
+
+
+def test_brevity_at_the_price_of_right_answers_is_gaming():
+    history = logs(80, reward=(0.3, 0.7), right=(0.9, 0.6), in_form=1.0, completions__mean_length=(1500.0, 100.0))
+    step, reason = first_stop(history)
+    assert step < 80 and "right answers did not (86% before, 79% now)" in reason
 
 
 def test_each_rule_can_be_switched_off():

@@ -94,9 +94,9 @@ class VLLMEngine(Engine):
             raise ValueError("VLLM_ENABLE_V1_MULTIPROCESSING=1 puts vLLM into another process: unset it")
         gpu.grow_blocks(False)
         from . import lora
-        from .model import NAME, built_on
+        from .model import NAME, built_on, divided
 
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self._divided = model, tokenizer, divided
         inner = families.unwrap(model)
         budget = kv_bytes if kv_bytes is not None else vllm_kv_budget(Room(inner.device, budget_gb).free())
         self.max_length, self.kv_bytes = sizes(inner.config, inner.dtype, max_rows, max_length, budget)
@@ -136,7 +136,8 @@ class VLLMEngine(Engine):
             adapter = self.update_adapter()
             requests = [{"prompt_token_ids": prompt} for prompt in prompts for _ in range(sampling.num_generations)]
             parameters = [self._parameters(sampling, seed) for seed in seeds]
-            outputs = self.llm.generate(requests, parameters, use_tqdm=False, lora_request=adapter)
+            with self._divided(self.vllm_model, sampling.temperature or 1.0):
+                outputs = self.llm.generate(requests, parameters, use_tqdm=False, lora_request=adapter)
             return [self._completion(output.outputs[0], sampling) for output in outputs]
         except BaseException:  # KeyboardInterrupt too: else the next call would go on with these requests
             engine = self.llm.llm_engine
@@ -183,7 +184,8 @@ class VLLMEngine(Engine):
         from vllm import SamplingParams
 
         return SamplingParams(
-            max_tokens=sampling.max_tokens, min_tokens=sampling.min_tokens, temperature=sampling.temperature,
+            max_tokens=sampling.max_tokens, min_tokens=sampling.min_tokens,
+            temperature=1.0 if sampling.temperature else 0.0,  # the logits come divided by it
             top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p,
             repetition_penalty=sampling.repetition_penalty, seed=seed, stop_token_ids=list(sampling.stop_ids),
             stop=list(sampling.stop_strings), ignore_eos=True, logprobs=0, flat_logprobs=True,
@@ -293,7 +295,7 @@ def settings(
         "gpu_memory_utilization": 0.01,  # ignored when kv_cache_memory_bytes is set, but this share must be free
         "enable_sleep_mode": True,
         "enable_flashinfer_autotune": False,
-        "logprobs_mode": "processed_logprobs",  # of the distribution that was drawn from
+        "logprobs_mode": "raw_logprobs",  # without penalty and filters, which the trainer's own do not know of
         "generation_config": "vllm",  # ignore the checkpoint's generation defaults
         "enforce_eager": eager,
         "compilation_config": compilation,

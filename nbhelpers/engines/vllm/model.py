@@ -45,6 +45,29 @@ def built_on(model: "PreTrainedModel") -> Iterator[None]:
         _trained.pop()
 
 
+@contextmanager
+def divided(model: nn.Module, temperature: float) -> Iterator[None]:
+    """Inside the block vLLM's logits are divided by the temperature as soon as they are computed.
+
+    What vLLM reports of a token (`raw_logprobs`) is taken there, before penalty, minimum length and filters, so it is
+    the model's own log-probability at this temperature. vLLM itself would divide later and report without it. Logits
+    are computed outside the CUDA graphs, so none has to be captured again.
+
+    Args:
+        model (`nn.Module`): vLLM's model.
+        temperature (`float`): Above 0.
+    """
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    (layer,) = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
+    own = layer.scale
+    layer.scale = own / temperature
+    try:
+        yield
+    finally:
+        layer.scale = own
+
+
 def linear(module: nn.Module) -> nn.Linear:
     """The linear layer itself, without the LoRA around it."""
     base: Any = module.base_layer if "base_layer" in module._modules else module

@@ -32,6 +32,7 @@ def _race(logits_ptr, seeds_ptr, counters_ptr, max_ptr, sum_ptr, best_ptr, word_
     h = (h ^ ((h >> 13) & 0x7FFFF)) * -0x3D4D51CB
     h = (h ^ (h >> 16)) & 0x7FFFFFFF
     u = (h.to(tl.float32) + 0.5) * 4.656612873077393e-10  # 2^-31
+    u = tl.minimum(u, 0.999999940395355)  # 1 - 2^-24; at 1 E were infinite, and a word that is alone would lose
     exponential = tl.where(u < 1e-3, u + 0.5 * u * u, -tl.log(1.0 - u))
 
     highest = tl.max(z, axis=0)

@@ -9,6 +9,7 @@ import hashlib
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from nbhelpers.models.chat import prompt_ids
 
@@ -41,6 +42,7 @@ def word_problems(
     max_prompt_length: int | None = None,
     system_prompt: str | None = SYSTEM_PROMPT,
     held_out: str = "templates",
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Task:
     """School word problems without a download: whole, decimal and money answers, all distinct, for every seed others.
 
@@ -58,6 +60,8 @@ def word_problems(
         system_prompt (`str`, *optional*): Stands before each question. None for no system message.
         held_out (`str`): "templates": test rows tell stories that training lacks. "numbers": they tell the stories of
             training with numbers that training lacks.
+        chat_template_kwargs (`dict`, *optional*): What the chat template is given besides, where prompts are measured;
+            that of the run (GRPOConfig).
 
     Raises ValueError for a level or `held_out` that is not known, and if there are not so many questions.
 
@@ -85,7 +89,7 @@ def word_problems(
         while len(taken) < n:
             question, answer, template, steps = next(made)
             prompt = messages(question, system_prompt)
-            fits = tokenizer is None or len(prompt_ids(tokenizer, prompt)) <= longest
+            fits = tokenizer is None or len(prompt_ids(tokenizer, prompt, chat_template_kwargs)) <= longest
             missed = 0 if fits and question not in seen and wanted(template, question) else missed + 1
             if missed > _PATIENCE:
                 short = f" of at most {longest} tokens" if tokenizer is not None else ""

@@ -11,7 +11,7 @@ class Tags:
         think_open, think_close (`str`): Around the thought.
         answer_open, answer_close (`str`): Around the answer; "" for none.
         opened_by_template (`bool`): The chat template may end in `think_open` (DeepSeek-R1, Qwen3). A completion that
-            closes the thought without opening it then counts as opened.
+            closes the thought without opening it then counts as opened, and one that never closes it has no answer.
     """
 
     think_open: str
@@ -25,6 +25,12 @@ class Tags:
         """The tags that there are, in the order of the text."""
         return tuple(tag for tag in (self.think_open, self.think_close, self.answer_open, self.answer_close) if tag)
 
+    @property
+    def frame(self) -> str:
+        """A text in exactly this form, with `{reasoning}` and `{answer}` where these stand."""
+        answer = f"{self.answer_open}\n{{answer}}\n{self.answer_close}\n" if self.answer_open else "\n{answer}"
+        return f"{self.think_open}\n{{reasoning}}\n{self.think_close}\n{answer}"
+
     def completed(self, text: str) -> str:
         """The text with the opening tag in front, if it was the template that wrote it.
 
@@ -36,6 +42,11 @@ class Tags:
             return after.lstrip() if closed else text
         opened = self.opened_by_template and self.think_close in text and self.think_open not in text
         return f"{self.think_open}\n{text.removeprefix(chr(10))}" if opened else text
+
+    def thinks_on(self, text: str) -> bool:
+        """Whether a text that begins within the thought never leaves it: cut off there, it has no answer yet."""
+        left = (self.think_close, *filter(None, [self.answer_open]))
+        return self.opened_by_template and not any(tag in text for tag in left)
 
     def extract(self, text: str) -> str | None:
         """The answer without the white space around it; None if it was cut off or never begun.
@@ -73,6 +84,8 @@ class Tags:
         if opened and closed and (_blank(thought) or _words(thought) in _words(prompt)):
             return 0.0
         answer = self.extract(text)
+        if answer is None and not self.answer_open and self.think_close in text:
+            answer = ""  # nothing follows the thought
         if answer is not None and _blank(answer):
             return 0.0
         return 2 / 3 * self.count(text) + 1 / 3 * self.in_form(text)
@@ -80,8 +93,8 @@ class Tags:
     def in_form(self, text: str) -> bool:
         """Whether a text is exactly the wanted form: each tag once, nothing before, neither thought nor answer blank.
 
-        With answer tags each tag stands on its own line and one line end may follow the last (for REASONING this is
-        `formatted`). Without, white space around the tags is free: models that think by themselves differ in it.
+        With answer tags each tag stands on its own line and one line end may follow the last. Without, white space
+        around the tags is free: models that think by themselves differ in it.
         """
         text = self.completed(text)
         if any(text.count(tag) != 1 for tag in self.all):
@@ -113,13 +126,3 @@ def _words(text: str | list[dict[str, str]]) -> str:
 
 REASONING = Tags("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 THINK = Tags("<think>", "</think>", opened_by_template=True)
-
-
-def form(text: str, tags: Tags = REASONING, prompt: str | list[dict[str, str]] = "") -> float:
-    """`Tags.form` as a function: how much of the form is there, 0.0 to 1.0, with nothing for a copy of the prompt."""
-    return tags.form(text, prompt)
-
-
-def in_form(text: str, tags: Tags = REASONING) -> bool:
-    """`Tags.in_form` as a function: whether a text is exactly the wanted form."""
-    return tags.in_form(text)

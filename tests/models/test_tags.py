@@ -103,5 +103,33 @@ def test_a_model_that_thinks_before_it_begins_with_the_form():
     assert not in_form(text + "bye") and not in_form(GOOD + text.replace("9.9", ""))
 
 
+@pytest.mark.parametrize(
+    ("text", "pays"),
+    [
+        ("9 tenths\n</think>\n\n9.9", 1.0),
+        ("9 tenths\n</think>\n\n", 0.0),  # no answer
+        ("9 tenths\n</think>\n\n...", 0.0),
+        ("...\n</think>\n\n9.9", 0.0),
+        ("<think>\n\n</think>\n\n9.9", 0.0),  # what Qwen3 writes when it shall not think
+        ("9 tenths, so 9.9", 0.0),
+        ("<think>\n9 tenths, so 9.9", 1 / 3),
+    ],
+)
+def test_a_form_without_content_pays_nothing(text, pays):
+    assert THINK.form(text) == rewards.form(text, THINK) == pytest.approx(pays)
+
+
+@pytest.mark.parametrize("tags", [REASONING, THINK, BOTH], ids=["reasoning", "think", "both"])
+def test_the_frame_is_in_form(tags):
+    text = tags.frame.format(reasoning="9 tenths", answer="9.9")
+    assert tags.in_form(text) and tags.form(text) == 1.0 and tags.extract(text) == "9.9" and not tags.thinks_on(text)
+
+
+def test_a_thought_that_goes_on():
+    assert THINK.thinks_on("9 tenths, so 9.9") and THINK.thinks_on("<think>9 tenths") and THINK.thinks_on("")
+    assert not THINK.thinks_on("9 tenths</think>") and not BOTH.thinks_on("<answer>9.9</answer>")
+    assert BOTH.thinks_on("9 tenths") and not REASONING.thinks_on("<reasoning>\n9 tenths")
+
+
 def test_the_tags_in_order():
     assert REASONING.all == rewards.TAGS and THINK.all == ("<think>", "</think>")
