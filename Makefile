@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test notebooks workshop-model clean
+.PHONY: run test torture notebooks workshop-model clean
 
 # CONSTRAINTS=constraints-oldest.txt: a new .venv with the oldest versions that requirements.txt allows, not the newest
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
@@ -17,10 +17,12 @@ INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check $(if $(CO
 run: .venv/ready
 	@$(BIN)/python notebooks/run.py notebooks/00_quickstart.ipynb runs/quickstart $(if $(DATA),--set 'DATA=$(DATA)')
 
-# notebooks/models/*.ipynb from the template and the presets; badges, install cells and tables from their one source.
+# notebooks/models/*.ipynb from the template and the presets; badges, install cells, tables and docs/compatibility.md from
+# their one source.
 notebooks: .venv/ready
 	@$(BIN)/python notebooks/build.py
 	@$(BIN)/python -m benchmarks.readme
+	@$(BIN)/python -m benchmarks.compatibility
 
 # One thread a process and two processes: faster than two threads each that wait for each other. The model notebooks run
 # as copies in a fresh folder: beside the originals there may be checkpoints of a real run.
@@ -34,6 +36,10 @@ test: .venv/ready
 	@rm -rf runs/smoke && mkdir -p runs/smoke && cp notebooks/models/*.ipynb runs/smoke
 	@NBHELPERS_SMOKE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 \
 		notebooks/*.ipynb runs/smoke
+
+# Kills, signals, full disks, twins, flipped bits: the table in docs/reliability.md. An hour; as root it fills small disks too.
+torture: .venv/ready
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/helpers/torture.py --write
 
 # Trains the workshop model from nothing: 7 minutes on an H200, hours on a laptop.
 workshop-model: .venv/ready

@@ -27,7 +27,7 @@ _MODULES = {room: room for room in _ROOMS} | {  # and the modules inside a room 
     "quantize": "models.quantize",
     "replay": "panel.replay",
 }
-_NAMES = {"LeanGRPOConfig": "training.trainer", "LeanGRPOTrainer": "training.trainer"}
+_NAMES = {"LeanGRPOConfig": "training.config", "LeanGRPOTrainer": "training.trainer"}
 _NAMES |= {"StopWhen": "training.stop_when"}
 __all__ = [*_MODULES, *_NAMES]
 

@@ -1,10 +1,12 @@
 """Files and folders that are complete or not there: written under another name, synced to the disk, then renamed."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def sync(path: Path) -> None:
@@ -37,6 +39,17 @@ def put_in_place(new: Path, folder: Path, aside: Path) -> None:
     os.replace(new, folder)
     sync(folder.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError, with the file's name, for what is none; OSError as reading does."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise ValueError(f"{file} is damaged, it is not valid JSON ({error}): download it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds a {type(value).__name__}, and a JSON object is wanted: download it again")
+    return value
 
 
 @contextmanager

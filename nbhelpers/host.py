@@ -30,20 +30,6 @@ class CannotRun(RuntimeError):
     """This machine cannot do what was asked; the message says what it lacks and what to change."""
 
 
-def hub_out_of_reach(name: str, error: Exception, remedy: str) -> ConnectionError:
-    """The error to raise when `name` can be had neither from the hub nor from this machine's cache.
-
-    Args:
-        name (`str`): The model or data set.
-        error (`Exception`): What huggingface_hub or datasets raised.
-        remedy (`str`): What else the reader can do, as in "pass the folder of a copy".
-    """
-    return ConnectionError(
-        f"the hub is out of reach and {name} is not in this machine's cache ({type(error).__name__}). Switch the "
-        f"network on (Kaggle: Settings > Internet), or {remedy}"
-    )
-
-
 def is_first_process() -> bool:
     """Whether this process is the one of several (RANK, as torchrun and accelerate set it) that writes results."""
     return os.environ.get("RANK", "0") == "0"

@@ -21,6 +21,9 @@ from nbhelpers.rewards import THINK
 
 HERE = Path(__file__).parent
 REPOSITORY = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+# The newest release's tag and the commit that it stood on, written here in the commit after it; both empty before the
+# first one. Notebooks install that very commit.
+RELEASE, COMMIT = "", ""
 MODELS = tuple(name for name in presets.names() if presets.get(name).notebook)
 ACCESS = {
     False: "It is open: no account, no login.",
@@ -61,6 +64,7 @@ def model(name: str) -> str:
     kind, other = ("thinks", "taught") if preset.tags == THINK else ("taught", "thinks")
     fields = {
         "title": preset.title, "preset": name, "hub_id": preset.hub_id, "repository": REPOSITORY,
+        "release": RELEASE, "commit": COMMIT,
         "access": ACCESS[preset.gated].replace("{hub_id}", preset.hub_id), "badges": badges(f"models/{name}.ipynb"),
         "origin": next((text for start, text in ORIGIN.items() if name.startswith(start)), ""),
     }  # fmt: skip

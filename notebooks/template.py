@@ -50,9 +50,12 @@ import sys
 from importlib import import_module, util
 
 REPOSITORY = "{repository}"
+RELEASE, COMMIT = "{release}", "{commit}"  # a tag can be moved, its commit cannot; empty: no release yet
 hosted = "COLAB_RELEASE_TAG" in os.environ or "KAGGLE_KERNEL_RUN_TYPE" in os.environ
 if hosted and util.find_spec("nbhelpers") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{REPOSITORY}"], check=True)
+    print(f"nbhelpers {RELEASE or 'from the newest state of its repository: nothing is released yet'}")
+    source = f"git+{REPOSITORY}@{COMMIT or 'main'}"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", source], check=True)
 import_module("nbhelpers.install").run()
 
 # %% [markdown]
@@ -259,7 +262,8 @@ args = LeanGRPOConfig(
     output_dir=OUT,
     max_steps=STEPS or preset.max_steps,
     num_generations=preset.num_generations,  # answers to a question: the group
-    per_device_train_batch_size=preset.questions_per_step * preset.num_generations,  # fewer is faster and noisier
+    # fewer are faster and noisier
+    per_device_train_batch_size=task.per_step(preset.questions_per_step) * preset.num_generations,
     gradient_accumulation_steps=1,
     max_completion_length=preset.max_completion_length,
     temperature=1.0,

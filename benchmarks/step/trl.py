@@ -28,6 +28,9 @@ def trainer(job: Job, model: Model) -> "GRPOTrainer":
     )  # fmt: skip
     wrapped: Model = one.model
     wrapped.train()
+    # transformers does this in train(), which is not called here; its name is another from 5.2x on
+    enable = getattr(wrapped, "activation_checkpointing_enable", None) or wrapped.gradient_checkpointing_enable
+    enable()
     return one
 
 

@@ -39,6 +39,8 @@ class Sampling:
         seed (`int` or sequence of `int`, *optional*): One number seeds the whole call, and completion j gets a stream
             of its own; a sequence gives completion j its seed, and the same tokens whatever else is in the batch. None
             draws one from torch's generator, so that `torch.manual_seed` repeats a run.
+        past_limit (`bool`): Write on where prompt and completion are longer than the model was made for, as
+            transformers does, instead of refusing them.
 
     Raises ValueError for a value outside its range.
     """
@@ -54,6 +56,7 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     seed: int | Sequence[int] | None = None
+    past_limit: bool = False
 
     def __post_init__(self):
         if self.max_tokens < 1 or self.num_generations < 1:
@@ -128,7 +131,8 @@ def check(
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {i} is empty: it needs at least one token, the begin token for instance")
-    check_length(prompts, sampling.max_tokens, limit)
+    if not sampling.past_limit:
+        check_length(prompts, sampling.max_tokens, limit)
     if sampling.stop_strings and tokenizer is None:
         raise ValueError("stop_strings are looked for in text: give the engine the tokenizer")
 

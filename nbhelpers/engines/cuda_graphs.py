@@ -101,7 +101,8 @@ class ModelRunner:
         their copies are only enqueued when this returns: record an event and wait for it before reading them.
         """
         self.tick.zero_()
-        if self.captures and batch not in self._graphs:
+        captures = self.captures and not self.decoder.hooked  # a replayed graph calls no hook
+        if captures and batch not in self._graphs:
             try:
                 self._graphs[batch] = self._capture(batch)
             except BaseException:  # torch.OutOfMemoryError: the caller tries again with less
@@ -111,7 +112,7 @@ class ModelRunner:
                 self._graphs.pop(next(iter(self._graphs)))
             self.tick.zero_()  # the step before a capture needs a row of the buffers as well
         for _ in range(steps):
-            if self.captures:
+            if captures:
                 self._graphs[batch].replay()
             else:
                 self._step(batch, longest)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nbhelpers import kernels
 from nbhelpers.kernels import HeadNorms, Projection
 from nbhelpers.models import families
-from nbhelpers.models.projection import projection
+from nbhelpers.models.projection import projection, watched
 
 
 class LinearGroup(NamedTuple):
@@ -57,7 +57,7 @@ class LinearGroup(NamedTuple):
 
 def _part(module: nn.Module) -> Projection | str:
     """`projection.projection`, which also takes a plain layer whose own weight is trained: nothing needs a gradient."""
-    if type(module) is nn.Linear and module.weight.requires_grad and "forward" not in module.__dict__:
+    if type(module) is nn.Linear and module.weight.requires_grad and not watched(module):
         return Projection(module.weight.detach(), None, None if module.bias is None else module.bias.detach())
     return projection(module)
 
@@ -96,12 +96,16 @@ class Decoder:
 
     Args:
         model (`nn.Module`): A model for which `families.why_not(model, "generation")` is None.
+
+    Raises ValueError for a model of no family, and for a hook that would not be called.
     """
 
     def __init__(self, model: nn.Module):
         family, config = families.of(model), families.unwrap(model).config
         if family is None:
             raise ValueError(f"no family is known for {type(families.unwrap(model)).__name__}")
+        if (why := families.missed_hook(model, "generation")) is not None:  # set since the engine was made
+            raise ValueError(f'the graph engine cannot decode this model: {why}. Use engine="hf"')
         # Any: a type checker cannot know the attributes of transformers' modules
         skeleton: Any = families.skeleton(model)
         self.rotary: Any = skeleton.rotary
@@ -118,6 +122,7 @@ class Decoder:
         # of one token's activations at their largest, in the MLP: gate and up, and four hidden states
         self.token_bytes: int = self.dtype.itemsize * (2 * config.intermediate_size + 4 * config.hidden_size)
         self.vocabulary: int = self.embedding.shape[0]
+        self.hooked: bool = families.hooked_linears(model)
 
     def addresses(self) -> tuple:
         """Changes when a graph captured before is no longer this model: other tensors, another adapter or scale."""

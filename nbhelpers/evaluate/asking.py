@@ -35,6 +35,10 @@ def scored(
         raise ValueError("no rows to score: the data set is empty, or n is 0")
     if not {"prompt", "answer"} <= set(rows[0]):
         raise ValueError(f"a row needs the columns prompt and answer; this data set has {', '.join(rows[0])}")
+    if isinstance(rows[0]["prompt"], str):
+        raise ValueError(
+            'a prompt must be chat messages, [{"role": "user", "content": ...}], and row 0 has a plain text'
+        )
     given = answers(model, tokenizer, [row["prompt"] for row in rows], decoding, engine, tags)
     each, correct = decoding.num_generations, correct or partial(right, tags=tags)
     return [

@@ -13,7 +13,7 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbhelpers import files, host
+from nbhelpers import files, host, hub_words
 from nbhelpers.architecture import GB
 from nbhelpers.loader.gguf import is_part_of
 from nbhelpers.models import adapter, model_folder
@@ -176,13 +176,16 @@ def push(folder: str | Path, repo_id: str, private: bool = True, token: str | No
         token (`str`, *optional*): With write access; None is the one that huggingface_hub knows (HF_TOKEN or an earlier
             login). It is never printed.
 
-    Raises FileNotFoundError for a folder without a model, PermissionError without a usable token.
+    Raises FileNotFoundError for a folder without a model, PermissionError without a usable token, ValueError for a
+    garbled one, which is not shown, and ConnectionError if the hub is out of reach.
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     if not host.is_first_process():
         return f"{huggingface_hub.constants.ENDPOINT}/{repo_id}"
+    token = hub_words.checked_token(token)
+    hub_words.token_in_use(token)
     folder = Path(folder)
     if not any((folder / name).exists() for name in _CONFIGS):
         raise FileNotFoundError(f"{folder} is no folder that export.save or export.merged wrote")
@@ -194,9 +197,19 @@ def push(folder: str | Path, repo_id: str, private: bool = True, token: str | No
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else 401
         if status not in (401, 403):
             raise
+        why = {
+            401: "the hub does not know this token (401): it may be cut off, expired or revoked, or there is none",
+            403: f"the hub does not let this token write to {repo_id} (403): it may only read, or the owner is another",
+        }
         raise PermissionError(
-            f"the hub does not let this token write to {repo_id} ({status}). Make one with write access at "
-            'https://huggingface.co/settings/tokens and pass export.push(..., token="hf_...") or set HF_TOKEN'
+            f"{why[status]}. Make one with write access at {hub_words.TOKENS} and pass "
+            'export.push(..., token="hf_...") or set HF_TOKEN'
+        ) from None
+    except Exception as error:  # the HTTP library's own, which is not a dependency of ours
+        if not hub_words.unanswered(error):
+            raise
+        raise hub_words.refusal(
+            "repository", repo_id, error, has_token=True, pass_token="set HF_TOKEN", copy="push later: the folder stays"
         ) from None
     return str(address)
 

@@ -236,12 +236,12 @@ def linear_logprob(
 def linear_logprob(
     hidden: Tensor, weight: Tensor, target: Tensor, *, quant_state: "QuantState | None" = None,
     bias: Tensor | None = None, temperature: float = 1.0, vocab_size: int | None = None,
-    entropy: Literal[True], scratch_bytes: int = LOGITS_BYTES,
+    entropy: Literal[True], entropy_grad: bool = False, scratch_bytes: int = LOGITS_BYTES,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def linear_logprob(
     hidden: Tensor, weight: Tensor, target: Tensor, *, quant_state: "QuantState | None" = None,
     bias: Tensor | None = None, temperature: float = 1.0, vocab_size: int | None = None,
-    entropy: bool = False, scratch_bytes: int = LOGITS_BYTES,
+    entropy: bool = False, entropy_grad: bool = False, scratch_bytes: int = LOGITS_BYTES,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """log softmax((hidden W^T + bias) / temperature)[target] without the [tokens, V] logits; softmax and sums in fp32.
 
@@ -253,7 +253,9 @@ def linear_logprob(
         bias (`Tensor`, *optional*): [V], frozen: Triton raises ValueError if it requires a gradient.
         temperature (`float`): Divides the logits.
         vocab_size (`int`, *optional*): Words from this index on are padding and get no probability.
-        entropy (`bool`): Return the entropy too, for logging: no gradient flows through it.
+        entropy (`bool`): Return the entropy too.
+        entropy_grad (`bool`): Let a gradient flow through it. The logits are then computed again in the backward: three
+            products, not two.
         scratch_bytes (`int`): Bounds the buffer for logits, whatever the number of tokens.
 
     Returns fp32 [...], or with `entropy` a pair of those, in nats. Gradients flow to hidden and, if it requires one, to
@@ -263,7 +265,7 @@ def linear_logprob(
     with device_of(hidden):
         return _for(hidden).linear_logprob(
             hidden, weight, target, quant_state=quant_state, bias=bias, temperature=temperature, vocab_size=vocab_size,
-            entropy=entropy, scratch_bytes=scratch_bytes,
+            entropy=entropy, entropy_grad=entropy_grad, scratch_bytes=scratch_bytes,
         )  # fmt: skip
 
 

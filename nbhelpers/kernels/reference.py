@@ -79,17 +79,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, norms: HeadNorms | None = None) -> tuple[Tensor, Tensor]:
     """See nbhelpers.kernels.rope."""
+    dtypes = q.dtype, k.dtype  # a norm whose weight is fp32 makes fp32 of 16-bit heads, but v stays what it is
     if norms is not None:
         q, k = _residual_norm(q, norms.q, norms.eps, None)[1], _residual_norm(k, norms.k, norms.eps, None)[1]
     half = cos.shape[-1] // 2
     c, s = (_compute(t)[..., :half].unsqueeze(1) for t in (cos, sin))  # [1 or B, 1, S, R/2]
 
-    def rotate(x: Tensor) -> Tensor:
+    def rotate(x: Tensor, dtype: torch.dtype) -> Tensor:
         x1, x2, rest = _compute(x).split([half, half, x.shape[-1] - 2 * half], dim=-1)
         rotated = (x1 * c - x2 * s, x2 * c + x1 * s)
-        return torch.cat((*rotated, rest) if rest.shape[-1] else rotated, dim=-1).to(x.dtype)
+        return torch.cat((*rotated, rest) if rest.shape[-1] else rotated, dim=-1).to(dtype)
 
-    return rotate(q), rotate(k)
+    return rotate(q, dtypes[0]), rotate(k, dtypes[1])
 
 
 def rope_packed(
@@ -205,7 +206,7 @@ def lora_mlp(
 def linear_logprob(
     hidden: Tensor, weight: Tensor, target: Tensor, *, quant_state: "QuantState | None" = None,
     bias: Tensor | None = None, temperature: float = 1.0, vocab_size: int | None = None, entropy: bool = False,
-    scratch_bytes: int = LOGITS_BYTES,
+    entropy_grad: bool = False, scratch_bytes: int = LOGITS_BYTES,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """See nbhelpers.kernels.linear_logprob."""
     if quant_state is not None:
@@ -217,7 +218,8 @@ def linear_logprob(
         z = (z if bias is None else z + bias) / temperature
         logps = z.log_softmax(-1)
         chosen = logps.gather(-1, t.clamp(min=0)[:, None]).squeeze(-1).masked_fill(t == -100, 0.0)
-        return chosen, -(logps.exp() * logps).sum(-1).detach()
+        entropies = -(logps.exp() * logps).sum(-1)
+        return chosen, entropies if entropy_grad else entropies.detach()
 
     # a chunk's logits are recomputed in the backward, so that all of them are never in memory, on a CPU either
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)

@@ -1,7 +1,7 @@
 """From a request to the base model on its device: find it, check that it fits, stream it in, quantise, calibrate."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from tqdm.auto import tqdm
@@ -30,9 +30,11 @@ def build(
     """
     source = hub.locate(request.model, token)
     request = _accepted(request, source)
+    source.model_config()  # names a config without sense, over which loading the tokenizer would stumble
     tokenizer = source.tokenizer()
     shards = source.weights()
     model = stream.empty_model(source, request.weight_dtype)
+    refuse_unknown_tokens(tokenizer, model)
     if request.quantization != "none":
         stream.swap_linears(model, shards, request.dtype, request.choice)
     silent = not progress or shards.nbytes < SMALL
@@ -68,6 +70,26 @@ def _accepted(request: Request, source: hub.Source) -> Request:
     return request
 
 
+def refuse_unknown_tokens(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> None:
+    """Look for tokens that the embedding has no row for.
+
+    Raises ValueError for one that ordinary text could be cut into. Special ones, which Gemma 3 has for images that its
+    small models do not see, are said in a line.
+    """
+    rows = cast("torch.nn.Embedding", model.get_input_embeddings()).weight.shape[0]
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    beyond = {index: token for token, index in tokenizer.get_vocab().items() if index >= rows}
+    named = ", ".join(repr(token) for _, token in sorted(beyond.items())[:3])
+    if beyond.keys() - special:
+        raise ValueError(
+            f"{model.name_or_path}: its tokenizer has {len(beyond)} tokens more than its embedding has rows ({rows}), "
+            f"the first are {named}. Take the tokenizer that belongs to the weights, or save the model after "
+            "model.resize_token_embeddings(len(tokenizer))"
+        )
+    if beyond:
+        print(f"the embedding has no row for {named}: a text with it cannot be read")
+
+
 def check_room(source: hub.Source, quantization: str, device: torch.device, weight_dtype: torch.dtype) -> None:
     """Compare what the config says the model needs with what is free; on a CPU only warn that 4 bits are slow there.
 
@@ -81,7 +103,12 @@ def check_room(source: hub.Source, quantization: str, device: torch.device, weig
     """
     try:
         architecture = families.architecture(source.config)
-    except (ValueError, KeyError):  # an architecture whose bytes cannot be counted: loading is tried
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        ArithmeticError,
+    ):  # an architecture whose bytes cannot be counted: loading is tried
         return
     if device.type != "cuda":
         if quantization != "none" and architecture.parameters() > 100e6:

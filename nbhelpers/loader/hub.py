@@ -5,7 +5,6 @@ weights are downloaded.
 """
 
 import getpass
-import json
 import os
 import re
 import sys
@@ -15,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from nbhelpers import host, presets
+from nbhelpers import files, host, hub_words, presets
 from nbhelpers.models import smoke
 from nbhelpers.presets import Preset
 
@@ -75,7 +74,7 @@ def identify(what: Preset | str | Path) -> Preset | str:
 
 def locate(model: Preset | str, token: str | None = None) -> Source:
     """The checkpoint of what `identify` returned. Raises as `find`."""
-    token = _checked_token(token)
+    token = hub_words.checked_token(token)
     if isinstance(model, str):
         source = _folder_or_hub(model, token)
     elif Path(model.hub_id).is_dir():  # the workshop model, in smoke too
@@ -87,15 +86,6 @@ def locate(model: Preset | str, token: str | None = None) -> Source:
     _check_code(source)
     source.prequantized()
     return source
-
-
-def _checked_token(token: str | None) -> str | None:
-    """Without the white space around it. ValueError for what no token holds, which the HTTP library would refuse in an
-    error that shows it whole."""
-    token = (token or "").strip()
-    if not re.fullmatch(r"[!-~]*", token):
-        raise ValueError("the token has a space, a line end or a special character in it: copy it once more, alone")
-    return token or None
 
 
 def _folder_or_hub(name: str, token: str | None) -> Source:
@@ -123,7 +113,7 @@ def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"{folder} has no config.json, so it is not a model folder: point at the one that has")
-    return json.loads(file.read_text())
+    return files.read_json(file)
 
 
 def _check_code(source: Source) -> None:
@@ -145,26 +135,18 @@ def _download(name: str, patterns: list[str], token: str | None) -> str:
     import huggingface_hub
     from huggingface_hub import errors
 
+    in_use = hub_words.token_in_use(token)
     try:
         return huggingface_hub.snapshot_download(name, allow_patterns=patterns, token=token)
-    except errors.GatedRepoError:
-        raise PermissionError(_access(name)) from None
-    except errors.RepositoryNotFoundError:
-        raise ValueError(
-            f'the hub has no model {name!r}, or it is private: then pass loader.load(..., token="hf_..."). '
-            f"Presets: {', '.join(presets.names())}"
-        ) from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
-        copy = 'pass the folder of a copy: loader.load("path/to/model")'
-        raise host.hub_out_of_reach(name, error, copy) from None
-    except errors.HfHubHTTPError as error:
-        if error.response.status_code not in (401, 403):
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's: full, read-only
             raise
-        raise PermissionError(
-            f"the hub refuses your token ({error.response.status_code}): it may be cut off, expired, or of the "
-            "fine-grained kind without access to gated repositories. Make one of the kind Read at "
-            "https://huggingface.co/settings/tokens and pass it again (token=..., or HF_TOKEN)"
-        ) from None
+        raise hub_words.refusal(
+            "model", name, error, has_token=in_use is not None,
+            pass_token='pass loader.load(..., token="hf_..."), or set HF_TOKEN (on Colab and Kaggle: a secret of that '
+            f"name). Presets: {', '.join(presets.names())}",
+            copy='pass the folder of a copy: loader.load("path/to/model")',
+        ) from None  # fmt: skip
 
 
 # ---- gated models ----

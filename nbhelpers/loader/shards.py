@@ -12,11 +12,14 @@ from pathlib import Path
 
 import torch
 
+from nbhelpers.files import read_json
+
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
+_LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -95,7 +98,10 @@ class Shards:
 def _files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(_is_file_name(name) for name in names.values()):
+            raise ValueError(f"{index} is damaged: its weight_map must give a file of this folder for each tensor")
+        files = [folder / name for name in sorted(set(names.values()))]
         missing = [file.name for file in files if not file.exists()]
         if missing:
             raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which its index names: download it again")
@@ -113,12 +119,17 @@ def _files(folder: Path) -> list[Path]:
     raise FileNotFoundError(f"{folder} has a config but no weights: model.safetensors is missing")
 
 
+def _is_file_name(name: object) -> bool:
+    """Whether it names a file beside the index, and nothing elsewhere on the disk."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\")
+
+
 def _header(file: Path) -> dict[str, Entry]:
     size = file.stat().st_size
     try:
         with open(file, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
-            if not 2 <= length <= size - 8:
+            if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
                 raise ValueError(f"header of {length} bytes")
             header = json.loads(f.read(length))
         header.pop("__metadata__", None)
@@ -127,9 +138,9 @@ def _header(file: Path) -> dict[str, Entry]:
             start, end = info["data_offsets"]
             entry = Entry(file, _DTYPES[info["dtype"]], tuple(info["shape"]), 8 + length + start, end - start)
             count = torch.Size(entry.shape).numel()
-            if entry.nbytes != count * entry.dtype.itemsize or 8 + length + end > size:
+            if start < 0 or entry.nbytes != count * entry.dtype.itemsize or 8 + length + end > size:
                 raise ValueError(f"{name} does not fit")
             entries[name] = entry
         return entries
-    except (ValueError, KeyError, TypeError) as error:  # JSONDecodeError is a ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged or cut short ({error}): download it again") from None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nbhelpers.files import read_json
 from nbhelpers.models import chat
 
 from .shards import Shards
@@ -50,17 +51,22 @@ class Source:
         return True
 
     def model_config(self) -> "PreTrainedConfig":
-        """The config as transformers builds a model from it."""
+        """The config as transformers builds a model from it. Raises ValueError for one that it cannot use."""
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+        try:
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+        except Exception as error:  # of many kinds: it checks the types and the sense of many fields
+            raise ValueError(f"{self.folder / 'config.json'} makes no model: {_line(error)}") from None
 
     def generation_config(self) -> "GenerationConfig | None":
-        """How its makers generate, if they say so."""
+        """How its makers generate, if they say so. Raises ValueError for a damaged file."""
         from transformers import GenerationConfig
 
-        if not (self.folder / "generation_config.json").exists():
+        file = self.folder / "generation_config.json"
+        if not file.exists():
             return None
+        read_json(file)  # names it if it is damaged
         return GenerationConfig.from_pretrained(self.folder)
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -70,3 +76,7 @@ class Source:
     def weights(self) -> Shards:
         """The tensors. Raises as `Shards`."""
         return Shards(self.folder)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

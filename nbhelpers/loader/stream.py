@@ -4,6 +4,7 @@ The model is built on the meta device, which takes no memory; its linear layers 
 then every tensor is read, sent to the device and, where its layer is in 4 bits, quantised there.
 """
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
@@ -41,6 +42,10 @@ def empty_model(source: Source, dtype: torch.dtype) -> "PreTrainedModel":
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except ValueError as error:
         raise ValueError(f"{source.id} is not a causal language model: {str(error).splitlines()[0]}") from None
+    except (TypeError, ArithmeticError, AttributeError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"{source.folder / 'config.json'} makes no model: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from None
     model.config._name_or_path = model.name_or_path = source.id
     return model.requires_grad_(False).eval()
 
@@ -86,7 +91,8 @@ def fill(
         dtype (`torch.dtype`): What quantised layers compute in.
         progress (`Callable[[int], object]`): Called before each tensor with its bytes in the checkpoint.
 
-    Raises ValueError for a tensor of the wrong shape or one that is missing.
+    Raises ValueError for a tensor of the wrong shape, one that is missing, one that the config has no place for, and
+    one that holds NaN or infinity.
     """
     tied = _tied_head(model)
     wanted = dict(model.named_parameters(remove_duplicate=False))
@@ -106,10 +112,14 @@ def fill(
         if tuple(wanted[name].shape) != entry.shape:
             raise ValueError(f"{entry.file.name}: {name} is {entry.shape}, the config says {tuple(wanted[name].shape)}")
         if linear4bit is not None:
-            quantize.fill(linear4bit, quantize.pack(shards.read(name).to(device), dtype))
+            tensor = shards.read(name).to(device)
+            refuse_non_finite(tensor, f"{name} in {entry.file.name}")
+            quantize.fill(linear4bit, quantize.pack(tensor, dtype))
         else:
             tensor = shards.read(name, weight_dtype).to(device, copy=True)  # converts on the host
+            refuse_non_finite(tensor, f"{name} in {entry.file.name}")
             setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+    _refuse_without_place(model, unused)
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta and name not in filled]
     if missing:
@@ -122,6 +132,37 @@ def fill(
     for module in model.modules():
         for key, buffer in module.named_buffers(recurse=False):
             module._buffers[key] = buffer.to(device)
+
+
+def refuse_non_finite(tensor: torch.Tensor, name: str) -> None:
+    """Raises ValueError for NaN or infinity in a tensor of floating point numbers: they reach every answer."""
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:  # on meta there are no numbers
+        return
+    if not all(map(torch.isfinite, torch.aminmax(tensor))):
+        raise ValueError(
+            f"{name} holds NaN or infinity, so the model would write nonsense: the run that saved it had learned "
+            "none, or float16 was too narrow for it. Take an earlier checkpoint, or another dtype"
+        )
+
+
+def _refuse_without_place(model: "PreTrainedModel", unused: list[str]) -> None:
+    """Raises ValueError if tensors of the checkpoint are no part of the model though they should be: layers beyond
+    those that the config counts, or biases of linear layers that it makes without."""
+    config = model.config.get_text_config()
+    # layers that guess tokens ahead (DeepSeek's, GLM's) stand behind the others and are no part of a causal model
+    layers = config.num_hidden_layers + getattr(config, "num_nextn_predict_layers", 0)
+    modules = dict(model.named_modules())
+    for name in unused:
+        owner, _, leaf = name.rpartition(".")
+        beyond = re.search(r"\blayers\.(\d+)\.", name)
+        if beyond and int(beyond[1]) >= layers:
+            raise ValueError(
+                f"the checkpoint has {name}, and its config.json says num_hidden_layers={config.num_hidden_layers}: "
+                "one of the two is another model's"
+            )
+        if leaf == "bias" and isinstance(modules.get(owner), nn.Linear):
+            raise ValueError(f"the checkpoint has {name}, and its config.json makes this layer without a bias: one of "
+                             "the two is another model's")  # fmt: skip
 
 
 def keep_in_16_bits(
@@ -151,7 +192,9 @@ def _packed(shards: Shards, name: str, device: torch.device, dtype: torch.dtype)
     from bitsandbytes.nn import Params4bit
 
     def read(key: str) -> torch.Tensor:
-        return shards.read(key).to(device, copy=True)
+        tensor = shards.read(key).to(device, copy=True)
+        refuse_non_finite(tensor, key)
+        return tensor
 
     stats = {key.removeprefix(f"{name}."): read(key) for key in shards.entries if key.startswith(f"{name}.")}
     weight = Params4bit.from_prequantized(read(name), stats, device=device)

@@ -148,7 +148,10 @@ class _Card:
         return resident(self.preset.architecture, s.quantization, s.lora_rank, targets, s.optimizer)
 
     def cost(self, s: Setting) -> StepCost:
-        return StepCost(self.preset.architecture, 4 if s.lora_rank == 0 else 2, self.backend)
+        preset, dropped = self.preset, 0
+        if preset.lora_dropout and s.lora_rank:
+            dropped = sum(m.in_features for m in preset.architecture.linears() if m.name in preset.lora_targets)
+        return StepCost(preset.architecture, 4 if s.lora_rank == 0 else 2, self.backend, dropped)
 
     def left(self, s: Setting) -> tuple[float, float]:
         """(bytes that the card has left between the halves of a step, bytes that the budget has left): see Room."""

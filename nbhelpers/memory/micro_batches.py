@@ -76,11 +76,13 @@ class StepCost:
         architecture (`Architecture`): The model's shapes.
         width (`int`): Bytes of an activation's number, 2 or 4.
         attention (`str`): The backend, "flash", "efficient" or "rows" (see training/packed_attention.py).
+        dropped (`int`): Features that go through LoRA's dropout in a layer, over all of its linear layers.
     """
 
     architecture: Architecture
     width: int = 2
     attention: str = "flash"
+    dropped: int = 0
 
     @property
     def layers(self) -> int:
@@ -102,6 +104,10 @@ class StepCost:
         """2 [tokens, g * D]: keys and values of `layers` layers."""
         a = self.architecture
         return tokens * kv_bytes_per_token(layers, a.num_key_value_heads, a.head_dim, self.width)
+
+    def dropout(self, tokens: int) -> int:
+        """What LoRA's dropout saves of a layer: its input and its output for A, in fp32, and the mask, in bytes."""
+        return 9 * self.dropped * tokens
 
     def _expanded(self, keys: int) -> int:
         """K and V, or their gradients, with as many heads as Q; nothing where they have as many anyway."""
@@ -129,12 +135,14 @@ class StepCost:
 
     def recompute_attention(self, t: Tokens) -> int:
         """Backward through a layer's attention: input, gradient of the sum, what was saved, scratch."""
-        return 2 * self.hidden(t.packed) + self._attention_saved(t) + self._attention_scratch(t)
+        dropout = self.dropout(t.packed)
+        return 2 * self.hidden(t.packed) + self._attention_saved(t) + self._attention_scratch(t) + dropout
 
     def recompute_mlp(self, t: Tokens, tile: int) -> int:
         """Backward through a layer's MLP, before that: input, incoming gradient, attention's output, a tile's work."""
         tile = min(tile, t.packed)
-        return 3 * self.hidden(t.packed) + self._attention_saved(t) + 3 * self.inner(tile) + 4 * self.hidden(tile)
+        work = 3 * self.inner(tile) + 4 * self.hidden(tile) + self.dropout(tile)
+        return 3 * self.hidden(t.packed) + self._attention_saved(t) + self.dropout(t.packed) + work
 
     def head(self, t: Tokens) -> int:
         """Last layer's output, the scored tokens, normed, their gradients, and the buffer for logits."""
@@ -144,7 +152,8 @@ class StepCost:
 
     def saved(self, t: Tokens) -> int:
         """A layer whose backward needs nothing computed again: input, its attention, sum, gate and up."""
-        return self._attention_saved(t) + 2 * self.hidden(t.packed) + 2 * self.inner(t.packed)
+        own = 2 * self.hidden(t.packed) + 2 * self.inner(t.packed) + self.dropout(t.packed)
+        return self._attention_saved(t) + own
 
     def saved_backward(self, t: Tokens) -> int:
         """On top of the saved tensors, while such a layer goes backward: the gradients alive in it."""

@@ -10,6 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from nbhelpers.files import read_json
+
+from . import template_check
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +25,7 @@ DEFAULT_TEMPLATE = (
     "{{ eos_token if message['role'] == 'assistant' else '' }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # tokens that are reserved for padding or never used in text, best first
 _PAD = (
     "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<|dummy_85|>", "<|endoftext|>", "<|fim_pad|>",
@@ -41,8 +46,16 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # of many kinds; the tokenizers library raises Exception itself
+        for name in _FILES:
+            if (Path(folder) / name).exists():
+                read_json(Path(folder) / name)  # if it is this one that is damaged, its name is said
         raise ValueError(f"{folder} has no tokenizer that transformers can read ({error})") from None
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+        raise ValueError(
+            f"{folder} has no tokenizer that transformers can read: its vocabulary (tokenizer.json, tokenizer.model, "
+            "or vocab.json with merges.txt) is missing or empty. Download it again"
+        )
     return prepare(tokenizer)
 
 
@@ -52,7 +65,8 @@ def prepare(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
     If the pad token is the end token, a loss that ignores padding never learns to stop, so another is taken: one made
     for it, else a special token that the chat template does not write.
 
-    Raises ValueError without an end token, or any token that could serve as padding.
+    Raises ValueError without an end token, without any token that could serve as padding, or for a chat template that
+    fails or does not end.
     """
     if tokenizer.eos_token is None:
         raise ValueError("the tokenizer has no end token, so a completion could not end: set tokenizer.eos_token first")
@@ -72,6 +86,8 @@ def prepare(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
             )
     if tokenizer.chat_template is None:
         tokenizer.chat_template = DEFAULT_TEMPLATE
+        print("the tokenizer has no chat template: it gets plain text, as in `User: ...` and `Assistant:`")
+    template_check.check(tokenizer)
     tokenizer.padding_side = "left"  # generation continues at the right edge
     return tokenizer
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 from nbhelpers.architecture import Architecture, Family
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -168,6 +170,8 @@ def why_not(model: "nn.Module", for_: Literal["training", "generation"]) -> str 
         return f"its embedding is a {type(inner.get_input_embeddings()).__name__}, wrapped or quantised"
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "it is spread over several devices"
+    if (why := missed_hook(model, for_)) is not None:
+        return why
     return _why_not_train(model, family, inner) if for_ == "training" else None
 
 
@@ -179,9 +183,79 @@ def _why_not_train(model: "nn.Module", family: Family, inner: "PreTrainedModel")
 
     if any(window(family, module.self_attn) for module in inner.model.layers):
         return "its attention has a sliding window"
-    dropouts = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    # dropout inside a linear layer, LoRA's, is drawn by the layer's own forward; any other would have to be walked
+    halves = [half for layer in inner.model.layers for half in (layer.self_attn, layer.mlp)]
+    inside = {module for half in halves for module in half.modules()}
+    dropouts = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Dropout) and module.p > 0 and module not in inside
+    ]
     if dropouts or inner.config.attention_dropout:
         return f"it has dropout ({dropouts[0] if dropouts else 'attention_dropout'})"
     if known().get(type(inner.lm_head)) is not False:
         return f"its head is a {type(inner.lm_head).__name__}"
     return None
+
+
+# ------------------------------------------------------------------------------------------------------------- hooks
+
+# A walk calls some modules, linear layers for instance, and computes others, a decoder layer or its attention, from
+# their parts. A hook on the latter would not run: what is trained, or what writes, would be another model.
+
+# transformers' own: the embedding's output gets to require a gradient, an output is copied where that is asked for
+HARMLESS = ("transformers.modeling_utils", "transformers.utils.output_capturing")
+NEFTUNE = "transformers.integrations.neftune"  # noise on the embedding, but not in evaluation mode
+
+
+def missed_hook(model: "nn.Module", for_: Literal["training", "generation"]) -> str | None:
+    """The first hook that the walk would not call, in words; None if there is none.
+
+    Args:
+        model (`nn.Module`): A model for which `of` knows a family, in peft's wrapper or not.
+        for_ (`str`): As in `why_not`. In generation nothing is differentiated, so backward hooks may be there.
+    """
+    from torch.nn.modules import module as torch_module
+
+    if torch_module._has_any_global_hook():
+        return "it has hooks on all modules (torch's register_module_forward_hook and its like)"
+    called = {id(module) for module in _called(model, for_)}
+    whole = (model, unwrap(model))  # accelerate and TRL give it another forward, for autocast and for the loss
+    for name, module in model.named_modules():
+        replaced = "forward" in vars(module) and module not in whole
+        if id(module) not in called and (replaced or _hooked(module, for_)):
+            return f"it has a hook on {name or 'the whole model'}, which would not be called"
+    return None
+
+
+def hooked_linears(model: "nn.Module") -> bool:
+    """Whether the walk for generation meets a linear layer with hooks, which it calls; a CUDA graph cannot."""
+    from .projection import watched
+
+    return any(watched(module) for module in _called(model, "generation"))
+
+
+def _hooked(module: "nn.Module", for_: str) -> bool:
+    harmless = HARMLESS if for_ == "training" else (*HARMLESS, NEFTUNE)
+    forward = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    backward = bool(module._backward_hooks or module._backward_pre_hooks) and for_ == "training"
+    return backward or any(hook.__module__ not in harmless for hook in forward)
+
+
+def _called(model: "nn.Module", for_: str) -> "Iterator[nn.Module]":
+    """The modules that are called as modules, at least where they have a hook."""
+    family, whole = of(model), skeleton(model)
+    assert family is not None
+    yield whole.rotary
+    linears = [whole.head] if for_ == "generation" else []
+    for module in whole.layers:
+        parts = layer(family, module)
+        linears += [*parts.qkv, parts.out, *parts.gate_up, parts.down]
+        if for_ == "training":
+            yield from (parts.norm, parts.mlp_norm, *parts.head_norms)
+    if for_ == "training":
+        yield whole.norm
+    for linear in linears:  # with the parts of it that projection.py looks at
+        for name, part in linear.named_modules():
+            if name.split(".")[0] in ("", "base_layer", "lora_A", "lora_B"):
+                yield part

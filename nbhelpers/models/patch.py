@@ -124,7 +124,7 @@ class _Attention(_Fused):
         if norms and any(watched(norm) for norm in norms):  # they must be called as modules
             q, k, v = self._heads(outputs)
             q_norm, k_norm = norms
-            return *kernels.rope(q_norm(q), k_norm(k), cos, sin), v
+            return *kernels.rope(q_norm(q).to(q.dtype), k_norm(k).to(k.dtype), cos, sin), v
         weights = families.head_norms(norms)
         if len(outputs) == 1:
             counts = self.config.num_attention_heads, self.config.num_key_value_heads

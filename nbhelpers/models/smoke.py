@@ -3,8 +3,12 @@
 The same preset gives the same weights every time, so an adapter trained on one can be loaded onto the next.
 """
 
+import functools
+import getpass
 import json
+import os
 import random
+import stat
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -25,7 +29,7 @@ CHATML = (
 
 
 def make(name: str, architecture: Architecture) -> Path:
-    """The folder of a preset's stand-in, in the system's temporary directory; made if it is not there yet."""
+    """The folder of a preset's stand-in, in a temporary folder of this user; made if it is not there yet."""
     key = sha256(json.dumps(asdict(architecture), sort_keys=True).encode()).hexdigest()[:8]
     return _once(f"{name}-{key}", "model.safetensors", lambda new: write(architecture, new))
 
@@ -36,10 +40,9 @@ def make_dataset() -> Path:
 
 
 def _once(name: str, last: str, write_into: Callable[[Path], object]) -> Path:
-    """The folder `name` in the system's temporary directory, written unless its file `last` is there."""
-    folder = Path(tempfile.gettempdir()) / "nbhelpers-smoke" / name
+    """The folder `name` below `_own_folder`, written unless its file `last` is there."""
+    folder = _own_folder() / name
     if not (folder / last).exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as new:  # another process may be writing it as well
             write_into(Path(new))
             try:
@@ -48,6 +51,26 @@ def _once(name: str, last: str, write_into: Callable[[Path], object]) -> Path:
             except OSError:  # the other one was first
                 pass
     return folder
+
+
+def _own_folder() -> Path:
+    """A folder in the system's temporary directory that this user alone can write to.
+
+    Anybody may make a folder of any name there, and put a model of theirs into it. One that is another's, or that
+    others may write to, is not used: then this process has one of its own.
+    """
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()  # Windows has a temporary directory a user
+    folder = Path(tempfile.gettempdir()) / f"nbhelpers-smoke-{user}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if os.name != "nt" and (not stat.S_ISDIR(found.st_mode) or found.st_uid != user or found.st_mode & 0o022):
+        return _instead()
+    return folder
+
+
+@functools.cache
+def _instead() -> Path:
+    return Path(tempfile.mkdtemp(prefix="nbhelpers-smoke-"))
 
 
 def _write_problems(folder: Path) -> None:

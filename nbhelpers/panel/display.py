@@ -34,6 +34,7 @@ HELP = {
     "clipped": "share of tokens whose probability moved too far since they were drawn to count fully",
     "KL": "distance from the model before training",
     "tokens/s": "tokens of prompts and answers, by the time of the whole step: writing, scoring, learning",
+    "in rewards": "of the time elapsed: what the reward functions took",
     "left": "if the rest goes as fast as the steps so far",
     "spread in a group": "standard deviation among the answers to one question: what GRPO learns from",
     "between groups": "standard deviation of the mean rewards of the questions: how unequally hard they are",
@@ -152,7 +153,9 @@ class View:
         if row["seconds"] is None or done < 1:  # resumed: no step of this session yet
             return []
         left = row["seconds"] / done * max(0, self.total_steps - row["step"])
-        return [("elapsed", _clock(row["seconds"])), ("left", _clock(left))]
+        spent = sum(row.get("reward_seconds") or 0.0 for row in self.history[-done:])
+        rewards = [("in rewards", _clock(spent))] if spent >= 1 else []
+        return [("elapsed", _clock(row["seconds"])), *rewards, ("left", _clock(left))]
 
     def _numbers_html(self) -> str:
         row = self.history[-1]

@@ -49,6 +49,9 @@ def row_of(log: dict) -> dict:
             for key, value in values.items()
             if key.startswith("rewards/") and key.endswith(end)
         }
+    costs = [value for key, value in values.items() if key.startswith("reward_seconds/") and value is not None]
+    if costs:
+        row["reward_seconds"] = sum(costs)
     unknown = {name: None for name in ("format", "speed", "memory", "seconds")}
     return {**row, "within": {}, "between": {}, **unknown, "gaming": []}
 

@@ -33,11 +33,13 @@ from .countdown_rules import verify
 from .penalties import get_language_consistency, get_length_penalty, get_repetition_penalty
 from .reading import read, right
 from .reward import Reward
+from .sandbox import sandboxed
 
 __all__ = [
     "REASONING", "TAGS", "THINK", "Reward", "Sample", "Tags", "check", "correctness", "countdown", "extract_answer",
     "extract_boxed", "form", "formatted", "get_language_consistency", "get_length_penalty", "get_repetition_penalty",
     "in_form", "integer_answer", "is_correct", "math_correctness", "number_of", "question_of", "read", "right", "same",
+    "sandboxed",
     "soft_format", "strict_format", "tag_count", "text_of",
 ]  # fmt: skip
 
@@ -177,10 +179,10 @@ def math_correctness(completions: list, answer: list[str], **_) -> list[float | 
     r"""2.0 when the answer is the same mathematics as the right one, else 0.0: \frac12, 0.5, 50\% and 1/2 are equal.
 
     The answer is what stands in the answer tag or, without a closed one, in the last `\boxed{...}`. math-verify reads
-    it, in a process of its own, at most `math_equal.SECONDS` for each answer; one that is late, longer than 200
-    characters or no mathematics scores 0.0. What counts as equal is said at `math_equal.equal`. An answer need not be
-    worked out: 17*23 is equal to 391. Where the question is itself an expression that a model could copy, use
-    `correctness`.
+    it, in a process of its own, at most `math_equal.SECONDS` for a batch and 0.03 s more for each answer; one that is
+    late, longer than 200 characters or no mathematics scores 0.0. What counts as equal is said at `math_equal.equal`.
+    An answer need not be worked out: 17*23 is equal to 391. Where the question is itself an expression that a model
+    could copy, use `correctness`.
 
     Args:
         completions (`list[str]` or `list[list[dict[str, str]]]`): What the model wrote.

@@ -7,7 +7,7 @@ from collections.abc import Coroutine, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from .guard import named
+from .guard import fresh, named
 from .reward import Reward
 
 
@@ -26,13 +26,13 @@ def call(reward: Reward, rows: Sequence[dict], texts: Sequence[str], lengths: Se
     columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion")}
     ids = [[0] * length for length in lengths] or [list(text[::4].encode("utf-8", "replace")) for text in texts]
     result = reward(
-        prompts=[row["prompt"] for row in rows],
+        prompts=fresh([row["prompt"] for row in rows]),
         completions=[[{"role": "assistant", "content": text}] if chat else text for text in texts],
         completion_ids=ids,
         trainer_state=SimpleNamespace(global_step=0, max_steps=1, epoch=0.0),
         log_extra=lambda *_: None,
         log_metric=lambda *_: None,
-        **columns,
+        **fresh(columns),
     )
     return _awaited(result) if inspect.iscoroutine(result) else result
 
@@ -41,7 +41,7 @@ def by_name(reward_funcs: Reward | Sequence[Reward]) -> dict[str, Reward]:
     """Each reward function under the name that TRL logs it by; the errors of `check` for what is none."""
     from torch import nn
 
-    rewards = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+    rewards: list[Any] = list(reward_funcs) if isinstance(reward_funcs, Sequence) else [reward_funcs]
     if models := [reward for reward in rewards if isinstance(reward, nn.Module) or not callable(reward)]:
         raise TypeError(f"{models[0]!r} is no function, and this looks at functions only: leave it out")
     names = [named(reward)[0] for reward in rewards]

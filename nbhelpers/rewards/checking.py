@@ -31,6 +31,7 @@ from .adversarial import (
     texts_for,
 )
 from .calling import by_name, call
+from .guard import LARGEST
 from .reward import Questions, Reward
 
 SLOW_MS, STOP_MS = 50.0, 250.0  # a reward may take SLOW_MS for CHARACTERS
@@ -162,7 +163,7 @@ class _Trial:
         return [_extreme(of_one_row, highest) for of_one_row in zip(*tries, strict=True)]
 
     def numbers(self, rows: list[dict], texts: list[str]) -> list[float | None]:
-        """Its scores, one for each text, None for what is no finite number."""
+        """Its scores, one for each text, None for what the guard would not take as a number."""
         try:
             values = [None if value is None else float(value) for value in call(self.reward, rows, texts)]
         except Exception as error:
@@ -172,9 +173,9 @@ class _Trial:
             said = f"it returns {len(values)} scores for {len(texts)} completions; one is wanted for each"
             self.problems[said] = None
             return [None for _ in texts]
-        if bad := [value for value in values if value is not None and not math.isfinite(value)]:
-            self.problems[f"it returns {bad[0]}, no number"] = None
-        return [value if value is not None and math.isfinite(value) else None for value in values]
+        if bad := [value for value in values if value is not None and not abs(value) <= LARGEST]:
+            self.problems[f"it returns {bad[0]}, no number within {LARGEST:g}"] = None
+        return [value if value is not None and abs(value) <= LARGEST else None for value in values]
 
     def slowest(self, row: dict, form: str) -> tuple[int, float]:
         """The characters and the milliseconds of the slowest hostile text, of the largest size that was tried."""

@@ -4,34 +4,45 @@ TRL takes what a reward function gives. A function that raises ends the run; one
 lets it go on to the end, with exit code 0, having learned nothing.
 """
 
+import asyncio
 import functools
 import inspect
 import math
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .reward import Reward
+from .time_limit import Late, limited
 
 if TYPE_CHECKING:
     from torch import nn
 
+LARGEST = 1e15  # of a reward: float32, in which groups are compared, must hold its square many times over
 FAILURES = 3  # batches in a row without a single score before the run is stopped
+SECONDS = 300.0  # for one call of a reward function
+NOT_ITS_OWN = (KeyboardInterrupt, GeneratorExit, asyncio.CancelledError)  # nothing that a reward did wrong
 
 
 class RewardError(ValueError):
     """A reward function that must be changed before training can go on; the message says which, and how."""
 
 
-def guard(func: Reward) -> Reward:
+def guard(func: Reward, seconds: float = SECONDS) -> Reward:
     """The same reward function, for a run that is not lost to one bad batch. Async functions stay async.
 
-    A batch in which it raises, or gives no usable number at all, scores None (for TRL: "does not apply") with a
-    warning; the third in a row stops the run. NaN, infinity or something that is no number scores None in its row,
-    with a warning for the first one.
+    A batch in which it raises (SystemExit and its like too), takes too long, or gives no usable number at all, scores
+    None (for TRL: "does not apply") with a warning; the third in a row stops the run. NaN, infinity, a number beyond
+    `LARGEST` or something that is no number scores None in its row, with a warning for the first one. It gets copies of
+    its arguments (`fresh`), so that what it writes into them reaches neither the next function nor the panel, and
+    gradients are on again after it.
 
     Args:
         func (`Reward`): A reward function with TRL's signature.
+        seconds (`float`): Time for one call; then it is cut off, as far as Python can (see time_limit.py).
 
     Returns:
         `Reward`: It has the `__name__` under which TRL logs `func`, and returns a `list[float | None]`.
@@ -41,10 +52,12 @@ def guard(func: Reward) -> Reward:
             or does not return one score for each completion; after three failed batches in a row, from the last
             exception.
     """
-    return _Guard(func).guarded()
+    return _Guard(func, seconds).guarded()
 
 
-def guard_all(funcs: "Sequence[Reward | str | nn.Module]") -> "list[Reward | str | nn.Module]":
+def guard_all(
+    funcs: "Sequence[Reward | str | nn.Module]", seconds: float = SECONDS
+) -> "list[Reward | str | nn.Module]":
     """`guard` around every function of a list; reward models (modules and names of models) pass through untouched.
 
     A completion to which no function applies is left to TRL, which keeps it out of its group's baseline and gives it
@@ -54,16 +67,21 @@ def guard_all(funcs: "Sequence[Reward | str | nn.Module]") -> "list[Reward | str
     Args:
         funcs (`Sequence[Reward | str | nn.Module]`): What TRL's `reward_funcs` takes: reward functions, reward models
             and names of reward models.
+        seconds (`float`): As in `guard`.
 
     Returns:
         `list[Reward | str | nn.Module]`: As long as `funcs`, in the same order.
 
     Raises:
-        RewardError: At once for two functions of one name, whose curves TRL would mix into one.
+        RewardError: At once for what is neither, with its place in the list, and for two functions of one name, whose
+            curves TRL would mix into one.
     """
     from torch import nn
 
-    guards = {i: _Guard(func) for i, func in enumerate(funcs) if not isinstance(func, (str, nn.Module))}
+    for i, func in enumerate(funcs):
+        if why := _why_no_reward(func):
+            raise RewardError(f"reward_funcs[{i}] is {why}")
+    guards = {i: _Guard(func, seconds) for i, func in enumerate(funcs) if not isinstance(func, (str, nn.Module))}
     names = [one.name for one in guards.values()]
     for name in names:
         if names.count(name) > 1:
@@ -72,6 +90,40 @@ def guard_all(funcs: "Sequence[Reward | str | nn.Module]") -> "list[Reward | str
         for one in guards.values():
             one.team = list(guards.values())
     return [guards[i].guarded() if i in guards else func for i, func in enumerate(funcs)]
+
+
+def unguarded(func: Any) -> Any:
+    """The function that was given to `guard`; anything else as it is."""
+    return vars(func).get(_INSIDE, func) if inspect.isfunction(func) else func
+
+
+def _why_no_reward(func: Any) -> str | None:
+    """What `func` is instead of a reward function, a reward model or the name of one; None if it is one of them."""
+    from torch import nn
+
+    if isinstance(func, str):
+        if "/" in func or Path(func).is_dir():
+            return None
+        return (
+            f"the text {func!r}, no function and no reward model (a folder, owner/model): write {func} without quotes"
+        )
+    if inspect.isclass(func):
+        return f"the class {func.__name__}, whose instance is wanted: {func.__name__}(...)"
+    if callable(func) or isinstance(func, nn.Module):
+        return None
+    inner = ": a list within the list, so take its brackets off" if isinstance(func, (list, tuple)) else ""
+    return f"{func!r}, and a {type(func).__name__} is no function{inner}"
+
+
+def fresh(value: Any) -> Any:
+    """A copy of lists, tuples and dicts, however deep; what they hold in the end (texts, numbers, images) is shared."""
+    if type(value) is dict:
+        return {key: fresh(item) for key, item in value.items()}
+    if type(value) not in (list, tuple):
+        return value
+    if all(isinstance(item, (str, int, float)) for item in value):  # token ids: many, and quickly copied
+        return value[:]
+    return type(value)(fresh(item) for item in value)
 
 
 def named(func: Any) -> tuple[str, Any]:
@@ -86,11 +138,29 @@ def named(func: Any) -> tuple[str, Any]:
     return func.__name__ if inspect.isroutine(func) else type(func).__name__, func
 
 
+_INSIDE = "unguarded"  # the attribute of a guarded function that holds what it guards
+
+
+@contextmanager
+def _as_it_was() -> Iterator[None]:
+    """After the block gradients are on or off as before it: a reward that switches them off would end the run."""
+    import torch
+
+    enabled = torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(enabled)
+
+
 class _Guard:
     """What one guarded function did so far."""
 
-    def __init__(self, func: Callable[..., Any]):
-        self.func = func
+    def __init__(self, func: Callable[..., Any], seconds: float):
+        if not seconds > 0:
+            raise ValueError(f"reward_seconds={seconds}: a number of seconds above 0")
+        self.func, self.seconds = func, seconds
+        self.spent = 0.0  # seconds in this function so far
         self.name, self.inner = named(func)
         called = self.inner if inspect.isroutine(self.inner) else self.inner.__call__
         self.is_async = inspect.iscoroutinefunction(called)
@@ -105,24 +175,46 @@ class _Guard:
 
         async def guarded_async(completions: list, **columns: Any) -> list[float | None]:
             self.check_columns(completions, columns)
+            begun = time.monotonic()
             try:
-                scores = await self.func(completions=completions, **columns)
-            except Exception as error:
-                return self.failed(len(completions), error)
+                with _as_it_was():
+                    scores = await asyncio.wait_for(
+                        self.func(completions=fresh(completions), **fresh(columns)), self.seconds
+                    )
+            except NOT_ITS_OWN:
+                raise
+            except BaseException as error:
+                late = isinstance(error, TimeoutError) and time.monotonic() - begun >= self.seconds
+                return self.failed(len(completions), Late() if late else error)
+            finally:
+                self.count_time(time.monotonic() - begun, columns)
             return self.checked(scores, len(completions))
 
         def guarded_sync(completions: list, **columns: Any) -> list[float | None]:
             self.check_columns(completions, columns)
+            begun = time.monotonic()
             try:
-                scores = self.func(completions=completions, **columns)
-            except Exception as error:
+                with _as_it_was(), limited(self.seconds, f"reward function {self.name!r}"):
+                    scores = self.func(completions=fresh(completions), **fresh(columns))
+            except NOT_ITS_OWN:
+                raise
+            except BaseException as error:
                 return self.failed(len(completions), error)
+            finally:
+                self.count_time(time.monotonic() - begun, columns)
             return self.checked(scores, len(completions))
 
         guarded: Any = guarded_async if self.is_async else guarded_sync
         guarded.__name__ = guarded.__qualname__ = self.name
         guarded.__doc__ = self.inner.__doc__
+        vars(guarded)[_INSIDE] = self.func
         return guarded
+
+    def count_time(self, seconds: float, columns: dict[str, Any]) -> None:
+        """Add up what the function costs, and log it where the trainer offers to."""
+        self.spent += seconds
+        if (log_metric := columns.get("log_metric")) is not None:
+            log_metric(f"reward_seconds/{self.name}", seconds)
 
     def check_columns(self, completions: list, columns: dict) -> None:
         """A misspelt column or a missing `**_` would fail in every batch: say so in the first."""
@@ -156,12 +248,12 @@ class _Guard:
         numbers = [_number(score) for score in scores]
         bad = [row for row in range(n) if numbers[row] is None and scores[row] is not None]
         if len(bad) == n > 0:
-            return self.failed(n, ValueError(f"{scores[0]!r} in row 0, and no finite number in any other"))
+            return self.failed(n, ValueError(f"{scores[0]!r} in row 0, and no usable number in any other"))
         if bad and not self.warned:
             self.warned = True
             warnings.warn(
                 f"reward function {self.name!r} gave {scores[bad[0]]!r} to row {bad[0]} of {n}, which is no finite "
-                "number; such rows count as None (not scored). This is said once.",
+                f"number within {LARGEST:g}; such rows count as None (not scored). This is said once.",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -169,10 +261,15 @@ class _Guard:
         self.count_silence(numbers)
         return numbers
 
-    def failed(self, n: int, error: Exception) -> list[float | None]:
+    def failed(self, n: int, error: BaseException) -> list[float | None]:
         """None for each of n completions, with a warning; RewardError for the third failure in a row."""
         self.failures += 1
         what = f"{type(error).__name__}: {error}"
+        if isinstance(error, Late):
+            what = (
+                f"no answer within {self.seconds:g} s (reward_seconds; it has cost {self.spent + self.seconds:.0f} s "
+                "of this run so far)"
+            )
         if self.failures >= FAILURES:
             raise RewardError(
                 f"reward function {self.name!r} failed in {FAILURES} batches in a row, last with {what}"
@@ -208,9 +305,9 @@ class _Guard:
 
 
 def _number(score: Any) -> float | None:
-    """A finite float, or None for everything that is none."""
+    """A finite float that float32 can reckon with, or None for everything that is none."""
     try:
         number = math.nan if isinstance(score, (str, bytes)) else float(score)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several values
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= LARGEST else None

@@ -1,17 +1,20 @@
 """Whether two answers are the same mathematics: 1/2, 0.5 and \\frac12. By math-verify, in a process that can be killed.
 
 Deciding equality can take for ever (9^{9^{9^9}} has more digits than the universe has room for), and Python cannot
-stop its own thread in the middle of one big number. So a second process does it: started on first use, kept, and
-killed when it is late. It never sees the notebook's memory and is not given more than a few hundred characters.
+stop its own thread in the middle of one big number. So a second process does it: started on first use, kept, and killed
+when it is late. A batch has a budget of seconds, which that process shares out (math_worker.py). It never sees the
+notebook's memory and is not given more than a few hundred characters.
 """
 
 import atexit
 import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,8 @@ from .answers import number_of, same
 from .reading import fraction, one_number, plain
 
 PROGRAM = Path(__file__).with_name("math_worker.py")
-SECONDS = 3.0  # for one comparison; most take a few milliseconds
+SECONDS = 2.5  # for a batch of comparisons, most of which take a few milliseconds each,
+SECONDS_EACH = 0.03  # and this much more for each of them
 START_SECONDS = 120.0  # importing sympy takes one second, on a cold and busy disk many
 CHARACTERS, DEPTH, WORDS = 200, 8, 6  # an answer beyond any of these is no short piece of mathematics
 
@@ -55,7 +59,8 @@ class Worker:
     """One process that compares answers, and the same one for every call. Safe to use from any thread.
 
     Args:
-        seconds (`float`): Time for one comparison; the process is killed when it takes longer.
+        seconds (`float`): Time for a batch, to which `SECONDS_EACH` is added for each comparison. Starting the process
+            does not count.
         program (`Path`): What it runs.
     """
 
@@ -68,14 +73,15 @@ class Worker:
     def equal(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         """Whether in each pair (right answer, given answer) the second is equal to the first.
 
-        A comparison that is late, or that kills its process in another way, is False; the others are not affected.
+        A comparison that is late, or that kills its process in another way, is False; the others are not affected, as
+        long as the batch has time left.
 
         Raises:
             host.CannotRun: If math-verify is not installed, or its process does not start.
         """
         with self.lock:
-            verdicts = {pair: self._compare(*pair) for pair in dict.fromkeys(pairs)}
-        return [verdicts[pair] for pair in pairs]
+            verdicts = self._compare(list(dict.fromkeys(pairs)))
+        return [verdicts.get(pair) is True for pair in pairs]
 
     def close(self) -> None:
         """End the process; the next comparison starts another."""
@@ -88,13 +94,24 @@ class Worker:
                     if pipe is not None:
                         pipe.close()
 
-    def _compare(self, gold: str, given: str) -> bool:
-        # In a fork (accelerate's notebook launcher) the worker is not a child of the forked process, so poll() calls it
-        # gone: each rank starts its own, and no answers are mixed.
-        process = self.process
-        if process is None or process.poll() is not None:
-            process = self._start()
-        return self._ask(process, [gold, given], self.seconds) is True
+    def _compare(self, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], bool | None]:
+        """Verdicts by pair; None, or no entry, for what did not end in time."""
+        verdicts: dict[tuple[str, str], bool | None] = {}
+        left = self.seconds + SECONDS_EACH * len(pairs)
+        while pairs and left > 0:
+            # In a fork (accelerate's notebook launcher) the worker is not a child of the forked process, so poll()
+            # calls it gone: each rank starts its own, and no answers are mixed.
+            process = self.process
+            if process is None or process.poll() is not None:
+                process = self._start()
+            begun = time.monotonic()
+            # a program that cannot fork is killed over each late answer, one that can keeps to its time itself
+            patience = left + 2 if hasattr(os, "fork") else left
+            for answer in self._ask(process, {"pairs": pairs, "seconds": left}, len(pairs), patience):
+                verdicts[pairs[answer[0]]] = answer[1]
+            left -= time.monotonic() - begun
+            pairs = [pair for pair in pairs if pair not in verdicts][1:]  # the process died over the first of them
+        return verdicts
 
     def _start(self) -> subprocess.Popen:
         self.close()
@@ -108,10 +125,10 @@ class Worker:
             encoding="utf-8",
             creationflags=_NO_WINDOW,
         )
-        # The worker ends itself a little after the time when we should have killed it.
-        hello = {"path": [p for p in sys.path if p], "seconds": self.seconds + 5, "start_seconds": START_SECONDS}
-        problem = self._ask(process, hello, START_SECONDS, late="it ended, or took too long to start")
-        if problem is not None:
+        hello = {"path": [p for p in sys.path if p], "start_seconds": START_SECONDS}
+        for problem in self._ask(process, hello, 1, START_SECONDS) or ["it ended, or took too long to start"]:
+            if problem is None:
+                break
             self.close()
             raise host.CannotRun(
                 f"math-verify's process does not work ({problem}). In a notebook cell: "
@@ -119,33 +136,28 @@ class Worker:
             )
         return process
 
-    def _ask(self, process: subprocess.Popen, line: list | dict, seconds: float, late: str | None = None) -> Any:
-        """The answer to one line; `late` if the process was killed over it."""
+    def _ask(self, process: subprocess.Popen, line: dict, count: int, seconds: float) -> list[Any]:
+        """The `count` answers to a line; fewer if the process ended, or was killed because it took too long."""
         assert process.stdin is not None and process.stdout is not None  # both are pipes
-        killed = threading.Event()
-
-        def kill() -> None:
-            killed.set()
-            process.kill()
-
-        timer = threading.Timer(seconds, kill)
+        timer = threading.Timer(seconds, process.kill)
         timer.start()
+        answers: list[Any] = []
         try:
             process.stdin.write(json.dumps(line) + "\n")
             process.stdin.flush()
-            answer = process.stdout.readline()
+            while len(answers) < count and (answer := process.stdout.readline()).endswith("\n"):
+                answers.append(json.loads(answer))
         except OSError:  # it ended before it read the line
-            answer = ""
-        except BaseException:  # the stop button: the answer to come must not be taken for the next one's
+            pass
+        except BaseException:  # the stop button: answers to come must not be taken for the next ones'
             self.close()
             raise
         finally:
             timer.cancel()
             timer.join()
-        if killed.is_set() or not answer.endswith("\n"):
+        if len(answers) < count:
             self.close()
-            return late
-        return json.loads(answer)
+        return answers
 
 
 _worker = Worker()

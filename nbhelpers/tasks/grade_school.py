@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from nbhelpers.models import smoke
 
 from .sources import open_source
-from .task import SYSTEM_PROMPT, Task, Unusable, collect, text_of
+from .task import SYSTEM_PROMPT, Task, collect
+from .texts import Unusable, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

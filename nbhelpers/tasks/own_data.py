@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .sources import open_source
-from .task import SYSTEM_PROMPT, Task, Unusable, collect, text_of
+from .task import SYSTEM_PROMPT, Task, collect
 from .task import split as split_by_hash
+from .texts import Unusable, text_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -25,11 +26,12 @@ def from_data(
     split: str = "train",
     n: int | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
+    control_tokens: bool = False,
 ) -> Task:
     """The reader's own questions.
 
     Rows that cannot be used are left out, and `Task.dropped` says which and why: no question, no answer, a question
-    that occurs twice, a comma without quotes, and, with a `tokenizer`, a prompt that is too long.
+    that occurs twice, a comma without quotes, a text without end, and, with a `tokenizer`, a prompt that is too long.
 
     Args:
         source (`str`, `Path` or `pandas.DataFrame`): A .csv, .jsonl, .json or .parquet file, a folder with a file
@@ -44,6 +46,8 @@ def from_data(
         n (`int`, *optional*): Only the first n usable rows; from the hub no more than needed are fetched.
         chat_template_kwargs (`dict`, *optional*): What the chat template is given besides, where prompts are measured;
             that of the run (GRPOConfig).
+        control_tokens (`bool`): Whether a question may hold control tokens of the model, such as <|im_end|>. By default
+            a space in them makes them plain text, and `Task.dropped` says so.
 
     Raises FileNotFoundError if there is no such file, ValueError for another kind of file, broken JSON or CSV (with the
     line), a missing column (with those that there are) or fewer than two usable rows, and ConnectionError if the hub is
@@ -54,11 +58,15 @@ def from_data(
     def read(row: dict) -> tuple[str, str]:
         if row.get(None):  # where csv.DictReader puts what is left of a row
             raise Unusable("more fields than columns; a text with a comma in it needs quotes around it")
-        return text_of(row.get(question), "question"), text_of(row.get(answer), "answer")
+        texts = text_of(row.get(question), "question"), text_of(row.get(answer), "answer")
+        if texts == (question, answer):
+            raise Unusable("the header once more")
+        return texts
 
     rows, dropped = collect(
         opened, read, tokenizer=tokenizer, system_prompt=system_prompt, max_prompt_length=max_prompt_length, n=n,
         chat_template_kwargs=chat_template_kwargs,
+        control_tokens=control_tokens,
     )  # fmt: skip
     return split_by_hash(Path(opened.name).stem, rows, dropped, test_share)
 

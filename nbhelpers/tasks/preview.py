@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from nbhelpers.html import NO_FORMULAS
 
+from .texts import visible
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -71,15 +73,19 @@ class Preview:
 
     def _text(self, show: Callable[[str, bool], str]) -> str:
         """The whole preview; `show` is given each piece of text and whether it is special, a token or a heading."""
-        lines = [show(self.title, True)]
+
+        def seen(text: str, special: bool) -> str:
+            return show(visible(text), special)
+
+        lines = [seen(self.title, True)]
         for i, (prompt, tokens, answer) in enumerate(self.prompts, 1):
             lines += ["", show(f"prompt {i}: {tokens} tokens, bars between them; ⏎ is a line end", True)]
             cut = len(prompt) - _MOST
             parts = [prompt] if cut <= 0 else [prompt[: _MOST // 2], prompt[-_MOST // 2 :]]
-            drawn = ["│".join(show(text.replace("\n", "⏎\n"), special) for text, special in part) for part in parts]
-            lines += [f"\n... {cut} more ...\n".join(drawn), show(f"right answer: {answer}", False)]
+            drawn = ["│".join(seen(text.replace("\n", "⏎\n"), special) for text, special in part) for part in parts]
+            lines += [f"\n... {cut} more ...\n".join(drawn), seen(f"right answer: {answer}", False)]
         lines += ["", show("tokens of a prompt", True), *(show(line, False) for line in histogram(self.lengths))]
-        lines += ["", show("left out", True), *(show(note, False) for note in self.dropped or ["nothing"])]
+        lines += ["", show("left out", True), *(seen(note, False) for note in self.dropped or ["nothing"])]
         return "\n".join(lines)
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from nbhelpers.rewards.answers import extract_boxed
 
 from .sources import open_source
-from .task import SYSTEM_PROMPT, Task, Unusable, collect, split, text_of
+from .task import SYSTEM_PROMPT, Task, collect, split
+from .texts import Unusable, text_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -3,21 +3,20 @@
 Nothing that is downloaded is ever run: `datasets` reads data files only.
 """
 
-import csv
-import io
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
     from pandas import DataFrame
 
-from nbhelpers import host
+from nbhelpers import hub_words
 
-SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
+from .files import SUFFIXES, check_twice, read
+
 _OTHER_FILES = (".txt", ".tsv", ".xlsx", ".xls")  # refused by name, not looked for on the hub
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -64,7 +63,7 @@ def open_source(
         path = _in_folder(path, split)
     elif isinstance(source, str) and not path.exists() and _is_hub_id(source):
         return _hub(source, columns, config, split, stream)
-    rows, names = _read(path)
+    rows, names = read(path, columns)
     if not rows:
         raise ValueError(f"{path} is empty: one question and answer a line are needed")
     check_columns(path, columns, names)
@@ -77,6 +76,7 @@ def check_columns(source: str | Path, wanted: Sequence[str], names: Iterable[str
     A name that is None is csv.DictReader's place for what is left of a row, and no column.
     """
     columns = [str(name) for name in names if name is not None]
+    check_twice(source, wanted, columns)
     missing = [column for column in wanted if column not in columns]
     if missing:
         raise ValueError(
@@ -106,99 +106,31 @@ def _frame(frame: "DataFrame", columns: Sequence[str]) -> Source:
     if not isinstance(frame, pandas.DataFrame):
         raise TypeError(f"a file, a folder, a hub id or a pandas.DataFrame is wanted, not a {type(frame).__name__}")
     check_columns("the frame", columns, frame.columns)
-    chosen = frame[list(dict.fromkeys(columns))].astype(object)
-    rows = chosen.where(chosen.notna(), None).to_dict("records")
+    names = list(dict.fromkeys(columns))
+    # numpy's own numbers, not to_dict's: as a Python float 9.11 in float32 would have 16 digits
+    cells = [zip(frame[name].array, frame[name].isna(), strict=True) for name in names]
+    rows = [
+        {name: None if missing else cell for name, (cell, missing) in zip(names, row, strict=True)}
+        for row in zip(*cells, strict=True)
+    ]
     # pandas.read_parquet makes arrays of lists
     rows = [{k: cell.tolist() if isinstance(cell, numpy.ndarray) else cell for k, cell in row.items()} for row in rows]
     return Source(list(enumerate(rows, 1)), "the frame")
 
 
-def _read(path: Path) -> tuple[list[tuple[int, dict]], list[str]]:
-    """The rows of a file with their numbers, the first being 1, and its columns."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path} (looked in {path.resolve().parent}): check DATA")
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise ValueError(f"{path} is not a .csv, .jsonl, .json or .parquet file: save your questions as one of these")
-    if suffix == ".parquet":
-        return _read_parquet(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # -sig: Excel writes a byte order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text (byte {error.start}): save it again with the encoding UTF-8"
-        ) from None
-    if suffix == ".csv":
-        return _read_csv(path, text)
-    if suffix == ".jsonl":
-        rows = [(i, _parse(path, i, line, dict)) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    else:
-        rows = list(enumerate(_parse(path, 1, text, list) if text.strip() else [], 1))
-    return rows, sorted({key for _, row in rows for key in row})
-
-
-def _read_csv(path: Path, text: str) -> tuple[list[tuple[int, dict]], list[str]]:
-    """Strict: a quote that nobody closes is an error; else all that follows would silently become one text."""
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
-    rows, begun = [], 1
-    try:
-        names = list(reader.fieldnames or [])
-        begun = reader.line_num + 1
-        for row in reader:
-            rows.append((reader.line_num, row))
-            begun = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(
-            f"{path}, the row that begins in line {begun}: {error}. Is there a quote that is not closed? Quotes stand "
-            'around a whole text, and one within it is written twice: "say ""hi"" to"'
-        ) from None
-    return rows, names
-
-
-def _read_parquet(path: Path) -> tuple[list[tuple[int, dict]], list[str]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        table = parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} cannot be read as Parquet: {error}") from None
-    return list(enumerate(table.to_pylist(), 1)), table.column_names
-
-
-def _parse(path: Path, line: int, text: str, wanted: type) -> Any:
-    """The JSON of a line (an object: `wanted` is dict) or of a whole file (a list of objects)."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}, line {line + error.lineno - 1}: not valid JSON ({error.msg}): {text[:60]!r}"
-        ) from None
-    name = "a list of objects" if wanted is list else "an object"
-    rows = value if isinstance(value, list) else [value]
-    if not isinstance(value, wanted) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(
-            f'{path}, line {line}: {name} is wanted, like {{"question": "...", "answer": "..."}}: {text[:60]!r}'
-        )
-    return value
-
-
 def _hub(name: str, columns: Sequence[str], config: str | None, split: str, stream: bool) -> Source:
     import datasets
-    from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     part = f'"{name}"' + (f', "{config}"' if config else "") + f', split="{split}"'
+    in_use = hub_words.token_in_use(None)
     try:
         dataset = datasets.load_dataset(name, config, split=split, streaming=stream)
-    except DatasetNotFoundError as error:
-        raise ValueError(
-            f"the hub has no data set {name!r} that you may read, nor is it a file here. If it is private or gated, "
-            f"accept its terms on its page and set HF_TOKEN. ({error})"
-        ) from None
-    except (ConnectionError, OfflineModeIsEnabled, HfHubHTTPError) as error:
-        copy = f"pass a copy instead of the name: a folder that holds {split}.parquet, .jsonl or .csv"
-        raise host.hub_out_of_reach(name, error, copy) from None
+    except (FileNotFoundError, ConnectionError, OfflineModeIsEnabled, HfHubHTTPError) as error:
+        raise hub_words.refusal(
+            "data set", name, _what_the_hub_says(name, error), has_token=in_use is not None, pass_token="set HF_TOKEN",
+            copy=f"pass a copy instead of the name: a folder that holds {split}.parquet, .jsonl or .csv",
+        ) from None  # fmt: skip
     except ValueError as error:  # no such config, no such split: datasets names those that there are
         raise ValueError(f"load_dataset({part}): {error}") from None
     if dataset.column_names is not None:  # unknown before the first row of some streams
@@ -207,9 +139,28 @@ def _hub(name: str, columns: Sequence[str], config: str | None, split: str, stre
     return Source(_checked(dataset, name, columns), name)
 
 
-def _checked(rows: Iterable[dict], name: str, columns: Sequence[str]) -> Iterator[tuple[int, dict]]:
+def _what_the_hub_says(name: str, error: Exception) -> Exception:
+    """The hub's own refusal, asked for once more: `datasets` says of most that it cannot find the files."""
+    import huggingface_hub
+
+    if hub_words.status(error) is not None or huggingface_hub.constants.HF_HUB_OFFLINE:
+        return error
+    try:
+        huggingface_hub.HfApi().dataset_info(name, timeout=10)
+    except Exception as refusal:
+        return refusal
+    return error
+
+
+def _checked(rows: "Dataset | IterableDataset", name: str, columns: Sequence[str]) -> Iterator[tuple[int, dict]]:
     """The rows numbered from 1, once the first has shown its columns."""
+    import numpy
+
+    # as a Python float 9.11 in float32 would have 16 digits
+    kinds = {column: getattr(feature, "dtype", None) for column, feature in (rows.features or {}).items()}
+    short = [column for column, kind in kinds.items() if kind in ("float16", "float32")]
     for number, row in enumerate(rows, 1):
         if number == 1:
             check_columns(name, columns, row)
-        yield number, row
+        numbers = {column: numpy.dtype(kinds[column]).type(row[column]) for column in short if row[column] is not None}
+        yield number, row | numbers

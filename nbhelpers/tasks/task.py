@@ -11,20 +11,21 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from nbhelpers.models.chat import InUserTurn, prompt_ids
-from nbhelpers.rewards.answers import written
 
 from .preview import Preview
 from .sources import Source
+from .texts import Unusable, harmless, visible
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+_PATIENCE = 1_000_000  # rows
+_CHANGED = (
+    "the question holds {}, which is no text for the model but a control token: a space was put into it "
+    "(control_tokens=True leaves it as it is)"
+)
 SYSTEM_PROMPT = "Think first. Answer as <reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>"
-
-
-class Unusable(Exception):
-    """Raised by a `read` function for a row that is left out; its text is the reason."""
 
 
 @dataclass
@@ -46,6 +47,14 @@ class Task:
     def __str__(self) -> str:
         lines = [f"{self.name}: {len(self.train)} questions to train on, {len(self.test)} held out"]
         return "\n".join(lines + self.dropped)
+
+    def per_step(self, wanted: int) -> int:
+        """How many questions a step can take: `wanted`, or where there are fewer to train on all of them, which is
+        said. A step that wants more than there are is never made."""
+        if len(self.train) < wanted:
+            print(f"only {len(self.train)} questions to train on, so a step takes {len(self.train)} and not {wanted}: "
+                  "results will be noisy, more questions help")  # fmt: skip
+        return min(wanted, len(self.train))
 
     def preview(
         self,
@@ -92,6 +101,7 @@ def collect(
     max_prompt_length: int | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
     n: int | None = None,
+    control_tokens: bool = False,
 ) -> tuple[list[dict], list[str]]:
     """The usable rows as {prompt, answer}, and a note for each reason why others were left out.
 
@@ -103,18 +113,28 @@ def collect(
         max_prompt_length (`int`, *optional*): Tokens; with a tokenizer the default is all that its model takes.
         chat_template_kwargs (`dict`, *optional*): What the chat template is given besides, where prompts are measured;
             that of the run (GRPOConfig).
-        n (`int`, *optional*): Stop after so many usable rows.
+        n (`int`, *optional*): Stop after so many usable rows, or when `_PATIENCE` rows have brought fewer.
+        control_tokens (`bool`): Whether a question may hold control tokens of the model; else a space makes them text.
     """
+    control: set[str] = set()
+    if tokenizer is not None:
+        control = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     longest = max_prompt_length
     if tokenizer is not None and longest is None:
         longest = tokenizer.model_max_length
     kept: dict[str, dict] = {}
-    dropped: dict[str, list[int]] = {}
-    for number, row in source.rows:
+    dropped, changed, notes = _Noted(source), _Noted(source), []
+    for count, (number, row) in enumerate(source.rows):
         if n is not None and len(kept) >= n:
+            break
+        if n is not None and count >= max(_PATIENCE, 100 * n):
+            notes = [f"stopped reading {source.name} after {count:,} rows, of which {len(kept)} can be used"]
             break
         try:
             question, answer = read(row)
+            marks: list[str] = []
+            if not control_tokens:
+                question, marks = harmless(question, control)
             if not question or not answer:
                 raise Unusable(f"no {'answer' if question else 'question'}")
             if question in kept:
@@ -124,11 +144,11 @@ def collect(
             if longest is not None and length > longest:
                 raise Unusable(f"the prompt is longer than {longest} tokens")
             kept[question] = {"prompt": prompt, "answer": answer}
+            for mark in marks:
+                changed.add(_CHANGED.format(visible(mark)), number)
         except Unusable as reason:
-            dropped.setdefault(str(reason), []).append(number)
-    return list(kept.values()), [
-        f"left out {_counted(numbers, source.unit)} of {source.name}: {reason}" for reason, numbers in dropped.items()
-    ]
+            dropped.add(str(reason), number)
+    return list(kept.values()), [*dropped.sentences("left out"), *changed.sentences("changed"), *notes]
 
 
 def split(name: str, rows: list[dict], dropped: list[str], test_share: float) -> Task:
@@ -142,22 +162,27 @@ def split(name: str, rows: list[dict], dropped: list[str], test_share: float) ->
     if len(rows) < 2:
         raise ValueError(
             f"{name} has {len(rows)} usable questions, and at least 2 are needed (one to train on, one to test): "
-            + ("; ".join(dropped) or "it is empty")
+            + ("; ".join(dropped) or "it has no other row")
         )
     ordered = sorted(rows, key=lambda row: hashlib.sha256(row["prompt"][-1]["content"].encode()).digest())
     held_out = min(max(1, round(test_share * len(ordered))), len(ordered) - 1)
     return Task(name, Dataset.from_list(ordered[held_out:]), Dataset.from_list(ordered[:held_out]), dropped)
 
 
-def text_of(cell: object, column: str) -> str:
-    """A cell as text (see `answers.written`), "" for None and NaN. Raises Unusable for a list or a dict."""
-    if isinstance(cell, (list, dict)):
-        raise Unusable(f"its {column} is a {type(cell).__name__}, not text")
-    if cell is None or cell != cell:
-        return ""
-    return written(cell)
+class _Noted:
+    """Rows by what there is to say of them: how many, and the numbers of the first."""
 
+    def __init__(self, source: Source):
+        self.source = source
+        self.rows: dict[str, tuple[int, list[int]]] = {}
 
-def _counted(numbers: list[int], unit: str) -> str:
-    shown = ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
-    return f"{len(numbers)} row{'s' if len(numbers) > 1 else ''} ({unit} {shown})"
+    def add(self, reason: str, number: int) -> None:
+        count, first = self.rows.setdefault(reason, (0, []))
+        self.rows[reason] = (count + 1, first if count >= 10 else [*first, number])
+
+    def sentences(self, verb: str) -> list[str]:
+        return [
+            f"{verb} {count} row{'s' if count > 1 else ''} ({self.source.unit} {', '.join(map(str, first))}"
+            f"{', ...' if count > 10 else ''}) of {self.source.name}: {reason}"
+            for reason, (count, first) in self.rows.items()
+        ]

@@ -1,116 +1,34 @@
 """Checkpoints that are complete or absent, and what a run needs to resume exactly where it was.
 
     output_dir/_saving/checkpoint-40/       everything is written here first and synced to the disk,
-        manifest.json                       last of all: bytes and SHA-256 of each file, the run's settings, versions
+        manifest.json                       last of all: bytes and SHA-256 of each file and of itself, the run, versions
     output_dir/checkpoint-40/               then one rename
 
 A process killed at any time leaves the newest complete checkpoint in place; older ones are removed only after that
 rename, each by a rename of its own. transformers writes and reads model, optimizer, scheduler, scaler and random
-generators; the rest of a checkpoint is `Position`. The hooks are in resume_hooks.py.
+generators; the rest of a checkpoint is `Position`. What run it is says identity.py; the hooks are in resume_hooks.py.
+
+Which checkpoint is the newest is decided by counting, not by a clock: every run that starts afresh in a folder is the
+next start, and within a start the steps count.
 """
 
 import hashlib
+import itertools
 import json
 import random
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbhelpers import files, host
-from nbhelpers.models import adapter
 
 if TYPE_CHECKING:
     import torch
-    from datasets import Dataset, IterableDataset
-    from transformers import PreTrainedModel
-    from trl import GRPOConfig
 
 MANIFEST, STAGING = "manifest.json", "_saving"
-# Arguments that make it another run: optimizer and data would go on in a way that neither run had alone.
-FIXED = (
-    "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations",
-    "num_generations", "max_completion_length", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2",
-    "adam_epsilon", "max_grad_norm", "loss_type", "beta", "epsilon", "epsilon_high", "delta", "scale_rewards",
-    "importance_sampling_level", "mask_truncated_completions", "reward_weights", "shuffle_dataset", "seed",
-)  # fmt: skip
-# Arguments that may change in between; a line says so. Another card means another precision: then the run goes on,
-# but not number for number.
-FREE = ("max_steps", "num_train_epochs", "bf16", "fp16")
-ROWS = 1000  # of a data set that are hashed at most, evenly spaced
-
-
-# ------------------------------------------------------------------------------------------------- what run it is
-
-
-def describe(
-    model: "PreTrainedModel", args: "GRPOConfig", dataset: "Dataset | IterableDataset", rewards: list[str]
-) -> dict[str, Any]:
-    """What a checkpoint says about its run, as plain JSON: `model`, `data`, `rewards`, `fixed` and `free` arguments.
-
-    Args:
-        model (`PreTrainedModel` or `PeftModel`): The one that is trained.
-        args (`GRPOConfig`): The run's.
-        dataset (`Dataset` or `IterableDataset`): The one it trains on.
-        rewards (`list[str]`): Names of the reward functions.
-    """
-    trained = sorted((name, list(p.shape)) for name, p in model.named_parameters() if p.requires_grad)
-    base = adapter.base_of(model)
-    if base is None:  # a model that loader.load did not make
-        shapes = {key: model.config.to_dict().get(key) for key in ("model_type", "hidden_size", "num_hidden_layers")}
-        base = adapter.Base(str(model.config.name_or_path), _hash(shapes), "", "none")
-    keys = ("r", "lora_alpha", "lora_dropout")
-    loras = {name: [c.to_dict().get(key) for key in keys] for name, c in adapter.loras(model).items()}
-    values = args.to_dict()
-    run = {
-        "model": {**asdict(base), "trained": _hash(trained), "lora (rank, alpha, dropout)": loras},
-        "data": {"rows": len(dataset) if hasattr(dataset, "__len__") else None, "hash": fingerprint(dataset)},
-        "rewards": rewards,
-        "fixed": {name: values[name] for name in FIXED} | {"processes": args.world_size},
-        "free": {name: values[name] for name in FREE},
-    }
-    return json.loads(json.dumps(run, default=str))
-
-
-def fingerprint(dataset: "Dataset | IterableDataset") -> str | None:
-    """A hash of up to 1,000 evenly spaced rows and of their number; None for a stream, which has no number."""
-    if not hasattr(dataset, "__len__"):
-        return None
-    rows = range(0, len(dataset), max(1, -(-len(dataset) // ROWS)))
-    return _hash([len(dataset), *(dataset[i] for i in rows)])
-
-
-def refuse_other(folder: Path, run: dict[str, Any]) -> None:
-    """Print which of the FREE arguments changed between the run of a checkpoint and `run` (from `describe`).
-
-    Raises ValueError, naming each difference and the line to change, if they are not the same run.
-    """
-    saved, wrong = read(folder)["run"], []
-    old, new = saved["model"], run["model"]
-    if any(old[key] != new[key] for key in old if key != "id"):  # the id may be a folder, which may move
-        differ = ", ".join(key for key in old if old[key] != new[key])
-        wrong.append(f"the model ({differ}): it was {old['id']} ({old['quantization']}) with the LoRA "
-                     f"{old['lora (rank, alpha, dropout)'] or 'none'}; here {new['id']} ({new['quantization']}), "
-                     f"{new['lora (rank, alpha, dropout)'] or 'none'}. Load that one with loader.load")  # fmt: skip
-    if saved["data"] != run["data"]:
-        wrong.append(f"the data set: {saved['data']['rows']} rows ({saved['data']['hash']}) there, "
-                     f"{run['data']['rows']} ({run['data']['hash']}) here. Pass the same train_dataset")  # fmt: skip
-    if saved["rewards"] != run["rewards"]:
-        wrong.append(f"the rewards: reward_funcs=[{', '.join(saved['rewards'])}] there, "
-                     f"[{', '.join(run['rewards'])}] here")  # fmt: skip
-    for name, value in saved["fixed"].items():
-        if value != run["fixed"].get(name):
-            wrong.append(f"{name}: {value!r} there, {run['fixed'].get(name)!r} here. Set {name}={value!r}")
-    if wrong:
-        lines = "".join(f"\n- {line}" for line in wrong)
-        raise ValueError(f"{folder} is a checkpoint of another run:{lines}\nor start afresh in another folder, "
-                         f"output_dir={str(folder.parent) + '-2'!r}")  # fmt: skip
-    for name, value in saved["free"].items():
-        if value != run["free"][name]:
-            print(f"{name} was {value} and is {run['free'][name]} from here on.")
-
+FORMAT = 2  # of the manifest; 1 had no hash of itself
 
 # ---------------------------------------------------------------------------------------------- complete or absent
 
@@ -122,41 +40,51 @@ def staging(root: Path) -> Path:
     return root / STAGING
 
 
-def publish(staged: Path, final: Path, run: dict[str, Any], step: int) -> None:
+def publish(staged: Path, final: Path, run: dict[str, Any], step: int, start: int = 0) -> None:
     """Sync every file of `staged`, write its manifest, and rename it to `final`.
 
     Args:
         staged (`Path`): Folder that holds all files of the checkpoint.
-        final (`Path`): Its place; what is there already is replaced.
-        run (`dict`): From `describe`.
+        final (`Path`): Its place. What is there already is replaced if it is of the same run; another run's stays,
+            under another name.
+        run (`dict`): From `identity.describe`.
         step (`int`): Updates made so far.
+        start (`int`): From `next_start`, or the one of the checkpoint that the run goes on from.
     """
     listed = {}
     for file in sorted(path for path in staged.rglob("*") if path.is_file()):
         files.sync(file)
         listed[file.relative_to(staged).as_posix()] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-    manifest = {
-        "format": 1,
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "start": start,
         "step": step,
         "time": time.time(),
         "versions": host.versions(),
         "run": run,
         "files": listed,
     }
+    manifest["hash"] = _hash(manifest)
     (staged / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     files.sync(staged / MANIFEST)
     files.sync(staged)
     _put(staged, final)
 
 
+def same_run(one: dict[str, Any], two: dict[str, Any]) -> bool:
+    """Whether two descriptions (`identity.describe`) are of one run, as far as its numbers go."""
+    return all(one.get(key) == two.get(key) for key in (one.keys() | two.keys()) - {"free"})
+
+
 def problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None if every file has the size and the hash that were written."""
+    """What is wrong with a checkpoint, in words; None if every file has the size and the hash that were written and the
+    weights are finite."""
     if not (folder / MANIFEST).exists():
         return f"it has no {MANIFEST}: saving was cut short, or something else wrote it"
     try:
         listed = read(folder)["files"]
-    except (ValueError, KeyError, TypeError):
-        return f"its {MANIFEST} cannot be read"
+    except (OSError, ValueError) as error:
+        return str(error)
     for name, wanted in listed.items():
         file = folder / name
         if not file.is_file():
@@ -165,21 +93,38 @@ def problem(folder: Path) -> str | None:
             return f"{name} has {file.stat().st_size} bytes instead of {wanted['bytes']}"
         if _sha256(file) != wanted["sha256"]:
             return f"{name} is damaged (its SHA-256 differs)"
+    for name in listed:
+        if name.endswith("model.safetensors") or (name.startswith("model-") and name.endswith(".safetensors")):
+            bad = first_not_finite(folder / name)
+            if bad is not None:
+                return f"its weights are not finite ({bad} in {name}): the run had gone wrong by then"
+    return None
+
+
+def first_not_finite(file: Path) -> str | None:
+    """The first tensor of a safetensors file that holds NaN or infinity; None if all are finite."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118  it is no dict
+            tensor = tensors.get_tensor(name)
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                return name
     return None
 
 
 def newest(root: str | Path) -> Path | None:
     """The newest complete checkpoint below `root`, every byte checked; None without one. Prints what it skips."""
     root = Path(root)
-    by_time = []
+    found = []
     # A complete one in the staging folder: the process was killed between its manifest and its rename.
     for folder in (*root.glob("checkpoint-*"), *root.glob(f"{STAGING}/checkpoint-*")):
-        when = _time(folder)
+        when = _order(folder)
         if when is None:
             print(f"{folder} is skipped: {problem(folder)}.")
         else:
-            by_time.append((when, folder))
-    for _, folder in sorted(by_time, reverse=True):  # by time: a run started afresh beside old ones has lower steps
+            found.append((when, folder))
+    for _, folder in sorted(found, reverse=True):
         why = problem(folder)
         if why is None:
             return _put(folder, root / folder.name) if folder.parent.name == STAGING else folder
@@ -187,16 +132,29 @@ def newest(root: str | Path) -> Path | None:
     return None
 
 
-def rotate(root: Path, limit: int | None, best: str | None = None) -> None:
-    """Remove the oldest checkpoints, but not what has no manifest that can be read.
+def next_start(root: Path) -> int:
+    """The number of a run that starts afresh in `root`: 0 in an empty folder, else one more than any there."""
+    return max((when[0] + 1 for folder in root.glob("checkpoint-*") if (when := _order(folder)) is not None), default=0)
+
+
+def others(root: Path, run: dict[str, Any]) -> list[Path]:
+    """The checkpoints below `root` that are of another run than `run` (from `identity.describe`)."""
+    known = [folder for folder in sorted(root.glob("checkpoint-*")) if _order(folder) is not None]
+    return [folder for folder in known if not same_run(read(folder)["run"], run)]
+
+
+def rotate(root: Path, limit: int | None, best: str | None = None, run: dict[str, Any] | None = None) -> None:
+    """Remove a run's oldest checkpoints: not another run's, and not what has no manifest that can be read.
 
     Args:
         root (`Path`): The run's output folder.
         limit (`int`, *optional*): Checkpoints to keep; None, 0 or below keeps all, as in transformers.
         best (`str`, *optional*): The folder of one that is kept in any case.
+        run (`dict`, *optional*): From `identity.describe`: whose checkpoints; all if not given.
     """
-    times = {folder: when for folder in root.glob("checkpoint-*") if (when := _time(folder)) is not None}
-    ours = sorted(times, key=lambda folder: times[folder])
+    spared = others(root, run) if run is not None else []
+    order = {folder: when for folder in root.glob("checkpoint-*") if (when := _order(folder)) is not None}
+    ours = sorted((folder for folder in order if folder not in spared), key=lambda folder: order[folder])
     for folder in ours[: max(0, len(ours) - limit)] if limit and limit > 0 else []:
         if best is None or folder.resolve() != Path(best).resolve():
             files.remove(folder, _aside(folder))
@@ -204,20 +162,35 @@ def rotate(root: Path, limit: int | None, best: str | None = None) -> None:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint."""
-    return json.loads((folder / MANIFEST).read_text())
-
-
-def _time(folder: Path) -> float | None:
-    """When a checkpoint was written; None if no manifest says so."""
+    """The manifest of a checkpoint. Raises ValueError, in words, for one that is damaged or of an older version."""
     try:
-        return float(read(folder)["time"])
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        its_format, its_hash = manifest.pop("format"), manifest.pop("hash", None)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise ValueError(f"its {MANIFEST} cannot be read") from None
+    if its_format == 1:
+        raise ValueError("it was written by nbhelpers 0.1: go on with that version, or start afresh")
+    manifest["format"] = its_format
+    if its_hash != _hash(manifest):
+        raise ValueError(f"its {MANIFEST} is damaged (its SHA-256 differs)")
+    return manifest
+
+
+def _order(folder: Path) -> tuple[int, int] | None:
+    """(start, step) of a checkpoint; None if no manifest says so."""
+    try:
+        manifest = read(folder)
+    except (OSError, ValueError):
         return None
+    return manifest["start"], manifest["step"]
 
 
 def _put(staged: Path, final: Path) -> Path:
-    files.put_in_place(staged, final, _aside(final))  # there may be one of an earlier run in the same folder
+    if _order(final) is not None and not same_run(read(final)["run"], read(staged)["run"]):
+        kept = next(name for i in itertools.count(1) if not (name := Path(f"{final}-earlier-{i}")).exists())
+        final.rename(kept)
+        print(f"{final} of another run is kept as {kept.name}.")
+    files.put_in_place(staged, final, _aside(final))  # there may be one of the same run and step
     return final
 
 
@@ -233,7 +206,7 @@ def _sha256(file: Path) -> str:
 
 
 def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------ where exactly

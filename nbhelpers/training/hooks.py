@@ -31,6 +31,10 @@ class Hooks(trl.GRPOTrainer):
     num_generations: int
     _buffered_inputs: Any  # the newest rollout's micro-batches, list[dict[str, Tensor | None]], or None
     _metrics: dict[str, defaultdict[str, list[float]]]  # numbers that are not logged yet, by mode and name
+    entropy_coef: float
+    _entropy_bonus_enabled: bool
+    _last_world_entropy: float  # nats per token, of the last update; infinite before the first
+    _entropy_window_stats: Any  # fp32 [2] of the update that is being computed: sum of entropies, tokens; or None
     _logs: dict[str, Any]  # the newest rollout: a column for each name, under "rewards" one for each function
 
     @property
@@ -44,3 +48,7 @@ class Hooks(trl.GRPOTrainer):
 
     def _read_state(self, position: checkpoint.Position) -> None:
         """Take it out again; call super(). A run that starts afresh hands over a position without any."""
+
+    def _identity(self) -> dict[str, Any]:
+        """What else, beyond arguments, model, data and rewards, makes it this run, as JSON; add to super()'s."""
+        return {}

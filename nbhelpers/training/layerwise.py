@@ -8,7 +8,8 @@ freed within one micro-batch; between the layers there are plain tensors [1, T, 
 
 The backward of a layer that is recomputed starts with the MLP half, tile by tile: its last product is skipped (only
 its gradient is needed), and the gradient of s is written over a. The attention half follows once the MLP's memory is
-free again.
+free again. What it draws at random, LoRA's dropout say, is what the forward drew: the layer starts from the same state
+of the random generators and computes in the same order.
 """
 
 from collections.abc import Callable, Iterator
@@ -115,7 +116,7 @@ class LayerwiseDecoder:
         with torch.no_grad():
             return x, self.rotary(x, packed.positions)
 
-    def logps(self, x: Tensor, packed: Packed, temperature: float) -> tuple[Tensor, Tensor]:
+    def logps(self, x: Tensor, packed: Packed, temperature: float, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy [S] fp32 of the scored tokens, from the last layer's output [1, T, H]."""
         scored = take(x.flatten(0, 1), packed.source)
         bias, state = self.head.bias, None
@@ -123,7 +124,7 @@ class LayerwiseDecoder:
             state = self.head.weight.quant_state
         return kernels.linear_logprob(
             self.norm(scored), self.head.weight, packed.target, quant_state=state, bias=bias, temperature=temperature,
-            entropy=True,
+            entropy=True, entropy_grad=entropy_grad,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -142,6 +143,7 @@ class LayerwiseDecoder:
         layers: Layers,
         objective: Callable[[Tensor, Tensor], Tensor],
         backward: Callable[[Tensor], Any],
+        entropy_grad: bool = False,
     ) -> None:
         """One micro-batch forward and backward; gradients are added to the parameters' `.grad`.
 
@@ -151,9 +153,10 @@ class LayerwiseDecoder:
             layers (`Layers`): What each layer saves.
             objective (`Callable`): (logps [S] fp32, entropies [S] fp32) -> scalar with a gradient.
             backward (`Callable`): Called with that scalar, e.g. accelerator.backward.
+            entropy_grad (`bool`): The entropies have a gradient too.
         """
         try:
-            self._differentiate_layers(packed, temperature, layers, objective, backward)
+            self._differentiate_layers(packed, temperature, layers, objective, backward, entropy_grad)
         finally:
             self.store.clear()
 
@@ -164,6 +167,7 @@ class LayerwiseDecoder:
         layers: Layers,
         objective: Callable[[Tensor, Tensor], Tensor],
         backward: Callable[[Tensor], Any],
+        entropy_grad: bool,
     ) -> None:
         store, last = self.store, len(self.layers) - 1
         first_saved = len(self.layers) - layers.saved
@@ -174,6 +178,7 @@ class LayerwiseDecoder:
         x, root = embedded.detach(), get_gradient_edge(embedded) if trained else None
         del embedded
         graphs: list[tuple[Tensor, Tensor]] = []
+        random: list[list[Tensor]] = []  # states of the generators before each layer that is computed again
         for number, layer in enumerate(self.layers):
             if number >= first_saved:
                 leaf = x.detach().requires_grad_()
@@ -184,6 +189,7 @@ class LayerwiseDecoder:
                 del leaf, y
             else:
                 store.put(number, x, host=number < first_on_device)
+                random.append(_random_state(self.device))
                 with torch.no_grad(), self._arithmetic():
                     x = self._forward(layer, x, packed, cos_sin, layers.tile)
         store.flush()
@@ -191,7 +197,7 @@ class LayerwiseDecoder:
         leaf = x.requires_grad_()
         del x
         with torch.enable_grad(), self._arithmetic():
-            value = objective(*self.logps(leaf, packed, temperature))
+            value = objective(*self.logps(leaf, packed, temperature, entropy_grad))
         with _plain(self.device):
             backward(value)
         gradient = [_gradient_of(leaf)]  # a list, so that who takes it out can free it
@@ -206,7 +212,8 @@ class LayerwiseDecoder:
                 store.prefetch(number)
                 store.prefetch(number - 1)
                 x = store.take(number)
-                gradient.append(self._backward(self.layers[number], x, packed, cos_sin, layers.tile, gradient))
+                with _random_from(random.pop(), self.device):
+                    gradient.append(self._backward(self.layers[number], x, packed, cos_sin, layers.tile, gradient))
                 del x
         if root is not None:
             self._differentiate(root, gradient.pop())
@@ -229,6 +236,29 @@ class LayerwiseDecoder:
 def _gradient_of(leaf: Tensor) -> Tensor:
     assert leaf.grad is not None  # it has been differentiated
     return leaf.grad
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    """The states of the generators that a layer on this device draws from."""
+    states = [torch.get_rng_state()]
+    return states if device.type == "cpu" else [*states, torch.get_device_module(device).get_rng_state(device)]
+
+
+@contextmanager
+def _random_from(states: list[Tensor], device: torch.device) -> Iterator[None]:
+    """What is drawn within is drawn from these states of the generators, and what comes after it as if it were not."""
+    before = _random_state(device)
+    try:
+        _set_random_state(states, device)
+        yield
+    finally:
+        _set_random_state(before, device)
+
+
+def _set_random_state(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states[1], device)
 
 
 def _plain(device: torch.device) -> AbstractContextManager:

@@ -75,8 +75,9 @@ class LeanStep:
         backend = attention or choose(self.device, dtype)
         self.decoder = LayerwiseDecoder(model, backend, autocast)
         width = max(embedding.element_size(), dtype.itemsize)
-        self.cost = StepCost(families.architecture(model.config.to_dict()), width, backend)
-        self.trained = [p for p in model.parameters() if p.requires_grad]
+        dropped = max(map(_dropped, self.decoder.layers))
+        self.cost = StepCost(families.architecture(model.config.to_dict()), width, backend, dropped)
+        self.model = model
         self.temperature, self.share_prompts = temperature, share_prompts
         self.room = Room(self.device, budget_gb, reserved)
         if any(p.dtype == torch.uint8 and p.is_cuda for p in model.parameters()) and kernels.triton is not None:
@@ -85,6 +86,17 @@ class LeanStep:
             # the kernels' buffer is allocated now, so that it counts as taken when the room is measured
             scratch((scratch_bytes(self.cost.architecture, dtype.itemsize) // dtype.itemsize, 1), dtype, self.device)
         self.micro_batches: list[MicroBatch] = []  # of the newest batch, to look at
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """What is trained now: while TRL asks for the reference's log-probabilities it is another adapter."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _refuse_hooks(self) -> None:
+        """Raises ValueError for a hook that would not be called, set since this step was made."""
+        if (why := families.missed_hook(self.model, "training")) is not None:
+            raise ValueError(f"this model cannot run through the lean step: {why}. Remove the hook, set it before the "
+                             "trainer is made, or give the trainer lean=False")  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------ the budget
 
@@ -123,7 +135,11 @@ class LeanStep:
     # -------------------------------------------------------------------------------------------------- the work
 
     def differentiate(
-        self, batch: Rows, objective: Objective, backward: Callable[[Tensor], Any] = torch.Tensor.backward
+        self,
+        batch: Rows,
+        objective: Objective,
+        backward: Callable[[Tensor], Any] = torch.Tensor.backward,
+        entropy_grad: bool = False,
     ) -> None:
         """Add the gradients of a batch to the parameters' `.grad`.
 
@@ -133,9 +149,11 @@ class LeanStep:
                 each micro-batch; the batch's loss is their sum. `packed.number` and `packed.column` are the row and the
                 column of each of the S tokens.
             backward (`Callable`): Called with each scalar, e.g. accelerator.backward, which scales it for fp16.
+            entropy_grad (`bool`): The entropies have a gradient too; the head is then computed again in the backward.
 
-        Raises CannotFit if not even one row fits.
+        Raises CannotFit if not even one row fits, ValueError for a hook that would not be called.
         """
+        self._refuse_hooks()
         self.micro_batches = self.plan(batch.rows) if batch.rows else []
         for micro_batch in self.micro_batches:
             packed = pack(batch, [batch.rows[i] for i in micro_batch.rows], self.device, self.share_prompts)
@@ -144,7 +162,7 @@ class LeanStep:
                 return objective(logps, entropies, packed)
 
             layers = Layers(micro_batch.saved, micro_batch.on_device, micro_batch.tile)
-            self.decoder.differentiate(packed, self.temperature, layers, of_tokens, backward)
+            self.decoder.differentiate(packed, self.temperature, layers, of_tokens, backward, entropy_grad)
         for parameter in self.trained:  # without a signal the gradients are 0, and the optimizer's momentum still acts
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -156,7 +174,10 @@ class LeanStep:
         Args:
             batch (`Rows`): The completions, which may be none.
             shape (`tuple[int, int]`): (B, T).
+
+        Raises ValueError for a hook that would not be called.
         """
+        self._refuse_hooks()
         logps, entropies = (torch.zeros(shape, device=self.device) for _ in range(2))
         for rows, tile in self._forward_batches(batch.rows, self.available()):
             packed = pack(batch, rows, self.device, self.share_prompts)
@@ -192,8 +213,10 @@ class LeanStep:
         completions = {i: torch.zeros(completion_length, dtype=torch.long) for i in range(rows)}
         all_rows = [Row(i, i // num_generations, prompt_length, completion_length) for i in range(rows)]
         prompts = [torch.zeros(prompt_length, dtype=torch.long)] * (all_rows[-1].prompt + 1)
-        batch = Rows(all_rows, prompts, completions)
-        grads = [p.grad for p in self.trained]
+        scored = {i: torch.arange(completion_length) for i in range(rows)}
+        batch = Rows(all_rows, prompts, completions, scored)
+        trained = self.trained
+        grads = [p.grad for p in trained]
 
         def largest() -> list[MicroBatch]:
             micro_batches = self.plan(all_rows)
@@ -202,9 +225,20 @@ class LeanStep:
             return micro_batches
 
         micro_batches = self.retried(largest)
-        for parameter, grad in zip(self.trained, grads, strict=True):
+        for parameter, grad in zip(trained, grads, strict=True):
             parameter.grad = grad
         return micro_batches
+
+
+def _dropped(layer: nn.Module) -> int:
+    """Features that go through LoRA's dropout in a decoder layer."""
+    from peft.tuners.lora import LoraLayer
+
+    features = 0
+    for module in layer.modules():
+        if isinstance(module, LoraLayer) and any(isinstance(one, nn.Dropout) for one in module.lora_dropout.values()):
+            features += module.in_features or 0
+    return features
 
 
 def _lengths(rows: list[Row]) -> list[Lengths]:

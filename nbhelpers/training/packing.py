@@ -20,7 +20,7 @@ class Row(NamedTuple):
     number: int  # its row in the padded batch
     prompt: int  # index into Rows.prompts
     prompt_length: int  # tokens
-    completion_length: int  # tokens
+    completion_length: int  # tokens, those that take no loss included
 
 
 @dataclass
@@ -30,6 +30,7 @@ class Rows:
     rows: list[Row]
     prompts: list[Tensor]  # int64 [tokens], each distinct prompt once
     completions: dict[int, Tensor]  # int64 [tokens], by Row.number
+    scored: dict[int, Tensor]  # int64 [n], by Row.number: which of the completion's tokens take a loss
 
 
 def unpad(
@@ -38,6 +39,7 @@ def unpad(
     completion_ids: Tensor,
     completion_mask: Tensor,
     keep: Tensor | None = None,
+    loss_mask: Tensor | None = None,
 ) -> Rows:
     """The rows of a batch as TRL has it: prompts padded on the left, completions on the right.
 
@@ -45,24 +47,26 @@ def unpad(
         prompt_ids (`Tensor`), prompt_mask (`Tensor`): [B, P], int64 and 1 on tokens.
         completion_ids (`Tensor`), completion_mask (`Tensor`): [B, T], int64 and 1 on tokens.
         keep (`Tensor`, *optional*): bool [B], rows to take; None for all.
+        loss_mask (`Tensor`, *optional*): [B, T], 1 on tokens that take a loss; None: `completion_mask`. The others, the
+            result of a tool say, are read by the model and not scored.
 
-    Rows without a completion token are left out: nothing of them is scored.
+    Rows of which nothing is scored are left out.
     """
     prompt_ids, completion_ids = prompt_ids.cpu(), completion_ids.cpu()
     prompt_mask, completion_mask = prompt_mask.bool().cpu(), completion_mask.bool().cpu()
-    lengths = completion_mask.sum(1).tolist()
-    kept = [True] * len(lengths) if keep is None else keep.tolist()
+    scored = completion_mask if loss_mask is None else completion_mask & loss_mask.bool().cpu()
+    kept = scored.any(1) if keep is None else scored.any(1) & keep.cpu()
     numbers: dict[bytes, int] = {}
-    batch = Rows([], [], {})
-    for number, length in enumerate(lengths):
-        if not length or not kept[number]:
-            continue
+    batch = Rows([], [], {}, {})
+    for number in kept.nonzero().flatten().tolist():
         prompt = prompt_ids[number][prompt_mask[number]]
         index = numbers.setdefault(prompt.numpy().tobytes(), len(numbers))
         if index == len(batch.prompts):
             batch.prompts.append(prompt)
-        batch.rows.append(Row(number, index, len(prompt), length))
-        batch.completions[number] = completion_ids[number][completion_mask[number]]
+        completion = completion_ids[number][completion_mask[number]]
+        batch.rows.append(Row(number, index, len(prompt), len(completion)))
+        batch.completions[number] = completion
+        batch.scored[number] = scored[number].nonzero().flatten()
     return batch
 
 
@@ -130,7 +134,7 @@ def pack(batch: Rows, rows: list[Row], device: torch.device | str, share: bool =
             sequence(prompt, 0, of_prompt)
         for row in members:
             completion = batch.completions[row.number]
-            n = len(completion)
+            n, scored = len(completion), batch.scored[row.number]
             if alone:
                 start = first + length
                 sequence(torch.cat((prompt, completion[:-1])), 0, torch.arange(first, start + n - 1))
@@ -138,10 +142,11 @@ def pack(batch: Rows, rows: list[Row], device: torch.device | str, share: bool =
                 start = total
                 if n > 1:
                     sequence(completion[:-1], length, torch.cat((of_prompt, torch.arange(start, start + n - 1))))
-            source += [torch.tensor([first + length - 1]), torch.arange(start, start + n - 1)]
-            target.append(completion)
-            number.append(torch.full((n,), row.number))
-            column.append(torch.arange(n))
+            # a token is predicted by the one before it, the first by the prompt's last
+            source.append(torch.where(scored == 0, first + length - 1, start + scored - 1))
+            target.append(completion[scored])
+            number.append(torch.full((len(scored),), row.number))
+            column.append(scored)
     shared = total_keys != total
     ends = [torch.tensor([0, *(s[i] for s in sequences)], dtype=torch.int32) for i in (1, 3)]
 

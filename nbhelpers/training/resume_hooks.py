@@ -1,49 +1,45 @@
 """A GRPOTrainer that loses nothing on a stop and resumes exactly where it was: the hooks around checkpoint.py.
 
-They touch these private parts of TRL and transformers:
+What is written is in save_hooks.py. These touch these private parts of TRL and transformers:
 
-    _step, _buffered_inputs                 TRL's: where the run is within a rollout
     _metrics                                TRL's: numbers that are not logged yet
     _get_train_sampler                      a resumed run gets the prompts of its own epoch, not the first's
-    _save_checkpoint, _get_output_dir       transformers write into a staging folder
-    _save                                   an adapter is saved with what it is an adapter of
     _load_from_checkpoint, _load_scaler     weights of a finished run; a run that changed its precision
+    _evaluate, _load_rng_state,             an evaluation that was cut short is made up for, with the random numbers
+    _determine_best_metric                  that it would have drawn
     _issue_warnings_after_load              no warning for tied weights, which are not stored twice
 """
 
+import contextlib
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
-from transformers.utils import logging as transformers_logging
 
 from nbhelpers.models import adapter
 
-from . import checkpoint
-from .hooks import Hooks
+from . import checkpoint, identity, run_folder, stops
+from .save_hooks import SaveHooks, first_not_finite
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from torch import nn
     from torch.utils.data import Sampler
     from transformers import TrainerControl, TrainingArguments
     from trl.trainer.utils import RepeatSampler
 
 
-class ResumeHooks(Hooks):
+class ResumeHooks(SaveHooks):
     """See the module. `trainer.LeanGRPOTrainer` is what people use."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._mark: checkpoint.Position | None = None  # the end of the newest update, while the weights are as then
-        self._staging: Path | None = None  # where a checkpoint is being written
-        self._saved: int | None = None  # the step of this run's newest checkpoint
         self._epochs_before = 0  # whole passes over the data that earlier sessions made
+        self._rollout_fits = True  # whether the checkpoint's rollout has the shape that this run wants
         self.callback_handler.callbacks.insert(0, _KeepMark(self))  # first: another callback may raise
 
     def train(
@@ -51,128 +47,111 @@ class ResumeHooks(Hooks):
         resume_from_checkpoint: "str | Path | bool | None" = None,
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
+        *,
+        resume_anyway: bool = False,
     ) -> TrainOutput:
         """Train, and keep what was learned however it ends.
+
+        SIGTERM and SIGHUP do what Ctrl-C does. A second run in the same folder is refused while this one trains.
 
         Args:
             resume_from_checkpoint (`str`, `Path` or `bool`, *optional*): "auto" resumes from the newest complete
                 checkpoint in `args.output_dir` and starts afresh without one; True is the same, and FileNotFoundError
                 without one; a folder is that checkpoint. A damaged checkpoint is skipped by name. A finished run loads
                 its weights and returns at once. On a CPU the numbers are bit for bit those of a run that was never
-                stopped.
+                stopped. Without it the run starts afresh; checkpoints of another run in the folder stay.
             trial, ignore_keys_for_eval (*optional*): As in transformers' Trainer.
+            resume_anyway (`bool`): Go on from a checkpoint although something other than the model has changed since
+                (data, rewards, arguments, engine); what has is printed.
 
         Returns transformers' `TrainOutput`; after an interrupt its metrics are {"interrupted": True}.
 
         Raises ValueError for a checkpoint of another run (model, data, rewards, arguments), naming what differs, and
-        for a folder that is damaged; FileNotFoundError for one that does not exist.
+        for a folder that is damaged; FileNotFoundError for one that does not exist; run_folder.InUse while another run
+        holds the folder; run_folder.FolderError if it cannot be written or has no room; FloatingPointError when the
+        weights are not finite any more, before they replace what is saved.
         """
-        folder = self._find(resume_from_checkpoint)
-        self._start_at(folder)
-        if folder is not None and self._finished(folder):
-            return TrainOutput(self.state.global_step, float("nan"), {"finished": True})
-        try:
-            with warnings.catch_warnings():  # of TRL's own, about transformers 5.23
-                warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-                return super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
-        except KeyboardInterrupt:
-            # before the first step, or before a checkpoint is loaded, the weights must not replace what is saved
-            saved_in = self._save_all() if self.state.global_step else None
-            self.model.eval()
-            self.callback_handler.on_train_end(self.args, self.state, self.control)
-            if saved_in is None:
-                print("Stopped by you before the first step was done: nothing new was learned, and nothing is written.")
-            else:
-                print(f"Stopped by you after step {self.state.global_step}. What was learned is kept, here and in "
-                      f"{saved_in}: go on with the next cell.")  # fmt: skip
-            self._print_how_to_resume()
-            return TrainOutput(self.state.global_step, float("nan"), {"interrupted": True})
-        except Exception:
-            self.model.eval()
-            if self.state.global_step:
-                print(
-                    f"Step {self.state.global_step + 1} failed. What was learned until then is in {self._save_all()}."
-                )
-                self._print_how_to_resume()
-            raise
+        run_folder.check_writable(self._root)
+        with (
+            stops.signals_stop(),
+            run_folder.hold(self._root) if self.args.should_save else contextlib.nullcontext(),
+        ):
+            self._described = None
+            folder = self._find(resume_from_checkpoint, resume_anyway)
+            self._start_at(folder)
+            if folder is not None and self._finished(folder):
+                return TrainOutput(self.state.global_step, float("nan"), {"finished": True})
+            self._check_start()
+            try:
+                with warnings.catch_warnings():  # of TRL's own, about transformers 5.23
+                    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+                    return super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
+            except KeyboardInterrupt as stop:
+                return self._stopped(stop.args[0] if isinstance(stop, stops.Stopped) else "you")
+            except BaseException as error:  # SystemExit too: what was learned is kept however it ends
+                self.model.eval()
+                if self.state.global_step:
+                    # where a checkpoint did not fit, another try would not either
+                    saved_in = self._save_all(checkpoint_too=not isinstance(error, run_folder.FolderError))
+                    if saved_in is not None:
+                        print(f"Step {self.state.global_step + 1} failed. What was learned until then is in "
+                              f"{saved_in}.")  # fmt: skip
+                    self._print_how_to_resume()
+                raise
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in transformers' Trainer, without its progress bar, which stays in a notebook as an empty widget."""
-        transformers_logging.disable_progress_bar()
-        try:
-            super().save_model(output_dir, _internal_call)
-        finally:
-            transformers_logging.enable_progress_bar()
+    def _stopped(self, by: str) -> TrainOutput:
+        """What is left to do when somebody ended the run."""
+        # before the first step, or before a checkpoint is loaded, the weights must not replace what is saved
+        saved_in = self._save_all() if self.state.global_step else None
+        self.model.eval()
+        self.callback_handler.on_train_end(self.args, self.state, self.control)
+        if saved_in is not None:
+            print(f"Stopped by {by} after step {self.state.global_step}. What was learned is kept, here and in "
+                  f"{saved_in}: go on with the next cell.")  # fmt: skip
+        elif not self.state.global_step:
+            print(f"Stopped by {by} before the first step was done: nothing new was learned, and nothing is written.")
+        self._print_how_to_resume()
+        return TrainOutput(self.state.global_step, float("nan"), {"interrupted": True})
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """transformers' hook: the adapter of a model from `loader.load` is saved with what it is an adapter of."""
+    def _check_start(self) -> None:
+        """Refuse what would fail later: weights that are not finite, checkpoints for which there is no room."""
         model = self.accelerator.unwrap_model(self.model)
-        if state_dict is not None or not adapter.loras(model) or adapter.base_of(model) is None:
-            super()._save(output_dir, state_dict)
-            if self.args.should_save:  # a pickle that nothing reads
-                Path(output_dir or self._root, TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        elif self.args.should_save:
-            folder = output_dir or self._root
-            adapter.save_adapter(model, folder)
-            self.processing_class.save_pretrained(folder)
-
-    def _save_all(self) -> Path:
-        """Save model or adapter, tokenizer and the log of the run into the output folder, and return it.
-
-        If the run is at the end of an update, a checkpoint too, so that it can be resumed from there.
-        """
-        one_process = self.accelerator.num_processes == 1  # several would wait for each other
-        mark = self._mark
-        if mark is not None and self.state.global_step and self.args.save_strategy != "no" and one_process:
-            assert mark.rng is not None  # `_position` sets it
-            checkpoint.set_generators(mark.rng)  # as if the step in progress had not begun
-            self._restore(mark)
-            self.state.num_input_tokens_seen = mark.counters["tokens"]
-            self._save_checkpoint(self.model, trial=None)
-        self.save_model()
-        self.save_state()
-        return self._root
-
-    @property
-    def _root(self) -> Path:
-        """The output folder."""
-        assert self.args.output_dir is not None  # transformers sets it where it was not given
-        return Path(self.args.output_dir)
+        if self._saved is None and (name := first_not_finite(model.named_parameters())) is not None:
+            raise ValueError(f"{name} of the model is not finite (NaN or infinity) before the first step: nothing "
+                             "could be learned with it. Load the model again, or another one")  # fmt: skip
+        ours = [path for path in self._root.glob("checkpoint-*") if path.is_dir()]
+        strangers = checkpoint.others(self._root, self._run())
+        if self._saved is None and strangers:
+            print(f"{self._root} has checkpoints of another run ({', '.join(path.name for path in strangers)}): they "
+                  "stay as they are.")  # fmt: skip
+        there = len(ours) - len(strangers)
+        count = run_folder.checkpoints_coming(self.args, self._saved or 0, there)
+        run_folder.check_room(self._root, *run_folder.checkpoint_bytes(model, self.args), count)
 
     def _print_how_to_resume(self) -> None:
         if self._saved is not None:
             print(f'trainer.train(resume_from_checkpoint="auto") goes on after step {self._saved}.')
 
-    def _position(self) -> checkpoint.Position:
-        """Where the run is now, between two updates."""
-        mid_rollout = self._step % (self._steps_per_generation * self.num_iterations) != 0
-        position = checkpoint.Position(
-            micro_step=self._step,
-            rollout=self._buffered_inputs if mid_rollout else None,
-            counters={"tokens": self.state.num_input_tokens_seen},
-            rng=checkpoint.generators(),
-        )
-        self._write_state(position)
-        return position
-
-    def _restore(self, position: checkpoint.Position) -> None:
-        """Be where `position` is; its random generators are not touched."""
-        self._step, self._buffered_inputs = position.micro_step, position.rollout
-        self._read_state(position)
-
     def _start_at(self, folder: Path | None) -> None:
         """Be where a checkpoint is, or at the start of a run."""
-        self._metrics["train"].clear()  # of a step that an interrupt cut short
+        for mode in ("train", "eval"):
+            self._metrics[mode].clear()  # of a step that an interrupt cut short
         self._mark, self._saved, self._epochs_before = None, None, 0
+        self._start = checkpoint.next_start(self._root)
         if folder is None or not (folder / checkpoint.MANIFEST).exists():
             self._restore(checkpoint.Position(0, None))
             return
-        self._restore(checkpoint.Position.load(folder, self.accelerator.process_index, self.args.device))
+        position = checkpoint.Position.load(folder, self.accelerator.process_index, self.args.device)
+        if not self._rollout_fits:
+            position.rollout = None  # the completions are written again
+        self._restore(position)
+        self._start = checkpoint.read(folder)["start"]
         state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
         self._saved, self._epochs_before = state.global_step, int(state.epoch)
 
-    def _find(self, wanted: "str | Path | bool | None") -> Path | None:
+    def _find(self, wanted: "str | Path | bool | None", anyway: bool) -> Path | None:
         """The checkpoint to resume from; None: none. Raises as `train` does."""
+        self._rollout_fits = True
         if wanted is None or wanted is False:
             return None
         if self.args.sync_ref_model:
@@ -195,16 +174,12 @@ class ResumeHooks(Hooks):
                 print(f"{folder} has no {checkpoint.MANIFEST}: it goes on as TRL does, unchecked and not exactly.")
                 return folder
             if (why := checkpoint.problem(folder)) is not None:
-                raise ValueError(f'{folder} is damaged: {why}. Take another, or resume_from_checkpoint="auto"')
-        checkpoint.refuse_other(folder, self._run())
+                raise ValueError(f'{folder} is no good: {why}. Take another, or resume_from_checkpoint="auto"')
+        self._rollout_fits = identity.refuse_other(folder, self._run(), anyway)
         if self.args.save_only_model:
             print("Without the optimizer's state (save_only_model=True) a run goes on, but not exactly.")
         print(f"Goes on from {folder}, after step {checkpoint.read(folder)['step']}.")
         return folder
-
-    def _run(self) -> dict:
-        model = self.accelerator.unwrap_model(self.model)
-        return checkpoint.describe(model, self.args, self.train_dataset, self.reward_func_names)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """transformers' hook. Beside the trained adapter TRL keeps a copy for the KL term, "ref", which peft saves in a
@@ -222,6 +197,8 @@ class ResumeHooks(Hooks):
             return False
         self._load_from_checkpoint(str(folder))
         self.state = state
+        if self._evaluation_due:
+            self._load_rng_state(str(folder))  # it was stopped in its last evaluation, which is made up for
         self.model.eval()
         for event in (self.callback_handler.on_train_begin, self.callback_handler.on_train_end):
             event(self.args, self.state, self.control)
@@ -229,33 +206,31 @@ class ResumeHooks(Hooks):
               f"raise max_steps (or num_train_epochs).")  # fmt: skip
         return True
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+    def _evaluate(
+        self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
+    ) -> dict[str, float]:
+        """transformers' hook: an evaluation that is cut short is due when the run goes on."""
+        self._evaluation_due, self._logged = True, len(self.state.log_history)
+        self._mark = self._position()
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        self._evaluation_due = False
+        self._mark = self._position()
+        return metrics
 
-    def _save_checkpoint(self, model: "nn.Module", trial: Any) -> None:
-        """transformers' hook: it writes into a staging folder, which then becomes the checkpoint by a rename."""
-        if self._saved == self.state.global_step:
-            return
-        root, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            checkpoint.staging(root)
-        self.accelerator.wait_for_everyone()
-        self._staging = root / checkpoint.STAGING
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = None
-        staged = root / checkpoint.STAGING / name
-        self._position().save(staged, self.accelerator.process_index)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            if self.state.best_global_step:  # transformers looked for it in the staging folder
-                self.state.best_model_checkpoint = str(root / f"checkpoint-{self.state.best_global_step}")
-                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-            checkpoint.publish(staged, root / name, self._run(), self.state.global_step)
-            checkpoint.rotate(root, self.args.save_total_limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
-        self._saved = self.state.global_step
+    def _load_rng_state(self, folder: str | None) -> None:
+        """transformers' hook, called where a resumed run goes on: first with the evaluation that is due there."""
+        super()._load_rng_state(folder)
+        if self._evaluation_due:
+            self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
+
+    def _write_state(self, position: checkpoint.Position) -> None:
+        super()._write_state(position)
+        if self._evaluation_due:
+            position.extra["evaluation_due"] = True
+
+    def _read_state(self, position: checkpoint.Position) -> None:
+        super()._read_state(position)
+        self._evaluation_due = position.extra.get("evaluation_due", False)
 
     def _load_scaler(self, folder: str | None) -> None:
         if self.accelerator.scaler is not None:  # there is none in bf16: the run began in fp16, on another card
@@ -288,6 +263,5 @@ class _KeepMark(TrainerCallback):
     def on_step_end(
         self, args: "TrainingArguments", state: TrainerState, control: "TrainerControl", **kwargs: Any
     ) -> None:
+        self.trainer._check_weights()
         self.trainer._mark = self.trainer._position()
-
-    on_evaluate = on_step_end

@@ -29,6 +29,7 @@ from nbhelpers.rewards import Tags, in_form, right, text_of
 
 from . import checkpoint
 from .hooks import Hooks
+from .objective import loss_mask
 
 Batch = dict[str, Any]  # TRL's rollout: tensors by name, B rows of whole groups
 Inputs = list[dict[str, Any]]  # rows of the data set, each as often as it is answered
@@ -38,6 +39,8 @@ LEFT_PADDED = ("prompt_ids", "prompt_mask")
 
 def spliced(batch: Batch, rows: list[int], other: Batch, other_rows: list[int], pad_token_id: int) -> Batch:
     """`batch` with its `rows` replaced by `other_rows` of another rollout, padded to a common length."""
+    if "tool_mask" in batch or "tool_mask" in other:  # where one rollout has none, all of its tokens take a loss
+        batch, other = ({"tool_mask": one["completion_mask"]} | one for one in (batch, other))
     result = dict(batch)
     for name, value in batch.items():
         if not isinstance(value, Tensor) or value.dim() == 0:
@@ -57,6 +60,11 @@ def _padded(t: Tensor, width: int, fill: int, left: bool) -> Tensor:
     return torch.nn.functional.pad(t, (missing, 0) if left else (0, missing), value=fill)
 
 
+def _question(row: dict[str, Any]) -> Any:
+    """What makes a row of the data set the one that it is: its prompt, or all of it where an environment asks."""
+    return row.get("prompt", row)
+
+
 class Difficulty:
     """What is known of each question by now: whether its newest group taught something. Keyed by the prompt's hash."""
 
@@ -65,7 +73,7 @@ class Difficulty:
 
     @staticmethod
     def key(prompt: Any) -> str:
-        return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(prompt, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def note(self, prompts: list[Any], silent: list[bool]) -> None:
         self.silent.update(zip(map(self.key, prompts), silent, strict=True))
@@ -143,7 +151,7 @@ class SignalHooks(Hooks):
         whole = len(inputs) % size == 0 and "pixel_values" not in batch
         silent = silent_rows.view(-1, size)[:, 0].tolist() if whole else []
         if whole:
-            self.difficulty.note([row["prompt"] for row in inputs[::size]], silent)
+            self.difficulty.note([_question(row) for row in inputs[::size]], silent)
         if not rounds:
             return batch
         wanting = [group for group, quiet in enumerate(silent) if quiet]
@@ -152,11 +160,11 @@ class SignalHooks(Hooks):
             count = self._most_of_all(len(wanting))  # every process must take part in what the others gather
             if count == 0:
                 break
-            rows = self._drawn(count, {Difficulty.key(row["prompt"]) for row in inputs[::size]})
+            rows = self._drawn(count, {Difficulty.key(_question(row)) for row in inputs[::size]})
             with self._unlogged():
                 other = super()._generate_and_score_completions(rows)
             quiet = self._own(silent_groups(self._totals, size).repeat_interleave(size)).view(-1, size)[:, 0].tolist()
-            self.difficulty.note([row["prompt"] for row in rows[::size]], quiet)
+            self.difficulty.note([_question(row) for row in rows[::size]], quiet)
             good = [group for group, is_quiet in enumerate(quiet) if not is_quiet]
             pairs = list(zip(wanting, good, strict=False))
             if pairs:
@@ -166,8 +174,7 @@ class SignalHooks(Hooks):
                 batch = spliced(batch, to, other, source, self._tokenizer.pad_token_id)
             wanting = wanting[len(pairs) :]
             replaced += len(pairs)
-        tokens = batch["completion_mask"].sum()
-        batch["num_items_in_batch"] = self.accelerator.gather(tokens).sum()
+        batch["num_items_in_batch"] = self.accelerator.gather(loss_mask(batch).sum()).sum()
         self._metrics["train"]["signal/replaced"].append(replaced / max(1, len(silent)))
         return batch
 
@@ -177,9 +184,10 @@ class SignalHooks(Hooks):
         for _ in range(count):
             for _ in range(TRIES):
                 row = data[int(torch.randint(len(data), ()))]
-                if Difficulty.key(row["prompt"]) not in taken and not self.difficulty.was_silent(row["prompt"]):
+                key = Difficulty.key(_question(row))
+                if key not in taken and not self.difficulty.was_silent(_question(row)):
                     break
-            taken.add(Difficulty.key(row["prompt"]))
+            taken.add(key)
             rows += [copy(row) for _ in range(self.num_generations)]
         return rows
 

@@ -7,23 +7,29 @@ Only the files of hooks and this one touch TRL's private parts. Here these are:
     _tokenizer                              the engine's tokenizer
 """
 
+import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import trl
+from datasets import IterableDataset
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, PrinterCallback
 from trl.extras.profiling import profiling_context
 
 from nbhelpers import engines, gpu, panel
 from nbhelpers.memory.room import Reserved
-from nbhelpers.models import chat
+from nbhelpers.models import chat, families
 from nbhelpers.rewards import REASONING, Sample, Tags, question_of, text_of
-from nbhelpers.rewards.guard import guard_all
+from nbhelpers.rewards.guard import SECONDS, guard_all
 
+from . import rows, run_folder, settings
+from .config import LeanGRPOConfig
 from .lean_hooks import ONE_CARD_EACH, LeanStepHooks
+from .model_check import check_model
 from .prompt_hooks import PromptHooks
 from .resume_hooks import ResumeHooks
 from .signal_hooks import SignalHooks
@@ -32,7 +38,7 @@ from .stop_when import Stopper, StopWhen
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+    from datasets import Dataset, DatasetDict, IterableDatasetDict
     from peft import PeftConfig, PeftModel
     from transformers import (
         BitsAndBytesConfig,
@@ -47,94 +53,20 @@ ENGINES_KNOW = {"stop_strings", "min_new_tokens"}  # of transformers' names in `
 TESTED_TRL = ("1.16", "1.17")  # from, up to but not including
 
 
-def precision() -> dict[str, bool]:
-    """The arguments of a GRPOConfig that decide the arithmetic: bf16 from Ampere on, fp16 on a T4, fp32 on a CPU.
-
-    TRL's own default is bf16 wherever fp16 is not asked for, which a T4 does not have and a CPU refuses.
-    """
-    dtype = gpu.compute_dtype()
-    return {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, "use_cpu": dtype == torch.float32}
-
-
-@dataclass
-class LeanGRPOConfig(trl.GRPOConfig):
-    """TRL's GRPOConfig whose unset precision is this machine's, that logs every step and reports to no service.
-
-    No gradient checkpointing: the lean step decides for each layer what to keep and what to compute again.
-
-    Where engine and trainer disagree about a token's probability, that token's loss is importance-weighted. TRL's own
-    default, the product of a completion's ratios, turns rounding noise into a factor: 0.3 to 1.9 in bf16 at 256 tokens
-    (rows `first_loss_...` of benchmarks/results/vllm.json), and more the longer the completion.
-
-    A checkpoint every 20 steps, the newest two kept: on a T4, where a step takes tens of seconds, a killed run costs
-    minutes, and a LoRA's checkpoint is a few dozen MB. transformers' own default, 500, is longer than most runs here.
-    The folder must outlive the machine: on Colab one on Google Drive, on Kaggle below /kaggle/working with
-    Persistence set to "Files only".
-    """
-
-    gradient_checkpointing: bool = False
-    vllm_importance_sampling_mode: str = "token_truncate"
-    logging_steps: float = 1
-    report_to: str | list[str] | None = "none"
-    save_steps: float = 20
-    save_total_limit: int | None = 2
-    dynamic_sampling: int = 0  # rounds in which groups without a signal are replaced before the update (DAPO)
-
-    def __post_init__(self):
-        if self.bf16 is None and not self.fp16:
-            for name, value in precision().items():
-                setattr(self, name, value)
-        if self.use_cpu:
-            self.dataloader_pin_memory = False  # there is no card to pin for, and torch warns at each step
-        with warnings.catch_warnings():  # TRL sets gradient_checkpointing, which transformers 5.23 calls deprecated
-            warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
-            super().__post_init__()
-
-
-def check(
-    model: "str | PreTrainedModel | PeftModel",
-    train_dataset: "Dataset | IterableDataset | None",
-    args: trl.GRPOConfig,
-) -> None:
-    """Refuse, before anything is computed, what would fail late or train nothing without a word.
-
-    Raises ValueError: no or empty dataset, no `prompt` column, no trainable parameter, fp16 master weights under fp16.
-    """
-    if train_dataset is None or (hasattr(train_dataset, "__len__") and len(train_dataset) == 0):
-        raise ValueError("train_dataset is empty: GRPO would stop at once and call it a success. Check the task's rows")
-    if train_dataset.column_names is not None and "prompt" not in train_dataset.column_names:
-        raise ValueError(
-            f"train_dataset has the columns {', '.join(train_dataset.column_names)} but no 'prompt': "
-            "build it with nbhelpers.tasks, or rename your column"
-        )
-    if isinstance(model, str):
-        return
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not trained:
-        raise ValueError("no parameter of the model is trainable: load it with lora_rank > 0, or with lora_rank=0 and "
-                         "quantization='none' to train all of it")  # fmt: skip
-    halves = [name for name, p in trained if p.dtype == torch.float16]
-    if args.fp16 and halves:
-        raise ValueError(
-            f"fp16 training needs fp32 master weights, but {len(halves)} trainable parameters are fp16, the first is "
-            f"{halves[0]}: load the model with nbhelpers.loader.load, or cast them with .float()"
-        )
-
-
 class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.GRPOTrainer):
     """TRL's GRPOTrainer, made for one small machine. These things differ:
 
     - the precision is this machine's when `args` is a `LeanGRPOConfig` (or None);
-    - reward functions are guarded (`guard.guard_all`): a wrong length is refused by name; one exception or NaN costs
-      one batch's rows of that function, not the run;
+    - reward functions are guarded (`guard.guard_all`): a wrong length is refused by name; one exception, NaN or call
+      that takes longer than `args.reward_seconds` costs one batch's rows of that function, not the run;
     - `state.samples` holds the newest rollout as `Sample`s, for callbacks such as `panel.Live`;
     - log-probabilities and gradients come from the lean step (`lean_step.LeanStep`);
     - completions are written by an engine from the weights that are trained, and end with a stop string too
       (`generation_kwargs={"stop_strings": [...]}`);
     - a prompt that ends with an assistant message is continued there; what is rewarded is what the model wrote;
     - `chat_template_kwargs` are kept with the tokenizer, so that `evaluate` asks as the training does;
-    - an interrupt (Ctrl-C, the notebook's stop button) or an error saves what was learned to `args.output_dir`;
-      after an interrupt `train()` returns as if the run had ended, so the next cell works;
+    - an interrupt (Ctrl-C, the notebook's stop button, SIGTERM, SIGHUP) or an error saves what was learned to
+      `args.output_dir`; after an interrupt `train()` returns as if the run had ended, so the next cell works;
     - a group whose rewards are all equal has advantages of exactly 0, and is replaced where `args.dynamic_sampling`
       says so;
     - checkpoints are complete or absent, and `train(resume_from_checkpoint="auto")` resumes from the newest one as
@@ -196,10 +128,18 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
                           stacklevel=2)  # fmt: skip
         if args is None:
             args = LeanGRPOConfig("runs/grpo")
-        check(model, train_dataset, args)
+        settings.refuse(args)
+        owned = environment_factory is not None
+        train_dataset, eval_dataset = rows.looked_at(train_dataset, eval_dataset, args, owned)
+        if peft_config is None and not isinstance(model, str):  # what is adapted yet is frozen now
+            check_model(model, args)
+        run_folder.check_writable(Path(args.output_dir or "trainer_output"))  # before transformers makes it
         funcs = None
         if reward_funcs is not None:
-            funcs = guard_all(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])
+            seconds = args.reward_seconds if isinstance(args, LeanGRPOConfig) else SECONDS
+            given = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+            funcs = guard_all(given, seconds)
+            settings.refuse_weights(args, len(funcs))
         masters = {} if isinstance(model, str) else {p: p.data for p in model.parameters() if p.requires_grad}
         super().__init__(
             model, funcs, args, train_dataset, eval_dataset=eval_dataset, processing_class=processing_class,
@@ -210,8 +150,17 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
         )  # fmt: skip
         for parameter, data in masters.items():  # TRL casts a 4-bit model's adapter to bf16, even on a T4 or a CPU,
             parameter.data = data.to(parameter.device)  # where a step of 1e-5 is rounded away
-        self.engine = self._engine(engine)
+        if {"is_loaded_in_4bit", "is_loaded_in_8bit"} & vars(families.unwrap(self.model)).keys():
+            for parameter in self.model.parameters():  # the adapter that TRL made from peft_config, too
+                if parameter.requires_grad and parameter not in masters:
+                    parameter.data = parameter.data.float()
+        check_model(self.model, args)
+        self.engine, self._said_too_long = self._engine(engine), False
+        self._refuse_long_prompts()
         rounds = args.dynamic_sampling if isinstance(args, LeanGRPOConfig) else 0
+        if rounds and isinstance(self.train_dataset, IterableDataset):
+            raise ValueError("dynamic_sampling draws other questions from anywhere in train_dataset, which a stream "
+                             "cannot do: set dynamic_sampling=0, or make a datasets.Dataset of it")  # fmt: skip
         self._begin_signal(correct, rounds, tags)
         if stop_when is not None:
             self.add_callback(Stopper(stop_when))
@@ -272,6 +221,23 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
             gpu.grow_blocks()
         return chosen
 
+    def _identity(self) -> dict[str, Any]:
+        return {**super()._identity(), "engine": "TRL's own" if self.engine is None else self.engine.name}
+
+    def _refuse_long_prompts(self) -> None:
+        """ValueError for a prompt that is longer than all that the model can hold."""
+        if self.engine is None or self.environment_factories is not None:  # each writes the prompts on
+            return
+        limit = self.accelerator.unwrap_model(self.model).config.get_text_config().max_position_embeddings
+        why = f"and all that the model can hold is {limit}: leave the row out"
+
+        def lengths(prompts: list[Any]) -> list[int]:
+            return [len(ids) for ids in self._tokenize_prompts(prompts)[0]]
+
+        rows.refuse_longer(self.train_dataset, "train_dataset", limit, lengths, why)
+        for data in rows.several(self.eval_dataset):
+            rows.refuse_longer(data, "eval_dataset", limit, lengths, why)
+
     def _reserved(self) -> Reserved:
         asleep = 0 if self.engine is None else self.engine.asleep
         return super()._reserved()._replace(handed_back=asleep)
@@ -289,12 +255,13 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
+        self._say_if_too_long(prompt_ids)
         n = num_generations  # a group's prompts are adjacent and the same: the engine gets one of them
         grouped = all(prompt_ids[i] == prompt_ids[i - i % n] for i in range(len(prompt_ids)))
         n = n if grouped and len(prompt_ids) % n == 0 else 1
         # each process draws with its own seed: with few prompts a group is spread over several
         seed = int(torch.randint(2**62, ())) + self.accelerator.process_index
-        sampling = self._sampling(n, seed)
+        sampling = replace(self._sampling(n, seed), past_limit=self.engine.name != "vllm")
         with profiling_context(self, f"engine.{self.engine.name}"):
             written = self.engine.generate(prompt_ids[::n], sampling)
         if sampling.stop_strings:
@@ -318,10 +285,31 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
             seed=seed,
         )  # fmt: skip
 
+    def _say_if_too_long(self, prompt_ids: list[list[int]]) -> None:
+        """TRL generates past the positions that a model was made for without a word; here there is one, once."""
+        limit, longest = self.model.config.get_text_config().max_position_embeddings, max(map(len, prompt_ids))
+        if longest + self.max_completion_length > limit and not self._said_too_long:
+            self._said_too_long = True
+            print(f"A prompt of {longest} tokens and max_completion_length={self.max_completion_length} go past the "
+                  f"{limit} positions that this model was made for: what is written there may be poor. This is said "
+                  "once.")  # fmt: skip
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in TRL; callbacks find the newest rollout in `state.samples`."""
+        """As in TRL; callbacks find the newest rollout in `state.samples`.
+
+        In `state.log_history` a number that is not finite is None, because JSON has none. Its last entry, the summary
+        of the run, has the newest step's numbers too, as with TRL where logging_steps left some of them to it.
+        """
         vars(self.state)["samples"] = self.samples()  # TrainerState has no such field; the panel reads it
         super().log(logs, start_time)
+        history = cast("list[dict[str, Any]]", self.state.log_history)
+        *before, entry = history
+        if "train_runtime" in entry:
+            entry = next((log for log in reversed(before) if "reward" in log), {}) | entry
+        history[-1] = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in entry.items()
+        }
 
     def samples(self) -> list[Sample]:
         """The newest rollout of all processes: prompt, completion, reward by function and advantage of each row."""

@@ -31,7 +31,7 @@ class At(TrainerCallback):
         setattr(self, event, raiser)
 
 
-def make(tokenizer, folder, *callbacks, model=None, rows=ROWS, reward=nines, engine="hf",
+def make(tokenizer, folder, *callbacks, model=None, rows=ROWS, eval_rows=None, reward=nines, engine="hf",
          max_skipped_steps=10, **changes):  # fmt: skip
     if model is None:
         model = AutoModelForCausalLM.from_pretrained(WORKSHOP, dtype=torch.float32)
@@ -39,7 +39,7 @@ def make(tokenizer, folder, *callbacks, model=None, rows=ROWS, reward=nines, eng
                 "learning_rate": 1e-3, "disable_tqdm": True, "beta": 0.02, **changes}  # fmt: skip
     args = trainer.LeanGRPOConfig(str(folder), **settings)
     return trainer.LeanGRPOTrainer(
-        model, [reward], args, rows, processing_class=tokenizer, callbacks=list(callbacks), engine=engine,
+        model, [reward], args, rows, eval_rows, tokenizer, callbacks=list(callbacks), engine=engine,
         max_skipped_steps=max_skipped_steps,
     )  # fmt: skip
 

@@ -55,7 +55,7 @@ def length_reward(completions, **_):
 
 def make_trainer(cls, model, folder, **changes):
     lean = {name: changes.pop(name) for name in ("budget_gb", "max_skipped_steps") if name in changes}
-    callbacks = changes.pop("callbacks", None)
+    callbacks, evaluated = changes.pop("callbacks", None), changes.pop("eval_dataset", False)
     if cls is trainer.LeanGRPOTrainer:
         lean["engine"] = None  # TRL writes the completions of both, so that both draw alike
     settings = dict(
@@ -66,26 +66,33 @@ def make_trainer(cls, model, folder, **changes):
     args = trl.GRPOConfig(str(folder), **(settings | changes))
     return cls(
         model, reward_funcs=[length_reward], args=args, train_dataset=ROWS, callbacks=callbacks,
+        eval_dataset=ROWS.select(range(2)) if evaluated else None,
         processing_class=tiny_model.tokenizer(), **lean,
     )  # fmt: skip
 
 
 def configure(
-    one, loss_type="dapo", beta=0.0, accumulation=1, level="token", epsilon=0.2, high=0.28, delta=None, bias=True
-):
+    one, loss_type="dapo", beta=0.0, accumulation=1, level="token", epsilon=0.2, high=0.28, delta=None, bias=True,
+    quantile=1.0, threshold=None, coef=0.0, adaptive=False, **arguments,
+):  # fmt: skip
     """Set what TRL reads when it computes a loss, on a trainer that is there already."""
     one.loss_type = one.args.loss_type = loss_type
     one.beta = one.args.beta = beta
     one.importance_sampling_level = one.args.importance_sampling_level = level
     one.epsilon_low, one.epsilon_high, one.args.delta = epsilon, high, delta
     one.args.use_bias_correction_kl = bias
+    one.top_entropy_quantile, one.off_policy_mask_threshold = quantile, threshold
+    one.entropy_coef, one.use_adaptive_entropy = coef, adaptive
+    one._entropy_bonus_enabled, one._last_world_entropy = coef != 0 or adaptive, float("inf")
+    for name, value in arguments.items():
+        setattr(one.args, name, value)
     one.current_gradient_accumulation_steps = one.args.steps_per_generation = accumulation
     one._metrics["train"].clear()
     one.model.train()
     one.model.zero_grad()
 
 
-def make_batch(groups=2, size=4, seed=0, old=True, ref=True, zeros=False):
+def make_batch(groups=2, size=4, seed=0, old=True, ref=True, zeros=False, tools=False):
     """A rollout as TRL hands it over: prompts padded on the left, completions on the right, all lengths different."""
     torch.manual_seed(seed)
     rows, p, t = groups * size, 9, 12
@@ -108,6 +115,11 @@ def make_batch(groups=2, size=4, seed=0, old=True, ref=True, zeros=False):
         batch["ref_per_token_logps"] = near + 0.3 * torch.randn(rows, t)
     if zeros:
         batch["advantages"][:size] = 0.0
+    if tools:  # in the middle, at the start, at the end and nowhere; the last completion has one token
+        batch["tool_mask"] = torch.ones(rows, t, dtype=torch.long)
+        for row, span in enumerate((slice(3, 7), slice(0, 2), slice(t - 3, t))):
+            batch["tool_mask"][row, span] = 0
+        batch["num_items_in_batch"] = (batch["completion_mask"] * batch["tool_mask"]).sum()
     order = torch.randperm(rows)  # TRL shuffles a rollout
     return {name: value[order] if value.dim() else value for name, value in batch.items()}
 

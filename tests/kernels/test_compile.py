@@ -102,10 +102,11 @@ def products(dtype: torch.dtype) -> None:
         kernels.lora_mlp(x, (gate, up), Projection(*nf4(64, 128, nested)), x).sum().backward()
     for bias in (None, torch.randn(512, dtype=dtype)):
         weight = torch.randn(512, 64, dtype=dtype, requires_grad=bias is None)
-        for entropy in (False, True):
+        for entropy, entropy_grad in ((False, False), (True, False), (True, True)):
             options = {"bias": bias, "temperature": 0.7, "entropy": entropy, "vocab_size": 500}
+            options |= {"entropy_grad": entropy_grad}
             out = kernels.linear_logprob(x, weight, torch.randint(500, (3,)), **options)
-            (out[0] if entropy else out).sum().backward()
+            (sum(out) if entropy_grad else out[0] if entropy else out).sum().backward()
 
 
 def decoding(rows: int, heads: int, kv_heads: int, vocabulary: int, dtype: torch.dtype, ranks=(16,)) -> None:

@@ -29,6 +29,13 @@ def test_reference_linear_logprob_gradcheck():
 
     assert torch.autograd.gradcheck(function, (hidden, weight))
 
+    def both(hidden, weight):
+        return reference.linear_logprob(
+            hidden, weight, target, temperature=0.7, entropy=True, entropy_grad=True, scratch_bytes=72
+        )
+
+    assert torch.autograd.gradcheck(both, (hidden, weight))
+
 
 def test_reference_linear_logprob_is_log_softmax():
     hidden, weight, target = torch.randn(2, 5, 8), torch.randn(11, 8), torch.randint(0, 10, (2, 5))
@@ -36,6 +43,7 @@ def test_reference_linear_logprob_is_log_softmax():
     whole = F.log_softmax(hidden @ weight[:10].t() / 0.7, dim=-1)
     torch.testing.assert_close(logp, whole.gather(-1, target[..., None]).squeeze(-1))
     torch.testing.assert_close(entropy, -(whole.exp() * whole).sum(-1))
+    assert not entropy.requires_grad
 
 
 class TestLinearLogprob:
@@ -74,6 +82,25 @@ class TestLinearLogprob:
         if of_weight:
             assert (mine[3][37:] == 0).all()
         same(mine, theirs, 1e-5 if dtype == torch.float32 else 5e-3)
+
+    @DTYPES
+    @pytest.mark.parametrize("of_weight", [False, True])
+    def test_the_gradient_of_the_entropy(self, of_weight, dtype):
+        """Weighed by more and by less than the log-probability; one token has neither, one target is ignored."""
+        h, w, target = torch.randn(8, 16, dtype=dtype), torch.randn(40, 16, dtype=dtype), torch.randint(0, 37, (8,))
+        target[5] = -100
+        of_logp, of_entropy = torch.linspace(-1, 2, 8), torch.tensor([3.0, -1, 0, 1e-4, 0.5, 1, 0, 2])
+        of_logp[2] = 0
+        options = {"vocab_size": 37, "bias": torch.randn(40).to(dtype), "temperature": 0.7, "entropy": True}
+        options |= {"entropy_grad": True, "scratch_bytes": 3 * 37 * dtype.itemsize}
+        results = []
+        for backend in ("triton", "torch"):
+            a, b = h.clone().requires_grad_(), w.clone().requires_grad_(of_weight)
+            with kernels.use(backend):
+                logp, entropy = kernels.linear_logprob(a * 1.0, b, target, **options)
+            loss = (logp * of_logp + entropy * of_entropy).sum()
+            results.append([logp.detach(), entropy.detach(), *torch.autograd.grad(loss, [a, b] if of_weight else [a])])
+        same(*results, 1e-5 if dtype == torch.float32 else 5e-3)
 
     @DTYPES
     @pytest.mark.parametrize("tile", [None, (4, 13), (2, 300)])

@@ -82,6 +82,12 @@ def test_more_of_anything_needs_more():
     assert peak(num_generations=16) > peak() and peak(quantization="none") > peak(quantization="dynamic") > peak()
 
 
+def test_dropout_needs_what_the_step_reckons_for_it():
+    preset = presets.get("llama-3.1-8b")
+    plain, dropping = (memory.plan(replace(preset, lora_dropout=p), card_gb=80, **LLAMA) for p in (0.0, 0.1))
+    assert dropping.training_peak > plain.training_peak and dropping.generation_peak == plain.generation_peak
+
+
 def test_long_contexts_are_generated_in_stages():
     plan = memory.plan("llama-3.1-8b", card_gb=15, max_completion_length=20_224)
     assert plan.fits and plan.at_once < plan.setting.rows

@@ -214,3 +214,82 @@ def test_a_function_alone_under_guard_may_give_none():
     guarded = guard(nothing)
     for _ in range(10):
         assert guarded(**FOUR) == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        (5, r"reward_funcs\[1\] is 5, and a int is no function"),
+        (None, r"reward_funcs\[1\] is None, and a NoneType is no function"),
+        ([constant], r"reward_funcs\[1\] is .*a list within the list, so take its brackets off"),
+        ("correctness", r"reward_funcs\[1\] is the text 'correctness', .*write correctness without quotes"),
+        (Decimal, r"reward_funcs\[1\] is the class Decimal, .*Decimal\(\.\.\.\)"),
+    ],
+)
+def test_what_is_no_reward_at_all_is_named_with_its_place(bad, match):
+    with pytest.raises(RewardError, match=match):
+        guard_all([constant, bad])
+    assert len(guard_all([constant, "owner/model"])) == 2
+
+
+def test_what_a_function_writes_into_its_arguments_stays_there():
+    chat = {
+        "prompts": [[{"role": "user", "content": "q"}]] * 2,
+        "completions": [[{"role": "assistant", "content": "a"}] for _ in range(2)],
+        "completion_ids": [[1, 2], [3]],
+        "facts": [{"numbers": [1, 2]}, {"numbers": []}],
+    }
+
+    def writes(prompts, completions, completion_ids, facts, **_):
+        for prompt, completion, ids, fact in zip(prompts, completions, completion_ids, facts, strict=True):
+            prompt[0]["content"] = completion[0]["content"] = "other"
+            ids.clear()
+            fact["numbers"].append(9)
+        completions.pop()
+        return [1.0, 2.0]
+
+    async def writes_later(**columns):
+        return writes(**columns)
+
+    assert guard(writes)(**chat) == [1.0, 2.0] == asyncio.run(guard(writes_later)(**chat))
+    assert chat["prompts"][0][0]["content"] == "q" and chat["completion_ids"] == [[1, 2], [3]]
+    assert [completion[0]["content"] for completion in chat["completions"]] == ["a", "a"]
+    assert chat["facts"][0] == {"numbers": [1, 2]}
+
+
+def test_what_no_container_holds_is_handed_on_itself():
+    image, state = object(), object()
+    seen = []
+
+    def sees(images, trainer_state, **_):
+        seen.append((images[0][0], trainer_state))
+        return [1.0] * 4
+
+    guard(sees)(**FOUR, images=[[image]] * 4, trainer_state=state)
+    assert seen == [(image, state)]
+
+
+@pytest.mark.parametrize("score", [3e38, -3e38, 2e15, 10**400])
+def test_a_number_that_float32_cannot_square_is_not_scored(score):
+    with pytest.warns(RuntimeWarning, match=r"to row 2 of 4, which is no finite number within 1e\+15"):
+        assert guard(lambda completions, **_: [0.0, 1.0, score, -1e15])(**FOUR) == [0.0, 1.0, None, -1e15]
+    with pytest.warns(RuntimeWarning, match="no usable number in any other"):
+        assert guard(lambda completions, **_: [score] * 4)(**FOUR) == [None] * 4
+
+
+def test_gradients_are_on_again_after_a_function_that_switched_them_off():
+    def careless(completions, **_):
+        torch.set_grad_enabled(False)
+        if completions[0] == "raise":
+            raise OSError("gone")
+        return [1.0] * 4
+
+    guarded = guard(careless)
+    try:
+        guarded(**FOUR)
+        assert torch.is_grad_enabled()
+        with pytest.warns(RuntimeWarning, match="gone"):
+            guarded(**FOUR | {"completions": ["raise"] * 4})
+        assert torch.is_grad_enabled()
+    finally:
+        torch.set_grad_enabled(True)

@@ -115,8 +115,26 @@ def test_only_the_late_comparison_fails(worker):
     first = worker.process
     start = time.monotonic()
     assert worker.equal(pairs) == [True, False, True, False, False]
-    assert time.monotonic() - start < 30  # two seconds for the late one, asked once, and a new process
-    assert first.poll() is not None and worker.process.pid != first.pid
+    assert time.monotonic() - start < 30  # two seconds for the late one, asked once
+    assert first.poll() is None and worker.process is first  # a copy of it was killed
+
+
+def test_endless_answers_share_a_budget_and_the_good_ones_among_them_are_found(worker):
+    worker.equal([("1/2", "0.5")])
+    endless = [("3", f"9^{{9^{{9^{{{i}}}}}}}") for i in range(8, 16)]
+    good = [(f"{i}/2", str(i / 2)) for i in range(3, 11)]
+    pairs = [pair for both in zip(endless, good, strict=True) for pair in both]
+    start = time.monotonic()
+    verdicts = worker.equal(pairs)
+    assert verdicts == [False, True] * 8
+    assert time.monotonic() - start < 60  # a budget, not eight times the seconds; no timing on a busy machine
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_copy_is_left_behind(worker):
+    assert worker.equal([("3", ENDLESS), ("1/2", "0.5")]) == [False, True]
+    children = Path(f"/proc/{worker.process.pid}/task/{worker.process.pid}/children").read_text()
+    assert children == ""
 
 
 def test_a_process_that_was_killed_is_replaced(worker):
@@ -134,8 +152,9 @@ def test_a_program_that_dies_over_an_answer_costs_that_answer(tmp_path):
         sys.stdin.readline()
         print("null", flush=True)
         for line in sys.stdin:
-            if "die" in line: os._exit(3)
-            print(json.dumps(json.loads(line)[0] == "1"), flush=True)
+            for i, (gold, given) in enumerate(json.loads(line)["pairs"]):
+                if given == "die": os._exit(3)
+                print(json.dumps([i, gold == "1"]), flush=True)
         """)
     )
     worker = Worker(program=program)
@@ -224,17 +243,27 @@ def test_the_process_dies_with_a_parent_that_was_killed(tmp_path):
     assert gone(pid)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_process_ends_itself_in_the_middle_of_a_number_when_nobody_else_can():
     program = [sys.executable, str(math_equal.PROGRAM)]
     process = subprocess.Popen(
         program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     paths = str([path for path in sys.path if path]).replace("'", '"').replace("\\", "\\\\")
-    process.stdin.write(f'{{"path": {paths}, "seconds": 1, "start_seconds": 60}}\n["3", "{ENDLESS}"]\n')
+    process.stdin.write(f'{{"path": {paths}, "start_seconds": 60}}\n')
+    process.stdin.write(f'{{"pairs": [["3", "{ENDLESS}"]], "seconds": 3}}\n')
     process.stdin.flush()
     assert process.stdout.readline() == "null\n"
-    assert process.wait(timeout=20) != 0
-    process.stdin.close(), process.stdout.close()
+    copies = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 20
+    while not (copy := copies.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    copy = copy.split()[0]
+    process.kill()  # who would kill the copy is gone
+    while not gone(int(copy)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert gone(int(copy))
+    process.wait(), process.stdin.close(), process.stdout.close()
 
 
 def test_a_notebook_s_main_and_torch_stay_out_of_it(tmp_path):

@@ -179,3 +179,10 @@ def test_countdown_holds_its_test_out():
     task = tasks.countdown(2000, 500, numbers=(2,))
     keys = [{(tuple(sorted(row["numbers"])), row["target"]) for row in part} for part in (task.train, task.test)]
     assert [len(part) for part in keys] == [2000, 500] and not keys[0] & keys[1]
+
+
+def test_a_step_takes_no_more_questions_than_there_are(capsys):
+    task = tasks.decimals(n_train=5, n_test=2)
+    assert (task.per_step(4), task.per_step(5)) == (4, 5) and capsys.readouterr().out == ""
+    assert task.per_step(8) == 5
+    assert "only 5 questions to train on, so a step takes 5 and not 8" in capsys.readouterr().out

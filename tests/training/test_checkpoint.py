@@ -1,4 +1,4 @@
-"""A checkpoint's folder is complete or not there: damage is found, the newest by time counts, old ones leave."""
+"""A checkpoint's folder is complete or not there: damage is found, steps say which is newest, old ones leave."""
 
 import os
 import stat
@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from nbhelpers.training import checkpoint
 
 
-def publish(root: Path, step: int, text: str = "numbers") -> Path:
+def publish(root: Path, step: int, text: str = "numbers", start: int = 0, run: str = "a") -> Path:
     staged = checkpoint.staging(root) / f"checkpoint-{step}"
     (staged / "below").mkdir(parents=True)
     (staged / "weights").write_text(text)
     (staged / "below" / "more").write_text(text)
-    checkpoint.publish(staged, root / staged.name, {"a": 1}, step)
+    checkpoint.publish(staged, root / staged.name, {"name": run}, step, start)
     return root / staged.name
 
 
@@ -36,9 +37,15 @@ def test_damage_is_found_named_and_skipped(tmp_path, capsys):
     assert checkpoint.newest(tmp_path / "nowhere") is None
 
 
-def test_the_newest_by_time_counts_and_old_ones_leave(tmp_path):
-    for step in (500, 10, 20, 30):  # the first is of an earlier run in the same folder
-        publish(tmp_path, step)
+def test_the_newest_by_start_and_step_counts_and_old_ones_leave(tmp_path, monkeypatch):
+    clock = iter(range(2_000_000_000, 0, -1_000_000))  # set back before every checkpoint
+    monkeypatch.setattr(checkpoint.time, "time", lambda: next(clock))
+    assert checkpoint.next_start(tmp_path) == 0
+    publish(tmp_path, 500)  # of an earlier start in the same folder
+    assert checkpoint.next_start(tmp_path) == 1
+    for step in (10, 20, 30):
+        publish(tmp_path, step, start=1)
+    assert checkpoint.next_start(tmp_path) == 2
     (tmp_path / "checkpoint-7").mkdir()  # somebody else's
     assert checkpoint.newest(tmp_path).name == "checkpoint-30"
     checkpoint.rotate(tmp_path, 2, best=str(tmp_path / "checkpoint-500"))
@@ -71,18 +78,47 @@ def test_a_drive_that_cannot_sync_folders_will_do_but_files_must_be_written(tmp_
     assert checkpoint.newest(tmp_path).name == "checkpoint-1"
 
 
-def test_at_most_a_thousand_rows_are_hashed():
-    class Rows(list):
-        asked = 0
+def test_another_run_s_checkpoints_are_spared_and_its_name_is_not_taken(tmp_path, capsys):
+    for step in (3, 6):
+        publish(tmp_path, step, "first", run="one")
+    for step in (2, 4, 6, 8):
+        publish(tmp_path, step, "second", start=1, run="two")
+        checkpoint.rotate(tmp_path, 2, run={"name": "two"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-3", "checkpoint-6", "checkpoint-6-earlier-1", "checkpoint-8",
+    ]  # fmt: skip
+    assert (tmp_path / "checkpoint-6-earlier-1" / "weights").read_text() == "first"
+    assert "checkpoint-6 of another run is kept as checkpoint-6-earlier-1" in capsys.readouterr().out
+    assert checkpoint.newest(tmp_path).name == "checkpoint-8"
+    assert checkpoint.others(tmp_path, {"name": "two"}) == [
+        tmp_path / "checkpoint-3",
+        tmp_path / "checkpoint-6-earlier-1",
+    ]
 
-        def __getitem__(self, i):
-            self.asked += 1
-            return super().__getitem__(i)
 
-    for n in (1, 999, 1000, 1999, 5000):
-        rows = Rows({"prompt": str(i)} for i in range(n))
-        checkpoint.fingerprint(rows)
-        assert rows.asked <= 1000 and rows.asked >= min(n, 500)
+def test_one_flipped_bit_in_a_manifest_never_ends_a_session(tmp_path):
+    """It is harmless, or the checkpoint before is taken: whatever bit it is."""
+    good, hurt = publish(tmp_path, 1), publish(tmp_path, 2)
+    file = hurt / "manifest.json"
+    whole = file.read_bytes()
+    for i in range(0, 8 * len(whole), 11):
+        flipped = bytearray(whole)
+        flipped[i // 8] ^= 1 << i % 8
+        file.write_bytes(flipped)
+        found = checkpoint.newest(tmp_path)
+        assert found == good or (found == hurt and checkpoint.read(hurt)["run"] == {"name": "a"})
+        checkpoint.rotate(tmp_path, 5)
+
+
+def test_weights_that_are_not_finite_are_skipped_by_name(tmp_path, capsys):
+    good = publish(tmp_path, 1)
+    staged = checkpoint.staging(tmp_path) / "checkpoint-2"
+    staged.mkdir()
+    save_file({"fine": torch.ones(3), "head": torch.tensor([1.0, torch.nan])}, staged / "adapter_model.safetensors")
+    checkpoint.publish(staged, tmp_path / "checkpoint-2", {"name": "a"}, 2)
+    assert checkpoint.newest(tmp_path) == good
+    said = "its weights are not finite (head in adapter_model.safetensors)"
+    assert said in capsys.readouterr().out
 
 
 def test_a_kill_just_before_the_rename_is_made_good(tmp_path, monkeypatch):

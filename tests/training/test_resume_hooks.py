@@ -76,13 +76,13 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tokenizer, tmp_path, whole,
 
 
 def test_the_same_trainer_goes_on_too(tokenizer, tmp_path, whole):
-    """The cell that is run again in a notebook; an error in the middle, and one that even Python does not survive."""
+    """The cell that is run again in a notebook; an error in the middle, and one that is no Exception."""
     settings = {**REUSED, "save_steps": 3}
     run = make(tokenizer, tmp_path, At(5, OSError, "on_step_begin"), **settings)
     with pytest.raises(OSError):
         run.train(resume_from_checkpoint="auto")
     run.remove_callback(At)
-    run.add_callback(At(6, SystemExit, "on_step_begin"))  # nothing is kept: back to the checkpoint of step 6
+    run.add_callback(At(6, SystemExit, "on_step_begin"))  # which a cell may call too
     with pytest.raises(SystemExit):
         run.train(resume_from_checkpoint="auto")
     run.remove_callback(At)
@@ -299,5 +299,8 @@ def test_the_private_hooks_are_still_there():
     assert names(Trainer._save) == ["self", "output_dir", "state_dict"]
     assert names(Trainer._load_scaler) == ["self", "checkpoint"]
     assert names(Trainer._load_from_checkpoint)[:2] == ["self", "resume_from_checkpoint"]
+    assert names(Trainer._evaluate) == ["self", "trial", "ignore_keys_for_eval", "skip_scheduler"]
+    assert names(Trainer._determine_best_metric) == ["self", "metrics", "trial"]
+    assert names(Trainer._load_rng_state) == ["self", "checkpoint"]
     assert "weights_only=True" in inspect.getsource(Trainer._load_optimizer_and_scheduler)
     assert "weights_only=True" in inspect.getsource(Trainer._load_rng_state)

@@ -138,6 +138,16 @@ def test_rollouts_of_different_lengths_are_put_together():
     assert batch["advantages"].tolist() == [0, 0, 0, 0]  # the first rollout stays as it was
 
 
+def test_a_replaced_group_takes_its_tools_mask_along():
+    batch = {"completion_ids": torch.ones(2, 3), "completion_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
+    other = {"completion_ids": torch.ones(1, 4), "completion_mask": torch.ones(1, 4, dtype=torch.long),
+             "tool_mask": torch.tensor([[1, 0, 1, 1]])}  # fmt: skip
+    made = spliced(batch, [1], other, [0], pad_token_id=5)
+    assert (made["completion_mask"] * made["tool_mask"]).tolist() == [[1, 1, 1, 0], [1, 0, 1, 1]]
+    made = spliced(other, [0], batch, [1], pad_token_id=5)
+    assert (made["completion_mask"] * made["tool_mask"]).tolist() == [[1, 1, 0, 0]]
+
+
 def test_what_was_silent_is_remembered():
     known = Difficulty()
     known.note(["one", [{"role": "user", "content": "two"}]], [True, False])

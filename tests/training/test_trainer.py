@@ -14,7 +14,7 @@ from nbhelpers.engines.graph import GraphEngine
 from nbhelpers.presets import WORKSHOP
 from nbhelpers.rewards import correctness, tag_count
 from nbhelpers.rewards.guard import RewardError
-from nbhelpers.training import trainer
+from nbhelpers.training import config, model_check, rows, trainer
 
 TASK = tasks.decimals(n_train=64, n_test=4)
 
@@ -73,24 +73,23 @@ def test_the_defaults_fit_this_machine(tmp_path):
 @pytest.mark.parametrize("capability, bf16", [((7, 5), False), ((8, 0), True)])
 def test_a_t4_gets_fp16_and_an_a100_bf16(monkeypatch, capability, bf16):
     monkeypatch.setattr(gpu, "cards", lambda: [gpu.Card("a card", 16 * 10**9, capability)])
-    assert trainer.precision() == {"bf16": bf16, "fp16": not bf16, "use_cpu": False}
+    assert config.precision() == {"bf16": bf16, "fp16": not bf16, "use_cpu": False}
 
 
 def test_what_would_fail_late_is_refused_at_once(model):
-    rows = TASK.train
     for data, message in [
-        (None, "is empty"),
-        (rows.select([]), "is empty"),
-        (rows.rename_column("prompt", "q"), "no 'prompt'"),
+        (None, "is required unless"),
+        (TASK.train.select([]), "is empty"),
+        (TASK.train.rename_column("prompt", "q"), "no 'prompt'"),
     ]:
         with pytest.raises(ValueError, match=message):
-            trainer.check(model, data, SimpleNamespace(fp16=False))
+            rows.looked_at(data, None, SimpleNamespace(), owned=False)
     model.half()
     with pytest.raises(ValueError, match=r"fp32 master weights.*model\.embed_tokens\.weight"):
-        trainer.check(model, rows, SimpleNamespace(fp16=True))
+        model_check.check_model(model, SimpleNamespace(fp16=True))
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter of the model is trainable"):
-        trainer.check(model, rows, SimpleNamespace(fp16=False))
+        model_check.check_model(model, SimpleNamespace(fp16=False))
 
 
 def test_samples_carry_the_rollout_and_its_group_advantages(model, tokenizer, tmp_path):

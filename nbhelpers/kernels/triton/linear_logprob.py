@@ -6,14 +6,16 @@
     entropy = lse - sum_j p_j z_j                [N] fp32, p_j = exp(z_j - lse)
 
     dlogp/dz_j = 1[j = target] - p_j    so    dh = (g / T) * G,    G = (1[target] - p) W     [N, H]
+    dentropy/dz_j = -p_j (log p_j + entropy)
 
 Tokens are processed in chunks: a cuBLAS product writes a chunk's logits into a buffer of at most SCRATCH_BYTES, a
 Triton kernel reads them once (online log-sum-exp, arXiv:1805.02867), a second kernel turns them in place into
 1[target] - p, and another product gives G. The upstream gradient g is one number per token, a factor outside the sum:
 G is formed in the forward while the logits are in the buffer, and the backward is one multiplication. That is two
-products, where recomputing the logits in the backward takes three. Two things are recomputed all the same: G of a head
-that is trained too (its gradient has g inside the sum over tokens), and the logits of a head that is not stored in 16
-bits (NF4, or an fp32 master), which is dequantised or cast 8,192 words at a time.
+products, where recomputing the logits in the backward takes three. Three things are recomputed all the same: G of a
+head that is trained too (its gradient has g inside the sum over tokens), G where the entropy has a gradient (two
+upstream numbers per token), and the logits of a head that is not stored in 16 bits (NF4, or an fp32 master), which is
+dequantised or cast 8,192 words at a time.
 
 Without a gradient no step needs a token's whole vocabulary at once: there a chunk has more tokens and goes through the
 vocabulary slice by slice, so that W is read from memory fewer times. A product whose result is kept in 16 bits leaves
@@ -95,10 +97,13 @@ def _logsumexp_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    z_ptr, z_stride, bias_ptr, target_ptr, grow_ptr, lse_ptr, bias_factor, first_word, words, unit, ignore,
-    BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    z_ptr, z_stride, bias_ptr, target_ptr, grow_ptr, lse_ptr, mixed_ptr, mixed_stride, bias_factor, first_word, words,
+    unit, ignore, BIAS: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Replace z by unit * (1[target] - p) in place, by 0 in the row of an ignored target. Arguments as above."""
+    """Replace z by unit * (1[target] - p) in place, by 0 in the row of an ignored target. Arguments as above.
+
+    ENTROPY: by unit * (a (1[target] - p) - b p (log p + entropy)); mixed_ptr has fp32 [3, rows]: a, b and the entropy.
+    """
     row = tl.program_id(0)
     word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     z_ptr += row.to(tl.int64) * z_stride
@@ -106,8 +111,13 @@ def _gradient_kernel(
     z = tl.load(z_ptr + word, mask=word < words, other=0.0).to(tl.float32) * tl.load(grow_ptr + row)
     if BIAS:
         z += tl.load(bias_ptr + word, mask=word < words, other=0.0).to(tl.float32) * bias_factor
-    p = tl.exp(z - tl.load(lse_ptr + row))
+    log_p = z - tl.load(lse_ptr + row)
+    p = tl.exp(log_p)
     d = tl.where(word + first_word == target, 1.0 - p, -p) * tl.where(target == ignore, 0.0, unit)
+    if ENTROPY:
+        mixed_ptr += row
+        entropy = tl.load(mixed_ptr + 2 * mixed_stride)
+        d = d * tl.load(mixed_ptr) - p * (log_p + entropy) * (unit * tl.load(mixed_ptr + mixed_stride))
     tl.store(z_ptr + word, d.to(z_ptr.dtype.element_ty), mask=word < words)
 
 
@@ -186,13 +196,16 @@ class _Head:
             BIAS=self.bias is not None, ENTROPY=entropy, BLOCK=block, num_warps=8,
         )  # fmt: skip
 
-    def to_gradient(self, z: Tensor, first: int, target: Tensor, grow: Tensor, lse: Tensor) -> None:
-        """Replace the logits z of a slice by unit * (1[target] - p)."""
+    def to_gradient(
+        self, z: Tensor, first: int, target: Tensor, grow: Tensor, lse: Tensor, mixed: Tensor | None = None
+    ) -> None:
+        """Replace the logits z of a slice by unit * (1[target] - p), or as `mixed` says: see the kernel."""
         bias = z if self.bias is None else self.bias[first:]
         block = min(4096, power_of_2(z.shape[1]))
         _gradient_kernel[(z.shape[0], ceil_div(z.shape[1], block))](
-            z, z.stride(0), bias, target, grow, lse, 1 / self.temperature, first, z.shape[1], self.unit, IGNORE,
-            BIAS=self.bias is not None, BLOCK=block, num_warps=8,
+            z, z.stride(0), bias, target, grow, lse, lse if mixed is None else mixed,
+            0 if mixed is None else mixed.stride(0), 1 / self.temperature, first, z.shape[1], self.unit, IGNORE,
+            BIAS=self.bias is not None, ENTROPY=mixed is not None, BLOCK=block, num_warps=8,
         )  # fmt: skip
 
 
@@ -249,16 +262,16 @@ def _forward(
 
 def _direction(
     head: _Head, buffer: Tensor, h: Tensor, target: Tensor, grow: Tensor, lse: Tensor,
-    weight_grad: Tensor | None = None, h_scaled: Tensor | None = None,
+    weight_grad: Tensor | None = None, h_scaled: Tensor | None = None, mixed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """unit * G [tokens, H] of one chunk, from recomputed logits.
+    """unit * G [tokens, H] of one chunk, from recomputed logits; with `mixed` that of both gradients: see the kernel.
 
     Adds the chunk's share, h_scaled^T (1[target] - p) with the upstream gradient in h_scaled, to weight_grad if given.
     """
     total = torch.zeros(h.shape, dtype=torch.float32, device=h.device)
     for first, w in head.slices():
         z = head.logits(buffer, h, w)
-        head.to_gradient(z, first, target, grow, lse)
+        head.to_gradient(z, first, target, grow, lse, mixed)
         _add_product(total, z, w)
         if weight_grad is not None and h_scaled is not None:
             _add_product(weight_grad[first : first + len(w)], z.t(), h_scaled)
@@ -270,42 +283,51 @@ class LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, head: _Head, entropy: bool, grad_enabled: bool
-    ) -> tuple[Tensor, Tensor | None]:
+        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, head: _Head, entropy: bool, entropy_grad: bool,
+        grad_enabled: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         ctx.head = head
-        with_direction = grad_enabled and hidden.requires_grad and not weight.requires_grad
+        with_direction = grad_enabled and hidden.requires_grad and not (weight.requires_grad or entropy_grad)
         logp, entropies, lse, direction = _forward(head, hidden, target, entropy, with_direction)
         if direction is not None:
             ctx.save_for_backward(direction)
         elif grad_enabled:
-            ctx.save_for_backward(hidden, target, lse)
-        if entropies is not None:
+            ctx.save_for_backward(hidden, target, lse, entropies if entropy_grad else None)
+        if entropies is not None and not entropy_grad:
             ctx.mark_non_differentiable(entropies)
         return logp, entropies
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        head = ctx.head
-        factor = (g.float() / (head.temperature * head.unit))[:, None]
-        if not ctx.needs_input_grad[1]:
-            (direction,) = ctx.saved_tensors
-            return direction.mul_(factor), None, None, None, None, None
-        hidden, target, lse = ctx.saved_tensors
+    def backward(ctx: Any, g: Tensor, g_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        head, saved = ctx.head, ctx.saved_tensors
+        if len(saved) == 1:
+            (direction,) = saved
+            return direction.mul_((g.float() / (head.temperature * head.unit))[:, None]), *[None] * 6
+        hidden, target, lse, entropies = saved
         dh = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        dw = torch.zeros(head.weight.shape, dtype=torch.float32, device=hidden.device)
+        dw = None
+        if ctx.needs_input_grad[1]:
+            dw = torch.zeros(head.weight.shape, dtype=torch.float32, device=hidden.device)
+        factor, mixed = g.float(), None
+        if entropies is not None and g_entropy is not None:
+            # the larger of the two is the factor, so that what is kept in 16 bits is of size 1
+            factor = torch.maximum(g.abs(), g_entropy.abs())
+            mixed = torch.stack((*(torch.stack((g, g_entropy)) / factor).nan_to_num(), entropies))
+        factor = (factor / (head.temperature * head.unit))[:, None]
         buffer = torch.empty(min(head.tokens, len(hidden)) * head.slice_words, dtype=head.dtype, device=hidden.device)
         for span, h, wanted, grow in head.chunks(hidden, target):
             scaled = (hidden[span] * factor[span]).to(head.dtype)
-            direction = _direction(head, buffer, h, wanted, grow, lse[span], dw, scaled)
+            of_span = None if mixed is None else mixed[:, span]
+            direction = _direction(head, buffer, h, wanted, grow, lse[span], dw, scaled, of_span)
             if dh is not None:
                 dh[span] = direction.mul_(factor[span])
-        return dh, dw.to(head.weight.dtype), None, None, None, None
+        return dh, None if dw is None else dw.to(head.weight.dtype), *[None] * 5
 
 
 def linear_logprob(
     hidden: Tensor, weight: Tensor, target: Tensor, *, quant_state: "QuantState | None" = None,
     bias: Tensor | None = None, temperature: float = 1.0, vocab_size: int | None = None, entropy: bool = False,
-    scratch_bytes: int = SCRATCH_BYTES, tile: tuple[int, int] | None = None,
+    entropy_grad: bool = False, scratch_bytes: int = SCRATCH_BYTES, tile: tuple[int, int] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """See nbhelpers.kernels.linear_logprob; tile is for benchmarks: (tokens, words) of a product without gradient."""
     if torch.is_autocast_enabled(hidden.device.type):
@@ -316,6 +338,8 @@ def linear_logprob(
     learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     head = _Head(weight, quant_state, bias, words, temperature, hidden.dtype, scratch_bytes, learns, tile)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    logp, entropies = LinearLogprob.apply(flat, weight, target.reshape(-1), head, entropy, torch.is_grad_enabled())
+    logp, entropies = LinearLogprob.apply(
+        flat, weight, target.reshape(-1), head, entropy, entropy_grad, torch.is_grad_enabled()
+    )
     logp = logp.view(target.shape)
     return logp if entropies is None else (logp, entropies.view(target.shape))
