@@ -175,9 +175,10 @@ def correct(completions, answer, **_):
     ]
 
 
-def in_form(completions, **_):
-    """Up to 0.3: 0.05 for each tag, 0.1 for the exact form; nothing for tags around dots."""
-    return [0.3 * rewards.form(rewards.text_of(completion), preset.tags) for completion in completions]
+def in_form(prompts, completions, **_):
+    """Up to 0.3: 0.05 for each tag, 0.1 for the exact form; nothing for dots, or a thought that is copied."""
+    texts = [rewards.text_of(completion) for completion in completions]
+    return [0.3 * rewards.form(text, preset.tags, prompt=prompt) for text, prompt in zip(texts, prompts, strict=True)]
 
 
 # %% [markdown] tags=["thinks"]
@@ -200,9 +201,10 @@ def correct(completions, answer, **_):
     return [float(rewards.right(text, gold, preset.tags)) for text, gold in zip(texts, answer, strict=True)]
 
 
-def in_form(completions, **_):
-    """Up to 0.3: 0.1 for each tag, 0.1 for one closed thought with an answer behind it; nothing for dots."""
-    return [0.3 * rewards.form(rewards.text_of(completion), preset.tags) for completion in completions]
+def in_form(prompts, completions, **_):
+    """Up to 0.3: 0.1 a tag, 0.1 for a closed thought and an answer; nothing for dots, or a thought that is copied."""
+    texts = [rewards.text_of(completion) for completion in completions]
+    return [0.3 * rewards.form(text, preset.tags, prompt=prompt) for text, prompt in zip(texts, prompts, strict=True)]
 
 
 def brief(completions, completion_ids, answer, **_):

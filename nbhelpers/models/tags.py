@@ -32,7 +32,14 @@ class Tags:
         return f"{self.think_open}\n{{reasoning}}\n{self.think_close}\n{answer}"
 
     def completed(self, text: str) -> str:
-        """The text with the opening tag in front, if it was the template that wrote it."""
+        """The text with the opening tag in front, if it was the template that wrote it.
+
+        Where `</think>` is none of the tags, without all before the last one: a model that thinks by itself (R1, Qwen3)
+        does so before it begins with the form that it was asked for.
+        """
+        if "</think>" not in self.all:
+            _, closed, after = text.rpartition("</think>")
+            return after.lstrip() if closed else text
         opened = self.opened_by_template and self.think_close in text and self.think_open not in text
         return f"{self.think_open}\n{text.removeprefix(chr(10))}" if opened else text
 
@@ -59,21 +66,27 @@ class Tags:
         text = self.completed(text)
         return sum(text.count(tag) == 1 for tag in self.all) / len(self.all)
 
-    def form(self, text: str) -> float:
+    def form(self, text: str, prompt: str | list[dict[str, str]] = "") -> float:
         """How much of the form is there, 0.0 to 1.0: two thirds for the tags one by one, a third for the exact form.
 
-        Nothing for a form without content: where what stands between two tags, or for the answer behind the thought,
-        holds no letter and no digit, as in the placeholder "..." of a system prompt, which small models learn to copy
-        because it is paid.
+        Nothing for a form without content: where thought or answer holds no letter and no digit, as in the placeholder
+        "..." of a system prompt, which small models learn to copy because it is paid; and where the thought is copied
+        from the prompt word for word, be it the example of a thought there or the question.
+
+        Args:
+            text (`str`): What the model wrote.
+            prompt (`str` or `list[dict[str, str]]`): What it was asked, a text or chat messages, as reward functions
+                get it in `prompts`.
         """
         text = self.completed(text)
-        for opening, closing in ((self.think_open, self.think_close), (self.answer_open, self.answer_close)):
-            _, opened, rest = text.partition(opening) if opening else ("", "", "")
-            inside, closed, _ = rest.partition(closing) if opened else ("", "", "")
-            if closed and not any(map(str.isalnum, inside)):
-                return 0.0
-        _, closed, answer = text.rpartition(self.think_close)
-        if closed and not self.answer_open and not any(map(str.isalnum, answer)):
+        _, opened, rest = text.partition(self.think_open)
+        thought, closed, _ = rest.partition(self.think_close)
+        if opened and closed and (_blank(thought) or _words(thought) in _words(prompt)):
+            return 0.0
+        answer = self.extract(text)
+        if answer is None and not self.answer_open and self.think_close in text:
+            answer = ""  # nothing follows the thought
+        if answer is not None and _blank(answer):
             return 0.0
         return 2 / 3 * self.count(text) + 1 / 3 * self.in_form(text)
 
@@ -99,6 +112,16 @@ class Tags:
             and thought.removeprefix(self.think_open).strip()
             and answer.removesuffix(self.answer_close).strip()
         )
+
+
+def _blank(text: str) -> bool:
+    return not any(map(str.isalnum, text))
+
+
+def _words(text: str | list[dict[str, str]]) -> str:
+    """A text, or all of a chat, without regard to case and spacing."""
+    whole = text if isinstance(text, str) else " ".join(str(message["content"]) for message in text)
+    return " ".join(whole.casefold().split())
 
 
 REASONING = Tags("<reasoning>", "</reasoning>", "<answer>", "</answer>")

@@ -20,7 +20,7 @@ from nbhelpers.evaluate import Answer
 from nbhelpers.evaluate.compare import before_after as before_after  # what a notebook calls: panel.before_after
 from nbhelpers.rewards import REASONING, Sample, Tags, in_form
 
-from . import display, history
+from . import display, gaming, history
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -47,7 +47,8 @@ class Live(display.View, TrainerCallback):
             `rewards`, `stds`, and `within` and `between` groups (standard deviations, "total" among them); `format`;
             `length`, `shortest`, `longest` (tokens); `clipped` (share of answers cut off), `clip_ratio` (share of
             tokens); `zero_signal`; `kl`; `tokens` since the start; `speed` (tokens/s); `memory` (see
-            `history.memory_now`); `seconds` since the start. What was not logged is None or empty. After a resume the
+            `history.memory_now`); `seconds` since the start; `alike`, and `gaming`, that the reward is gamed and two of
+            the answers, as lines of text (see `gaming.why`). What was not logged is None or empty. After a resume the
             steps of the earlier session are there too, without seconds.
         samples (`list[rewards.Sample]`): The newest answers. They come from `state.samples`, which LeanGRPOTrainer
             sets; with TRL's plain trainer there are none, and no format rate and no spread by group either.
@@ -146,9 +147,14 @@ class Live(display.View, TrainerCallback):
             self.pair, self.pair_step = history.best_and_worst(groups, args.reward_weights), state.global_step
             if state.global_step % max(1, self.total_steps // RECORDED_PAIRS) == 0 or not self._pairs:
                 self._pairs[state.global_step] = self.pair
+        found = gaming.why(state.log_history, self.samples)
+        if found is not None:
+            row["gaming"] = [found, *gaming.quoted(self.samples, 2)]
         self.history.append(row)
         if not display.in_notebook():
             print(self.line(), flush=True)
+            if row["gaming"] and not (self.history[:-1] and self.history[-2]["gaming"]):
+                print(*row["gaming"], sep="\n", flush=True)
         elif time.monotonic() >= self._draw_again:
             self._draw()
         self._since = time.monotonic()

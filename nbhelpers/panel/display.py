@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 HELP = {
     "reward": "mean over the answers of the newest step, all reward functions together",
     "right": "share of answers that are right in whatever form, paid or not",
+    "alike": "share of the other answers that have three words of one in a row: near 100 % all are the same",
     "replaced": "share of groups without a signal in whose place other questions were asked",
     "loss": "of GRPO: near 0 by construction when each rollout serves one update; watch the reward",
     "gradient": "the length of the gradient before it is cut to max_grad_norm",
@@ -73,6 +74,7 @@ class View:
         by_function = ", ".join(f"{name} {_number(value)}" for name, value in row["rewards"].items())
         parts = [f"reward {_number(row['reward'])}" + (f" ({by_function})" if len(row["rewards"]) > 1 else "")]
         parts += [f"{name} {value}" for name, value in self._shares(row)]
+        parts += ["THE REWARD IS GAMED"] if row.get("gaming") else []
         parts += [f"memory {_memory_text(row['memory'])}"] if row["memory"] else []
         return " · ".join([*note, self._progress(), *parts, *(f"{name} {value}" for name, value in self._times(row))])
 
@@ -131,6 +133,7 @@ class View:
         shares = {
             "right": _percent(row.get("right")),
             "format": _percent(row["format"]),
+            "alike": _percent(row.get("alike")),
             "length": None if row["length"] is None else f"{row['length']:.0f} tokens",
             "cut off": _percent(row["clipped"]),
             "no signal": _percent(row["zero_signal"]),
@@ -162,7 +165,8 @@ class View:
         note = self.note and f"<p style='color:{COLORS[1]};margin:0 0 4px'><b>{html.escape(self.note)}</b></p>"
         share = min(1.0, row["step"] / max(1, self.total_steps))
         return framed(
-            f"{note}<b>{self._progress()}</b>{bar({COLORS[0]: share})}{table_of_numbers}"
+            f"{note}{_gaming_html(row.get('gaming', []))}"
+            f"<b>{self._progress()}</b>{bar({COLORS[0]: share})}{table_of_numbers}"
             f"{_rewards_html(row)}{_memory_html(row['memory'])}"
         )
 
@@ -173,6 +177,15 @@ _FULL_WIDTH = f"{GRID};width:100%;table-layout:fixed"
 
 def _head(names: Iterable[str]) -> list[str]:
     return [cell(name, _CELL, tag="th", title=HELP.get(name, "")) for name in names]
+
+
+def _gaming_html(lines: list[str]) -> str:
+    """That the reward is gamed, with the answers that show it, above all the rest."""
+    if not lines:
+        return ""
+    why, *answers = (_shortened(line) for line in lines)
+    shown = "".join(pre(answer) for answer in answers)
+    return f"<div style='border-left:4px solid {COLORS[4]};padding-left:8px;margin:0 0 8px'><b>{why}</b>{shown}</div>"
 
 
 def _rewards_html(row: dict) -> str:

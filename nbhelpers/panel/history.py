@@ -26,6 +26,7 @@ METRICS = {
     "zero_signal": "frac_reward_zero_std",
     "kl": "kl",
     "right": "right",
+    "alike": "alike",
     "replaced": "signal/replaced",
     "loss": "loss",
     "grad_norm": "grad_norm",
@@ -51,7 +52,8 @@ def row_of(log: dict) -> dict:
     costs = [value for key, value in values.items() if key.startswith("reward_seconds/") and value is not None]
     if costs:
         row["reward_seconds"] = sum(costs)
-    return {**row, "within": {}, "between": {}, "format": None, "speed": None, "memory": None, "seconds": None}
+    unknown = {name: None for name in ("format", "speed", "memory", "seconds")}
+    return {**row, "within": {}, "between": {}, **unknown, "gaming": []}
 
 
 # ---- groups ----

@@ -26,6 +26,7 @@ from .answers import (
     question_of,
     same,
     text_of,
+    written,
 )
 from .checking import check
 from .countdown_rules import verify
@@ -135,7 +136,7 @@ def soft_format(completions: list, **_) -> list[float]:
 
 
 def strict_format(completions: list, **_) -> list[float]:
-    """0.5 when the text is exactly the wanted form (see `formatted`), else 0.0.
+    """0.5 when the text is exactly the wanted form (see `formatted`) and not hollow (see `Tags.form`), else 0.0.
 
     Args:
         completions (`list[str]` or `list[list[dict[str, str]]]`): What the model wrote.
@@ -147,7 +148,7 @@ def strict_format(completions: list, **_) -> list[float]:
     >>> strict_format(["<reasoning>\\n9 tenths\\n</reasoning>\\n<answer>\\n9.9\\n</answer>\\n", "<answer>9.9</answer>"])
     [0.5, 0.0]
     """
-    return [0.5 * formatted(text_of(completion)) for completion in completions]
+    return [0.5 * (form(text_of(completion)) == 1.0) for completion in completions]
 
 
 def integer_answer(completions: list, **_) -> list[float]:
@@ -165,7 +166,7 @@ def integer_answer(completions: list, **_) -> list[float]:
     """
 
     def score(text: str) -> float:
-        answer = extract_answer(text) or ""
+        answer = (extract_answer(text) or "").removesuffix(".")
         return 0.5 if "." not in answer and number_of(answer) is not None else 0.0
 
     return [score(text_of(completion)) for completion in completions]
@@ -177,10 +178,11 @@ def integer_answer(completions: list, **_) -> list[float]:
 def math_correctness(completions: list, answer: list[str], **_) -> list[float | None]:
     r"""2.0 when the answer is the same mathematics as the right one, else 0.0: \frac12, 0.5, 50\% and 1/2 are equal.
 
-    The answer is what stands in the answer tag or, without a closed one, in the last `\boxed{...}`. math-verify
-    compares, in a process of its own, at most `math_equal.SECONDS` for a batch and 0.03 s more for each answer; one
-    that is late, longer than 200 characters or no mathematics scores 0.0. An answer need not be worked out: 17*23 is
-    equal to 391. Where the question is itself an expression that a model could copy, use `correctness`.
+    The answer is what stands in the answer tag or, without a closed one, in the last `\boxed{...}`. math-verify reads
+    it, in a process of its own, at most `math_equal.SECONDS` for a batch and 0.03 s more for each answer; one that is
+    late, longer than 200 characters or no mathematics scores 0.0. What counts as equal is said at `math_equal.equal`.
+    An answer need not be worked out: 17*23 is equal to 391. Where the question is itself an expression that a model
+    could copy, use `correctness`.
 
     Args:
         completions (`list[str]` or `list[list[dict[str, str]]]`): What the model wrote.
@@ -203,7 +205,7 @@ def math_correctness(completions: list, answer: list[str], **_) -> list[float | 
         if given is None:
             given = extract_boxed(text)
         if gold is not None and given is not None:
-            pairs[row] = (str(gold), given)
+            pairs[row] = (written(gold), given)
     right = dict(zip(pairs, math_equal.equal(list(pairs.values())), strict=True))
     return [None if gold is None else 2.0 * right.get(row, False) for row, gold in enumerate(answer)]
 

@@ -4,11 +4,15 @@ Model text is hostile: nothing here takes more than linear time in it.
 """
 
 import re
-from decimal import Decimal
+import struct
+from decimal import Decimal, InvalidOperation
+from numbers import Real
 
 from nbhelpers.models.tags import REASONING, Tags
 
 _BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # an escaped brace is none
+_CURRENCY = re.compile(r"\s*([-+]?)\s*\\?[$€£¥₹]\s*(?=[-+.\d])")
+_EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d{1,3}", re.ASCII)  # as JSON and CSV files have numbers
 TAGS = REASONING.all
 
 
@@ -98,38 +102,81 @@ def in_form(text: str, tags: Tags = REASONING) -> bool:
     return tags.in_form(text)
 
 
-def form(text: str, tags: Tags = REASONING) -> float:
-    """`Tags.form` as a function: how much of the form is there, 0.0 to 1.0."""
-    return tags.form(text)
+def form(text: str, tags: Tags = REASONING, prompt: str | list[dict[str, str]] = "") -> float:
+    """`Tags.form` as a function: how much of the form is there, 0.0 to 1.0, with nothing for a copy of the prompt."""
+    return tags.form(text, prompt)
+
+
+def written(cell: object) -> str:
+    """A cell of a data set as a person would write it: a number in plain digits, without what storing it added.
+
+    JSON and CSV files have 1e-05 for 0.00001. A column of 32 bits comes back as 9.109999656677246, a sum as
+    0.30000000000000004: numbers that nobody would answer with. They are read as the short decimal that was stored, if
+    there is one: of at most 7 digits in 32 bits (all that those can keep apart), of at most 12 in 64.
+
+    Args:
+        cell (`object`): A number, a text, or anything else, which is taken as `str` has it.
+
+    Example:
+    >>> written(1e-05), written(9.109999656677246), written(0.1 + 0.2), written(1 / 3), written("1E3"), written(" 18")
+    ('0.00001', '9.11', '0.3', '0.3333333333333333', '1000', '18')
+    """
+    text = str(cell).strip()
+    if isinstance(cell, str):
+        return f"{Decimal(text):f}" if _EXPONENT.fullmatch(text) else text
+    if isinstance(cell, bool) or not isinstance(cell, (Real, Decimal)):
+        return text
+    try:
+        number = Decimal(text)
+    except InvalidOperation:  # a Fraction
+        return text
+    if isinstance(cell, float) and not cell.is_integer():
+        number = _as_stored(cell, number)
+    return f"{number:f}" if number.is_finite() else text
+
+
+def _as_stored(value: float, number: Decimal) -> Decimal:
+    """The short decimal that became `value`, whose shortest spelling is `number`; `number` itself if there is none."""
+    digits = len(number.as_tuple().digits)
+    if digits > 10:
+        (kept,) = struct.unpack("f", struct.pack("f", value))
+        (again,) = struct.unpack("f", struct.pack("f", float(f"{value:.7g}")))
+        if kept == value == again:
+            return Decimal(f"{value:.7g}")
+    short = Decimal(f"{value:.12g}")
+    return short if digits > 15 and abs(short - number) <= abs(number) * Decimal("4e-16") else number
 
 
 def number_of(text: str) -> Decimal | None:
-    """A plain decimal number (sign, thousands commas and decimals allowed, no exponent), or None."""
-    digits = text.strip().removeprefix("-") if text.strip().startswith("-") else text.strip().removeprefix("+")
+    """A plain decimal number (sign, currency sign, thousands commas, decimals, a full stop; no exponent), or None."""
+    text = _CURRENCY.sub(r"\1", text, count=1).strip() if _CURRENCY.match(text) else text.strip()
+    if text[-2:-1].isdigit():
+        text = text.removesuffix(".")
+    digits = text.removeprefix("-") if text.startswith("-") else text.removeprefix("+")
     whole, point, decimals = digits.partition(".")
     if not grouped(whole) or (point and not decimals):
         return None
     joined = whole.replace(",", "") + decimals
     if not (joined.isascii() and joined.isdigit()):
         return None
-    return Decimal(text.strip().replace(",", ""))
+    return Decimal(text.replace(",", ""))
 
 
 def grouped(whole: str) -> bool:
     """Whether the commas of a whole number, if it has any, stand between its thousands."""
     first, *groups = whole.split(",")
-    return not groups or (1 <= len(first) <= 3 and all(len(group) == 3 for group in groups))
+    return not groups or (1 <= len(first) <= 3 and first[0] != "0" and all(len(group) == 3 for group in groups))
 
 
 def is_correct(text: str, answer: str, tags: Tags = REASONING) -> bool:
     """Whether the right answer, and nothing else, stands in the place of the answer.
 
-    Two decimals are compared by value ("9.90" is 9.9, "1,000" is 1000), anything else as text, without regard to
-    case and to how much white space there is.
+    Two decimals are compared by value ("9.90" is 9.9, "1,000" is 1000, "$18." is 18), anything else as text, without
+    regard to case and to how much white space there is. `rewards.right` reads more, as "18 dollars" and "x = 18".
 
     Args:
         text (`str`): What the model wrote, tags included.
-        answer (`str`): The right answer.
+        answer (`str`): The right answer; a number is read as `written` has it.
         tags (`Tags`): What encloses the answer, or ends the thought before it.
 
     Returns:
@@ -140,7 +187,7 @@ def is_correct(text: str, answer: str, tags: Tags = REASONING) -> bool:
     (True, False)
     """
     given = tags.extract(text)
-    return given is not None and same(given, str(answer))
+    return given is not None and same(given, written(answer))
 
 
 def same(given: str, wanted: str) -> bool:

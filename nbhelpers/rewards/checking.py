@@ -13,15 +13,19 @@ from dataclasses import dataclass
 from nbhelpers.html import cell, framed, table
 
 from .adversarial import (
+    ANY,
     CHARACTERS,
     EMPTY,
     FORM,
     HEDGES,
+    HOLLOW,
     KINDS,
     LONG,
-    ONLY_TAGS,
+    LONGER,
+    NO_NUMBERS,
     REPEATED,
     RIGHT,
+    UNTHOUGHT,
     WRONG,
     hostile,
     texts_for,
@@ -92,7 +96,8 @@ class Check:
 def check(reward_funcs: Reward | Sequence[Reward], task: Questions, *, n: int = 4, form: str = FORM) -> Check:
     """Score right, wrong, empty and dishonest answers to a task's questions, and say what is wrong with the rewards.
 
-    Dishonest are answers that name every candidate, the question itself, the bare form, and the like. Where the order
+    Dishonest are answers that name every candidate, the question itself, the bare form, the example in the prompt, a
+    thought that is empty, "nan" (to which no number is unequal by more than a little), and the like. Where the order
     matters (two answers, the right one first or last) both orders are tried and the lower score counts: only a reward
     that pays for both can be had without knowing the answer. Speed is measured on texts that are hard for regular
     expressions, from 16 characters up to 100,000, and no further once a call takes a quarter of a second.
@@ -126,7 +131,7 @@ def check(reward_funcs: Reward | Sequence[Reward], task: Questions, *, n: int = 
         slowest[name] = trial.slowest(rows[0], form)
         # what hangs on long texts is not given one
         kinds = [kind for kind in KINDS if kind != LONG or slowest[name][0] == CHARACTERS]
-        scores[name] = {kind: trial.scores(rows, [row[kind] for row in texts]) for kind in kinds}
+        scores[name] = {kind: trial.scores(rows, [row[kind] for row in texts], kind in ANY) for kind in kinds}
         warnings += [f"{name}: {text}" for text in (*trial.problems, *_suspicions(scores[name]))]
     return Check(scores, slowest, warnings + _suspicions_of_all(scores), texts[0])
 
@@ -152,10 +157,10 @@ class _Trial:
         self.reward = reward
         self.problems: dict[str, None] = {}  # in order, each once
 
-    def scores(self, rows: list[dict], texts: list[list[str]]) -> list[float | None]:
-        """The lowest score of each row's texts; None where it has none."""
+    def scores(self, rows: list[dict], texts: list[list[str]], highest: bool) -> list[float | None]:
+        """The lowest score of each row's texts, or the highest; None where one of them has none."""
         tries = [self.numbers(rows, list(batch)) for batch in zip(*texts, strict=True)]
-        return [_lowest(of_one_row) for of_one_row in zip(*tries, strict=True)]
+        return [_extreme(of_one_row, highest) for of_one_row in zip(*tries, strict=True)]
 
     def numbers(self, rows: list[dict], texts: list[str]) -> list[float | None]:
         """Its scores, one for each text, None for what the guard would not take as a number."""
@@ -204,9 +209,9 @@ class _Trial:
         return best
 
 
-def _lowest(scores: Sequence[float | None]) -> float | None:
+def _extreme(scores: Sequence[float | None], highest: bool) -> float | None:
     known = [score for score in scores if score is not None]
-    return min(known) if len(known) == len(scores) else None
+    return (max if highest else min)(known) if len(known) == len(scores) else None
 
 
 # ---- judging them ----
@@ -245,9 +250,11 @@ def _gamed(means: dict[str, float]) -> Iterator[str]:
     """The texts without a right answer of one's own that pay as much as one."""
     right, judges = means[RIGHT], means[RIGHT] > means[WRONG]
     holes = []
-    for kind in (EMPTY, ONLY_TAGS, REPEATED, *HEDGES):
+    for kind in (*HOLLOW, UNTHOUGHT, REPEATED, NO_NUMBERS, LONGER, *HEDGES):
+        if judges and kind == UNTHOUGHT:
+            continue  # it is right all the same, and who pays right answers for brevity pays it most
         # what does not judge answers (a form, a penalty) may pay the same for all of them, but not for none
-        too_much = kind != REPEATED if judges else kind in (EMPTY, ONLY_TAGS) and right > 0
+        too_much = kind != REPEATED if judges else kind in (*HOLLOW, UNTHOUGHT) and right > 0
         score = means.get(kind, -math.inf)
         if score > right or (score == right and too_much):
             holes.append(f"{kind} ({_shown(score)})")

@@ -21,7 +21,8 @@ from typing import Any
 
 from nbhelpers import host
 
-from .answers import same
+from .answers import number_of, same
+from .reading import fraction, one_number, plain
 
 PROGRAM = Path(__file__).with_name("math_worker.py")
 SECONDS = 2.5  # for a batch of comparisons, most of which take a few milliseconds each,
@@ -165,8 +166,16 @@ _worker = Worker()
 def equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
     """Whether in each pair (right answer, given answer) both are the same mathematics.
 
-    Text that is equal, and decimals of one value, need no parser; nor does what `comparable` refuses, which is
-    unequal. The rest is compared by math-verify: fractions, roots, percentages, sets, intervals, formulas.
+    Text that is equal, and two plain numbers, need no parser; nor does what `comparable` refuses, which is unequal. The
+    rest (roots, percentages, sets, intervals, formulas) is read by math-verify and compared by these rules:
+
+    - Numbers are compared exactly, however small they are and however little they differ. A decimal is also equal to a
+      number that no decimal states (1/7, a root, pi) if it is that number rounded or cut off and has six digits from
+      its first that is not 0: 0.142857 is 1/7, 0.143 is not.
+    - 50% is 50, where a percentage is asked, as it is 0.5.
+    - Of a chain of equations the last member counts, if all are equal: x = 6/2 = 3 is 3, and 6 = 5 is nothing.
+    - Sets are equal in any order; pairs, points and intervals are not. What stands in braces is a set and no pair,
+      {1,2} is not (1,2); without any, 1,2 is either. A set of one is its member.
 
     Args:
         pairs (`Sequence[tuple[str, str]]`): LaTeX, with or without dollar signs, or plain numbers.
@@ -181,10 +190,22 @@ def equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
     >>> equal([("1/2", "0.5"), ("1/2", r"\\frac12"), ("1/2", r"\\frac13")])
     [True, True, False]
     """
-    verdicts = [same(given, gold) for gold, given in pairs]
-    asked = [
-        i for i, verdict in enumerate(verdicts) if not verdict and comparable(pairs[i][0]) and comparable(pairs[i][1])
-    ]
+    verdicts = [_without_parser(gold, given) for gold, given in pairs]
+    asked = [i for i, verdict in enumerate(verdicts) if verdict is None]
     for i, verdict in zip(asked, _worker.equal([pairs[i] for i in asked]), strict=True):
         verdicts[i] = verdict
-    return verdicts
+    return [verdict is True for verdict in verdicts]
+
+
+def _without_parser(gold: str, given: str) -> bool | None:
+    """Whether two answers are equal, where that can be said at once; None where the parser has to look."""
+    if same(given, gold):
+        return True
+    if not comparable(gold) or not comparable(given) or None not in (number_of(gold), number_of(given)):
+        return False
+    one, other = one_number(plain(gold).strip()), one_number(plain(given).strip().removesuffix("."))
+    if one is None or other is None:
+        return None
+    part, whole = (one, other) if one.endswith("%") else (other, one)
+    hundredth = part.endswith("%") and not whole.endswith("%") and fraction(part) / 100 == fraction(whole)
+    return True if hundredth or fraction(part) == fraction(whole) else None

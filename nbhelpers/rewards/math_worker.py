@@ -23,6 +23,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from decimal import ROUND_DOWN, ROUND_HALF_UP, Decimal, localcontext
+from itertools import combinations
+from typing import Any
 
 PASSES = (0.04, 0.4, 60.0)  # seconds of the processor for one comparison, in the first pass, the second and the third
 MEMORY = 2 * 1024**3  # bytes of address space, on Linux; sympy with its grammars needs about a tenth
@@ -41,7 +44,7 @@ def limit_memory() -> None:
 
 def comparison() -> Callable[[str, str], bool]:
     """A function (right answer, given answer) -> bool."""
-    from math_verify import LatexExtractionConfig, parse, verify
+    from math_verify import LatexExtractionConfig, parse
 
     whole = [LatexExtractionConfig(boxed_match_priority=0)]  # the whole answer counts, not a number found within it
 
@@ -51,12 +54,150 @@ def comparison() -> Callable[[str, str], bool]:
 
     def equal(gold: str, given: str) -> bool:
         try:
-            return bool(verify(read(gold), read(given), timeout_seconds=None))
+            read_gold, read_given = read(gold), read(given)
+            return bool(read_gold and read_given) and same(
+                read_gold[0], read_given[0], {opened(gold), opened(given)} == {"{", "("}
+            )
         except (Exception, RecursionError):
             return False
 
     equal("\\frac{1}{2}", "0.5")  # builds the grammar's tables: a second that no real comparison should pay
     return equal
+
+
+def opened(answer: str) -> str:
+    """The bracket that an answer begins with, "{" or "("; "" for another beginning."""
+    begun = answer.lstrip(" $\\").removeprefix("left").lstrip(" \\")[:1]
+    return begun if begun in ("{", "(") else ""
+
+
+# ---- what math-verify has read, compared: its own comparison rounds to six decimals, however small the numbers ----
+
+
+def same(gold: Any, given: Any, other_brackets: bool = False) -> bool:
+    """Whether two expressions of sympy's are equal, by the rules of `math_equal.equal`.
+
+    Args:
+        gold (`sympy.Basic`), given (`sympy.Basic`): The right and the given answer.
+        other_brackets (`bool`): One is written in braces and the other in parentheses.
+    """
+    from math_verify import verify
+
+    claimed, wanted = members(given), members(gold)
+    if not all(same_number(one, other, digits=2) for one, other in combinations(filter(constant, claimed), 2)):
+        return False  # 6 = 5
+    if claimed and not wanted:
+        return any(same(gold, member) for member in [*filter(constant, claimed)] or claimed[-1:])
+    if wanted and not claimed and wanted[0].is_Symbol:
+        return any(same(member, given) for member in [*filter(constant, wanted)] or wanted[-1:])
+    if constant(gold) and constant(given):
+        return same_number(gold, given)
+    verdict = same_members(gold, given, other_brackets)
+    if verdict is None:
+        verdict = verify(exact(gold), exact(given), numeric_precision=60, timeout_seconds=None)
+    return bool(verdict)
+
+
+def members(relation: Any) -> list:
+    """The sides of an equation, or of a chain of equations, in the order of writing; nothing for anything else."""
+    from sympy import And, Eq
+
+    chain = relation._unsorted_args if isinstance(relation, And) else [relation]  # kept by math-verify's parser
+    return [side for one in chain for side in one.args] if all(isinstance(one, Eq) for one in chain) else []
+
+
+def constant(expression: Any) -> bool:
+    """Whether an expression is a number, written in whatever way."""
+    from sympy import Expr
+
+    return isinstance(expression, Expr) and bool(expression.is_number)
+
+
+def exact(expression: Any) -> Any:
+    """An expression whose decimals are the fractions that they state, and not their neighbours in binary."""
+    from sympy import Float, Rational
+
+    return expression.xreplace({number: Rational(str(number)) for number in expression.atoms(Float)})
+
+
+def same_number(gold: Any, given: Any, digits: int = 6) -> bool:
+    """Whether two constants are equal; a decimal of so many digits may be the other one, rounded or cut off."""
+    from sympy import Mul, Rational, UnevaluatedExpr
+
+    percent = UnevaluatedExpr(Rational(1, 100))  # how math-verify reads a percent sign
+
+    def without_sign(number: Any) -> tuple[Any, bool]:
+        if isinstance(number, Mul) and percent in number.args:
+            return Mul(*(factor for factor in number.args if factor != percent)).doit(), True
+        return number.doit(), False
+
+    (one, one_percent), (other, other_percent) = without_sign(gold), without_sign(given)
+    if one_percent == other_percent:
+        return same_value(one, other, digits)
+    part, whole = (one, other) if one_percent else (other, one)
+    return same_value(part, whole, digits) or same_value(part * percent.doit(), whole, digits)
+
+
+def same_value(one: Any, other: Any, digits: int) -> bool:
+    """`same_number` without percent signs."""
+    from sympy import Float
+
+    values = exact(one), exact(other)
+    if not all(value.is_finite for value in values):
+        return one == other and bool(one.is_extended_real)
+    if all(value.is_Rational for value in values):
+        if values[0] == values[1]:
+            return True
+    else:
+        numbers = [value.evalf(60) for value in values]
+        size = max(map(abs, numbers))
+        if abs(numbers[0] - numbers[1]) < size * 1e-50 or (size < 1e-40 and values[0].equals(values[1])):
+            return True
+    pairs = ((one, values[1]), (other, values[0]))
+    return any(isinstance(decimal, Float) and rounds(decimal, number, digits) for decimal, number in pairs)
+
+
+def rounds(decimal: Any, number: Any, digits: int) -> bool:
+    """Whether a decimal of at least so many digits is a number that no decimal states, rounded or cut off."""
+    if number.is_Rational and pow(10, int(number.q).bit_length(), int(number.q)) == 0:
+        return False  # it has a last decimal, and could have been written out
+    with localcontext(prec=100):
+        shown = Decimal(str(decimal)).normalize()
+        full = Decimal(str(number.evalf(80)))
+        return len(shown.as_tuple().digits) >= digits and any(
+            full.quantize(shown, rounding) == shown for rounding in (ROUND_HALF_UP, ROUND_DOWN)
+        )
+
+
+def same_members(gold: Any, given: Any, other_brackets: bool) -> bool | None:
+    """Whether sets, pairs, points, intervals and matrices are equal, member by member; None for anything else."""
+    from sympy import FiniteSet, Interval, MatrixBase, Tuple
+
+    def listed(group: Any) -> list | None:  # in the order of writing
+        if isinstance(group, FiniteSet):
+            return list(group._unsorted_args)  # kept by math-verify's parser
+        if isinstance(group, Tuple):
+            return list(group.args)
+        return [group.start, group.end] if isinstance(group, Interval) and group.is_open else None
+
+    if isinstance(gold, MatrixBase) and isinstance(given, MatrixBase):
+        return gold.shape == given.shape and all(map(same, gold.flat(), given.flat()))
+    if isinstance(gold, Interval) and isinstance(given, Interval):
+        sides = (gold.left_open, gold.right_open) == (given.left_open, given.right_open)
+        return sides and same(gold.start, given.start) and same(gold.end, given.end)
+    if isinstance(gold, FiniteSet) and isinstance(given, FiniteSet):
+        return len(gold) == len(given) and all(any(same(one, other) for other in given.args) for one in gold.args)
+    one, other = listed(gold), listed(given)
+    if one is not None and other is not None:
+        return not other_brackets and len(one) == len(other) and all(map(same, one, other))
+    if isinstance(gold, FiniteSet) and constant(given):
+        return len(gold) == 1 and same(gold.args[0], given)
+    if isinstance(given, FiniteSet) and constant(gold):
+        return len(given) == 1 and same(gold, given.args[0])
+    return None
+
+
+# ---- many answers at a time, and none that waits long behind one that never ends ----
 
 
 def judged(

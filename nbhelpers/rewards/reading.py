@@ -7,11 +7,12 @@ Model text is hostile: nothing here takes more than linear time in it.
 
 import re
 import unicodedata
+from decimal import Decimal
 from fractions import Fraction
 
 from nbhelpers.models.tags import REASONING, Tags
 
-from .answers import extract_boxed, grouped, same
+from .answers import extract_boxed, grouped, same, written
 
 _WORDS = 1000  # characters of a sentence that can be an answer
 _LONGEST = 100  # characters of a number that is read: no answer has more, and int() refuses thousands of digits
@@ -37,6 +38,10 @@ _THEN = (
     (re.compile(r"(?:\bUS)?[$€£¥₹]|\*\*|__|`"), " "),
     (re.compile(r"(?<!\w)\*(?=\w)|(?<=\w)\*(?!\w| ?\d)"), " "),  # *18*, but not 3 * 6
 )
+_POWER_OF_TEN = re.compile(  # 1.6 * 10^{-3}, 1e-3
+    r"(?<![\w.,^])(\d{1,20}(?:\.\d{1,20})?)(?: ?\* ?10 ?\^ ?\{? ?([-+]?\d{1,2}) ?\}?|[eE]([-+]?\d{1,2}))(?![\w^])",
+    re.ASCII,
+)
 
 
 def plain(text: str) -> str:
@@ -50,12 +55,13 @@ def plain(text: str) -> str:
     text = text.translate({char: new for char, new in single.items() if len(new) <= 3}).translate(_SIGNS)
     for pattern, new in _THEN:
         text = pattern.sub(new, text)
-    return text
+    return _POWER_OF_TEN.sub(lambda match: f"{Decimal(f'{match[1]}e{match[2] or match[3]}'):f}", text)
 
 
 # ---- one number out of a few words ----
 
 _PIECE = r"(?:\d+(?:,\d+)*(?:\.\d+)?|\.\d+)"
+_ONE_NUMBER = re.compile(rf"[-+]?\s*{_PIECE}(?:\s+\d+)?(?:/{_PIECE})?\s*%?", re.ASCII)  # and nothing else
 _NUMBER = re.compile(rf"({_PIECE})(?:\s*/\s*({_PIECE}))?", re.ASCII)
 _MIXED = re.compile(r"(?<![\d.,/])(\d{1,20}) (\d{1,20})/(\d{1,20})(?![\d.,/])")
 _POWER = re.compile(r"(?<=[A-Za-z])(?: ?\^\{?[23]\}?|[23])(?![\w.])")  # m^2, cm3
@@ -145,7 +151,7 @@ def _number_at(words: str, match: re.Match) -> str | None:
     if len(parts) == 2 and Fraction(str(parts[1])) == 0:
         return None
     if (scale := _SCALES.get((unit or "").lower())) is not None:
-        number = str(_fraction(number) * scale)
+        number = str(fraction(number) * scale)
     return ("-" if minus else "") + number + ("%" if unit in ("%", "percent") else "")
 
 
@@ -154,7 +160,7 @@ def _digits(text: str) -> str | None:
     return text.replace(",", "") if grouped(text.partition(".")[0]) and len(text) <= _LONGEST else None
 
 
-def _fraction(number: str) -> Fraction:
+def fraction(number: str) -> Fraction:
     """The value of what `value` gives; a percent sign counts for nothing."""
     above, _, below = number.rstrip("%").partition("/")
     return Fraction(above) / Fraction(below or 1)
@@ -200,12 +206,12 @@ def read(text: str) -> str | None:
 def right(text: str, answer: str, tags: Tags = REASONING) -> bool:
     """Whether the answer of a completion is the right one, whatever its form.
 
-    Numbers are compared by value: "18.00" is 18, "1/2" is 0.5; a percent sign counts for nothing ("50 %" is 50, and
-    0.5 is not). Anything else is compared as text, as `same` does.
+    Numbers are compared by value: "18.00" is 18, "1/2" is 0.5, "1e3" is 1000; a percent sign counts for nothing
+    ("50 %" is 50, and 0.5 is not). Anything else is compared as text, as `same` does.
 
     Args:
         text (`str`): What the model wrote.
-        answer (`str`): The right answer.
+        answer (`str`): The right answer; a number is read as `answers.written` has it.
         tags (`Tags`): Those that the model was asked for. Where a template opens the thought (`THINK`), a text that
             never closes it was cut off in its thought: whatever number comes last there is no answer.
 
@@ -214,11 +220,16 @@ def right(text: str, answer: str, tags: Tags = REASONING) -> bool:
     (True, False, True)
     """
     words, number = _found(text, tags)
-    gold = plain(str(answer)).strip()
-    wanted = value(gold) if re.fullmatch(rf"[-+]?\s*{_PIECE}(?:\s+\d+)?(?:/{_PIECE})?\s*%?", gold) else None
+    gold = plain(written(answer)).strip()
+    wanted = one_number(gold)
     if wanted is not None:
-        return number is not None and _fraction(number) == _fraction(wanted)
+        return number is not None and fraction(number) == fraction(wanted)
     return words is not None and bool(_bare(gold)) and same(_bare(words), _bare(gold))
+
+
+def one_number(words: str) -> str | None:
+    """As `value`, for words that are one number and nothing else: no unit, no name, no sign of equality."""
+    return value(words) if _ONE_NUMBER.fullmatch(words) else None
 
 
 def _bare(words: str) -> str:

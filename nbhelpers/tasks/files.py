@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .texts import MOST_CHARACTERS, TOO_LONG, plain
+from nbhelpers.rewards.answers import written
+
+from .texts import MOST_CHARACTERS, TOO_LONG, as_stored
 
 SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
 _MOST_BYTES = 2e9  # of a parquet file's row group, unpacked
@@ -68,7 +70,11 @@ def _csv(path: Path, text: str, wanted: Sequence[str]) -> tuple[Rows, list[str]]
         begun = reader.line_num + 1
         kept = {*wanted, None}  # None: where csv.DictReader puts what is left of a row
         for row in reader:
-            rows.append((reader.line_num, {name: cell for name, cell in row.items() if name in kept}))
+            cells = {name: cell for name, cell in row.items() if name in kept}
+            for name in wanted:
+                if isinstance(cells.get(name), str):
+                    cells[name] = written(cells[name])  # all are text here, pandas' 1e-05 too
+            rows.append((reader.line_num, cells))
             begun = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(
@@ -152,7 +158,7 @@ def _parse(path: Path, line: int, text: str, wanted: type) -> Any:
         return row
 
     try:
-        value = json.loads(text, parse_int=str, parse_float=plain, object_pairs_hook=pairs)
+        value = json.loads(text, parse_int=str, parse_float=as_stored, object_pairs_hook=pairs)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}, line {line + error.lineno - 1}: not valid JSON ({error.msg}): {text[:60]!r}"

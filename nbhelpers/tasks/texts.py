@@ -7,6 +7,8 @@ from decimal import Decimal
 from numbers import Real
 from unicodedata import category
 
+from nbhelpers.rewards.answers import written
+
 MOST_CHARACTERS = 200_000  # of a text: no model here reads more, and tokenizing it would take seconds
 MOST_DIGITS = 300  # of a number, in which no answer can be given any more
 TOO_LONG = object()  # stands for a text that was not even read
@@ -48,6 +50,8 @@ def text_of(cell: object, column: str) -> str:
 def _shown(cell: object) -> str:
     if isinstance(cell, bool) or str(cell) in ("True", "False"):  # numpy's too
         return str(cell).lower()
+    if isinstance(cell, float):
+        return as_stored(str(cell))
     return plain(str(cell)) if isinstance(cell, (Real, Decimal)) else str(cell)  # numpy's numbers are Real too
 
 
@@ -62,6 +66,16 @@ def plain(number: str) -> str:
     if not value.is_finite() or abs(value.adjusted()) + len(value.as_tuple().digits) > MOST_DIGITS:
         return number
     return format(value, "f")
+
+
+def as_stored(number: str) -> str:
+    """The number that became this float: 9.109999656677246 is what 32 bits made of 9.11 (see `answers.written`).
+
+    Where none did, it is `plain`.
+    """
+    value = float(number)
+    short = written(value)
+    return plain(number) if Decimal(short) == Decimal(repr(value)) else short
 
 
 def harmless(text: str, control: Collection[str] = ()) -> tuple[str, list[str]]:

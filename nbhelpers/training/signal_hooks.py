@@ -6,7 +6,7 @@ noise to full steps. Dynamic sampling (DAPO, arXiv:2503.14476, section 3.2) asks
 
 The hooks of TRL's GRPOTrainer, all private, and what is done there:
 
-    _calculate_rewards                  remembers the rewards of the rollout; logs which answers are right and in form
+    _calculate_rewards                  remembers the rewards of the rollout; logs what is right, in form, alike
     _generate_and_score_completions     advantages of silent groups become 0, silent groups are replaced
     _metrics, _logs                     the rollout as it was drawn first is what is logged, so curves stay unbiased
     _log_metric, _log_completion_extra  TRL's own way for numbers of a batch and of its rows
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from nbhelpers.grpo import silent_groups
+from nbhelpers.panel.gaming import alikeness
 from nbhelpers.rewards import Tags, in_form, right, text_of
 
 from . import checkpoint
@@ -107,8 +108,9 @@ class SignalHooks(Hooks):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
         self._totals = weighted.masked_fill(rewards.isnan().all(1), torch.nan)
-        if inputs and isinstance(inputs[0].get("answer"), str):
-            texts = [text_of(completion) for completion in completions]
+        texts = [text_of(completion) for completion in completions]
+        self._log_metric("alike", alikeness(texts, self.num_generations))
+        if inputs and isinstance(inputs[0].get("answer"), (str, int, float)):
             hits = [bool(self.correct(text, row["answer"])) for text, row in zip(texts, inputs, strict=True)]
             self._log_metric("right", sum(hits) / len(hits))
             self._log_metric("in_form", sum(in_form(text, self.tags) for text in texts) / len(texts))

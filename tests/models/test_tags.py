@@ -68,6 +68,41 @@ def test_think_with_answer_tags():
     assert not REASONING.in_form(GOOD.removeprefix("<reasoning>\n"))  # no template opens this one
 
 
+@pytest.mark.parametrize("text", [
+    GOOD.replace("9 tenths", "...").replace("9.9", "..."),
+    GOOD.replace("9 tenths", ""),
+    GOOD.replace("9 tenths", "…"),
+    GOOD.replace("9.9", "..."),
+    "<reasoning>\n...\n</reasoning>",
+])  # fmt: skip
+def test_a_form_without_content_counts_nothing(text):
+    assert REASONING.form(text) == 0.0 and REASONING.form(GOOD) == 1.0
+
+
+@pytest.mark.parametrize("thought", ["why", "Why", "why and\n\nhow", "Which is bigger? 9.9 or 9.11", "9.9"])
+def test_a_thought_that_is_copied_from_the_prompt_counts_nothing(thought):
+    prompt = [
+        {"role": "system", "content": "Answer as <reasoning>\nwhy and how\n</reasoning>\n<answer>\n9.9\n</answer>"},
+        {"role": "user", "content": "Which is bigger? 9.9 or 9.11"},
+    ]
+    text = GOOD.replace("9 tenths", thought)
+    assert REASONING.form(text) == REASONING.form(text, "another prompt") == rewards.form(text) == 1.0
+    assert REASONING.form(text, prompt) == rewards.form(text, prompt=prompt[0]["content"] + prompt[1]["content"]) == 0.0
+    assert REASONING.form(GOOD, prompt) == 1.0  # a thought of its own; the answer may stand in the question
+
+
+def test_think_without_content_counts_nothing():
+    assert THINK.form("why</think>9.9") == 1.0
+    for text in ("...</think>9.9", "</think>9.9", "why</think>...", "<think>\n...\n</think>\n..."):
+        assert THINK.form(text) == 0.0
+
+
+def test_a_model_that_thinks_before_it_begins_with_the_form():
+    text = f"Okay: 9.11? No.\n</think>\n\n{GOOD}"
+    assert in_form(text) and formatted(text) and rewards.form(text) == 1.0
+    assert not in_form(text + "bye") and not in_form(GOOD + text.replace("9.9", ""))
+
+
 @pytest.mark.parametrize(
     ("text", "pays"),
     [

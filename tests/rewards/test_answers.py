@@ -1,9 +1,11 @@
 import doctest
+from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 
 from nbhelpers.rewards import answers
-from nbhelpers.rewards.answers import extract_answer, extract_boxed, formatted, is_correct, number_of
+from nbhelpers.rewards.answers import extract_answer, extract_boxed, formatted, is_correct, number_of, written
 
 GOOD = "<reasoning>\n9 tenths is more than 1 tenth\n</reasoning>\n<answer>\n9.9\n</answer>\n"
 
@@ -51,7 +53,19 @@ def test_extract_answer(text, answer):
         ("10,00", "1000", False),
         ("1_000", "1000", False),
         ("1e3", "1000", False),
-        ("9.", "9", False),
+        ("9.", "9", True),  # a full stop
+        ("$9", "9", True),
+        (r"\$9.00", "9", True),
+        ("-$9", "-9", True),
+        ("$9", "-9", False),
+        ("9..", "9", False),
+        ("$$9", "9", False),
+        ("0,123", "123", False),  # a decimal comma
+        ("00,123", "123", False),
+        ("0.00001", "1e-05", True),  # as JSON and CSV have it
+        ("0.00001", 1e-05, True),
+        ("9.11", 9.109999656677246, True),  # 9.11 in 32 bits
+        ("9.109999656677246", 9.109999656677246, False),
         ("", "0", False),
         ("New  York", "new york", True),
         ("A", "B", False),
@@ -63,6 +77,36 @@ def test_extract_answer(text, answer):
 )
 def test_is_correct(found, gold, right):
     assert is_correct(f"<answer>\n{found}\n</answer>", gold) is right
+
+
+@pytest.mark.parametrize(
+    ("cell", "text"),
+    [
+        (1e-05, "0.00001"),
+        (1e16, "10000000000000000"),
+        ("1e-05", "0.00001"),
+        ("-2.5E+3", "-2500"),
+        (Decimal("1E+3"), "1000"),
+        (9.109999656677246, "9.11"),  # 32 bits
+        (0.10000000149011612, "0.1"),
+        (-1000.0999755859375, "-1000.1"),
+        (12345.669921875, "12345.67"),
+        (0.1 + 0.2, "0.3"),
+        (1 - 0.9, "0.1"),
+        (1 / 3, "0.3333333333333333"),  # no short decimal
+        (9.11, "9.11"),
+        (2.0**-13, "0.0001220703125"),
+        (1234567936.0, "1234567936.0"),  # whole: as it is
+        (3, "3"),
+        (True, "True"),
+        (Fraction(1, 2), "1/2"),
+        (float("inf"), "inf"),
+        (" Paris ", "Paris"),
+        ("1e5x", "1e5x"),
+    ],
+)
+def test_written(cell, text):
+    assert written(cell) == text
 
 
 def test_an_empty_answer_is_not_the_answer():

@@ -13,13 +13,16 @@ from nbhelpers.rewards import checking, text_of
 from nbhelpers.rewards.adversarial import (
     BAD_FORM,
     CHARACTERS,
+    COPIED,
     EMPTY,
     HEDGES,
     KINDS,
     LONG,
     ONLY_TAGS,
+    PLACEHOLDERS,
     REPEATED,
     RIGHT,
+    UNTHOUGHT,
     WRONG,
 )
 from nbhelpers.rewards.countdown_rules import puzzles
@@ -61,7 +64,7 @@ def test_a_good_reward_has_nothing_to_warn_about():
     result = rewards.check(right, TASK)
     assert result.warnings == []
     assert list(result.scores) == ["right"] and list(result.scores["right"]) == list(KINDS)
-    expected = {RIGHT: 1.0, REPEATED: 1.0}
+    expected = {RIGHT: 1.0, UNTHOUGHT: 1.0, REPEATED: 1.0}
     for kind, scores in result.scores["right"].items():
         assert scores == [expected.get(kind, 0.0)] * 4, kind
     assert result.slowest["right"][0] == CHARACTERS and 0 < result.slowest["right"][1] < 1000
@@ -133,7 +136,8 @@ def test_a_constant_reward():
 
 def test_rewards_that_do_not_look_at_the_answer():
     said = rewards.check([rewards.strict_format, rewards.soft_format], TASK).warnings
-    assert said[0] == f"soft_format: it can be gamed: a right answer scores 0.5, and no less: {ONLY_TAGS} (0.5)"
+    hollow = ", ".join(f"{kind} (0.5)" for kind in (ONLY_TAGS, PLACEHOLDERS, COPIED, UNTHOUGHT))
+    assert said[0] == f"soft_format: it can be gamed: a right answer scores 0.5, and no less: {hollow}"
     assert said[1].startswith("all together: a right answer (1) pays no more than a wrong one in the same form (1)")
     assert len(said) == 2
 
@@ -264,7 +268,7 @@ def test_countdown_can_be_checked_with_its_solutions():
         row["prompt"] = tasks.messages(f"Make {row['target']} from {row['numbers']}.")
     result = rewards.check([rewards.countdown], Task(Dataset.from_list(rows)))
     assert result.warnings == []
-    assert [kind for kind in KINDS if result.mean("countdown", kind)] == [RIGHT, REPEATED]
+    assert [kind for kind in KINDS if result.mean("countdown", kind)] == [RIGHT, UNTHOUGHT, REPEATED]
 
 
 def test_it_shows_itself_as_text_and_as_html():

@@ -44,6 +44,13 @@ RIGHT = [
     ("18 m²", "18"),
     ("18 km/h", "18"),
     ("25°", "25"),
+    # powers of ten
+    ("1e-5", "0.00001"),
+    ("0.00001", "1e-05"),
+    ("1e3", "1000"),
+    (r"1.6\times 10^{-19}", "1.6e-19"),
+    ("5 × 10³", "5000"),
+    ("The answer is 2E3 apples.", "2000"),
     # fractions and percentages
     ("1/2", "0.5"),
     (r"\frac{1}{2}", "0.5"),
@@ -139,6 +146,11 @@ WRONG = [
     ("12,50", "1250"),
     ("1e3", "1"),
     ("18e2", "18"),
+    ("1e3x", "1000"),
+    ("0x1e3", "1000"),
+    ("1,5e3", "5000"),
+    ("1.2.3e1", "12"),
+    ("3 * 10^2 * 2", "300"),
     ("18th", "18"),
     ("18x", "18"),
     ("x18", "18"),
@@ -269,6 +281,7 @@ def test_read(text, answer):
 def test_from_the_room():
     assert (rewards.read, rewards.right) == (read, right)
     assert right("9.90", 9.9)  # a column of floats
+    assert right("0.00001", 1e-05) and right("9.11", 9.109999656677246) and not right("9.12", 9.109999656677246)
 
 
 HOSTILE = (
@@ -277,6 +290,7 @@ HOSTILE = (
     "</think>", "\\boxed{", "\\boxed{}", "\\text{", "\\text {a", "\\frac{", "\\frac{1}{", "\\frac 1", "\\", "answer ",
     "answer: ", "the answer is ", "final answer\n", "####", "#### \n", "not ", " or 1", ", not", ", ", "½", "²",
     "\u0301\u0316", "\ufdfa", "−", "１", "\u2009", "1\u2009", "m2", "m ^", "18. ", "x=", "\"'", "A",
+    "1e", "1e3", "1e3 ", "1 * 10^", "1*10^{", "10^3",
 )  # fmt: skip
 
 

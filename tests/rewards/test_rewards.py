@@ -55,6 +55,7 @@ def test_tag_count_pays_for_each_tag_and_takes_for_what_follows():
 
 
 def test_strict_format_is_all_or_nothing():
+    assert strict_format([GOOD.replace("9 tenths is more than 1 tenth", "...")]) == strict_format([""]) == [0.0]
     assert strict_format([GOOD, GOOD + "bye", "<answer>9.9</answer>"]) == [0.5, 0.0, 0.0]
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy
 import pandas
 import pytest
 from datasets import Dataset
@@ -267,3 +268,20 @@ def test_the_ending_of_a_file_may_be_in_capitals(tmp_path):
     file.write_text("question,answer\n" + "".join(f"What is {i}?,{i}\n" for i in range(20)))
     task = tasks.from_file(file)
     assert len(task.train) + len(task.test) == 20
+
+
+def test_numbers_are_answers_that_a_person_can_give(tmp_path):
+    """JSON has 1e-05 for 0.00001, and a column of 32 bits 9.109999656677246 for 9.11: nobody would answer that."""
+    for name, text in {
+        "a.jsonl": '{"q": "a?", "a": 0.00001}\n{"q": "b?", "a": 1e16}\n{"q": "c?", "a": 9.109999656677246}\n',
+        "b.csv": "q,a\na?,1e-05\nb?,1e+16\nc?,9.11\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+        task = tasks.from_data(tmp_path / name, question="q", answer="a")
+        golds = {row["prompt"][-1]["content"]: row["answer"] for row in [*task.train, *task.test]}
+        assert golds == {"a?": "0.00001", "b?": "10000000000000000", "c?": "9.11"}, name
+    frame = pandas.DataFrame({"q": ["a?", "b?"], "a": numpy.array([9.11, 1e-05], dtype=numpy.float32)})
+    frame.to_parquet(tmp_path / "c.parquet")
+    for source in (frame, tmp_path / "c.parquet"):
+        task = tasks.from_data(source, question="q", answer="a")
+        assert {row["answer"] for row in [*task.train, *task.test]} == {"9.11", "0.00001"}

@@ -63,6 +63,18 @@ def test_a_run_that_learns_nothing_is_ended_and_says_why(tmp_path, capsys, round
     assert "none is right, in whatever form" in said and 1 <= said.count("  the answer ") <= 3
 
 
+@pytest.mark.parametrize("answer", ["18", 18, None])
+def test_what_the_panel_watches_is_logged(tmp_path, answer):
+    def reward(completions, **_):
+        return [float(len(c)) for c in completions]
+
+    one = trainer_of(tmp_path, reward, {"prompt": ["abc", "bcd"] * 4, "answer": [answer] * 8}, steps=1)
+    one.train()
+    log = one.state.log_history[0]
+    assert 0.0 <= log["alike"] <= 1.0
+    assert ("right" in log) == ("in_form" in log) == (answer is not None)
+
+
 def test_silent_groups_are_replaced_before_the_update(tmp_path):
     """Only prompts of "a" have a signal: after a few rounds every group of the update is one of theirs."""
 
