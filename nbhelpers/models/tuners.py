@@ -45,10 +45,6 @@ def why_not(model: "nn.Module", for_: Literal["training", "generation"]) -> str 
         for field in _RANDOM:
             if fields.get(field):
                 return f"its adapter {name!r} has {field}, which is drawn anew when a layer is computed again"
-        # LoRA's is a module of its own, which families.why_not sees
-        for field, value in fields.items():
-            if "dropout" in field and value and field != "lora_dropout":
-                return f"its adapter {name!r} has dropout ({field})"
     return None
 
 
