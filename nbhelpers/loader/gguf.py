@@ -2,8 +2,8 @@
 
 The header is read here: the gguf package's reader takes seconds and half a GB for a vocabulary of 150,000, and a
 damaged file makes it fail in numpy. Every size that the header states is held against the file's before it is used.
-Tensors are dequantised by the gguf package, a piece of the file at a time, so that the host holds one tensor and
-nothing is mapped into its memory.
+Tensors are dequantised by the gguf package, or on a card by gguf_blocks.py, a piece of the file at a time, so that the
+host holds one tensor and nothing is mapped into its memory.
 """
 
 import math
@@ -19,11 +19,13 @@ import torch
 
 from nbhelpers import host
 
+from . import gguf_blocks
 from .shards import Entry, Shards
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 VERSIONS = (2, 3)
 PIECE = 98_304  # numbers dequantised at once: whole blocks of 256, and gguf's temporaries stay in the processor's cache
+PIECE_ON_CARD = 2**20  # with some 40 MB of temporaries
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # llama-gguf-split's names
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # by value type
 _STRING, _ARRAY = 8, 9
@@ -71,9 +73,11 @@ class Tensors(Shards):
             self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one goes first
             self._buffer = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
         out = self._buffer[: count * dtype.itemsize].view(dtype)
-        for first in range(0, count, PIECE):  # a second thread brought nothing
-            last = min(first + PIECE, count)
-            out[first:last] = torch.from_numpy(_dequantised(entry, name, first, last))
+        on_card = torch.cuda.is_available()
+        size = PIECE_ON_CARD if on_card else PIECE
+        for first in range(0, count, size):  # a second thread brought nothing
+            last = min(first + size, count)
+            out[first:last] = _dequantised(entry, name, first, last, on_card)
         tensor = out.view(entry.shape)
         return in_halves(tensor, entry.heads) if entry.heads else tensor
 
@@ -83,7 +87,7 @@ def in_halves(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(tensor.shape)
 
 
-def _dequantised(entry: Stored, name: str, first: int, last: int) -> np.ndarray:
+def _dequantised(entry: Stored, name: str, first: int, last: int, on_card: bool) -> torch.Tensor:
     """Numbers `first` to `last` of a tensor, whole blocks, in fp32."""
     import gguf
 
@@ -93,7 +97,9 @@ def _dequantised(entry: Stored, name: str, first: int, last: int) -> np.ndarray:
     raw = np.fromfile(entry.file, np.uint8, nbytes, offset=entry.start + first // block * width)
     if raw.size < nbytes:
         raise ValueError(f"{entry.file} ends inside {name}: download it again")
-    return gguf.quants.dequantize(raw[None], kind)[0]
+    if on_card:
+        return gguf_blocks.dequantise(torch.from_numpy(raw).view(-1, width).cuda(), entry.kind).flatten()
+    return torch.from_numpy(gguf.quants.dequantize(raw[None], kind)[0])
 
 
 # ------------------------------------------------------------------------------------------------------ which files

@@ -16,7 +16,7 @@ from nbhelpers import export, loader
 from nbhelpers.export import gguf_file
 from nbhelpers.export.merge import Merged
 from nbhelpers.loader import gguf as gguf_reader
-from nbhelpers.loader import gguf_source, hub
+from nbhelpers.loader import gguf_blocks, gguf_source, hub
 from nbhelpers.models import quantize
 
 
@@ -39,6 +39,15 @@ def test_every_type_is_dequantised_as_gguf_does(name, tmp_path):
     assert wanted.std() > 0.1 and torch.isfinite(wanted).all() and rows * columns > 2 * gguf_reader.PIECE
     assert torch.equal(tensors.read("second", torch.bfloat16), wanted.to(torch.bfloat16))
     assert tensors.nbytes == data.nbytes + 20 and tensors.entries["second"].kind == name
+
+
+@pytest.mark.parametrize("name", gguf_reader.TYPES)
+def test_a_cards_arithmetic_is_the_same(name):
+    kind = Kind[name]
+    data = blocks(kind, 40, 512)
+    _, width = gguf.GGML_QUANT_SIZES[kind]
+    found = gguf_blocks.dequantise(torch.from_numpy(data.reshape(-1, width)), name)
+    assert torch.equal(found.flatten(), torch.from_numpy(gguf.quants.dequantize(data, kind)).flatten())
 
 
 def test_one_buffer_of_the_largest_tensor_serves_all(written):
