@@ -1,6 +1,6 @@
-"""Write the README's tables from benchmarks/results/*.json: no figure in it is typed.
+"""Write the tables of README.md and docs/benchmarks.md from benchmarks/results/*.json: no figure in them is typed.
 
-python -m benchmarks.readme           # rewrites what stands between the markers in README.md
+python -m benchmarks.readme           # rewrites what stands between the markers in both pages
 python -m benchmarks.readme --check   # exit status 1 if that would change anything (CI)
 """
 
@@ -27,16 +27,25 @@ class Results:
     def __call__(self, what: str, who: str = "ours") -> float | None:
         return self.values.get((what, who))
 
-    def source(self, *keys: tuple[str, str]) -> str:
-        """On what it was measured, and by which calls: the file's own, or those that rows (what, who) came from."""
+    def runs(self, *keys: tuple[str, str]) -> list[str]:
+        """The runs, "date, command", that rows (what, who) came from; without keys the file's own."""
+        own = f"{self.document['date']}, {self.document['command']}"
+        rows = [row for row in self.document["rows"] if (row["what"], row["who"]) in keys]
+        return sorted({row.get("run", own) for row in rows} or {own})
+
+    def where(self, *keys: tuple[str, str]) -> str:
+        """The machine, and the day of the first of those runs."""
         host = self.document["host"]
         machine = host.get("gpu") or f"{host['cores']} cores ({host['cpu']})"
+        return f"{machine}, {self.runs(*keys)[0][:10]}"
+
+    def source(self, *keys: tuple[str, str]) -> str:
+        """On what it was measured, with which versions, and by which calls."""
+        host = self.document["host"]
         packages = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "vllm")
         versions = ", ".join(f"{name} {host[name]}" for name in packages if name in host)
-        own = f"{self.document['date']}, {self.document['command']}"
-        runs = {row.get("run", own) for row in self.document["rows"] if (row["what"], row["who"]) in keys} or {own}
-        calls = ", ".join(f"`{run.partition(', ')[2]}`" for run in sorted(runs))
-        return f"Measured on {machine}, {min(runs)[:10]}; {versions}; {calls}."
+        calls = ", ".join(f"`{run.partition(', ')[2]}`" for run in self.runs(*keys))
+        return f"Measured on {self.where(*keys)}; {versions}; {calls}."
 
 
 def table(header: list[str], rows: list[list[str]], words: int = 1) -> str:
@@ -167,19 +176,23 @@ def lessons() -> str:
     return table(["lesson", "what it is about", "open"], rows, words=3)
 
 
+def card_from(name: str) -> float | None:
+    """The smallest common card that the preset fits on, GB, as planned."""
+    return next((gb for gb in CARDS if memory.can_train(presets.get(name), gb)), None)
+
+
 def models() -> str:
-    step, engines = Results("step"), Results("engines")
-    rows = []
+    engines = Results("engines")
+    rows, keys = [], []
     for name in NOTEBOOKS:
-        card = next((gb for gb in CARDS if memory.can_train(presets.get(name), gb)), None)
-        half, whole = step(f"{name}/1K/train_peak"), engines(f"{name}/1K/step_peak_driver")
+        key = (f"{name}/1K/step_peak_driver", "ours")
         link = f"[{presets.get(name).title}](notebooks/models/{name}.ipynb)"
         gated = "yes" if presets.get(name).gated else "no"
-        rows.append([link, badges(f"models/{name}.ipynb"), gated, number(card, 0, " GB"), number(half), number(whole)])
-    header = ["model", "open", "login", "card from (planned)", "training half, GB", "whole step, GB"]
-    halves = step.source(*((f"{name}/1K/train_peak", "ours") for name in NOTEBOOKS))
-    wholes = engines.source(*((f"{name}/1K/step_peak_driver", "ours") for name in NOTEBOOKS))
-    return f"{table(header, rows, words=3)}\n\nTraining half: {halves} Whole step: {wholes}"
+        badge = badges(f"models/{name}.ipynb")
+        rows.append([link, badge, gated, number(card_from(name), 0, " GB"), number(engines(*key))])
+        keys.append(key)
+    header = ["model", "open", "login", "card from (planned)", "step, GB (measured)"]
+    return f"{table(header, rows, words=3)}\n\nMeasured on {engines.where(*keys)}."
 
 
 def learned() -> str:
@@ -214,14 +227,63 @@ def learned() -> str:
     return f"{table(header, rows)}\n\n{results.source(*keys)}"
 
 
+def first() -> str:
+    """What the first screen says: for whom, what you get, how long."""
+    quickstart, real = Results("quickstart"), Results("real")
+    model = "qwen2.5-coder-1.5b/t4"
+    seconds = [quickstart(f"workshop/seed-{seed}/seconds") for seed in range(3)]
+    before, after = (100 * real(f"{model}/templates_{when}") for when in ("before", "after"))
+    smallest = min(gb for name in NOTEBOOKS if (gb := card_from(name)))
+    whom = f"a free Colab or Kaggle GPU, a gaming card from {smallest} GB (planned), or just a laptop"
+    what = "a model that is right more often, and yours to keep (adapter, 16-bit model or GGUF)"
+    how_much = f"from {before:.1f} to {after:.1f} % right on kinds of word problems it had not practised"
+    how_long = f"on two CPU cores the quickstart trains for {min(seconds):.0f} to {max(seconds):.0f} seconds"
+    real_one = f"took {_minutes(real(f'{model}/seconds'))} minutes on an H100, in a T4's memory"
+    return (
+        f"- **For whom:** anyone who knows some Python and has {whom}.\n"
+        f"- **What you get:** {what}. A 1.5B went {how_much}.\n"
+        f"- **How long:** {how_long}. The 1.5B {real_one}; a real T4 is slower, and we have not timed one."
+    )
+
+
+PEERS = {
+    "transformers": "transformers", "stock": "transformers + peft", "vllm": "vLLM, no adapter", "trl": "TRL + vLLM",
+}  # fmt: skip
+
+
+def peers() -> str:
+    """What was measured side by side on one card, the rows where the peer is ahead among them."""
+    loading, kernels, engines = Results("loader"), Results("kernels"), Results("engines")
+    llama, layer, whole = "llama-3.1-8b", "llama-3.1-8b/decoder_layer", "qwen2.5-1.5b/1K"
+    rows, days = [], set()
+    for results, what, key, us, peer, digits in (
+        (loading, "loading: host memory, GB", f"{llama}/nf4/host_peak", "ours", "transformers", 1),
+        (loading, "loading: seconds", f"{llama}/nf4/seconds", "ours", "transformers", 1),
+        (kernels, "one layer, forward + backward: ms", f"{layer}/forward+backward", "ours", "stock", 1),
+        (kernels, "one layer, forward + backward: GB", f"{layer}/peak", "ours", "stock", 2),
+        (engines, "generation, batch 8: tokens/s", f"{llama}/batch-8/decode", "graph", "transformers", 0),
+        (engines, "generation, batch 8: tokens/s", f"{llama}/batch-8/decode", "graph", "vllm", 0),
+        (engines, "generation, batch 128: tokens/s", f"{llama}/batch-128/decode", "graph", "vllm", 0),
+        (engines, "start to the first token: seconds", f"{llama}/ready", "graph", "transformers", 1),
+        (engines, "start to the first token: seconds", f"{llama}/ready", "graph", "vllm", 1),
+        (engines, "whole GRPO step of the 1.5B: GB", f"{whole}/step_peak_driver", "ours", "trl", 1),
+        (engines, "whole GRPO step of the 1.5B: seconds", f"{whole}/step_time", "ours", "trl", 1),
+    ):  # fmt: skip
+        rows.append([what, PEERS[peer], number(results(key, us), digits), number(results(key, peer), digits)])
+        days.add(results.where((key, us), (key, peer)))
+    return f"{table(['', 'peer', 'here', 'peer'], rows, words=2)}\n\nMeasured on {'; '.join(sorted(days))}."
+
+
 def _minutes(seconds: float | None) -> str:
     return "–" if seconds is None else f"{seconds / 60:.1f}"
 
 
 TABLES = {
+    "first": first,
     "learned": learned,
     "lessons": lessons,
     "models": models,
+    "peers": peers,
     "quickstart": quickstart,
     "loader": loader,
     "kernels": kernels,
@@ -229,6 +291,7 @@ TABLES = {
     "engines": engines,
     "whole": whole,
 }
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 PLOTS = ROOT / "docs"
 
 
@@ -259,7 +322,7 @@ def plots() -> None:
 
 
 def render(text: str) -> str:
-    """README text with each `<!-- name -->` ... `<!-- /name -->` filled in. KeyError for a marker without a table."""
+    """A page's text with each `<!-- name -->` ... `<!-- /name -->` filled in. KeyError for a marker without a table."""
     parts = []
     while (start := text.find("<!-- table ")) >= 0:
         name = text[start:].split()[2]
@@ -271,12 +334,12 @@ def render(text: str) -> str:
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = render(before)
+    before = [page.read_text() for page in PAGES]
+    after = [render(text) for text in before]
     if "--check" in sys.argv:
         return int(before != after)
-    readme.write_text(after)
+    for page, text in zip(PAGES, after, strict=True):
+        page.write_text(text)
     plots()
     return 0
 

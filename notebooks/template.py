@@ -3,13 +3,13 @@
 #
 # {badges}
 #
-# In this notebook {title} practises thinking before it answers, by **GRPO**, the reinforcement learning of DeepSeek-R1:
-# it writes several answers to a question, a few lines of Python say which are good, and those become more likely.
-# Nobody shows it how to reason.
+# In this notebook {title} practises thinking before it answers, by **GRPO**, the reinforcement-learning method behind
+# DeepSeek-R1: it writes several answers to a question, a few lines of Python say which are good, and those become more
+# likely. Nobody shows it how to reason.
 #
 # Run the cells from top to bottom. Before anything is downloaded you see whether the model fits your card; while it
 # trains you see a live curve; at the end it gets the same questions as before. You can stop at any time and keep what
-# was learned, and after a disconnect you run the cells again and it goes on.
+# was learned. After a disconnect, run the cells again: training resumes where it left off.
 #
 # The model is `{hub_id}`. {access}
 #
@@ -23,12 +23,12 @@
 #
 # {title} reasons already: {origin} Such thoughts are long, and one that does not end within the tokens that it gets is
 # cut off before its answer. In this notebook the model practises being right in fewer words, by **GRPO**, the
-# reinforcement learning of DeepSeek-R1: it writes several answers to a question, a few lines of Python say which are
-# good, and those become more likely. Nobody shows it a shorter thought.
+# reinforcement-learning method behind DeepSeek-R1: it writes several answers to a question, a few lines of Python say
+# which are good, and those become more likely. Nobody shows it a shorter thought.
 #
 # Run the cells from top to bottom. Before anything is downloaded you see whether the model fits your card; while it
 # trains you see a live curve; at the end it gets the same questions as before. You can stop at any time and keep what
-# was learned, and after a disconnect you run the cells again and it goes on.
+# was learned. After a disconnect, run the cells again: training resumes where it left off.
 #
 # The model is `{hub_id}`. {access}
 #
@@ -38,8 +38,8 @@
 # %% [markdown]
 # ## 1 · Install
 #
-# The session's own torch and numpy stay as they are; only what is missing comes on top. On your own machine this cell
-# installs nothing, it only looks.
+# The session's own torch and numpy stay as they are; only what is missing is added. On your own machine this cell
+# installs nothing, it only checks.
 
 # %% tags=["install"]
 # Colab and Kaggle get this package and what it needs; their torch and numpy stay. Your own machine is only checked:
@@ -61,7 +61,7 @@ import_module("nbhelpers.install").run()
 # %% [markdown]
 # ## 2 · Will it fit?
 #
-# The next cell says which model, and how long. Fewer `STEPS` for a first look, more for a longer run.
+# The next cell sets the model, and how long it trains. Fewer `STEPS` for a first look, more for a longer run.
 #
 # Checkpoints go to `OUT`, and outlive the session if that folder does. On Colab mount your Drive (the folder symbol on
 # the left) and set `OUT = "/content/drive/MyDrive/reasoner"`; on Kaggle choose *Settings, Persistence, Files only*.
@@ -77,8 +77,8 @@ OUT = f"runs/{PRESET}"  # checkpoints and the result
 # answers and how long. The bar below counts what they take, part by part, once for the half of a step that generates
 # and once for the half that trains; without a GPU, as on a T4. If it does not fit, it says what would.
 #
-# Some words in it: `nf4` means that a weight takes 4 bits instead of 16, `dynamic` that the layers which suffer most
-# from that keep their 16. A *LoRA* or *adapter* is the small part that is trained (section 3), *optimizer* what its
+# Some words in it: `nf4` means that a weight takes 4 bits instead of 16; `dynamic` keeps in 16 bits the layers that 4
+# bits would hurt most. A *LoRA* or *adapter* is the small part that is trained (section 3), *optimizer* what its
 # training rule, Adam, remembers. The *KV cache* is what generating remembers of the text so far, the *logits* are the
 # scores of all possible next words. *Kept for backward* spares computing things twice, and takes what room is left.
 # Lengths are in **tokens**, the pieces of text that a model reads and writes: a short word, a part of a long one, a
@@ -109,11 +109,11 @@ model, tokenizer = loader.load(preset)
 # %% [markdown]
 # ## 4 · The task
 #
-# GSM8K: word problems of a few steps whose answer is a number. GRPO takes from it the question and the final answer,
-# and **no solution to copy**: how to get there is for the model to find. A good task is one that the model gets right
-# sometimes. What it always or never gets right teaches nothing, as section 7 shows.
+# GSM8K: word problems of a few steps whose answer is a number. GRPO uses only the question and the final answer, and
+# **no solution to copy**: the model has to find out how to get there. A good task is one that the model sometimes gets
+# right. What it always or never gets right teaches nothing, as section 7 shows.
 #
-# A fifth of the questions ask which of two decimals is bigger: what is asked at the end is practised among the others.
+# A fifth of the questions ask which of two decimals is bigger, so what is asked at the end is practised here too.
 # The test questions are word problems alone. (`tasks.word_problems()` makes some without a download.)
 
 # %%
@@ -136,8 +136,8 @@ print("The right answer:", example["answer"])
 # leave about ten points to each side.
 #
 # *Accuracy* counts answers that are right in whatever form they come, as a person would read them. *Format* counts
-# answers whose tags are as they should be, right or wrong. They are two numbers because they are two things: a model
-# that learns nothing but the tags looks like one that learned to reckon if only what stands in tags is read.
+# answers whose tags are as they should be, right or wrong. They are two numbers because they are two things: if only
+# what stands in tags counted, a model that learned nothing but the tags would look like one that learned arithmetic.
 
 # %% tags=["before"]
 HELD_OUT = 100
@@ -281,8 +281,8 @@ args = LeanGRPOConfig(
 # %% [markdown]
 # ## 9 · Train
 #
-# The trainer is TRL's, with three things exchanged: the answers are written by a fast decoder that works on the very
-# weights that are trained, the update runs within the card's memory, and what was learned is never lost.
+# The trainer is TRL's, with three parts replaced: a fast decoder writes the answers directly from the weights being
+# trained, the update runs within the card's memory, and what was learned is never lost.
 
 # %%
 live = panel.Live(probes=before)  # the questions of section 5 are asked again every 20 steps
@@ -299,7 +299,7 @@ trainer = LeanGRPOTrainer(
 )
 
 # %% [markdown] tags=["taught"]
-# **What to look for.** The curve of a single step is noisy: its questions are few, and some are harder than others.
+# **What to look for.** Single steps are noisy: their questions are few, and some are harder than others.
 # Look at the smoothed line over tens of steps.
 #
 # - `in_form` usually moves first: it is easy, and it is rewarded at once. `correct` follows later and more slowly, if
@@ -310,7 +310,7 @@ trainer = LeanGRPOTrainer(
 #   100 % nothing is learned, and after ten such steps the run ends by itself and says what to change.
 
 # %% [markdown] tags=["thinks"]
-# **What to look for.** The curve of a single step is noisy: its questions are few, and some are harder than others.
+# **What to look for.** Single steps are noisy: their questions are few, and some are harder than others.
 # Look at the smoothed line over tens of steps.
 #
 # - *tokens an answer* is the curve that should fall: `brief` pays for it. If `correct` falls with it, the model leaves
@@ -326,9 +326,9 @@ trainer = LeanGRPOTrainer(
 # does not read its answers. All right? Too easy. Some right and still flat after a hundred steps? Raise the learning
 # rate threefold.
 #
-# **How long it takes** depends on the card more than on anything else. After the first few steps the panel's *left*
-# says it for yours. You need not wait: stop the cell when you have seen enough, and go on below. Run it again, also in
-# a new session with the same files, and training goes on from the newest checkpoint.
+# **How long it takes** depends mostly on the card. After the first few steps the panel's *left* says it for yours. You
+# need not wait: stop the cell when you have seen enough, and go on below. Run it again, even in a new session with the
+# same files, and training resumes from the newest checkpoint.
 
 # %% tags=["train"]
 result = trainer.train(resume_from_checkpoint="auto")
@@ -345,7 +345,7 @@ panel.before_after(before, after, tasks.PROBE_ANSWER)
 # %% [markdown]
 # And the same held-out problems, which the training never saw. Compare the intervals, not only the two numbers: if they
 # overlap widely, the run was too short, or the questions too few, to tell. *Gained* and *lost* count single questions;
-# chance alone moves some of them both ways.
+# chance alone moves some of them in each direction.
 
 # %% tags=["after"]
 score_after = evaluate.accuracy(model, tokenizer, task.test, n=HELD_OUT, **asked)
@@ -354,7 +354,7 @@ print(f"before: {score_before}\nafter:  {score_after}\n{evaluate.paired(score_be
 # %% [markdown]
 # ## 11 · Keep it
 #
-# What was trained is the adapter, a small file that belongs to the very model that it was trained on. `export` also
+# What was trained is the adapter, a small file that works only with the model it was trained on. `export` also
 # writes the merged 16-bit model (`export.merged`), a GGUF file for llama.cpp and Ollama (`export.gguf`), and can put it
 # on the hub (`export.push`).
 
@@ -364,7 +364,7 @@ export.save(model, tokenizer, f"{OUT}/reasoner")
 # %% [markdown] tags=["taught"]
 # ## Your turn
 #
-# For another run load the model anew (section 3), and set another `OUT`.
+# For another run, load the model again (section 3) and set another `OUT`.
 #
 # 1. Train with `[in_form]` alone. Which curve moves, which does not, and why?
 # 2. Let `correct` pay 0.5 for an answer within 10 % of the right one. Check it with `rewards.check` first. What does it
@@ -375,7 +375,7 @@ export.save(model, tokenizer, f"{OUT}/reasoner")
 # %% [markdown] tags=["thinks"]
 # ## Your turn
 #
-# For another run load the model anew (section 3), and set another `OUT`.
+# For another run, load the model again (section 3) and set another `OUT`.
 #
 # 1. Train without `brief`. Do the answers get shorter all the same? Why could they?
 # 2. Let `brief` pay wrong answers too (leave out `good *`), and try it with `rewards.check`. What would a model learn?
