@@ -196,7 +196,11 @@ class _Guard:
             self.check_columns(completions, columns)
             begun = time.monotonic()
             try:
-                with _as_it_was(), self.memory.watched(self.name), limited(self.seconds, f"reward function {self.name!r}"):
+                with (
+                    _as_it_was(),
+                    self.memory.watched(self.name),
+                    limited(self.seconds, f"reward function {self.name!r}"),
+                ):
                     scores = self.func(completions=fresh(completions), **fresh(columns))
             except NOT_ITS_OWN:
                 raise

@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
+from nbhelpers import presets
+from nbhelpers.models import smoke
+
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS / room) for room in ("training", "tasks", "loader")]
 
-import test_loader_damaged
-import test_own_data
-import test_rows
-import test_settings
-
-from nbhelpers import presets
-from nbhelpers.models import smoke
+import test_loader_damaged  # noqa: E402
+import test_own_data  # noqa: E402
+import test_rows  # noqa: E402
+import test_settings  # noqa: E402
 
 TRIED = (
     test_settings.test_a_lean_config_refuses_it_before_trl_computes_with_it,
@@ -56,7 +56,9 @@ def arguments(test: Callable) -> Iterator[dict[str, Any]]:
     tables = []
     for mark in vars(test).get("pytestmark", ()):
         if mark.name == "parametrize":
-            names = [name.strip() for name in mark.args[0].split(",")] if isinstance(mark.args[0], str) else mark.args[0]
+            names = (
+                [name.strip() for name in mark.args[0].split(",")] if isinstance(mark.args[0], str) else mark.args[0]
+            )
             tables.append([dict(zip(names, row if len(names) > 1 else (row,), strict=True)) for row in mark.args[1]])
     for rows in itertools.product(*tables):
         yield {name: value for row in rows for name, value in row.items()}

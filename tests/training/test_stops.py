@@ -172,7 +172,9 @@ def test_a_reward_that_exits_or_hangs_costs_rows_not_the_run(tokenizer, tmp_path
 @posix
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("module, function", [(identity, "describe"), (checkpoint, "newest")])
-def test_a_signal_before_the_training_begins_is_one_line(tokenizer, tmp_path, monkeypatch, capsys, name, module, function):
+def test_a_signal_before_the_training_begins_is_one_line(
+    tokenizer, tmp_path, monkeypatch, capsys, name, module, function
+):
     """Data and checkpoints are hashed then, which takes minutes where there are many."""
     run = make(tokenizer, tmp_path, **PLAIN)
     with monkeypatch.context() as patched:
