@@ -113,7 +113,7 @@ def _why_no_reward(func: Any) -> str | None:
     if callable(func) or isinstance(func, nn.Module):
         return None
     inner = ": a list within the list, so take its brackets off" if isinstance(func, (list, tuple)) else ""
-    return f"{func!r}, and a {type(func).__name__} is no function{inner}"
+    return f"{func!r}, of type {type(func).__name__}, no function{inner}"
 
 
 def fresh(value: Any) -> Any:

@@ -220,8 +220,8 @@ def test_a_function_alone_under_guard_may_give_none():
 @pytest.mark.parametrize(
     ("bad", "match"),
     [
-        (5, r"reward_funcs\[1\] is 5, and a int is no function"),
-        (None, r"reward_funcs\[1\] is None, and a NoneType is no function"),
+        (5, r"reward_funcs\[1\] is 5, of type int, no function"),
+        (None, r"reward_funcs\[1\] is None, of type NoneType, no function"),
         ([constant], r"reward_funcs\[1\] is .*a list within the list, so take its brackets off"),
         ("correctness", r"reward_funcs\[1\] is the text 'correctness', .*write correctness without quotes"),
         (Decimal, r"reward_funcs\[1\] is the class Decimal, .*Decimal\(\.\.\.\)"),
