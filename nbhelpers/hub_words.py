@@ -46,6 +46,33 @@ def unanswered(error: BaseException) -> bool:
     return any(isinstance(one, (ConnectionError, TimeoutError, socket.gaierror)) for one in chain(error))
 
 
+def refused_push(name: str, error: Exception, token: str | None) -> Exception:
+    """The error to raise where an upload to the repository `name` failed with `error`: PermissionError (401, 403),
+    ValueError (404 and what else the hub does not take) or ConnectionError. `token` is shown nowhere."""
+    missing = any(type(one).__name__ == "LocalTokenNotFoundError" for one in chain(error))
+    answer = 401 if missing else status(error)
+    write = f'Make one with write access at {TOKENS} and pass export.push(..., token="hf_...") or set HF_TOKEN'
+    if answer == 401:
+        return PermissionError(
+            f"the hub does not know this token (401): it may be cut off, expired or revoked, or there is none. {write}"
+        )
+    if answer == 403:
+        return PermissionError(
+            f"the hub does not let this token write to {name} (403): it may only read, or the owner is another. {write}"
+        )
+    if answer == 404:
+        return ValueError(
+            f"the hub has no place {name!r} for this token (404): is the owner, before the /, your user name or an "
+            "organization that you may write to?"
+        )
+    if answer is not None and answer < 500 and answer not in (408, 429):
+        said = " ".join(str(vars(error).get("server_message") or "").split())[:300]
+        said = said.replace(token, "...") if token else said
+        return ValueError(f"the hub does not take this upload to {name} ({answer}){': ' if said else ''}{said}")
+    return refusal("repository", name, error, has_token=True, pass_token="set HF_TOKEN",
+                   copy="push later: the folder stays")  # fmt: skip
+
+
 def refusal(kind: str, name: str, error: Exception, *, pass_token: str, has_token: bool, copy: str) -> Exception:
     """The error to raise instead of `error`: PermissionError (401, 403), ValueError (404) or ConnectionError.
 

@@ -45,7 +45,7 @@ def asked(status, headers=None, kinds=("model", "data", "push")):
         except BaseException as error:
             code = (headers or {}).get("X-Error-Code", "")
             print(f"{status} {code} {kind} {type(error).__name__}: {error}")
-for status in (401, 403, 404, 418): asked(status, kinds=("model", "data") if status > 403 else tuple(ASKS))
+for status in (401, 403, 404, 418): asked(status, kinds=tuple(ASKS))
 asked(403, {"X-Error-Code": "GatedRepo"}, ("model", "data"))
 asked(401, {"X-Error-Code": "RepoNotFound"}, ("model", "data"))
 del os.environ["HF_TOKEN"]
@@ -62,8 +62,10 @@ WANTED = """
 403  push PermissionError: the hub does not let this token write to me/x (403)
 404  model ValueError: the hub has no model 'me/x', or it is private
 404  data ValueError: the hub has no data set 'me/x', or it is private
+404  push ValueError: the hub has no place 'me/x' for this token (404)
 418  model ConnectionError: the hub answered 418 instead of me/x: the network is fine
 418  data ConnectionError: the hub answered 418 instead of me/x: the network is fine
+418  push ValueError: the hub does not take this upload to me/x (418)
 403 GatedRepo model PermissionError: me/x asks for its licence to be accepted. 1. Accept it at https://huggingface.co/me/x
 403 GatedRepo data PermissionError: me/x asks for its licence to be accepted. 1. Accept it at https://huggingface.co/datasets/
 401 RepoNotFound model ValueError: the hub has no model 'me/x', or it is private

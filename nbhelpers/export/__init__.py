@@ -187,15 +187,16 @@ def push(folder: str | Path, repo_id: str, private: bool = True, token: str | No
             login). It is never printed.
 
     Raises FileNotFoundError for a folder without a model, PermissionError without a usable token, ValueError for a
-    garbled one, which is not shown, and ConnectionError if the hub is out of reach.
+    garbled one, which is not shown, and for what the hub has no place for or does not take, and ConnectionError if the
+    hub is out of reach or at fault.
     """
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import LocalTokenNotFoundError
 
     if not host.is_first_process():
         return f"{huggingface_hub.constants.ENDPOINT}/{repo_id}"
     token = hub_words.checked_token(token)
-    hub_words.token_in_use(token)
+    known = hub_words.token_in_use(token)
     folder = Path(folder)
     if not any((folder / name).exists() for name in _CONFIGS):
         raise FileNotFoundError(f"{folder} is no folder that export.save or export.merged wrote")
@@ -203,24 +204,11 @@ def push(folder: str | Path, repo_id: str, private: bool = True, token: str | No
     try:
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=address.repo_id, folder_path=str(folder), commit_message="Upload by nbhelpers")
-    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else 401
-        if status not in (401, 403):
+    except Exception as error:  # a broken connection is the HTTP library's own, which is not a dependency of ours
+        answered = hub_words.status(error) is not None or isinstance(error, LocalTokenNotFoundError)
+        if not answered and not hub_words.unanswered(error):
             raise
-        why = {
-            401: "the hub does not know this token (401): it may be cut off, expired or revoked, or there is none",
-            403: f"the hub does not let this token write to {repo_id} (403): it may only read, or the owner is another",
-        }
-        raise PermissionError(
-            f"{why[status]}. Make one with write access at {hub_words.TOKENS} and pass "
-            'export.push(..., token="hf_...") or set HF_TOKEN'
-        ) from None
-    except Exception as error:  # the HTTP library's own, which is not a dependency of ours
-        if not hub_words.unanswered(error):
-            raise
-        raise hub_words.refusal(
-            "repository", repo_id, error, has_token=True, pass_token="set HF_TOKEN", copy="push later: the folder stays"
-        ) from None
+        raise hub_words.refused_push(repo_id, error, known) from None
     return str(address)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from nbhelpers import gpu
-from nbhelpers.models.adapter import read_base, read_choice, read_config
+from nbhelpers.models.adapter import read_base, read_choice, read_config, refuse_damaged
 from nbhelpers.models.quantize import Choice
 from nbhelpers.presets import QUANTIZATIONS, Preset
 
@@ -74,6 +74,7 @@ def resolve(
                              f"{given[other[0]]}: leave that out, or load the base for a new adapter")  # fmt: skip
         lora_rank = own.get("r") or 1  # whatever it is: not every weight is trained
         base = read_base(adapter)
+        refuse_damaged(adapter)
         preset_or_id, quantization = base.id, quantization or base.quantization
         calibration = calibration or read_choice(adapter)
     try:

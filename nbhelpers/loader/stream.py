@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from nbhelpers.models import quantize
+from nbhelpers.models.finite import refuse_non_finite
 from nbhelpers.models.quantize import Choice
 
 from .shards import Shards
@@ -132,17 +133,6 @@ def fill(
     for module in model.modules():
         for key, buffer in module.named_buffers(recurse=False):
             module._buffers[key] = buffer.to(device)
-
-
-def refuse_non_finite(tensor: torch.Tensor, name: str) -> None:
-    """Raises ValueError for NaN or infinity in a tensor of floating point numbers: they reach every answer."""
-    if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:  # on meta there are no numbers
-        return
-    if not all(map(torch.isfinite, torch.aminmax(tensor))):
-        raise ValueError(
-            f"{name} holds NaN or infinity, so the model would write nonsense: the run that saved it had learned "
-            "none, or float16 was too narrow for it. Take an earlier checkpoint, or another dtype"
-        )
 
 
 def _refuse_without_place(model: "PreTrainedModel", unused: list[str]) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from . import families, quantize, tuners
+from . import families, finite, quantize, tuners
 from .quantize import Choice
 from .tuners import adapters as loras
 
@@ -187,8 +187,8 @@ def load_adapter(model: nn.Module, folder: str | Path, dropout: float | None = N
         folder (`str` or `Path`): What `save_adapter` wrote.
         dropout (`float`, *optional*): lora_dropout from here on; None is the saved one's. For a model without adapter.
 
-    Raises FileNotFoundError if no adapter is there, ValueError if it was trained on another base, has another shape or
-    cannot be built again as it was, or if `loader.load` did not make the model.
+    Raises FileNotFoundError if no adapter is there, ValueError if it was trained on another base, has another shape,
+    holds NaN or infinity or cannot be built again as it was, or if `loader.load` did not make the model.
     """
     from peft import PeftModel, set_peft_model_state_dict
     from safetensors.torch import load_file
@@ -198,6 +198,7 @@ def load_adapter(model: nn.Module, folder: str | Path, dropout: float | None = N
     if base is None:
         raise ValueError("loader.load did not make this model, so whether the adapter fits it is not known")
     refuse_other(folder, base.id, base.config_hash, base.weights_hash)
+    refuse_damaged(folder)
     saved, config = read_base(folder), read_config(folder)
     if isinstance(model, PeftModel):
         (name,) = model.active_adapters
@@ -214,6 +215,19 @@ def load_adapter(model: nn.Module, folder: str | Path, dropout: float | None = N
         vars(config)["lora_dropout"] = dropout
     with _without_warnings():
         return _in_fp32(PeftModel.from_pretrained(inner, str(folder), config=config, is_trainable=True))
+
+
+def refuse_damaged(folder: Path) -> None:
+    """ValueError for an adapter in `folder` whose file is cut off, or that holds NaN or infinity, by the tensor."""
+    from safetensors import SafetensorError, safe_open
+
+    file = folder / WEIGHTS
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  it is no dict
+                finite.refuse_non_finite(tensors.get_tensor(name), f"{name} in {file}")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}): copy the adapter once more") from None
 
 
 def _refuse_unlike(folder: Path, saved: "PeftConfig", own: "PeftConfig") -> None:

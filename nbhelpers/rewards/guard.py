@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .leaks import MemoryWatch
 from .reward import Reward
 from .time_limit import Late, limited
 
@@ -38,7 +39,7 @@ def guard(func: Reward, seconds: float = SECONDS) -> Reward:
     None (for TRL: "does not apply") with a warning; the third in a row stops the run. NaN, infinity, a number beyond
     `LARGEST` or something that is no number scores None in its row, with a warning for the first one. It gets copies of
     its arguments (`fresh`), so that what it writes into them reaches neither the next function nor the panel, and
-    gradients are on again after it.
+    gradients are on again after it. One that keeps memory is named (leaks.py).
 
     Args:
         func (`Reward`): A reward function with TRL's signature.
@@ -112,7 +113,7 @@ def _why_no_reward(func: Any) -> str | None:
     if callable(func) or isinstance(func, nn.Module):
         return None
     inner = ": a list within the list, so take its brackets off" if isinstance(func, (list, tuple)) else ""
-    return f"{func!r}, and a {type(func).__name__} is no function{inner}"
+    return f"{func!r}, of type {type(func).__name__}, no function{inner}"
 
 
 def fresh(value: Any) -> Any:
@@ -161,6 +162,7 @@ class _Guard:
             raise ValueError(f"reward_seconds={seconds}: a number of seconds above 0")
         self.func, self.seconds = func, seconds
         self.spent = 0.0  # seconds in this function so far
+        self.memory = MemoryWatch()
         self.name, self.inner = named(func)
         called = self.inner if inspect.isroutine(self.inner) else self.inner.__call__
         self.is_async = inspect.iscoroutinefunction(called)
@@ -177,7 +179,7 @@ class _Guard:
             self.check_columns(completions, columns)
             begun = time.monotonic()
             try:
-                with _as_it_was():
+                with _as_it_was(), self.memory.watched(self.name):
                     scores = await asyncio.wait_for(
                         self.func(completions=fresh(completions), **fresh(columns)), self.seconds
                     )
@@ -194,7 +196,11 @@ class _Guard:
             self.check_columns(completions, columns)
             begun = time.monotonic()
             try:
-                with _as_it_was(), limited(self.seconds, f"reward function {self.name!r}"):
+                with (
+                    _as_it_was(),
+                    self.memory.watched(self.name),
+                    limited(self.seconds, f"reward function {self.name!r}"),
+                ):
                     scores = self.func(completions=fresh(completions), **fresh(columns))
             except NOT_ITS_OWN:
                 raise

@@ -23,9 +23,10 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from nbhelpers.models import adapter
+from nbhelpers.models.finite import first_not_finite
 
 from . import checkpoint, identity, run_folder, stops
-from .save_hooks import SaveHooks, first_not_finite
+from .save_hooks import SaveHooks
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -78,17 +79,21 @@ class ResumeHooks(SaveHooks):
             run_folder.hold(self._root) if self.args.should_save else contextlib.nullcontext(),
         ):
             self._described = None
-            folder = self._find(resume_from_checkpoint, resume_anyway)
-            self._start_at(folder)
-            if folder is not None and self._finished(folder):
-                return TrainOutput(self.state.global_step, float("nan"), {"finished": True})
-            self._check_start()
+            try:
+                folder = self._find(resume_from_checkpoint, resume_anyway)
+                self._start_at(folder)
+                if folder is not None and self._finished(folder):
+                    return TrainOutput(self.state.global_step, float("nan"), {"finished": True})
+                self._check_start()
+            except KeyboardInterrupt as stop:  # while data or checkpoints are hashed, which may take minutes
+                print(f"Stopped by {stops.sender(stop)} before the training began: nothing is written.")
+                return TrainOutput(0, float("nan"), {"interrupted": True})
             try:
                 with warnings.catch_warnings():  # of TRL's own, about transformers 5.23
                     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
                     return super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
             except KeyboardInterrupt as stop:
-                return self._stopped(stop.args[0] if isinstance(stop, stops.Stopped) else "you")
+                return self._stopped(stops.sender(stop))
             except BaseException as error:  # SystemExit too: what was learned is kept however it ends
                 self.model.eval()
                 if self.state.global_step:

@@ -11,7 +11,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors.torch import save_file
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.utils import logging as transformers_logging
@@ -19,14 +18,13 @@ from transformers.utils import logging as transformers_logging
 from nbhelpers import files
 from nbhelpers.architecture import GB
 from nbhelpers.models import adapter
+from nbhelpers.models.finite import first_not_finite
 from nbhelpers.rewards.guard import unguarded
 
 from . import checkpoint, identity, run_folder, stops
 from .hooks import Hooks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from torch import nn
 
 
@@ -222,13 +220,3 @@ class SaveHooks(Hooks):
             checkpoint.rotate(root, self.args.save_total_limit, self.state.best_model_checkpoint, self._run())
         self.accelerator.wait_for_everyone()
         self._saved = self.state.global_step
-
-
-def first_not_finite(named: "Iterable[tuple[str, torch.Tensor]]") -> str | None:
-    """The name of the first tensor that holds NaN or infinity; None if all are finite. Waits for a GPU once."""
-    floats = [(name, tensor.detach()) for name, tensor in named if tensor.is_floating_point() and tensor.numel()]
-    if not floats:
-        return None
-    largest = torch._foreach_norm([tensor for _, tensor in floats], torch.inf)
-    finite = torch.stack([value.float() for value in largest]).isfinite()
-    return None if bool(finite.all()) else floats[int(finite.logical_not().int().argmax())][0]

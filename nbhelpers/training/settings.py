@@ -127,6 +127,8 @@ SETTINGS = (
     Setting("reward_weights", optional(_weights), f"None or a list of numbers from {-LARGEST:g} to {LARGEST:g}, one "
             "for each reward function and not all 0", "None weighs them all alike."),
     one_of("multi_objective_aggregation", _SUMS),
+    Setting("reward_seconds", number(0, 1e6, above=True), "a number of seconds above 0, up to 1e6", "For one call of a "
+            "reward function, which is cut off then; 300 is usual."),
     # the answers
     Setting("num_generations", whole(2), "a whole number, 2 or more",
             "Each answer is compared with the others to its question; 8 is usual."),

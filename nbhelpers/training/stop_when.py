@@ -74,6 +74,11 @@ class StopWhen:
                 f"({fmean(log['in_form'] for log in newest):.0%} in form). Let a right answer pay in any form "
                 "(rewards.right), pay the form by parts, or choose another system prompt."
             )
+        if not rights:
+            return head + (
+                "let the rewards tell better answers from worse ones, or take questions whose answers differ "
+                "(rewards.check tries a reward on such answers)."
+            )
         return head + (
             "none is right, in whatever form. The task is too hard for this model: take easier questions, a larger "
             "model or more tokens (max_completion_length), or let the rewards pay for steps on the way."
@@ -95,15 +100,23 @@ def _newest(logs: Sequence[Log], steps: int | None) -> Sequence[Log] | None:
     return logs[-steps:] if steps is not None and len(logs) >= steps else None
 
 
+# What a run without `stop_when` is told, once: that it goes on and learns nothing.
+SILENCE = StopWhen(silent_steps=15, solved_steps=None, gaming_steps=None)
+
+
 class Stopper(TrainerCallback):
     """Ends the run at the first reason that a `StopWhen` gives, prints it with three real answers, and keeps it.
 
+    Args:
+        rules (`StopWhen`): What it looks for.
+        ends (`bool`): False lets the run go on, and prints the reason alone.
+
     Attributes:
-        reason (`str`, *optional*): Why the run was ended; None if it was not.
+        reason (`str`, *optional*): The first reason of this run; None as long as there was none.
     """
 
-    def __init__(self, rules: StopWhen):
-        self.rules = rules
+    def __init__(self, rules: StopWhen, ends: bool = True):
+        self.rules, self.ends = rules, ends
         self.reason: str | None = None
 
     def on_train_begin(
@@ -116,6 +129,9 @@ class Stopper(TrainerCallback):
         logs = [log for log in state.log_history if "frac_reward_zero_std" in log]
         if self.reason is None and (reason := self.rules.reason(logs, samples)) is not None:
             self.reason = reason
-            control.should_training_stop = control.should_save = True
-            if state.is_world_process_zero:
+            if self.ends:
+                control.should_training_stop = control.should_save = True
+            if not self.ends and state.is_world_process_zero:
+                print(f"Step {state.global_step}: {reason} The run goes on; stop_when=StopWhen() would end it.")
+            elif state.is_world_process_zero:
                 print(f"Stopped after step {state.global_step}. {reason}", *gaming.quoted(samples, 3), sep="\n")

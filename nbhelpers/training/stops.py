@@ -17,6 +17,11 @@ class Stopped(KeyboardInterrupt):
     """A signal other than Ctrl-C's asks the run to end; its argument is the signal's name."""
 
 
+def sender(stop: KeyboardInterrupt) -> str:
+    """Who asked the run to end: the signal's name, or "you" for Ctrl-C and the stop button."""
+    return stop.args[0] if isinstance(stop, Stopped) else "you"
+
+
 @contextmanager
 def signals_stop() -> Iterator[None]:
     """Within the block SIGTERM and SIGHUP raise Stopped; at its end whoever handled them does so again.

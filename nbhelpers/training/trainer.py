@@ -33,7 +33,7 @@ from .model_check import check_model
 from .prompt_hooks import PromptHooks
 from .resume_hooks import ResumeHooks
 from .signal_hooks import SignalHooks
-from .stop_when import Stopper, StopWhen
+from .stop_when import SILENCE, Stopper, StopWhen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -164,8 +164,7 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
             raise ValueError("dynamic_sampling draws other questions from anywhere in train_dataset, which a stream "
                              "cannot do: set dynamic_sampling=0, or make a datasets.Dataset of it")  # fmt: skip
         self._begin_signal(correct, rounds, tags)
-        if stop_when is not None:
-            self.add_callback(Stopper(stop_when))
+        self.add_callback(Stopper(SILENCE, ends=False) if stop_when is None else Stopper(stop_when))
         # The trainer knows the panel, not the panel the trainer: transformers hands callbacks neither an engine nor the
         # list of callbacks, so any other way would be an attribute that both sides have to know of.
         for live in [callback for callback in self.callback_handler.callbacks if isinstance(callback, panel.Live)]:

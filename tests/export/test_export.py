@@ -190,7 +190,8 @@ def test_push_makes_a_private_repository_and_says_no_token(tmp_path, monkeypatch
 
         def create_repo(self, repo_id, private, exist_ok):
             if status:
-                raise HfHubHTTPError("no", response=SimpleNamespace(status_code=status, headers={}, request=None))
+                response = SimpleNamespace(status_code=status, headers={}, request=None)
+                raise HfHubHTTPError("no", response=response, server_message="bad name\nof hf_secret")
             calls.append((repo_id, private, exist_ok))
             return SimpleNamespace(repo_id=f"me/{repo_id}")
 
@@ -207,7 +208,13 @@ def test_push_makes_a_private_repository_and_says_no_token(tmp_path, monkeypatch
         with pytest.raises(PermissionError, match="write access") as caught:
             export.push(tmp_path, "mine", token="hf_secret")
         assert "hf_secret" not in str(caught.value)
-    status = 500
-    with pytest.raises(HfHubHTTPError):
-        export.push(tmp_path, "mine")
+    for status, kind, words in (  # noqa: B007
+        (404, ValueError, "no place 'mine' for this token \\(404\\)"),
+        (400, ValueError, r"does not take this upload to mine \(400\): bad name of \.\.\.$"),
+        (500, ConnectionError, "the hub answered 500 instead of mine"),
+        (429, ConnectionError, "try again in some minutes, or push later"),
+    ):
+        with pytest.raises(kind, match=words) as caught:
+            export.push(tmp_path, "mine", token="hf_secret")
+        assert "hf_secret" not in str(caught.value) and "\n" not in str(caught.value)
     assert "hf_secret" not in capsys.readouterr().out

@@ -50,7 +50,8 @@ def weights(run) -> dict:
 
 def curve(run) -> list:
     names = ("step", "reward", "loss", "num_tokens", "learning_rate", "epoch")
-    return [[log.get(name) for name in names] for log in run.state.log_history if "loss" in log]
+    logs = [log for log in run.state.log_history if "train_runtime" not in log]  # the summary repeats the last step
+    return [[log.get(name) for name in names] for log in logs if "loss" in log]
 
 
 def same(one: dict, two: dict) -> bool:

@@ -100,45 +100,53 @@ class Bench:
 
 
 def kills(bench: Bench, count: int) -> Row:
-    row = Row("killed (SIGKILL) in rollout, loss, update, save, evaluation")
-    for i in range(count):
-        phase = list(PHASES)[i % len(PHASES)]
+    """Only kills that fired count: one that came after the end of the run is drawn again."""
+    row = Row("killed (SIGKILL) in rollout, loss, update, save, evaluation; each kill fired")
+    late = 0
+    while row.tried < count:
+        phase = list(PHASES)[row.tried % len(PHASES)]
         call, share = bench.random.randint(1, PHASES[phase][1]), bench.random.random()
         folder = bench.fresh()
         code, text = bench.run(folder, phase, call, share)
-        fault = None if code == -signal.SIGKILL or bench.result((code, text)) else f"it ended with {code}"
-        late = "" if code == -signal.SIGKILL else ", which came too late"
-        row.count(f"{phase} {call}, {share:.0%} into it{late}", fault or bench.goes_on(folder))
+        if code != -signal.SIGKILL and bench.result((code, text)) and late < count:
+            late += 1
+        else:
+            fault = None if code == -signal.SIGKILL else f"it ended with {code}"
+            row.count(f"{phase} {call}, {share:.0%} into it", fault or bench.goes_on(folder))
         shutil.rmtree(folder, ignore_errors=True)
     return row
 
 
 def chains(bench: Bench, count: int) -> Row:
-    row = Row("one run killed again and again, 4 times")
+    row = Row("one run killed again and again, 4 times; each kill fired")
     for _ in range(count):
-        folder = bench.fresh()
+        folder, codes = bench.fresh(), []
         for _ in range(4):
-            phase = bench.random.choice(list(PHASES))
-            bench.run(folder, phase, bench.random.randint(1, 1 + PHASES[phase][1] // 4), bench.random.random())
-        row.count("4 kills", bench.goes_on(folder))
+            phase = bench.random.choice(("rollout", "loss", "update"))  # of these each start has several
+            codes.append(bench.run(folder, phase, bench.random.randint(1, 3), bench.random.random())[0])
+        fault = None if codes == [-signal.SIGKILL] * 4 else f"they ended with {codes}"
+        row.count("4 kills", fault or bench.goes_on(folder))
     return row
 
 
 def signals(bench: Bench, count: int) -> Row:
+    """As in `kills`, one that came after the end of the run is drawn again."""
     row = Row("SIGINT, SIGTERM, SIGHUP: what was learned is saved, and it goes on")
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    for i in range(count):
-        phase, number = list(PHASES)[i % len(PHASES)], numbers[i % 3]
+    late = 0
+    while row.tried < count:
+        phase, number = list(PHASES)[row.tried % len(PHASES)], numbers[row.tried % 3]
         call, share = bench.random.randint(2, PHASES[phase][1]), bench.random.random() / 2
         folder = bench.fresh()
         code, text = bench.run(folder, phase, call, share, number)
-        fault = None
-        if code == 0 and "Stopped by" in text:
-            said = "after step" in text or "before the first step" in text
-            fault = None if said else "it does not say what is kept"
-        elif bench.result((code, text)) is None:
-            fault = f"it ended with {code}: {text.strip().splitlines()[-1][:200]}"
-        row.count(f"{number.name} in {phase} {call}", fault or bench.goes_on(folder))
+        stopped = code == 0 and "Stopped by" in text
+        if not stopped and bench.result((code, text)) and late < count:
+            late += 1
+        else:
+            fault = None if stopped else f"it ended with {code}: {text.strip().splitlines()[-1][:200]}"
+            if stopped and "after step" not in text and "before the " not in text:
+                fault = "it does not say what is kept"
+            row.count(f"{number.name} in {phase} {call}", fault or bench.goes_on(folder))
         shutil.rmtree(folder, ignore_errors=True)
     return row
 
@@ -222,14 +230,14 @@ def flips(bench: Bench, count: int) -> Row:
 
 
 def bad_inputs(bench: Bench) -> Row:
-    """tests/helpers/bad_inputs.py, where there is one: CASES, pairs of a name and a function that returns a fault."""
-    row = Row("bad inputs: one sentence that says what to do, or a row that is dropped by name")
-    try:
-        from bad_inputs import CASES
-    except ImportError:
-        return row
+    """Those of tests/helpers/bad_inputs.py."""
+    from bad_inputs import CASES
+
+    row = Row("bad settings, rows, files and models: a sentence that names what is wrong, or a row left out by name")
     for name, fault_of in CASES:
-        row.count(name, fault_of(bench.fresh()))
+        folder = bench.fresh()
+        row.count(name, fault_of(folder))
+        shutil.rmtree(folder, ignore_errors=True)
     return row
 
 

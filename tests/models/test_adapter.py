@@ -1,12 +1,14 @@
 """An adapter knows its base and is refused by every other one."""
 
 import json
+import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nbhelpers import loader, presets
-from nbhelpers.models import smoke
+from nbhelpers.models import adapter, smoke
 
 
 @pytest.fixture(autouse=True)
@@ -89,3 +91,25 @@ def test_a_model_without_adapter(saved, tmp_path):
     model = loader.load_adapter(whole, saved)  # the same base in 16 bits: the adapter fits
     trained = [p for p in model.parameters() if p.requires_grad]
     assert len(trained) == 28 and all(p.dtype == torch.float32 for p in trained)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_an_adapter_with_a_number_that_is_none_is_refused_before_its_base_is_read(saved, monkeypatch, number):
+    file = saved / adapter.WEIGHTS
+    tensors = load_file(file)
+    name = sorted(tensors)[-1]
+    tensors[name].view(-1)[-1] = number
+    save_file(tensors, file)
+    wanted = rf"{re.escape(name)} in .*{adapter.WEIGHTS} holds NaN or infinity"
+    with pytest.raises(ValueError, match=wanted):
+        loader.load_adapter(load(presets.get("qwen2.5-1.5b")), saved)
+    monkeypatch.setattr("nbhelpers.loader.hub.Source.weights", lambda self: pytest.fail("read the weights"))
+    with pytest.raises(ValueError, match=wanted):
+        load(saved)
+
+
+def test_an_adapter_that_is_cut_short_is_named(saved):
+    file = saved / adapter.WEIGHTS
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"{adapter.WEIGHTS} is damaged .*copy the adapter once more"):
+        load(saved)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from nbhelpers.rewards import leaks
 from nbhelpers.rewards.guard import RewardError, guard, guard_all
 
 FOUR = {"prompts": ["q"] * 4, "completions": ["a"] * 4, "completion_ids": [[1]] * 4, "answer": ["1"] * 4}
@@ -219,8 +220,8 @@ def test_a_function_alone_under_guard_may_give_none():
 @pytest.mark.parametrize(
     ("bad", "match"),
     [
-        (5, r"reward_funcs\[1\] is 5, and a int is no function"),
-        (None, r"reward_funcs\[1\] is None, and a NoneType is no function"),
+        (5, r"reward_funcs\[1\] is 5, of type int, no function"),
+        (None, r"reward_funcs\[1\] is None, of type NoneType, no function"),
         ([constant], r"reward_funcs\[1\] is .*a list within the list, so take its brackets off"),
         ("correctness", r"reward_funcs\[1\] is the text 'correctness', .*write correctness without quotes"),
         (Decimal, r"reward_funcs\[1\] is the class Decimal, .*Decimal\(\.\.\.\)"),
@@ -293,3 +294,40 @@ def test_gradients_are_on_again_after_a_function_that_switched_them_off():
         assert torch.is_grad_enabled()
     finally:
         torch.set_grad_enabled(True)
+
+
+def test_a_function_that_keeps_memory_is_named_once_and_others_are_not(monkeypatch, capsys):
+    monkeypatch.setattr(leaks, "LEAK", 30e6)
+    kept = []
+
+    def keeps(completions, **_):
+        kept.append(np.ones(1_000_000))  # 8 MB
+        return [1.0] * len(completions)
+
+    async def later(completions, **_):
+        return keeps(completions)
+
+    def large(completions, **_):
+        return [np.ones(8_000_000)[0]] * len(completions)  # given back at its end
+
+    guarded = guard(keeps), guard(later), guard(large)
+    for _ in range(20):
+        guarded[0](**FOUR)
+    said = capsys.readouterr().out
+    assert said.count("reward function 'keeps' keeps memory: ") == 1 and "MB more after" in said
+    for _ in range(20):
+        asyncio.run(guarded[1](**FOUR))
+        guarded[2](**FOUR)
+    said = capsys.readouterr().out
+    assert said.count("'later' keeps memory") == 1 and "'large'" not in said
+
+
+def test_what_a_call_leaves_and_others_free_is_no_leak(monkeypatch, capsys):
+    """A process that stays as large as it was: each call grows by 50 MB, and they are given back before the next."""
+    sizes = iter([100e6, 150e6] * 10)
+    monkeypatch.setattr(leaks, "resident", lambda: next(sizes))
+    monkeypatch.setattr(leaks, "LEAK", 60e6)
+    guarded = guard(constant)
+    for _ in range(10):
+        guarded(**FOUR)
+    assert capsys.readouterr().out == ""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nbhelpers import host
-from nbhelpers.rewards import math_equal
+from nbhelpers.rewards import math_equal, math_worker
 from nbhelpers.rewards.math_equal import Worker, comparable, equal
 
 ENDLESS = "9^{9^{9^{9}}}"
@@ -295,3 +295,13 @@ def test_a_fork_has_a_process_of_its_own(tmp_path):
         """
     out, _ = started_from(code, tmp_path).communicate(timeout=60)
     assert out == "True True 0\n"
+
+
+def test_what_is_compared_first_in_each_copy_was_warmed_in_the_process_that_makes_them():
+    """A copy that begins cold pays for grammar and caches anew, and 30 easy pairs were late together."""
+    equal_of = math_worker.comparison()
+    pairs = [(rf"\sin(x)+{i}", rf"{i}+\sin x") for i in range(8)] + [
+        (rf"\sin({i})", rf"2\sin({i}/2)\cos({i}/2)") for i in range(1, 9)
+    ]
+    assert dict(math_worker.judged(pairs, 60.0, equal_of)) == dict.fromkeys(range(16), True)
+    assert {equal_of(*pair) for pair in math_worker.WARM} == {True, False}  # each is read: none of them raises

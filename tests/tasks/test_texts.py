@@ -1,6 +1,8 @@
 """Cells as text: numbers as they were written, nothing endless or half, no control token, nothing that is obeyed."""
 
+import json
 import math
+import tracemalloc
 from decimal import Decimal
 
 import numpy as np
@@ -269,3 +271,20 @@ def test_reading_ends_where_hardly_a_row_can_be_used(tmp_path, monkeypatch):
     lines = GOOD + '{"question": "", "answer": 1}\n' * 900
     kept, dropped = read(tmp_path, "q.jsonl", lines, n=4)
     assert len(kept) == 2 and "stopped reading q.jsonl after 400 rows, of which 2 can be used" in dropped
+
+
+@pytest.mark.parametrize("name, times", [("q.jsonl", 4), ("q.csv", 16)])  # csv holds 4 bytes a character, in 3 places
+def test_a_line_of_2_mb_takes_a_bounded_multiple_of_its_size(tmp_path, name, times):
+    """Measured with one of 10 MB: 30 MB as JSONL, 137 MB as CSV."""
+    question = "x " * 1_000_000
+    long = f'"{question}",1\n' if name == "q.csv" else json.dumps({"question": question, "answer": 1}) + "\n"
+    path = tmp_path / name
+    path.write_text(("question,answer\na?,1\nb?,2\n" if name == "q.csv" else GOOD) + long)
+    tasks.from_data(path)  # imports
+    tracemalloc.start()
+    try:
+        task = tasks.from_data(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < times * len(long) and "has more than 200,000 characters" in task.dropped[0]

@@ -42,6 +42,7 @@ VALUES = {
     "vllm_importance_sampling_clip_min": ([-1, NAN], [None, 0.3]),
     "reward_weights": ([[NAN], [INF], [0.0], [1, "2"], [3e38], 1.0, "11", []], [None, [1.0], [1, -0.5], [1, 0]]),
     "multi_objective_aggregation": (["sum", None], ["sum_then_normalize"]),
+    "reward_seconds": ([0, -1, NAN, INF, None, "300"], [0.5, 300]),
     "num_generations": ([0, 1, -4, 4.0, None], [2, 8]),
     "num_generations_eval": ([0, 1.5], [None, 1]),
     "max_completion_length": ([0, -1, None, 2.5, "256"], [1]),

@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 import pytest
+from transformers import TrainerControl, TrainerState
 
 from nbhelpers.rewards import Sample
-from nbhelpers.training.stop_when import StopWhen
+from nbhelpers.training.stop_when import SILENCE, Stopper, StopWhen
 
 PLACEHOLDER = "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>"
 
@@ -88,3 +89,28 @@ def test_each_rule_can_be_switched_off():
     assert first_stop(history, rules=replace(StopWhen(), silent_steps=None)) == (None, None)
     with pytest.raises(ValueError, match="silent_steps=1"):
         StopWhen(silent_steps=1)
+
+
+def test_silence_without_known_answers_says_nothing_of_right_ones():
+    history = [{k: v for k, v in log.items() if k not in ("right", "in_form")} for log in logs(20)]
+    _, reason = first_stop([log | {"frac_reward_zero_std": 1.0} for log in history])
+    assert "rewards tell better answers from worse ones" in reason and "right, in" not in reason
+
+
+def test_a_run_without_rules_is_told_once_and_goes_on(capsys):
+    state, control = TrainerState(is_world_process_zero=True), TrainerControl()
+    told = Stopper(SILENCE, ends=False)
+    told.on_train_begin(None, state, control)
+    for step, log in enumerate(logs(40, frac_reward_zero_std=1.0, right=0.0), start=1):
+        state.global_step, state.log_history = step, [*state.log_history, log]
+        told.on_log(None, state, control)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and said[0].startswith("Step 15: For 15 steps all answers to a question got the same reward")
+    assert said[0].endswith("The run goes on; stop_when=StopWhen() would end it.")
+    assert not control.should_training_stop and not control.should_save
+
+
+def test_only_silence_is_told_without_rules():
+    assert first_stop(logs(60, right=1.0, reward=1.0, frac_reward_zero_std=0.9), rules=SILENCE) == (None, None)
+    gamed = logs(80, reward=(0.3, 0.7), right=(0.9, 0.6), in_form=1.0, completions__mean_length=(1500.0, 100.0))
+    assert first_stop(gamed, rules=SILENCE) == (None, None)

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from nbhelpers import tasks
 from nbhelpers.presets import WORKSHOP
-from nbhelpers.training import checkpoint, stops, trainer
+from nbhelpers.training import checkpoint, identity, stops, trainer
 
 TASK = tasks.decimals(n_train=6, n_test=2)
 EVALUATED = {**PLAIN, "eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 4}
@@ -164,6 +164,24 @@ def test_a_reward_that_exits_or_hangs_costs_rows_not_the_run(tokenizer, tmp_path
     run = make(tokenizer, tmp_path, max_steps=3, reward=odd, reward_seconds=0.5)
     with pytest.warns(RuntimeWarning, match="'odd' failed with (SystemExit|no answer within)"):
         assert run.train().global_step == 3
-    logs = [log["reward_seconds/odd"] for log in run.state.log_history if "reward_seconds/odd" in log]
+    logs = [log["reward_seconds/odd"] for log in run.state.log_history if "train_runtime" not in log]
     assert len(logs) == 3 and logs[1] >= 0.5
     assert trainer.LeanGRPOConfig(str(tmp_path)).reward_seconds == 300
+
+
+@posix
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("module, function", [(identity, "describe"), (checkpoint, "newest")])
+def test_a_signal_before_the_training_begins_is_one_line(
+    tokenizer, tmp_path, monkeypatch, capsys, name, module, function
+):
+    """Data and checkpoints are hashed then, which takes minutes where there are many."""
+    run = make(tokenizer, tmp_path, **PLAIN)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, function, lambda *_, **__: os.kill(os.getpid(), getattr(signal, name)))
+        capsys.readouterr()
+        assert run.train(resume_from_checkpoint="auto").metrics == {"interrupted": True}
+    by = "you" if name == "SIGINT" else name
+    assert capsys.readouterr().out.splitlines()[-1] == f"Stopped by {by} before the training began: nothing is written."
+    assert run.state.global_step == 0 and not list(tmp_path.glob("checkpoint-*"))
+    assert run.train(resume_from_checkpoint="auto").global_step == PLAIN["max_steps"]  # the folder is free again

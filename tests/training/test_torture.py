@@ -2,6 +2,7 @@
 
 import sys
 
+import bad_inputs
 import pytest
 import torture
 
@@ -22,3 +23,15 @@ def test_what_is_lost_is_counted_and_named():
     row.count("two", "other weights")
     assert (row.tried, row.held, row.lost) == (2, 1, ["two: other weights"])
     assert torture.table([row, torture.Row("nothing")]).endswith("| a row | 2 | 1 | 1 |")
+
+
+def test_bad_inputs_are_those_of_the_tests_and_a_wrong_answer_to_one_is_a_fault(tmp_path):
+    cases = dict(bad_inputs.CASES)
+    assert len(bad_inputs.CASES) > 100
+    assert cases["a missing file is named []"](tmp_path) is None
+
+    def test_of_what_is_taken(tmp_path, name):
+        with pytest.raises(ValueError):
+            (tmp_path / name).write_text("fine")
+
+    assert bad_inputs.fault(test_of_what_is_taken, {"name": "x"}, tmp_path) == "Failed: DID NOT RAISE ValueError"
