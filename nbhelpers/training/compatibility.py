@@ -158,6 +158,10 @@ ADAPTERS = (
         {"PromptTuningConfig": _PROMPT}, {"PromptEncoderConfig": {**_PROMPT, "encoder_hidden_size": 8}})),
     Entry("prefix-tuning", BOTH, "and TRL's own generation fails with it (peft 0.21)",
           tries=({"PrefixTuningConfig": _PROMPT},)),
+    Entry("LN-tuning", BOTH, "it trains the norms, which the walks compute themselves",
+          tries=({"LNTuningConfig": {"target_modules": ["input_layernorm", "norm"]}},)),
+    Entry("adaption-prompt", BOTH, "of Llama and Mistral alone, says peft; its attention is one of its own",
+          tries=({"AdaptionPromptConfig": {"task_type": "CAUSAL_LM", "adapter_len": 4, "adapter_layers": 1}},)),
 )  # fmt: skip
 
 
