@@ -93,6 +93,8 @@ ARGUMENTS = (
     Entry("optim optim_args optim_target_modules learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon "
           "max_grad_norm lr_scheduler_type lr_scheduler_kwargs warmup_steps", AS_IN_TRL,
           "an update whose gradients are not finite is skipped, in every precision"),
+    Entry("optim", LOSS, "they update a parameter inside each backward, of which the lean step makes several",
+          when="lomo, adalomo, or layerwise", tries=({"optim": "lomo"}, {"optim": "galore_adamw_layerwise"})),
     Entry("torch_empty_cache_steps", AS_IN_TRL),
     Entry("torch_compile torch_compile_backend torch_compile_mode", LOSS, "the walk goes past a compiled forward",
           when="True", tries=({"torch_compile": True},)),
