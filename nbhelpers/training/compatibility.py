@@ -162,7 +162,7 @@ ADAPTERS = (
           tries=({"PrefixTuningConfig": _PROMPT},)),
     Entry("LN-tuning", BOTH, "it trains the norms, which the walks compute themselves",
           tries=({"LNTuningConfig": {"target_modules": ["input_layernorm", "norm"]}},)),
-    Entry("adaption-prompt", BOTH, "peft has it for Llama and Mistral alone, and TRL's own loss fails with it (peft 0.21)",
+    Entry("adaption-prompt", BOTH, "for Llama and Mistral alone, and TRL's own loss fails with it (peft 0.21)",
           tries=({"AdaptionPromptConfig": {"task_type": "CAUSAL_LM", "adapter_len": 4, "adapter_layers": 1}},)),
 )  # fmt: skip
 

@@ -41,7 +41,7 @@ STREAMED = 64  # of one that is streamed: to read it takes time, and is done aga
 def why_not(trainer: Hooks) -> str | None:
     """What this run asks for that the lean step cannot do, in words; None if it can do all of it."""
     args = trainer.args
-    optim = str(args.optim.value)
+    optim = str(args.optim).rpartition(".")[2].lower()  # an enum: "OptimizerNames.LOMO"
     asked = {
         f"loss_type={args.loss_type!r}": args.loss_type not in losses.LOSS_TYPES,
         "torch_compile": trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
