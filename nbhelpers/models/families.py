@@ -33,6 +33,8 @@ PHI3 = Family(
 )  # fmt: skip
 FAMILIES = {family.model_type: family for family in (QWEN2, QWEN3, LLAMA, MISTRAL, PHI3)}
 SILU = ("silu", "swish")  # the names of the activation that the kernels compute
+# transformers' own ways to compute the one attention; another, registered by hand, may be another attention
+ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 ROPES_OF_LENGTH = ("dynamic", "longrope")  # rope types whose frequencies depend on the longest text of a batch
 
 
@@ -144,6 +146,11 @@ def named(parent: "nn.Module", names: tuple[str, ...]) -> "tuple[nn.Module, ...]
     return tuple(children[name] for name in names)
 
 
+def has_silu(mlp: "nn.Module") -> bool:
+    """Whether the activation of this MLP is the one that the kernels compute."""
+    return any(type(child).__name__ in ("SiLU", "SiLUActivation") for child in mlp._modules.values())
+
+
 def window(family: Family, attention: "nn.Module") -> int | None:
     """How many positions a token looks back to, itself included; None for all."""
     if family.window is None:
@@ -177,6 +184,9 @@ def why_not(model: "nn.Module", for_: Literal["training", "generation"]) -> str 
     config = inner.config
     if config.hidden_act not in SILU:
         return f"its activation is {config.hidden_act}, not silu"
+    attention = (config._attn_implementation or "eager").removeprefix("paged|")
+    if attention not in ATTENTIONS and "/" not in attention:  # with a slash: a kernel from the hub
+        return f"its attention is {attention!r}, which is not transformers' own"
     if (rope := config.rope_parameters["rope_type"]) in ROPES_OF_LENGTH:
         return f"its rope ({rope}) changes with the length of the text"
     if (reason := tuners.why_not(model, for_)) is not None:
@@ -212,6 +222,8 @@ def _replaced(family: Family, inner: "PreTrainedModel") -> str | None:
     for name, role, module in found:
         if type(in_force(module)).__name__ != f"{family.prefix}{role}":
             return f"its {name} is {_kind(module)}, not the family's own"
+        if role == "MLP" and not has_silu(in_force(module)):
+            return f"the activation of its {name} is not silu"
     return None
 
 
@@ -241,6 +253,8 @@ def _why_not_train(model: "nn.Module", family: Family, inner: "PreTrainedModel")
         return f"it has dropout ({dropouts[0] if dropouts else 'attention_dropout'})"
     if known().get(type(inner.lm_head)) is not False:
         return f"its head is {_kind(inner.lm_head)}"
+    if inner.lm_head.bias is not None:
+        return "its head has a bias"  # which would get no gradient
     return None
 
 

@@ -86,7 +86,7 @@ class _MLP(_Fused):
             value (`bool`): False where only the backward is wanted, see `kernels.lora_mlp`.
         """
         first, last = self.groups()
-        silu = self.config.hidden_act in families.SILU
+        silu = families.has_silu(self)
         parts = projections((*first, *last)) if silu else None
         folded = None
         if norm is not None:
@@ -272,8 +272,8 @@ def with_kernels(model: nn.Module) -> Report:
         known = ", ".join(family.prefix for family in families.FAMILIES.values())
         report.left[report.model, f"not an architecture that the kernels know ({known})"] += 1
     for module, _ in report.modules:
-        if isinstance(module, _MLP) and module.config.hidden_act not in families.SILU:
-            report.left[type(module).__name__, f"its activation is {module.config.hidden_act}, not silu"] += 1
+        if isinstance(module, _MLP) and not families.has_silu(module):
+            report.left[type(module).__name__, "its activation is not silu"] += 1
         elif isinstance(module, (_MLP, _Attention)):
             for group in module.groups():
                 _count(module, group, report)

@@ -93,6 +93,8 @@ ARGUMENTS = (
     Entry("optim optim_args optim_target_modules learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon "
           "max_grad_norm lr_scheduler_type lr_scheduler_kwargs warmup_steps", AS_IN_TRL,
           "an update whose gradients are not finite is skipped, in every precision"),
+    Entry("optim", LOSS, "they update a parameter inside each backward, of which the lean step makes several",
+          when="lomo, adalomo, or layerwise", tries=({"optim": "lomo"}, {"optim": "galore_adamw_layerwise"})),
     Entry("torch_empty_cache_steps", AS_IN_TRL),
     Entry("torch_compile torch_compile_backend torch_compile_mode", LOSS, "the walk goes past a compiled forward",
           when="True", tries=({"torch_compile": True},)),
@@ -158,6 +160,10 @@ ADAPTERS = (
         {"PromptTuningConfig": _PROMPT}, {"PromptEncoderConfig": {**_PROMPT, "encoder_hidden_size": 8}})),
     Entry("prefix-tuning", BOTH, "and TRL's own generation fails with it (peft 0.21)",
           tries=({"PrefixTuningConfig": _PROMPT},)),
+    Entry("LN-tuning", BOTH, "it trains the norms, which the walks compute themselves",
+          tries=({"LNTuningConfig": {"target_modules": ["input_layernorm", "norm"]}},)),
+    Entry("adaption-prompt", BOTH, "for Llama and Mistral alone, and TRL's own loss fails with it (peft 0.21)",
+          tries=({"AdaptionPromptConfig": {"task_type": "CAUSAL_LM", "adapter_len": 4, "adapter_layers": 1}},)),
 )  # fmt: skip
 
 

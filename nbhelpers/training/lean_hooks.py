@@ -41,12 +41,14 @@ STREAMED = 64  # of one that is streamed: to read it takes time, and is done aga
 def why_not(trainer: Hooks) -> str | None:
     """What this run asks for that the lean step cannot do, in words; None if it can do all of it."""
     args = trainer.args
+    optim = str(args.optim).rpartition(".")[2].lower()  # an enum: "OptimizerNames.LOMO"
     asked = {
         f"loss_type={args.loss_type!r}": args.loss_type not in losses.LOSS_TYPES,
         "torch_compile": trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
         "cast_lm_head_to_fp32": args.cast_lm_head_to_fp32,
         "neftune_noise_alpha": bool(args.neftune_noise_alpha),  # its noise depends on the length of padded rows
         "use_liger_kernel": args.use_liger_kernel,
+        f"optim={optim!r}": "lomo" in optim or optim.endswith("_layerwise"),  # they update inside each backward
         "a mixture of experts' auxiliary loss": trainer.aux_loss_enabled,
         f"{trainer.accelerator.distributed_type}": trainer.accelerator.distributed_type not in ONE_CARD_EACH,
     }

@@ -5,7 +5,7 @@ import torch
 from engine_models import ARCHITECTURES, make
 from torch import nn
 
-from nbhelpers.models import families
+from nbhelpers.models import families, patch
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -83,6 +83,41 @@ def test_an_embedding_that_is_wrapped_is_named():
     model = make("llama", lora=False)
     model.model.embed_tokens = nn.Sequential(model.model.embed_tokens)
     assert "its embedding is a Sequential" in families.why_not(model, "generation")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "phi3"])
+def test_another_activation_in_one_layer_is_computed_or_refused(name):
+    """On the kernels, too: their MLP computes silu alone."""
+    model, tokens = make(name, lora=False).eval(), torch.arange(3, 9)[None]
+    mlp = model.model.layers[1].mlp
+    setattr(mlp, "activation_fn" if name == "phi3" else "act_fn", nn.GELU())
+    for walk in ("training", "generation"):
+        assert families.why_not(model, walk) == "the activation of its layers.1.mlp is not silu"
+    want = model(tokens).logits
+    patch.with_kernels(model)
+    torch.testing.assert_close(model(tokens).logits, want, atol=1e-5, rtol=1e-5)
+
+
+def test_an_attention_of_ones_own_is_refused():
+    """The walks have one attention; a function that is registered by hand may compute another."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register("sdpa_of_mine", sdpa_attention_forward)
+    model = make("llama", lora=False)
+    for name in ("eager", "sdpa"):
+        model.config._attn_implementation = name
+        assert families.why_not(model, "training") is None
+    model.config._attn_implementation = "sdpa_of_mine"
+    for walk in ("training", "generation"):
+        assert "its attention is 'sdpa_of_mine'" in families.why_not(model, walk)
+
+
+def test_a_head_with_a_bias_gets_its_gradient_from_trls_loss():
+    model = make("llama", lora=False)
+    model.lm_head = nn.Linear(*reversed(model.lm_head.weight.shape))
+    assert families.why_not(model, "training") == "its head has a bias"
+    assert families.why_not(model, "generation") is None
 
 
 def test_several_devices_are_named():
