@@ -70,7 +70,7 @@ def quickstart() -> str:
         rows.append([title, *values, " → ".join(probes), tokens, number(seconds, 0, " s")])
     header = ["", "right before", "right after", "in form before", "in form after", "9.11 or 9.9?"]
     header += ["tokens generated", "GRPO took"]
-    older = "" if gpu("workshop/gpu/generated") else " GPU rows: the recipe of that day, 80 steps of 8 questions."
+    older = "" if gpu("workshop/gpu/generated") else " GPU rows: the recipe before this one, 80 steps of 8 questions."
     return f"{table(header, rows)}\n\nCPU: {cpu.source()} GPU: {gpu.source()}{older}"
 
 
