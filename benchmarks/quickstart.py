@@ -5,7 +5,7 @@
 
 Runs the cells of notebooks/00_quickstart.ipynb in a fresh process each time, on 512 held-out pairs at temperature 1,
 and writes benchmarks/results/quickstart.json, on a GPU quickstart_gpu.json. `seconds` is GRPO alone, `run_seconds` the
-whole notebook.
+whole notebook. `generated` are the tokens of all answers that GRPO asked for, those to replaced questions too.
 """
 
 import json
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +25,24 @@ LORA = 'QUANTIZATION, LORA_RANK, LEARNING_RATE = "nf4", 16, 0.003'
 ON_CPU = {**{f"seed-{seed}": f"SEED = {seed}" for seed in (0, 1, 2)}, "nf4-lora-16": LORA}
 ON_GPU = {"gpu": "", "gpu-nf4-lora-16": LORA, "gpu-nf4-lora-16-t4": LORA}
 T4 = "from benchmarks.harness import play_t4\n\nplay_t4()\n\n"
+COUNT = "from benchmarks.quickstart import count_generated\n\ngenerated = count_generated()\n\n"
+KEEP = "\n\nreport['generated'] = sum(generated)\nPath(OUT, 'report.json').write_text(json.dumps(report))\n"
+
+
+def count_generated() -> list[int]:
+    """A list that gets the tokens of each rollout from now on, whether its answers are trained on or replaced."""
+    from nbhelpers import LeanGRPOTrainer
+
+    counts: list[int] = []
+    generate = LeanGRPOTrainer._generate
+
+    def counted(self: LeanGRPOTrainer, prompts: list[Any]) -> tuple[Any, ...]:
+        rollout = generate(self, prompts)
+        counts.append(sum(len(ids) for ids in rollout[1]))  # prompts' ids, completions' ids, ...
+        return rollout
+
+    LeanGRPOTrainer._generate = counted  # type: ignore[method-assign]
+    return counts
 
 
 def script(parameters: str, folder: str) -> str:
@@ -41,7 +60,7 @@ def script(parameters: str, folder: str) -> str:
 def rows_of(name: str, parameters: str) -> list[common.Row]:
     """Run the notebook once and read its report.json."""
     with tempfile.TemporaryDirectory() as out:
-        code = script(parameters, out)
+        code = COUNT + script(parameters, out) + KEEP
         if name.endswith("-t4"):
             code = T4 + code
         started = time.time()
@@ -52,6 +71,7 @@ def rows_of(name: str, parameters: str) -> list[common.Row]:
         common.row(f"workshop/{name}/run_seconds", "ours", round(seconds, 1), "s"),
         common.row(f"workshop/{name}/seconds", "ours", round(report["seconds"], 1), "s"),
         common.row(f"workshop/{name}/steps", "ours", report["steps"], "steps"),
+        common.row(f"workshop/{name}/generated", "ours", report["generated"], "tokens"),
     ]
     for what in ("accuracy_before", "accuracy_after", "format_before", "format_after"):
         share = report[what]

@@ -74,9 +74,13 @@ def quickstart() -> str:
         shares = ("accuracy_before", "accuracy_after", "format_before", "format_after")
         values = [f"{results(f'workshop/{name}/{share}'):.1%}" for share in shares]
         probes = [f"{results(f'workshop/{name}/probe_{when}'):g}" for when in ("before", "after")]
-        rows.append([title, *values, " → ".join(probes), number(results(f"workshop/{name}/seconds"), 0, " s")])
-    header = ["", "right before", "right after", "in form before", "in form after", "9.11 or 9.9?", "GRPO took"]
-    return f"{table(header, rows)}\n\nCPU: {cpu.source()} GPU: {gpu.source()}"
+        generated, seconds = (results(f"workshop/{name}/{what}") for what in ("generated", "seconds"))
+        tokens = "–" if generated is None else f"{generated:,.0f}"
+        rows.append([title, *values, " → ".join(probes), tokens, number(seconds, 0, " s")])
+    header = ["", "right before", "right after", "in form before", "in form after", "9.11 or 9.9?"]
+    header += ["tokens generated", "GRPO took"]
+    older = "" if gpu("workshop/gpu/generated") else " GPU rows: the recipe before this one, 80 steps of 8 questions."
+    return f"{table(header, rows)}\n\nCPU: {cpu.source()} GPU: {gpu.source()}{older}"
 
 
 def loader() -> str:

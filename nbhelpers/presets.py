@@ -254,7 +254,7 @@ def _workshop() -> Preset:
     return Preset(
         "workshop", "the workshop model", str(WORKSHOP), architecture,
         notebook=False, quantization="none", lora_rank=0, lora_alpha=0, num_generations=8, max_prompt_length=96,
-        max_completion_length=64, learning_rate=5e-4, max_steps=80,
+        max_completion_length=64, learning_rate=5e-4, max_steps=90,
     )  # fmt: skip
 
 

@@ -1,0 +1,41 @@
+"""What the quickstart's benchmark counts, and what its results must show."""
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from step_cases import make_model
+from tiny_model import tokenizer
+
+from benchmarks import quickstart
+from nbhelpers import LeanGRPOConfig, LeanGRPOTrainer
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "quickstart.json"
+WITH_8_QUESTIONS_A_STEP = 214_700  # tokens generated in 80 steps of 64 answers, the recipe until 2026-11-26
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_it_counts_what_was_generated_replaced_groups_too(tmp_path, monkeypatch, rounds):
+    monkeypatch.setattr(LeanGRPOTrainer, "_generate", LeanGRPOTrainer._generate)  # is put back
+    lengths: list[int] = []
+
+    def silent(completions, completion_ids, **_):
+        lengths.extend(map(len, completion_ids))
+        return [1.0] * len(completions)
+
+    args = LeanGRPOConfig(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=8, num_generations=4, max_completion_length=6,
+        save_strategy="no", disable_tqdm=True, use_cpu=True, bf16=False, dynamic_sampling=rounds,
+    )  # fmt: skip
+    data = Dataset.from_dict({"prompt": [letter * 3 for letter in "abcdefgh"]})
+    counts = quickstart.count_generated()
+    LeanGRPOTrainer(make_model(), [silent], args, data, processing_class=tokenizer(), engine="graph").train()
+    assert len(counts) == 2 * (1 + rounds) and sum(counts) == sum(lengths) > 0
+
+
+def test_the_quickstart_is_right_and_spends_little():
+    rows = {row["what"]: row["value"] for row in json.loads(RESULTS.read_text())["rows"]}
+    for seed in (0, 1, 2):
+        assert rows[f"workshop/seed-{seed}/accuracy_after"] >= 0.98
+        assert rows[f"workshop/seed-{seed}/generated"] <= 0.6 * WITH_8_QUESTIONS_A_STEP
