@@ -7,6 +7,7 @@ host.require("vllm")     # stops with the exact install line if it is missing
 import os
 import platform
 import sys
+import time
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +24,7 @@ INSTALL = {
     "math-verify": 'pip install "math-verify>=0.9,<0.10"',
     "gguf": 'pip install "gguf>=0.17,<1"',
 }
+SESSION_HOURS = {"Colab": 12.0, "Kaggle": 12.0}  # at most, by their own pages; Colab may end one sooner
 GET_A_GPU = "On Colab: Runtime > Change runtime type > T4 GPU; on Kaggle: Settings > Accelerator"
 
 
@@ -64,6 +66,15 @@ def where() -> str:
     if "COLAB_RELEASE_TAG" in os.environ or "google.colab" in sys.modules:
         return "Colab"
     return "Kaggle" if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else "local"
+
+
+def session_left() -> float | None:
+    """Seconds until Colab or Kaggle end this session at the latest, as they say; None elsewhere."""
+    if where() not in SESSION_HOURS:
+        return None
+    import psutil  # accelerate needs it too
+
+    return max(0.0, psutil.Process(1).create_time() + 3600 * SESSION_HOURS[where()] - time.time())
 
 
 def require(package: str) -> None:
