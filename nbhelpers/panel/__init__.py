@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nbhelpers.engines import Engine
 
 WORK = 20  # of this many seconds at most one goes into drawing
+LONGEST = 5.0  # seconds between two drawings, if there is a step to draw: longer looks frozen
 NEWEST_DRAWINGS = 3  # whose quickest says what one costs: a single slow one must not freeze the panel
 RECORDED_PAIRS = 12  # of best and worst answers, over a run
 
@@ -221,7 +222,7 @@ class Live(display.View, TrainerCallback):
         self.update()
         if not first:  # that one imports matplotlib
             self._costs.append(time.thread_time() - start)
-        self._draw_again = time.monotonic() + max(self.every, WORK * min(self._costs, default=0.0))
+        self._draw_again = time.monotonic() + max(self.every, min(LONGEST, WORK * min(self._costs, default=0.0)))
 
     def _tick(self) -> None:
         """Every second, so that a step of a minute is seen to go on."""
