@@ -6,7 +6,9 @@ host.require("vllm")     # stops with the exact install line if it is missing
 
 import os
 import platform
+import shutil
 import sys
+import time
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,11 +25,17 @@ INSTALL = {
     "math-verify": 'pip install "math-verify>=0.9,<0.10"',
     "gguf": 'pip install "gguf>=0.17,<1"',
 }
+DOWNLOAD_MBIT = 400  # an assumption, and said with the time: nothing was downloaded yet
+SESSION_HOURS = {"Colab": 12.0, "Kaggle": 12.0}  # at most, by their own pages; Colab may end one sooner
 GET_A_GPU = "On Colab: Runtime > Change runtime type > T4 GPU; on Kaggle: Settings > Accelerator"
 
 
 class CannotRun(RuntimeError):
-    """This machine cannot do what was asked; the message says what it lacks and what to change."""
+    """This machine cannot do what was asked; the message says what it lacks and what to change, and a notebook shows
+    it without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
 
 
 def is_first_process() -> bool:
@@ -64,6 +72,15 @@ def where() -> str:
     if "COLAB_RELEASE_TAG" in os.environ or "google.colab" in sys.modules:
         return "Colab"
     return "Kaggle" if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else "local"
+
+
+def session_left() -> float | None:
+    """Seconds until Colab or Kaggle end this session at the latest, as they say; None elsewhere."""
+    if where() not in SESSION_HOURS:
+        return None
+    import psutil  # accelerate needs it too
+
+    return max(0.0, psutil.Process(1).create_time() + 3600 * SESSION_HOURS[where()] - time.time())
 
 
 def require(package: str) -> None:
@@ -141,6 +158,23 @@ def report(preset: "presets.Preset | None" = None) -> None:
         f"{chosen.num_generations} generations of {chosen.max_prompt_length} + {chosen.max_completion_length} tokens · "
         f"at least {memory.floor_gb(preset):.1f} GB"
     )
+    if not chosen.smoke and not Path(chosen.hub_id).exists():
+        print(_download(chosen))
+
+
+def _download(preset: "presets.Preset") -> str:
+    """What fetching the checkpoint takes, and whether there is room for it where the hub's client keeps it."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = next(path for path in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents) if path.exists())
+    needed, free = 2 * preset.architecture.parameters() / GB, shutil.disk_usage(folder).free / GB  # 16 bits a weight
+    minutes = needed * 8 * 1000 / DOWNLOAD_MBIT / 60
+    line = f"download: {needed:.1f} GB, once, about {max(1, round(minutes))} min at {DOWNLOAD_MBIT} Mbit/s"
+    if (Path(HF_HUB_CACHE) / f"models--{preset.hub_id.replace('/', '--')}").exists():
+        line = f"download: {needed:.1f} GB, or less: some or all of it is here already"
+    if free < needed:
+        return f"{line} · only {free:.1f} GB of disk free in {folder}: make room, or set HF_HOME to a larger disk"
+    return f"{line} · {free:.1f} GB of disk free"
 
 
 def needs_gpu(preset: "presets.Preset") -> bool:

@@ -11,6 +11,9 @@ TEXT = "white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;text-align
 TEXT += "color:inherit"
 BOX = "vertical-align:top;text-align:left;padding:6px 10px;border:1px solid rgba(128,128,128,.4)"
 GRID = "border-collapse:collapse"  # of a table whose cells share their borders
+# After Okabe and Ito (2008), "Color Universal Design": told apart with any kind of colour vision. Those that are too
+# light for a line on white are darker here: each has a contrast of at least 3 to white.
+COLORS = ("#0072b2", "#d55e00", "#008f68", "#b4568c", "#333333", "#3d9bd1")
 NO_FORMULAS = "mathjax_ignore tex2jax_ignore"  # class: MathJax would set a model's dollar signs as formulas
 
 

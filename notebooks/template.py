@@ -329,6 +329,8 @@ trainer = LeanGRPOTrainer(
 # **How long it takes** depends mostly on the card. After the first few steps the panel's *left* says it for yours. You
 # need not wait: stop the cell when you have seen enough, and go on below. Run it again, even in a new session with the
 # same files, and training resumes from the newest checkpoint.
+#
+# **Closed the tab?** The run goes on without it. Run `live` in a new cell, and the panel is there again.
 
 # %% tags=["train"]
 result = trainer.train(resume_from_checkpoint="auto")
@@ -364,9 +366,10 @@ export.save(model, tokenizer, f"{OUT}/reasoner")
 # %% [markdown] tags=["taught"]
 # ## Your turn
 #
-# For another run, load the model again (section 3) and set another `OUT`.
+# Each of these is a run of its own. Give it its own folder (`OUT = "runs/mine"` in section 2), make the change, restart
+# the kernel and run all cells: the model has to be loaded anew, for this one has learned already.
 #
-# 1. Train with `[in_form]` alone. Which curve moves, which does not, and why?
+# 1. Train with `reward_funcs=[in_form]` (section 9). Which curve moves, which does not, and why?
 # 2. Let `correct` pay 0.5 for an answer within 10 % of the right one. Check it with `rewards.check` first. What does it
 #    do to the share of groups without signal?
 # 3. Your own questions: `tasks.from_file("my_questions.csv", tokenizer=tokenizer, system_prompt=preset.system_prompt)`
@@ -375,9 +378,10 @@ export.save(model, tokenizer, f"{OUT}/reasoner")
 # %% [markdown] tags=["thinks"]
 # ## Your turn
 #
-# For another run, load the model again (section 3) and set another `OUT`.
+# Each of these is a run of its own. Give it its own folder (`OUT = "runs/mine"` in section 2), make the change, restart
+# the kernel and run all cells: the model has to be loaded anew, for this one has learned already.
 #
-# 1. Train without `brief`. Do the answers get shorter all the same? Why could they?
+# 1. Train without `brief` (in `reward_funcs`, section 9). Do the answers get shorter all the same? Why could they?
 # 2. Let `brief` pay wrong answers too (leave out `good *`), and try it with `rewards.check`. What would a model learn?
 # 3. Your own questions: `tasks.from_file("my_questions.csv", tokenizer=tokenizer, system_prompt=preset.system_prompt)`
 #    in section 4.

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,3 +134,39 @@ def test_blocks_grow_unless_the_user_says_how_to_allocate(monkeypatch):
     gpu.grow_blocks(False)
     gpu.grow_blocks()  # vLLM is there already
     assert said == ["expandable_segments:True", "expandable_segments:False"]
+
+
+def test_a_report_says_what_the_download_takes_before_it_begins(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "not" / "yet"))
+    free = {"GB": 78.0}
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=int(free["GB"] * 1e9)))
+    preset = presets.get("qwen2.5-1.5b")
+
+    def said() -> str:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            host.report(preset)
+        return capsys.readouterr().out.splitlines()[-1]
+
+    assert said() == "download: 3.1 GB, once, about 1 min at 400 Mbit/s · 78.0 GB of disk free"
+    free["GB"] = 2.0
+    assert f"only 2.0 GB of disk free in {tmp_path}: make room, or set HF_HOME" in said()
+    (tmp_path / "not" / "yet" / "models--Qwen--Qwen2.5-1.5B-Instruct").mkdir(parents=True)
+    assert said().startswith("download: 3.1 GB, or less: some or all of it is here already")
+    host.report(presets.get("workshop"))
+    assert "download" not in capsys.readouterr().out  # it comes with the package
+
+
+def test_what_cannot_run_is_said_without_a_traceback():
+    error = host.CannotRun("too little memory: take a smaller one")
+    assert error._render_traceback_() == ["too little memory: take a smaller one"]
+
+
+def test_a_session_that_is_ended_by_its_host(monkeypatch):
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+    monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
+    assert host.session_left() is None
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    began = host.time.time() - 3 * 3600
+    monkeypatch.setattr("psutil.Process", lambda pid: SimpleNamespace(create_time=lambda: began))
+    assert host.session_left() == pytest.approx(9 * 3600, abs=60)

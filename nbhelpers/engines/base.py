@@ -8,7 +8,7 @@ A prompt is a list of token ids; what comes back is flat: the completions of pro
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,7 @@ class Sampling:
             draws one from torch's generator, so that `torch.manual_seed` repeats a run.
         past_limit (`bool`): Write on where prompt and completion are longer than the model was made for, as
             transformers does, instead of refusing them.
+        on_end (`Callable[[], object]`, *optional*): Called for each completion that has ended: a progress bar's step.
 
     Raises ValueError for a value outside its range.
     """
@@ -57,6 +58,7 @@ class Sampling:
     stop_strings: tuple[str, ...] = ()
     seed: int | Sequence[int] | None = None
     past_limit: bool = False
+    on_end: Callable[[], object] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
         if self.max_tokens < 1 or self.num_generations < 1:
@@ -201,3 +203,5 @@ class Writer:
 
     def _end(self, reason: str) -> None:
         self.ended, self.completion.reason = True, reason
+        if self._sampling.on_end is not None:
+            self._sampling.on_end()

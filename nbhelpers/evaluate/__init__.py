@@ -85,6 +85,8 @@ def ask_again(
     tokenizer: "PreTrainedTokenizerBase",
     before: Sequence[Answer],
     engine: "Engine | None" = None,
+    *,
+    progress: bool = True,
 ) -> list[Answer]:
     """Put the questions of `before` once more, with the same prompts and the same decoding.
 
@@ -94,6 +96,7 @@ def ask_again(
         before (`Sequence[Answer]`): From `ask`.
         engine (`engines.Engine`, *optional*): What writes, `trainer.engine` for instance; if it is of another kind than
             the one that wrote `before`, or not given, one of that kind is made.
+        progress (`bool`): Show how far it is, where it takes longer than a moment.
 
     Returns:
         `list[Answer]`: In the same order, comparable with `before`.
@@ -107,7 +110,8 @@ def ask_again(
     if any(answer.decoding != decoding for answer in before) or decoding.num_generations != 1:
         raise ValueError("the answers to ask again must come from one call of evaluate.ask")
     writer = decoding.engine if engine is None or engine.name != decoding.engine else engine
-    return answers(model, tokenizer, [answer.messages for answer in before], decoding, writer, before[0].tags)
+    prompts = [answer.messages for answer in before]
+    return answers(model, tokenizer, prompts, decoding, writer, before[0].tags, progress=progress)
 
 
 def accuracy(

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from nbhelpers.models import chat
+from nbhelpers.progress import Clock
 from nbhelpers.rewards import REASONING, Tags, in_form, question_of, read, right
 
 from .results import Answer, Decoding, Row
@@ -62,8 +63,11 @@ def answers(
     decoding: Decoding,
     engine: "str | Engine" = "auto",
     tags: Tags = REASONING,
+    *,
+    progress: bool = True,
 ) -> list[Answer]:
-    """`decoding.num_generations` completions for each prompt (chat messages), in order."""
+    """`decoding.num_generations` completions for each prompt (chat messages), in order. A line with a clock says how
+    many are written, where that takes long; `progress=False` leaves it out."""
     from nbhelpers import engines
 
     if not prompts:
@@ -81,11 +85,12 @@ def answers(
     each = decoding.num_generations
     # each completion draws from a stream of its own: neither the others nor how long they took matter
     seeds = [decoding.seed * 1_000_003 + i for i in range(each * len(ids))]
-    sampling = engines.Sampling(
-        decoding.max_new_tokens, num_generations=each, temperature=decoding.temperature, stop_ids=ends,
-        stop_strings=decoding.stop_strings, seed=seeds,
-    )  # fmt: skip
-    written = writer.generate(ids, sampling)
+    with Clock("answers", len(seeds), shown=progress) as clock:
+        sampling = engines.Sampling(
+            decoding.max_new_tokens, num_generations=each, temperature=decoding.temperature, stop_ids=ends,
+            stop_strings=decoding.stop_strings, seed=seeds, on_end=clock.step,
+        )  # fmt: skip
+        written = writer.generate(ids, sampling)
     texts = tokenizer.batch_decode([completion.token_ids for completion in written], skip_special_tokens=True)
     return [
         Answer(

@@ -13,7 +13,8 @@ from nbhelpers.rewards import right
 
 from .results import Answer, Proportion, Score, check_comparable, paired
 
-MARKS = {True: ("✓ right", "#2f9e6e"), False: ("✗ wrong", "#c9566b")}
+MARKS = {True: ("✓ right", "#00664a"), False: ("✗ wrong", "#a84300")}  # white on it has a contrast of 6 at least
+MARK = "color:#fff;padding:0 5px;border-radius:3px;background"
 CHANGED = "background:rgba(224,135,27,.35);border-radius:2px"  # behind what the other side does not say
 MOST_WORDS = 4000  # comparing longer texts takes seconds
 PLAIN = frozenset(string.ascii_letters + string.digits + " .,;()=+-/'\"%?")  # means nothing to Markdown within a cell
@@ -41,7 +42,7 @@ class Cell:
     def html(self) -> str:
         """The inside of a table's cell; markup in the text is shown, not obeyed."""
         mark, color = MARKS[self.right] if self.right is not None else ("", "")
-        mark = mark and f"<b style='color:{color}'>{mark}</b>"
+        mark = mark and f"<b style='{MARK}:{color}'>{mark}</b>"
         inside = "".join(
             f"<span style='{CHANGED}'>{html.escape(part)}</span>" if changed else html.escape(part)
             for part, changed in self._parts()

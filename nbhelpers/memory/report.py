@@ -95,12 +95,13 @@ class Plan:
                 if n in self.generation or n in self.training]  # fmt: skip
 
     def __str__(self) -> str:
-        lines = [f"{self.preset.title} on {self.card_gb:g} GB: {self.setting}", ""]
+        verdict, *others = self.verdict()
+        lines = [verdict, f"{self.preset.title} on {self.card_gb:g} GB: {self.setting}", ""]
         lines.append(f"{'GB':<18}{'generating':>11}{'training':>10}")
         for name, one, two in self._rows():
             lines.append(f"{name:<18}{one:>11.2f}{two:>10.2f}  {'█' * round(30 * max(one, two) / self.card_gb)}")
         totals = sum(self.generation.values()), sum(self.training.values())
-        lines += [f"{'together':<18}{totals[0]:>11.2f}{totals[1]:>10.2f}  of {self.card_gb:g}", "", *self.verdict()]
+        lines += [f"{'together':<18}{totals[0]:>11.2f}{totals[1]:>10.2f}  of {self.card_gb:g}", "", *others]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -108,7 +109,8 @@ class Plan:
     def _repr_html_(self) -> str:
         """A table, and a bar for each half whose full width is the card."""
         hues = {name: f"hsl({40 * i} 55% 55%)" for i, name in enumerate(ORDER)}
-        head = f"<b>{self.preset.title}</b> on {self.card_gb:g} GB: {self.setting}"
+        verdict, *others = self.verdict()
+        head = f"<p><b>{verdict}</b></p>{self.preset.title} on {self.card_gb:g} GB: {self.setting}"
         bars = ""
         for title, half in (("generating", self.generation), ("training", self.training)):
             total = sum(half.values())
@@ -128,4 +130,4 @@ class Plan:
             for name, one, two in self._rows()
         )
         table = f"<table><tr><th>GB</th><th>generating</th><th>training</th></tr>{rows}</table>"
-        return f"<div>{head}{bars}{table}{'<br>'.join(self.verdict())}</div>"
+        return f"<div>{head}{bars}{table}{'<br>'.join(others)}</div>"

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from nbhelpers.architecture import GB, nf4_bytes
+from nbhelpers.progress import Clock
 
 if TYPE_CHECKING:
     from bitsandbytes.nn import Params4bit
@@ -225,15 +226,18 @@ def choose(
         return unpack(modules[name].weight) if packed else unpack(pack(exact(name), exact(name).dtype))
 
     lost, total = dict.fromkeys(modules, 0.0), dict.fromkeys(modules, 0.0)
+    clock = Clock("calibration: measured matrices", len(modules) * len(batches))
 
     def measured(name: str, x: torch.Tensor) -> torch.Tensor:
         matrix = exact(name).to(x.dtype)
         y = x @ matrix.T
         total[name] += y.float().square().sum().item()
         lost[name] += (x @ coarse(name).to(x.dtype).sub_(matrix).T).float().square().sum().item()
+        clock.step()
         return y
 
-    reference = _pass(model, batches, dict.fromkeys(modules, measured))
+    with clock:
+        reference = _pass(model, batches, dict.fromkeys(modules, measured))
     layers = [
         Layer(name, lost[name] / max(total[name], 1e-30), nf4_bytes(*_shape(module)), 2 * _count(module))
         for name, module in modules.items()

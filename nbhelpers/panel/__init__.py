@@ -7,6 +7,7 @@ step. The data behind it stays on the `Live` object, and `live.save("run.json")`
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import date
@@ -18,6 +19,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from nbhelpers import evaluate, host
 from nbhelpers.evaluate import Answer
 from nbhelpers.evaluate.compare import before_after as before_after  # what a notebook calls: panel.before_after
+from nbhelpers.progress import Ticker
 from nbhelpers.rewards import REASONING, Sample, Tags, in_form
 
 from . import display, gaming, history
@@ -28,16 +30,19 @@ if TYPE_CHECKING:
     from nbhelpers.engines import Engine
 
 WORK = 20  # of this many seconds at most one goes into drawing
+LONGEST = 5.0  # seconds between two drawings, if there is a step to draw: longer looks frozen
+NEWEST_DRAWINGS = 3  # whose quickest says what one costs: a single slow one must not freeze the panel
 RECORDED_PAIRS = 12  # of best and worst answers, over a run
 
 
 class Live(display.View, TrainerCallback):
-    """One updating output for a GRPO run: pass it to a trainer as `callbacks=[live]`.
+    """One updating output for a GRPO run: pass it to a trainer as `callbacks=[live]`. After a closed tab, `live` in a
+    new cell shows all of it there, and goes on there.
 
     Args:
         total_steps (`int`, *optional*): Length of the run, for the time left; the trainer's own if not given.
-        every (`float`): Seconds between two drawings in a notebook. Where drawing is slow it is done less often. A
-            terminal gets a line for each logged step.
+        every (`float`): Seconds between two drawings in a notebook, whose clock goes on in between. Where drawing is
+            slow it is done less often. A terminal gets a line for each logged step.
         probes (`Sequence[evaluate.Answer]`): What `evaluate.ask` returned before the training. The same questions are
             asked again while it trains, with the same prompts and the same decoding. That changes nothing in the run.
         probe_every (`int`): Steps between two such askings.
@@ -86,6 +91,8 @@ class Live(display.View, TrainerCallback):
         self._date = date.today()
         self._started = time.monotonic()
         self._draw_again = 0.0  # not before this time
+        self._costs: deque[float] = deque(maxlen=NEWEST_DRAWINGS)  # seconds of the newest drawings
+        self._ticker: Ticker | None = None
         self._tokens, self._since = 0.0, self._started  # up to where the speed is known
 
     # ---- what the trainer calls ----
@@ -105,7 +112,9 @@ class Live(display.View, TrainerCallback):
         self._tokens, self._since = state.num_input_tokens_seen, self._started
         self._draw_again = 0.0
         if display.in_notebook():
-            self._draw()  # at once: a large model's first step takes a while
+            self.update()  # at once: a large model's first step takes a while
+            self._stop_clock()
+            self._ticker = Ticker(self._tick)
 
     def on_step_end(
         self,
@@ -119,7 +128,9 @@ class Live(display.View, TrainerCallback):
         """Ask the probes, every so many steps."""
         if state.is_world_process_zero and self.probes and state.global_step % self.probe_every == 0:
             start = time.monotonic()
-            self.probed[state.global_step] = evaluate.ask_again(model, processing_class, self.probes, self.engine)
+            self.probed[state.global_step] = evaluate.ask_again(
+                model, processing_class, self.probes, self.engine, progress=False
+            )
             self._since += time.monotonic() - start  # the speed is that of the training, without the probes
 
     def on_log(
@@ -164,9 +175,10 @@ class Live(display.View, TrainerCallback):
     ) -> None:
         """Show the end of the run."""
         if state.is_world_process_zero:
+            self._stop_clock()
             self.ended = time.monotonic() - self._started
             if display.in_notebook():
-                self._draw()
+                self.update()
             else:
                 print(self.line(), flush=True)
 
@@ -206,10 +218,23 @@ class Live(display.View, TrainerCallback):
         return path
 
     def _draw(self) -> None:
-        start = time.monotonic()
-        self.show()
-        now = time.monotonic()
-        self._draw_again = now + max(self.every, WORK * (now - start))
+        first, start = self._figure is None, time.thread_time()  # what others do meanwhile is not its cost
+        self.update()
+        if not first:  # that one imports matplotlib
+            self._costs.append(time.thread_time() - start)
+        self._draw_again = time.monotonic() + max(self.every, min(LONGEST, WORK * min(self._costs, default=0.0)))
+
+    def _tick(self) -> None:
+        """Every second, so that a step of a minute is seen to go on."""
+        with self._showing:
+            if self.handles:
+                head = {"text/html": self._head_html(time.monotonic() - self._started), "text/plain": self.line()}
+                self.handles[0].update(head, raw=True)
+
+    def _stop_clock(self) -> None:
+        if self._ticker is not None:
+            self._ticker.stop()
+            self._ticker = None
 
 
 def _rounded(value: Any) -> Any:

@@ -1,17 +1,32 @@
-"""The curves of a run: up to six small plots, on white for a file or on nothing for a notebook, light or dark."""
+"""The curves of a run: up to six small plots on white, and what they show in words."""
 
-import io
 import math
 from typing import TYPE_CHECKING
+
+from nbhelpers.html import COLORS as COLORS
+
+from . import history as past
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = ("#3d85c6", "#e0871b", "#2f9e6e", "#a56cc1", "#c9566b", "#8a7a55")  # legible on white and on black
-GREY = "#808488"
-COLUMNS = 3  # plots in a row
-LETTERS = 46  # of a legend fit above one plot
+INK = "#333333"  # of axes and text
+GREY = "#767676"
+DASHES = (
+    "-",
+    (0, (5, 1.2)),
+    (0, (1.2, 1)),
+    (0, (6, 1.2, 1.2, 1.2)),
+    (0, (3, 1.2)),
+    (0, (8, 2)),
+)  # by curve, as the colours
+COLUMNS = 2  # plots in a row: in three the letters are too small for a narrow window
+WIDTH = 8.0  # inches, of a picture for a notebook; with LETTER it decides how large letters are in a narrow window
+ROW = 1.55  # inches, a row of plots without its legends
+LETTER = 9.0  # points, of the smallest letters
+LETTERS = 50  # of a legend fit above one plot
+LONGEST_NAME = 34  # letters of it in a legend
 
 
 def curves_of(history: list[dict]) -> dict[str, dict[str, list]]:
@@ -57,71 +72,99 @@ def functions(history: list[dict]) -> list[str]:
     return list(dict.fromkeys(name for row in history for name in row["rewards"]))
 
 
-def draw(figure: "Figure", history: list[dict], total_steps: int, *, ink: str, note: str = "") -> None:
+def words(history: list[dict]) -> str:
+    """What the curves show, in words, for those who do not see them.
+
+    Args:
+        history (`list[dict]`): As in `Live.history`.
+    """
+    if not history:
+        return "Curves of a run before its first step."
+    told = []
+    for label, curves in curves_of(history).items():
+        ends = {name: past.ends(values) for name, values in curves.items()}
+        parts = [f"{name} {_told(start)} to {_told(end)}" for name, (start, end) in ends.items()]
+        told.append(f"{label}: {', '.join(parts)}")
+    steps = f"steps {history[0]['step']} to {history[-1]['step']}, {past.of_what(history)}"
+    return f"Curves of {steps}. {'. '.join(told)}."
+
+
+def _told(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def draw(figure: "Figure", history: list[dict], total_steps: int, *, note: str = "") -> None:
     """Draw the curves by step. A figure used before for the same plots keeps its axes: half the time.
 
     Args:
-        figure (`matplotlib.figure.Figure`): Where to draw.
+        figure (`matplotlib.figure.Figure`): Where to draw. Its height is set.
         history (`list[dict]`): As in `Live.history`.
         total_steps (`int`): Right end of the step axis.
-        ink (`str`): Colour of axes and text.
         note (`str`): Written above the plots.
     """
     plots = curves_of(history)
     steps = [row["step"] for row in history]
-    columns, legend_rows = _columns(["total", *functions(history)], list(plots))
-    if [axes.get_ylabel() for axes in figure.axes] != list(plots):
-        _arrange(figure, list(plots), legend_rows, ink, note)
-    for axes, (label, curves) in zip(figure.axes, plots.items(), strict=True):
-        _plot(axes, label, steps, curves, ink)
-        _legend(axes, list(curves), columns if label == "reward" else None, ink)
+    legends = [_legend_columns(curves) for curves in plots.values()]
+    wanted = str(list(zip(plots, legends, strict=True)))
+    if figure.get_gid() != wanted:  # its name says what it is arranged for
+        _arrange(figure, list(plots), [rows for _, rows in legends], note)
+        figure.set_gid(wanted)
+    for axes, (label, curves), (columns, _) in zip(figure.axes, plots.items(), legends, strict=True):
+        _plot(axes, label, steps, curves)
+        _legend(axes, columns)
         axes.set_xlim(0, 1.01 * max([1, total_steps, *steps]))
 
 
-def _width(labels: list[str]) -> int:
-    """Columns of the first plot: it takes what would be holes in the last row."""
-    return 1 + -len(labels) % COLUMNS
-
-
-def _columns(names: list[str], labels: list[str]) -> tuple[int, int]:
-    """Columns and rows of the first plot's legend."""
-    letters = LETTERS * _width(labels) + 8  # the gap beside the plot
-    columns = max(1, min(len(names), letters // (4 + max(map(len, names)))))
+def _legend_columns(curves: dict[str, list]) -> tuple[int, int]:
+    """Columns and rows of a plot's legend, so that every curve is named."""
+    names = [_short(name) for name in curves] or [""]
+    columns = max(1, min(len(names), LETTERS // (5 + max(map(len, names)))))
     return columns, math.ceil(len(names) / columns)
 
 
-def _arrange(figure: "Figure", labels: list[str], legend_rows: int, ink: str, note: str) -> None:
-    """Empty axes, with room for the first one's legend."""
+def _short(name: str) -> str:
+    """A function's name, a long one without its middle."""
+    half = LONGEST_NAME // 2 - 1
+    return name if len(name) <= LONGEST_NAME else f"{name[:half]}…{name[-half:]}"
+
+
+def _arrange(figure: "Figure", labels: list[str], legend_rows: list[int], note: str) -> None:
+    """Empty axes, each row of them with room for its legends above it."""
     figure.clear()
-    rows, wide = math.ceil(len(labels) / COLUMNS), _width(labels)
-    grid = figure.add_gridspec(rows, COLUMNS)
-    cells: list[tuple[int, int | slice]] = [(0, slice(0, wide))]
-    cells += [divmod(i, COLUMNS) for i in range(wide, rows * COLUMNS)]
-    for (row, column), label in zip(cells, labels, strict=True):
-        axes = figure.add_subplot(grid[row, column])
-        axes.set_facecolor("none")
-        axes.set_ylabel(label, color=ink, fontsize=9)
+    rows = math.ceil(len(labels) / COLUMNS)
+    line = 1.45 * LETTER / 72  # inches
+    heads = [0.12 + line * max(legend_rows[row * COLUMNS : (row + 1) * COLUMNS]) for row in range(rows)]
+    top, bottom, below = (0.3 if note else 0.05), 0.22, 0.26  # below: a row's numbers of steps
+    width = figure.get_figwidth()
+    height = top + sum(heads) + rows * (ROW + below) + bottom
+    figure.set_figheight(height)
+    left, gap, right = 0.68, 0.72, 0.08
+    wide = (width - left - right - gap * (COLUMNS - 1)) / COLUMNS
+    y = height - top
+    for i, label in enumerate(labels):
+        row, column = divmod(i, COLUMNS)
+        if column == 0:
+            y -= heads[row] + ROW + (below if row else 0.0)
+        last = i == len(labels) - 1 and column == 0  # alone in the last row
+        across = width - left - right if last else wide
+        axes = figure.add_axes(((left + column * (wide + gap)) / width, y / height, across / width, ROW / height))
+        axes.set_ylabel(label, color=INK, fontsize=LETTER + 1)
         if row == rows - 1:
-            axes.set_xlabel("step", color=ink, fontsize=9)
-        axes.tick_params(colors=ink, labelsize=8)
-        axes.grid(color=ink, alpha=0.2, linewidth=0.6)
+            axes.set_xlabel("step", color=INK, fontsize=LETTER + 1, labelpad=1)
+        axes.tick_params(colors=INK, labelsize=LETTER)
+        axes.grid(color=INK, alpha=0.15, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(ink)
+        axes.spines[["left", "bottom"]].set_color(INK)
         if label == "tokens / s":
             axes.yaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}")
         if label == "share":
             axes.set_ylim(-0.03, 1.03)
             axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
-    inches = figure.get_figheight()
-    head = 0.2 + 0.15 * legend_rows + (0.24 if note else 0.0)
-    figure.subplots_adjust(
-        left=0.06, right=0.99, bottom=0.42 / inches, top=1 - head / inches, wspace=0.24, hspace=0.34 if rows > 1 else 0
-    )
     if note:
-        figure.text(0.005, 1 - 0.06 / inches, note, color=COLORS[1], fontsize=9, weight="bold", va="top")
+        figure.text(0.005, 1 - 0.06 / height, note, color=INK, fontsize=LETTER, weight="bold", va="top")
 
 
-def _plot(axes: "Axes", label: str, steps: list[int], curves: dict[str, list], ink: str) -> None:
+def _plot(axes: "Axes", label: str, steps: list[int], curves: dict[str, list]) -> None:
     for artist in [*axes.lines, *axes.collections]:
         artist.remove()
     smooth = {name: smoothed([math.nan if v is None else v for v in values]) for name, values in curves.items()}
@@ -129,50 +172,41 @@ def _plot(axes: "Axes", label: str, steps: list[int], curves: dict[str, list], i
         low, high = smooth.pop("shortest"), smooth.pop("longest")
         axes.fill_between(steps, low, high, color=COLORS[0], alpha=0.2, linewidth=0, label="shortest to longest")
     for i, (name, values) in enumerate(smooth.items()):
-        color, line = (GREY, "--") if name == "between groups" else (COLORS[i % len(COLORS)], "-")
+        color, line = (COLORS[i % len(COLORS)], DASHES[i % len(DASHES)])
         raw = [math.nan if v is None else v for v in curves[name]]
         axes.plot(steps, raw, ".", color=color, alpha=0.3, markersize=2.5)
-        axes.plot(steps, values, line, color=color, label=name, linewidth=2.0 if i == 0 else 1.4)
+        axes.plot(steps, values, linestyle=line, color=color, label=_short(name), linewidth=2.0 if i == 0 else 1.6)
     if label not in ("reward", "share"):
         top = max((v for values in curves.values() for v in values if v is not None), default=0.0)
         axes.set_ylim(0, 1.08 * top or 1)
 
 
-def _legend(axes: "Axes", names: list[str], columns: int | None, ink: str) -> None:
-    """Above the axes: in so many columns, or in one line, which leaves the functions out (colours as for the reward) if
-    they do not fit."""
-    handles, labels = axes.get_legend_handles_labels()
-    if columns is None and sum(len(name) + 4 for name in names) > LETTERS:
-        handles, labels = handles[-1:], labels[-1:]
-    if labels:
+def _legend(axes: "Axes", columns: int) -> None:
+    """Above the axes, in so many columns: every curve is named."""
+    if axes.get_legend_handles_labels()[1]:
         axes.legend(
-            handles,
-            labels,
             loc="lower left",
-            bbox_to_anchor=(-0.02, 0.99),
-            ncols=columns or len(labels),
-            fontsize=7.5,
+            bbox_to_anchor=(-0.02, 1.0),
+            ncols=columns,
+            fontsize=LETTER,
             frameon=False,
-            labelcolor=ink,
-            handlelength=1.4,
+            labelcolor=INK,
+            handlelength=2.2,
             handletextpad=0.4,
-            columnspacing=0.8,
+            columnspacing=0.9,
             borderaxespad=0.1,
-            labelspacing=0.3,
+            labelspacing=0.25,
         )
 
 
 def style() -> None:
-    """Set matplotlib so that plots are legible on a white page and on a black one: grey ink on nothing."""
+    """Set matplotlib so that plots are legible in a light notebook and in a dark one: dark ink on white."""
     import matplotlib.pyplot as plt
 
-    plt.rc("text", color=GREY)
-    plt.rc("axes", labelcolor=GREY, edgecolor=GREY, facecolor="none")
-    plt.rc("ytick", color=GREY)
-    plt.rc("xtick", color="#7a7e82")  # a shade darker: where all ticks are light, Jupyter adds a dark background
-    plt.rc("figure", facecolor="none")
-    plt.rc("savefig", facecolor="none")
-    plt.rc("legend", framealpha=0.0)
+    plt.rc("text", color=INK)
+    plt.rc("axes", labelcolor=INK, edgecolor=INK)
+    plt.rc("xtick", color=INK)
+    plt.rc("ytick", color=INK)
 
 
 def smoothed(values: list[float]) -> list[float]:
@@ -188,16 +222,3 @@ def smoothed(values: list[float]) -> list[float]:
     sums = np.convolve(np.where(known, numbers, 0.0), window)[cut]
     counts = np.convolve(known.astype(float), window)[cut]
     return np.where(counts > 0.5, sums / np.maximum(counts, 1.0), np.nan).tolist()
-
-
-def png(figure: "Figure") -> bytes:
-    """The figure as a PNG of few colours, a third of the bytes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    image = Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba()))
-    out = io.BytesIO()
-    image.quantize(64, method=Image.Quantize.FASTOCTREE).save(out, "PNG", optimize=True)
-    return out.getvalue()

@@ -56,6 +56,24 @@ def row_of(log: dict) -> dict:
     return {**row, "within": {}, "between": {}, **unknown, "gaming": []}
 
 
+# ---- from start to end ----
+
+
+def ends(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """The mean of the first tenth of the known values, and that of the last; (None, None) if none is known."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None, None
+    tenth = max(1, len(known) // 10)
+    return fmean(known[:tenth]), fmean(known[-tenth:])
+
+
+def of_what(history: list[dict]) -> str:
+    """In words, what `ends` takes the means of."""
+    tenth = max(1, len(history) // 10)
+    return "the first and the last step" if tenth == 1 else f"means of the first {tenth} steps and of the last {tenth}"
+
+
 # ---- groups ----
 
 

@@ -53,9 +53,6 @@ class Replay(display.View):
                 'live.save("run.json", "the model\'s name")'
             ) from None
 
-    def _ipython_display_(self) -> None:
-        """Nothing: as the last line of a cell, `replay.run()` has shown it already."""
-
     @property
     def steps(self) -> list[int]:
         """The steps that were logged."""
@@ -70,7 +67,7 @@ class Replay(display.View):
         self.probed = {at: answers for at, answers in self._probed.items() if at <= step}
         self.ended = self._seconds if step >= self._history[-1]["step"] else None
         if display.in_notebook():
-            self.show()
+            self.update()
         else:
             print(self.line(), flush=True)
 

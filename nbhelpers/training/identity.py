@@ -50,6 +50,13 @@ SHAPES = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_p
           "num_generations", "generation_batch_size", "processes")  # fmt: skip
 
 
+class AnotherRun(ValueError):
+    """The checkpoint is of another run; a notebook shows what differs and what to change, without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
+
 def describe(
     model: "PreTrainedModel",
     args: "GRPOConfig",
@@ -144,7 +151,7 @@ def refuse_other(folder: Path, run: dict[str, Any], anyway: bool = False) -> boo
         run (`dict`): From `describe`.
         anyway (`bool`): Print what else differs and go on. Another model is refused all the same.
 
-    Returns whether the rollout in the checkpoint fits this run. Raises ValueError, naming each difference and the line
+    Returns whether the rollout in the checkpoint fits this run. Raises AnotherRun, naming each difference and the line
     to change, if they are not the same run.
     """
     saved = checkpoint.read(folder)["run"]
@@ -153,9 +160,11 @@ def refuse_other(folder: Path, run: dict[str, Any], anyway: bool = False) -> boo
     if wrong and anyway and not other_model(saved, run):
         print(f"Goes on although the run of {folder} was another (resume_anyway=True):{lines}")
     elif wrong:
-        raise ValueError(f"{folder} is a checkpoint of another run:{lines}\nor start afresh in another folder, "
-                         f"output_dir={str(folder.parent) + '-2'!r}; or go on with what is here: "
-                         'train(resume_from_checkpoint="auto", resume_anyway=True)')  # fmt: skip
+        raise AnotherRun(
+            f"{folder} is a checkpoint of another run:{lines}\nFor a new run take a folder of its own, "
+            f"output_dir={str(folder.parent) + '-2'!r} (OUT in a notebook), and load the model anew. To go on from "
+            'here all the same: train(resume_from_checkpoint="auto", resume_anyway=True)'
+        )
     for name, value in saved["free"].items():
         if name in run["free"] and value != run["free"][name]:
             print(f"{name} was {value} and is {run['free'][name]} from here on.")

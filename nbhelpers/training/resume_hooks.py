@@ -68,10 +68,10 @@ class ResumeHooks(SaveHooks):
 
         Returns transformers' `TrainOutput`; after an interrupt its metrics are {"interrupted": True}.
 
-        Raises ValueError for a checkpoint of another run (model, data, rewards, arguments), naming what differs, and
-        for a folder that is damaged; FileNotFoundError for one that does not exist; run_folder.InUse while another run
-        holds the folder; run_folder.FolderError if it cannot be written or has no room; FloatingPointError when the
-        weights are not finite any more, before they replace what is saved.
+        Raises identity.AnotherRun, a ValueError, for a checkpoint of another run (model, data, rewards, arguments),
+        naming what differs, and ValueError for a folder that is damaged; FileNotFoundError for one that does not exist;
+        run_folder.InUse while another run holds the folder; run_folder.FolderError if it cannot be written or has no
+        room; FloatingPointError when the weights are not finite any more, before they replace what is saved.
         """
         run_folder.check_writable(self._root)
         with (

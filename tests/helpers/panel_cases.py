@@ -3,6 +3,7 @@
 import base64
 import io
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 from PIL import Image
@@ -65,6 +66,8 @@ def clock(monkeypatch):
             self.now += self.step
             return self.now
 
+        thread_time = monotonic  # all that happens is work
+
     made = Clock()
     monkeypatch.setattr(panel, "time", made)
     return made
@@ -72,26 +75,43 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def shown(monkeypatch):
-    """What a notebook gets: a list of (first or update, mime bundle)."""
+    """What a notebook gets: a list of (first or update, part, mime bundle)."""
     seen = []
 
     class Handle:
         def __init__(self, part):
             self.part = part
 
-        def update(self, bundle, metadata, raw):
+        def update(self, bundle, metadata=None, raw=False):
+            assert raw
             seen.append(("update", self.part, bundle))
 
     def show(bundle, metadata, raw, display_id):
         assert raw and display_id
-        after_curves = bool(seen) and seen[-1][:2] == ("first", "curves")
-        part = "curves" if "image/png" in bundle else "answers" if after_curves else "numbers"
+        before = seen[-1][1] if seen and seen[-1][0] == "first" else None
+        part = "curves" if "image/png" in bundle else {"curves": "numbers", "numbers": "answers"}.get(before, "head")
         seen.append(("first", part, bundle))
         return Handle(part)
 
     monkeypatch.setattr("IPython.display.display", show)
     monkeypatch.setattr(display, "in_notebook", lambda: True)
+    monkeypatch.setattr(display, "this_cell", lambda: "a cell")
+    monkeypatch.setattr(panel, "Ticker", Ticks)
+    Ticks.running.clear()
     return seen
+
+
+class Ticks:
+    """A ticker that ticks when a test says so."""
+
+    running: ClassVar["list[Ticks]"] = []
+
+    def __init__(self, tick):
+        self.tick = tick
+        self.running.append(self)
+
+    def stop(self):
+        self.running.remove(self)
 
 
 def newest(shown, part: str) -> dict:

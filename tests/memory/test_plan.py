@@ -100,6 +100,7 @@ def test_text_and_html_say_the_same():
     for shown in (str(plan), plan._repr_html_()):
         assert "Qwen2.5 1.5B Instruct" in shown and "256 + 1000" in shown and "It fits" in shown
         assert f"{plan.training['weights']:.2f}" in shown and "KV cache" in shown
+    assert str(plan).startswith("It fits. ") and plan._repr_html_().startswith("<div><p><b>It fits. ")
     assert repr(plan) == str(plan) and max(map(len, str(plan).splitlines()[:12])) < 100
 
 

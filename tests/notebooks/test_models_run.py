@@ -14,7 +14,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from nbclient.exceptions import DeadKernelError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbconvert import PythonExporter
 
 from nbhelpers import presets
@@ -48,14 +48,19 @@ trainer.compute_loss = and_a_signal
 """
 
 
-def execute(name: str, folder: Path, steps: int, *, at=None, number=signal.SIGINT, twice=False) -> tuple[str, dict]:
+def execute(
+    name: str, folder: Path, steps: int, *, at=None, number=signal.SIGINT, twice=False, change=()
+) -> tuple[str, dict]:
     """Run a notebook for `steps`, with a signal in the step after `at`; `twice` runs the training cell a second time.
 
     Without what ends a run that learns nothing: a random model does not.
 
+    `change` is what a reader changes: the old text and the new one.
+
     Returns what the training cell said, both times, and the report of a cell at the end.
     """
     notebook = nbformat.read(MODELS / f"{name}.ipynb", as_version=4)
+    folder.mkdir(exist_ok=True)
 
     def place(tag: str) -> int:
         return next(i for i, cell in enumerate(notebook.cells) if tag in cell.metadata.get("tags", ()))
@@ -71,6 +76,7 @@ def execute(name: str, folder: Path, steps: int, *, at=None, number=signal.SIGIN
         insert(place("train") + 1, train.source)
     for cell in notebook.cells:
         cell.source = cell.source.replace("stop_when=StopWhen()", "stop_when=None")
+        cell.source = cell.source.replace(*change) if change else cell.source
     insert(len(notebook.cells), REPORT)
     NotebookClient(notebook, timeout=240, kernel_name="warm", resources={"metadata": {"path": str(folder)}}).execute()
     trained = [cell for cell in notebook.cells if cell.source == train.source]
@@ -108,6 +114,18 @@ def test_killed_and_run_again_from_the_top(tmp_path):
     said, report = execute("qwen2.5-1.5b", tmp_path, steps=24)
     assert re.search(r"Goes on from \S+, after step 20\.", said), said
     assert report["steps"] == list(range(1, 25)) and report["reached"] == 24
+
+
+def test_the_first_exercise_works_as_it_is_written(tmp_path):
+    """`reward_funcs=[in_form]` in a folder of its own; in that of the first run it is refused with what to change."""
+    name, change = "qwen2.5-1.5b", ("reward_funcs=[correct, in_form]", "reward_funcs=[in_form]")
+    text = nbformat.read(MODELS / f"{name}.ipynb", as_version=4).cells[-1].source
+    assert f"`{change[1]}` (section 9)" in text and "`OUT" in text.replace("\n", " ") and "restart\nthe kernel" in text
+    execute(name, tmp_path / "first", steps=2)
+    with pytest.raises(CellExecutionError, match=r"For a new run take a folder of its own.*OUT in a notebook"):
+        execute(name, tmp_path / "first", steps=2, change=change)
+    _, report = execute(name, tmp_path / "mine", steps=2, change=change)
+    assert report["steps"] == [1, 2]
 
 
 # in several processes transformers 5.15 reads the optimizer onto "cpu:0", a name that torch does not restore to

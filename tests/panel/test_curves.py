@@ -17,7 +17,7 @@ def row(step, names=("correct",), **more) -> dict:
 
 def drawn(history, note="") -> Figure:
     figure = Figure(figsize=(10, 4.7))
-    curves.draw(figure, history, 10, ink="#333333", note=note)
+    curves.draw(figure, history, 10, note=note)
     return figure
 
 
@@ -44,32 +44,46 @@ def test_clipped_tokens_are_drawn_only_when_there_are_any():
     assert curves.curves_of([row(1, clip_ratio=0.0), row(2, clip_ratio=0.1)])["share"]["clipped"] == [0.0, 0.1]
 
 
-def test_the_first_plot_fills_the_holes_of_the_last_row():
-    for count, columns in ((1, 3), (2, 2), (3, 1), (4, 3), (5, 2), (6, 1)):
-        assert curves._width(["x"] * count) == columns
+def test_a_plot_alone_in_its_row_takes_all_of_it():
+    wide = {}
+    for count in (1, 2, 3, 4, 5):
+        figure = Figure(figsize=(8, 4))
+        curves._arrange(figure, ["x"] * count, [1] * count, "")
+        wide[count] = [axes.get_position().width > 0.8 for axes in figure.axes]
+    assert wide == {1: [True], 2: [False] * 2, 3: [False] * 2 + [True], 4: [False] * 4, 5: [False] * 4 + [True]}
 
 
-def test_nothing_overlaps_with_five_functions_and_a_note():
-    names = [f"{kind}_format_reward" for kind in ("strict", "soft", "integer", "correct", "tag_count")]
+NAMES = [f"{kind}_format_reward" for kind in ("strict", "soft", "integer", "correct", "tag_count")]
+
+
+@pytest.mark.parametrize("names", [["correct"], ["a", "b"], NAMES, ["x" * 60, "y" * 60], [f"f{i}" for i in range(12)]])
+def test_every_curve_is_named_and_nothing_overlaps(names):
     spread = {name: 0.2 for name in [*names, "total"]}
     figure = drawn([row(i, names, within=spread, between=spread, kl=0.1) for i in (1, 2)], note="REPLAY of a run")
     figure.canvas.draw()
-    reward, spread_plot, share = figure.axes[:3]
-    assert legend(reward) == ["total", *names] and legend(spread_plot) == ["between groups"]
     (note,) = figure.texts
-    box = reward.get_legend().get_window_extent()
-    assert box.y1 <= note.get_window_extent().y0 and box.x1 < spread_plot.get_window_extent().x0
-    assert share.get_legend().get_window_extent().x1 <= figure.bbox.x1
     assert note.get_text() == "REPLAY of a run"
+    boxes = [note.get_window_extent()]
+    for axes in figure.axes:
+        lines = [line for line in axes.lines if not line.get_label().startswith("_")]
+        assert legend(axes)[-len(lines) :] == [line.get_label() for line in lines]
+        boxes += [axes.get_legend().get_window_extent(), axes.get_tightbbox(for_layout_only=True)]
+        assert not boxes[-2].overlaps(axes.get_window_extent())
+    several = ["total", *names] if len(names) > 1 else names
+    assert len(legend(figure.axes[1])) == len(several) + 1
+    for i, one in enumerate(boxes):
+        assert figure.bbox.x0 <= one.x0 and one.x1 <= figure.bbox.x1 + 1 and one.y1 <= figure.bbox.y1 + 1
+        others = boxes[i + 1 :] if i == 0 or i % 2 == 0 else boxes[i + 2 :]  # a legend stands in its own axes' box
+        assert not any(one.overlaps(other) for other in others), (i, names)
 
 
 def test_a_figure_is_used_again_and_arranged_anew_when_a_plot_comes():
     figure = drawn([row(1)])
     axes = figure.axes
-    curves.draw(figure, [row(1), row(2)], 10, ink="#333333")
+    curves.draw(figure, [row(1), row(2)], 10)
     assert figure.axes == axes and [len(a.lines) for a in axes] == [2, 2, 2, 2, 2]
     assert all(len(a.collections) <= 1 for a in axes)
-    curves.draw(figure, [row(1), row(2, kl=0.1)], 10, ink="#333333")
+    curves.draw(figure, [row(1), row(2, kl=0.1)], 10)
     assert len(figure.axes) == 6
 
 

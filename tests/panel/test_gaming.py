@@ -165,6 +165,6 @@ def test_a_terminal_is_told_once_with_two_real_answers(capsys, tmp_path):
 
 def test_a_notebook_is_told_with_two_real_answers(shown):
     watched([Sample("q", "<b>another</b>", {"correct": 0.0, "in_form": 0.3}), *COPIES]).show()
-    html = newest(shown, "numbers")["text/html"]
+    html = newest(shown, "head")["text/html"]
     assert "the model has found a way to be paid" in html and html.count("  the answer ") == 2
     assert "<b>another</b>" not in html and "&lt;b&gt;another" in html

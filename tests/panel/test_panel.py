@@ -47,7 +47,9 @@ def test_none_and_nan_are_gaps():
     assert [row["reward"] for row in live.history] == [None, None]
     assert live.history[1]["rewards"] == {"correct": 1.25, "form": None}
     assert live.history[0]["format"] is None and live.samples == []
-    assert "reward none (correct 1.25, form none)" in live.line() and "format" not in live.line()
+    assert "reward none (correct 1.25, form 0.25)" in live.line() and "format" not in live.line()
+    live.ended = None  # as before the end, when the newest step is told
+    assert "reward none (correct 1.25, form none)" in live.line()
     live.figure()
 
 
@@ -107,6 +109,35 @@ def test_time_left_counts_this_sessions_steps(clock):
     assert live.line().endswith("elapsed 2:00:00 · left 3:00:00")
     live = run(panel.Live(total_steps=100), [logs()], end=False)
     assert live.line().startswith("step 1/100")
+
+
+def test_time_left_is_that_of_the_last_steps_and_not_of_the_one_that_compiled(clock):
+    live = run(panel.Live(), [], total=100, end=False)
+    for step, seconds in enumerate([300, *[10] * 15, 60, *[10] * 3], start=1):  # the 17th with probes
+        clock.now += seconds
+        live.on_log(ARGS, TrainerState(max_steps=100, global_step=step), TrainerControl(), logs=logs())
+    assert live.line().endswith("elapsed 9:00 · left 13:20")  # 80 steps of 10 s; in the mean it would be 36:00
+    for step in range(21, 41):
+        clock.now += 20
+        live.on_log(ARGS, TrainerState(max_steps=100, global_step=step), TrainerControl(), logs=logs())
+    assert live.line().endswith("left 20:00")
+
+
+def test_it_says_when_the_session_ends_before_the_run(clock, monkeypatch):
+    monkeypatch.setattr("nbhelpers.host.session_left", lambda: 3600.0)
+    monkeypatch.setattr("nbhelpers.host.where", lambda: "Kaggle")
+    clock.step = 100.0
+    assert "Kaggle" not in run(panel.Live(), [logs()], total=30, end=False).line()
+    live = run(panel.Live(), [logs()], total=100, end=False)
+    assert "left 2:45:00, and Kaggle ends this session in 1:00:00 at the latest" in live.line()
+
+
+def test_after_the_end_it_tells_the_change_and_not_the_last_step():
+    rewards = [0.0, 0.2, *[0.5] * 16, 1.0, 1.2]
+    steps = [logs(reward, frac_reward_zero_std=float(i == 19)) for i, reward in enumerate(rewards)]
+    live = run(panel.Live(), steps, total=20)
+    assert live.line().startswith("done: step 20/20 · reward 0.10 → 1.10 (correct 1.25, form 0.25)")
+    assert "no signal 0% → 50%" in live.line() and "cut off 2% · " in live.line()
 
 
 # ---- with TRL's own trainer ----

@@ -18,7 +18,8 @@ def test_probes_are_asked_in_time_and_their_time_is_no_training(clock, monkeypat
     def answer(text):
         return Answer("which?", text, text, 1, True, "u:which?", Decoding(8, 0.0, 0, 4, "hf"), messages=[])
 
-    def ask_again(model, tokenizer, before, engine):
+    def ask_again(model, tokenizer, before, engine, progress):
+        assert not progress  # it would be a line more below the panel at each asking
         asked.append((model, tokenizer, before, engine))
         clock.now += 50
         return [answer(f"<{len(asked)}>")]

@@ -7,7 +7,7 @@ from panel_cases import ARGS, GOOD, SAMPLES, logs, newest, picture, run, shown  
 
 from nbhelpers import gpu, host, panel, presets
 from nbhelpers.evaluate import Answer, Decoding
-from nbhelpers.panel import replay
+from nbhelpers.panel import display, replay
 
 MARK = "REPLAY of a recorded run: my model, {}, {} — nothing was trained here"
 
@@ -65,29 +65,30 @@ def test_early_steps_know_nothing_of_later_ones(recorded, capsys):
     assert [row["step"] for row in again.history] == list(range(1, 11)) and again.ended is None
     assert list(again.probed) == [0] and "left" in again.line()
     again.show_at(11)
-    assert again.pair_step == 10 and "step 10: best answer" in again.outputs()[2][0]["text/html"]
+    assert again.pair_step == 10 and "step 10: best answer" in again.outputs()[3][0]["text/html"]
 
 
 def test_the_mark_is_in_text_and_picture(recorded, shown):  # noqa: F811
     live, path = recorded
     again = replay.run(path, seconds=0)
-    html, plain = newest(shown, "numbers")["text/html"], newest(shown, "numbers")["text/plain"]
+    html, plain = newest(shown, "head")["text/html"], newest(shown, "head")["text/plain"]
     assert "nothing was trained here" in html and plain.startswith("REPLAY of a recorded run: my model")
     assert [text.get_text() for text in again.figure().texts] == [again.note]
     live.note = ""
     with_mark, without = picture(newest(shown, "curves")), live.picture()
     assert without != with_mark
-    orange = (224, 135, 27)
-    top = with_mark.convert("RGBA").crop((0, 0, with_mark.width, 30)).getcolors(10**6)
-    assert sum(n for n, (r, g, b, a) in top if a > 200 and abs(r - orange[0]) + abs(g - orange[1]) < 40) > 500
+    top = with_mark.convert("RGB").crop((0, 0, with_mark.width, 36)).getcolors(10**6)
+    assert sum(n for n, color in top if max(color) < 120) > 500  # as dark as all text
 
 
-def test_as_the_last_line_of_a_cell_it_is_shown_once(recorded, shown):  # noqa: F811
+def test_as_the_last_line_of_a_cell_it_is_shown_once_and_in_a_new_cell_again(recorded, shown, monkeypatch):  # noqa: F811
     from IPython.core.formatters import DisplayFormatter
 
     again = replay.run(recorded[1], seconds=0)
     before = len(shown)
-    assert DisplayFormatter().format(again) == ({}, {}) and len(shown) == before == 3
+    assert DisplayFormatter().format(again) == ({}, {}) and len(shown) == before == 4
+    monkeypatch.setattr(display, "this_cell", lambda: "another")
+    assert DisplayFormatter().format(again) == ({}, {}) and [kind for kind, *_ in shown[4:]] == ["first"] * 4
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):

@@ -136,6 +136,8 @@ def test_what_changed_is_named_and_can_be_gone_on_with(tokenizer, tmp_path, caps
         with pytest.raises(ValueError, match=message) as raised:
             make(**settings).train(resume_from_checkpoint="auto")
         assert "resume_anyway=True" in str(raised.value)
+        assert "output_dir=" in str(raised.value) and "load the model anew" in str(raised.value)
+        assert raised.value._render_traceback_() == [str(raised.value)]  # in a notebook no traceback
     # what is written or shown, and how often, is of no consequence
     run = make(tokenizer, tmp_path, max_steps=1, logging_steps=5, save_steps=7, **kwargs)
     assert run.train(resume_from_checkpoint="auto").metrics == {"finished": True}

@@ -1,0 +1,154 @@
+"""The pieces of the panel as HTML: what the numbers mean, tables of rewards, gauges of memory, answers of the model.
+
+Model text is escaped: it may hold anything.
+"""
+
+import html
+from collections.abc import Callable, Iterable
+
+from nbhelpers.evaluate import Answer
+from nbhelpers.html import BOX, COLORS, GRID, TEXT, bar, cell, pre, table
+from nbhelpers.rewards import Sample
+
+HELP = {
+    "reward": "mean over the answers of a step, all reward functions together",
+    "right": "share of answers that are right in whatever form, paid or not",
+    "alike": "share of the other answers that have three words of one in a row: near 100 % all are the same",
+    "replaced": "share of groups without a signal in whose place other questions were asked",
+    "loss": "of GRPO: near 0 by construction when each rollout serves one update; watch the reward",
+    "gradient": "the length of the gradient before it is cut to max_grad_norm",
+    "format": "share of answers that have exactly the wanted form",
+    "length": "mean number of tokens of an answer",
+    "cut off": "share of answers that did not end within max_completion_length",
+    "no signal": "share of groups whose answers all got the same reward: they teach nothing",
+    "clipped": "share of tokens whose probability moved too far since they were drawn to count fully",
+    "KL": "distance from the model before training",
+    "tokens/s": "tokens of prompts and answers, by the time of the whole step: writing, scoring, learning",
+    "in rewards": "of the time elapsed: what the reward functions took",
+    "spread in a group": "standard deviation among the answers to one question: what GRPO learns from",
+    "between groups": "standard deviation of the mean rewards of the questions: how unequally hard they are",
+}
+
+CELL = "text-align:left;padding:2px 14px 2px 0;border:0;background:none"
+_FULL_WIDTH = f"{GRID};width:100%;table-layout:fixed"
+
+
+def head(names: Iterable[str]) -> list[str]:
+    return [cell(name, CELL, tag="th", title=HELP.get(name, "")) for name in names]
+
+
+def gaming_html(lines: list[str]) -> str:
+    """That the reward is gamed, with the answers that show it, above all the rest."""
+    if not lines:
+        return ""
+    why, *answers = (shortened(line) for line in lines)
+    shown = "".join(pre(answer) for answer in answers)
+    return f"<div style='border-left:4px solid {COLORS[1]};padding-left:8px;margin:0 0 8px'><b>{why}</b>{shown}</div>"
+
+
+def rewards_html(row: dict, said: Callable[[Callable[[dict], float | None]], str]) -> str:
+    """Each reward function with its mean and its spread.
+
+    Args:
+        row (`dict`): The newest step.
+        said (`Callable`): Given what a row has of a number, the text of that number: now, or from start to end.
+    """
+    if not row["rewards"]:
+        return ""
+    names = [*row["rewards"], *(["total"] if len(row["rewards"]) > 1 else [])]
+    columns = {"mean": ("rewards", "reward")}
+    if row["within"]:
+        columns |= {"spread in a group": ("within", ""), "between groups": ("between", "")}
+    else:
+        columns |= {"spread, all answers": ("stds", "reward_std")}
+
+    def value(kind: str, total: str, name: str) -> Callable[[dict], float | None]:
+        return (lambda row: row[total]) if total and name == "total" else (lambda row: row[kind].get(name))
+
+    rows = [[html.escape(name), *(said(value(*column, name)) for column in columns.values())] for name in names]
+    cells = [[cell(text, CELL) for text in texts] for texts in rows]
+    return table(head(["reward function", *columns]), cells, f"{GRID};margin-top:8px")
+
+
+def memory_text(memory: dict[str, float]) -> str:
+    return f"{memory['used']:.1f}/{memory['total']:.1f} GB"
+
+
+def memory_html(memory: dict[str, float] | None) -> str:
+    """A gauge: on a card the most that torch allocated, what it has reserved and what everyone uses, of its memory."""
+    if not memory:
+        return ""
+    share = {name: memory[name] / memory["total"] for name in memory if name != "total"}
+    if "peak" in memory:
+        parts = {
+            "peak": f"{memory['peak']:.1f} GB allocated at most",
+            "reserved": f"{memory['reserved']:.1f} reserved by torch",
+            "used": f"{memory['used']:.1f} used by all, of {memory['total']:.1f} GB",
+        }
+        color = {"peak": COLORS[0], "reserved": COLORS[1], "used": COLORS[5]}
+        text = " · ".join(f"<span style='color:{color[name]}'>■</span> {words}" for name, words in parts.items())
+        bars = {color[name]: share[name] for name in ("used", "reserved", "peak")}
+        text = f"card memory: {text}"
+    else:
+        text = f"memory of this process: {memory['used']:.1f} of {memory['total']:.1f} GB"
+        bars = {COLORS[0]: share["used"]}
+    return f"<div style='margin-top:8px'><small>{text}</small>{bar(bars)}</div>"
+
+
+def meanings_html(names: Iterable[str]) -> str:
+    """What the numbers mean, for those who have no mouse to point at them."""
+    told = "".join(f"<li><b>{name}</b>: {HELP[name]}</li>" for name in names if name in HELP)
+    return f"<details style='margin-top:6px'><summary>What do these numbers mean?</summary><ul>{told}</ul></details>"
+
+
+def probes_html(probed: dict[int, list[Answer]]) -> str:
+    """The same questions, asked again and again: what was answered at each step, and the newest answer in full."""
+    if not probed:
+        return ""
+    newest = max(probed)
+    when = {step: "before" if step == 0 else f"step {step}" for step in sorted(probed)}
+    rows = []
+    for i, answer in enumerate(probed[newest]):
+        said = [(when[step], probed[step][i].answer) for step in when]
+        changes = [pair for j, pair in enumerate(said) if j == 0 or pair[1] != said[j - 1][1] or j == len(said) - 1]
+        told = "<br>".join(
+            f"{name}: <b>{shortened('(no answer)' if text is None else text, 60)}</b>" for name, text in changes
+        )
+        rows.append([cell(shortened(answer.question, 300)), cell(told), cell(pre(shortened(answer.completion)))])
+    widths = {"always the same questions": 25, "answer, where it changed": 22, f"{when[newest]}, in full": 53}
+    head = [cell(name, f"{BOX};width:{width}%", tag="th") for name, width in widths.items()]
+    return table(head, rows, f"{_FULL_WIDTH};margin-bottom:10px")
+
+
+def pair_html(pair: list[Sample], step: int) -> str:
+    """The best and the worst answer of one group, side by side. Model text is escaped: it may hold anything."""
+    if not pair:
+        return ""
+    shown = [(f"step {step}: best answer of a group", pair[0]), ("worst answer of the same group", pair[-1])]
+    if len(pair) == 1:
+        shown = [(f"step {step}: an answer (in each group all have the same reward)", pair[0])]
+    cells = []
+    for title, sample in shown:
+        given = " · ".join(f"{name} {number(value)}" for name, value in sample.rewards.items())
+        advantage = "" if sample.advantage is None else f" · advantage {sample.advantage:+.2f}"
+        inside = (
+            f"<b>{title}</b><br><small>{html.escape(given)}{advantage}</small>"
+            f"{pre(shortened(sample.prompt), f'{TEXT};opacity:.75')}{pre(shortened(sample.completion))}"
+        )
+        cells.append(cell(inside, f"{BOX};width:50%"))
+    return table((), [cells], _FULL_WIDTH)
+
+
+def shortened(text: str, limit: int = 700) -> str:
+    """Escaped for HTML; of a long text the two ends, since the answer comes last."""
+    if len(text) > limit:
+        text = f"{text[: limit // 2]} … {text[-limit // 2 :]}"
+    return html.escape(text.encode("utf-8", "replace").decode())
+
+
+def number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2f}"
+
+
+def percent(value: float) -> str:
+    return f"{value:.0%}"
