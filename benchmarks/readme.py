@@ -234,25 +234,23 @@ def learned() -> str:
 def first() -> str:
     """What the first screen says: for whom, what you get, how long."""
     quickstart, real = Results("quickstart"), Results("real")
-    model = "qwen2.5-coder-1.5b/t4"
     seconds = [quickstart(f"workshop/seed-{seed}/seconds") for seed in range(3)]
-    before, after = (100 * real(f"{model}/templates_{when}") for when in ("before", "after"))
+    before, after = (100 * real(f"qwen2.5-coder-1.5b/t4/templates_{when}") for when in ("before", "after"))
     smallest = min(gb for name in NOTEBOOKS if (gb := card_from(name)))
     whom = f"a free Colab or Kaggle GPU, a gaming card from {smallest} GB (planned), or just a laptop"
     what = "a model that is right more often, and yours to keep (adapter, 16-bit model or GGUF)"
-    how_much = f"from {before:.1f} to {after:.1f} % right on kinds of word problems it had not practised"
     how_long = f"on two CPU cores the quickstart trains for {min(seconds):.0f} to {max(seconds):.0f} seconds"
-    real_one = f"took {_minutes(real(f'{model}/seconds'))} minutes on an H100, in a T4's memory"
+    real_one = f"took {_minutes(real('qwen2.5-coder-1.5b/t4/seconds'))} minutes on an H100, in a T4's memory"
     return (
         f"- **For whom:** anyone who knows some Python and has {whom}.\n"
-        f"- **What you get:** {what}. A 1.5B went {how_much}.\n"
+        f"- **What you get:** {what}. A 1.5B went from {before:.1f} to {after:.1f} % right on kinds of word problems "
+        "it had not practised.\n"
         f"- **How long:** {how_long}. The 1.5B {real_one}; a real T4 is slower, and we have not timed one."
     )
 
 
-PEERS = {
-    "transformers": "transformers", "stock": "transformers + peft", "vllm": "vLLM, no adapter", "trl": "TRL + vLLM",
-}  # fmt: skip
+PEERS = {"transformers": "transformers", "stock": "transformers + peft"}
+PEERS |= {"vllm": "vLLM, no adapter", "trl": "TRL + vLLM"}
 
 
 def peers() -> str:
