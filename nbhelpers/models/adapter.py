@@ -219,13 +219,12 @@ def load_adapter(model: nn.Module, folder: str | Path, dropout: float | None = N
 
 def refuse_damaged(folder: Path) -> None:
     """ValueError for an adapter in `folder` whose file is cut off, or that holds NaN or infinity, by the tensor."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     file = folder / WEIGHTS
     try:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  it is no dict
-                finite.refuse_non_finite(tensors.get_tensor(name), f"{name} in {file}")
+        for name, tensor in finite.stored(file):
+            finite.refuse_non_finite(tensor, f"{name} in {file}")
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged ({error}): copy the adapter once more") from None
 

@@ -1,17 +1,30 @@
 """Weights that are no numbers: NaN or infinity in one tensor reaches every answer, and every update after it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 
 
-def first_not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-    """The name of the first tensor that holds NaN or infinity; None if all are finite. Waits for a GPU once."""
+def stored(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of each in a safetensors file, one in memory at a time. SafetensorError if it is cut off."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118  it is no dict
+            yield name, tensors.get_tensor(name)
+
+
+def first_not_finite(named: Iterable[tuple[str, torch.Tensor]], order: float = torch.inf) -> str | None:
+    """The name of the first tensor whose norm of that order is not finite; None if all are. Waits for a GPU once.
+
+    Of infinite order it is the largest number, so what is found holds NaN or infinity.
+    """
     floats = [(name, tensor.detach()) for name, tensor in named if tensor.is_floating_point() and tensor.numel()]
     if not floats:
         return None
-    largest = torch._foreach_norm([tensor for _, tensor in floats], torch.inf)
-    finite = torch.stack([value.float() for value in largest]).isfinite()
+    norms = torch._foreach_norm([tensor for _, tensor in floats], order)
+    finite = torch.stack([value.float() for value in norms]).isfinite()
     return None if bool(finite.all()) else floats[int(finite.logical_not().int().argmax())][0]
 
 

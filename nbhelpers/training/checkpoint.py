@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbhelpers import files, host
+from nbhelpers.models.finite import first_not_finite, stored
 
 if TYPE_CHECKING:
     import torch
@@ -96,21 +97,9 @@ def problem(folder: Path) -> str | None:
             return f"{name} is damaged (its SHA-256 differs)"
     for name in listed:
         if name.endswith("model.safetensors") or (name.startswith("model-") and name.endswith(".safetensors")):
-            bad = first_not_finite(folder / name)
+            bad = next((key for key, tensor in stored(folder / name) if first_not_finite([(key, tensor)])), None)
             if bad is not None:
                 return f"its weights are not finite ({bad} in {name}): the run had gone wrong by then"
-    return None
-
-
-def first_not_finite(file: Path) -> str | None:
-    """The first tensor of a safetensors file that holds NaN or infinity; None if all are finite."""
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118  it is no dict
-            tensor = tensors.get_tensor(name)
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                return name
     return None
 
 

@@ -21,6 +21,7 @@ from nbhelpers import kernels
 from nbhelpers.memory.micro_batches import TILES, CannotFit, Lengths, MicroBatch, StepCost, count, scratch_bytes
 from nbhelpers.memory.room import Reserved, Room
 from nbhelpers.models import families
+from nbhelpers.models.finite import first_not_finite
 
 from .layerwise import Layers, LayerwiseDecoder
 from .packed_attention import choose
@@ -255,11 +256,4 @@ def first_non_finite(named: list[tuple[str, nn.Parameter]]) -> str | None:
     Returns the name of the parameter that comes first in the backward's order (the last of the list) among those whose
     gradient has a norm that is not finite; None if all norms are finite. Synchronises with the GPU once.
     """
-    gradients = [(name, p.grad) for name, p in named if p.grad is not None]
-    if not gradients:
-        return None
-    norms = torch.stack(torch._foreach_norm([gradient for _, gradient in gradients])).float()
-    finite = torch.isfinite(norms)
-    if bool(finite.all()):
-        return None
-    return next(name for (name, _), ok in zip(reversed(gradients), reversed(finite.tolist()), strict=True) if not ok)
+    return first_not_finite([(name, p.grad) for name, p in reversed(named) if p.grad is not None], order=2)
