@@ -73,6 +73,15 @@ def refused_push(name: str, error: Exception, token: str | None) -> Exception:
                    copy="push later: the folder stays")  # fmt: skip
 
 
+def licence(name: str, pass_token: str, kind: str = "model") -> str:
+    """How to get what asks for its licence to be accepted; the arguments are those of `refusal`."""
+    place = "" if kind == "model" else "datasets/"
+    return (
+        f"{name} asks for its licence to be accepted. 1. Accept it at https://huggingface.co/{place}{name} "
+        f"2. Make a token at {TOKENS} 3. {pass_token}"
+    )
+
+
 def refusal(kind: str, name: str, error: Exception, *, pass_token: str, has_token: bool, copy: str) -> Exception:
     """The error to raise instead of `error`: PermissionError (401, 403), ValueError (404) or ConnectionError.
 
@@ -86,10 +95,7 @@ def refusal(kind: str, name: str, error: Exception, *, pass_token: str, has_toke
     """
     answer, names = status(error), {type(one).__name__ for one in chain(error)}
     if "GatedRepoError" in names:
-        return PermissionError(
-            f"{name} asks for its licence to be accepted. 1. Accept it at https://huggingface.co/"
-            f"{'' if kind == 'model' else 'datasets/'}{name} 2. Make a token at {TOKENS} 3. {pass_token}"
-        )
+        return PermissionError(licence(name, pass_token, kind))
     # without a token the hub says 401 of what is not there, and of what is private, to tell neither
     if answer == 404 or (answer in (401, None) and names & {"RepositoryNotFoundError", "DatasetNotFoundError"}):
         return ValueError(f"the hub has no {kind} {name!r}, or it is private: then {pass_token}")

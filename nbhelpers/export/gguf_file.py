@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from nbhelpers import host
+from nbhelpers.loader.gguf_source import LETTERS, REST
 from nbhelpers.models import families
 
 from .merge import Folder, Merged
@@ -27,8 +28,6 @@ QUANTIZATIONS = ("q8_0", "f16", "bf16")
 _BIASES = ("LLAMA", "QWEN2")
 _PARTIAL_ROPE = ("PHI3",)
 _PHI3_TOKENS = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
-_LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def write(
@@ -276,9 +275,9 @@ def pre_type(content: dict[str, Any], model_type: str) -> str:
         return "smollm"
     if kinds == ["Split", "ByteLevel"] and not steps[1]["use_regex"]:
         pattern = steps[0]["pattern"].get("Regex", "")
-        if pattern.endswith(_LETTERS + r"\p{N}" + _REST):
+        if pattern.endswith(LETTERS + r"\p{N}" + REST):
             return "qwen2"
-        if pattern.endswith(_LETTERS + r"\p{N}{1,3}" + _REST):
+        if pattern.endswith(LETTERS + r"\p{N}{1,3}" + REST):
             return "llama-bpe" if model_type == families.LLAMA.model_type else "dbrx"
     raise ValueError(
         f"the tokenizer cuts text into words by a rule ({' + '.join(map(str, kinds))}) that is not known to be one of "

@@ -1,7 +1,7 @@
 """From a request to the base model on its device: find it, check that it fits, stream it in, quantise, calibrate."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm.auto import tqdm
@@ -80,7 +80,7 @@ def refuse_unknown_tokens(tokenizer: "PreTrainedTokenizerBase", model: "PreTrain
     Raises ValueError for one that ordinary text could be cut into. Special ones, which Gemma 3 has for images that its
     small models do not see, are said in a line.
     """
-    rows = cast("torch.nn.Embedding", model.get_input_embeddings()).weight.shape[0]
+    rows = rows_of(model)
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     beyond = {index: token for token, index in tokenizer.get_vocab().items() if index >= rows}
     named = ", ".join(repr(token) for _, token in sorted(beyond.items())[:3])

@@ -11,8 +11,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-K = 256  # numbers in a block of the K types
-
 
 def dequantise(raw: Tensor, kind: str) -> Tensor:
     """uint8 [n, W] of the type `kind` (a name of ggml's) -> fp32 [n, B]."""

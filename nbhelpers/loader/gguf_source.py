@@ -29,8 +29,8 @@ FACTORS = "rope_freqs.weight"  # what Llama 3's rope divides each frequency by
 # token whole, whatever the merges say, and begin a text with the begin token unless the file says otherwise.
 _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
-_LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
@@ -295,6 +295,6 @@ def _cut_into_words(backend: "Tokenizer", kind: str, rule: str, phi3: bool) -> N
         first = pre_tokenizers.Split(Regex(_TEKKEN), "isolated")
     elif rule != "gpt-2":
         digits = r"\p{N}" if "qwen" in rule else r"\p{N}{1,3}"
-        first = pre_tokenizers.Split(Regex(_CONTRACTIONS + _LETTERS + digits + _REST), "isolated")
+        first = pre_tokenizers.Split(Regex(_CONTRACTIONS + LETTERS + digits + REST), "isolated")
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule in ("gpt-2", "smollm"))
     backend.pre_tokenizer = words if first is None else pre_tokenizers.Sequence([first, words])

@@ -166,15 +166,8 @@ def login(preset: Preset) -> None:
             os.environ["HF_TOKEN"] = token.strip()  # where huggingface_hub looks
             print(f"{preset.hub_id} is gated: your token comes from {place}")
             return
-    print(f"no token found. {_access(preset.hub_id)}")
-
-
-def _access(name: str) -> str:
-    return (
-        f"{name} asks for its licence to be accepted. 1. Accept it at https://huggingface.co/{name} "
-        "2. Make a token at https://huggingface.co/settings/tokens "
-        '3. loader.load(preset, token="hf_..."), or set HF_TOKEN (on Colab and Kaggle: a secret of that name)'
-    )
+    pass_token = 'loader.load(preset, token="hf_..."), or set HF_TOKEN (on Colab and Kaggle: a secret of that name)'
+    print(f"no token found. {hub_words.licence(preset.hub_id, pass_token)}")
 
 
 def _tokens() -> Iterator[tuple[str, str | None]]:

@@ -88,6 +88,11 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     why = why_not_saved(model)
     if why is not None:
         raise ValueError(why)
+    write_adapter(model, folder)
+
+
+def write_adapter(model: "PeftModel", folder: str | Path) -> None:
+    """`save_adapter` of a model for which `why_not_saved`, which gathers all of its tensors, was found to be None."""
     base, folder, (name,) = base_of(model), Path(folder), model.active_adapters
     assert base is not None  # for the type checker
     # save_embedding_layers="auto" would ask the hub whether the vocabulary grew

@@ -24,6 +24,10 @@ _RANDOM = ("monteclora_config", "velora_config")  # another forward, or backward
 _STARTS_FROM_DATA = ("corda", "lora_ga", "loftq")
 
 
+def _kind(config: "PeftConfig") -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
 def adapters(model: "nn.Module") -> "dict[str, PeftConfig]":
     """{name: config} of the adapters on `model`; empty without one."""
     from peft import PeftModel
@@ -34,7 +38,7 @@ def adapters(model: "nn.Module") -> "dict[str, PeftConfig]":
 def why_not(model: "nn.Module", for_: Literal["training", "generation"]) -> str | None:
     """The reason why a walk would compute another model than peft does, or None; `for_` as in `families.why_not`."""
     for name, config in adapters(model).items():
-        kind, fields = str(getattr(config.peft_type, "value", config.peft_type)), vars(config)
+        kind, fields = _kind(config), vars(config)
         if kind not in LINEAR:
             return f"its adapter {name!r} is {kind}, which changes more than linear layers, token by token"
         for field in _WHOLE_TEXT:
@@ -54,7 +58,7 @@ def why_not_rebuilt(config: "PeftConfig") -> str | None:
     Some ways to start a LoRA take a part out of the base's weights, and peft does so again on loading: the same part
     with "pissa" and "olora", another one where it depends on chance or on data.
     """
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    kind = _kind(config)
     if config.is_prompt_learning:
         return f"the adapter is {kind}, which peft loads to be used but not to be trained"
     start = vars(config).get("init_lora_weights")

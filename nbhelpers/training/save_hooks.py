@@ -57,7 +57,7 @@ class SaveHooks(Hooks):
         why = adapter.why_not_saved(adapter.peft_model(model)) if loras else None
         if loras and state_dict is None and why is None:
             if self.args.should_save:
-                adapter.save_adapter(model, folder)
+                adapter.write_adapter(adapter.peft_model(model), folder)
                 self.processing_class.save_pretrained(folder)
             return
         if why is not None and adapter.base_of(model) is not None and self._staging is None:
