@@ -42,6 +42,11 @@ def group_advantages(rewards: torch.Tensor, num_generations: int, scale: bool = 
     return advantages.view(-1)
 
 
+def total_rewards(rewards: torch.Tensor) -> torch.Tensor:
+    """float [B, functions] -> [B]: the sum of the functions that applied; NaN in a row where none did."""
+    return rewards.nansum(1).masked_fill(rewards.isnan().all(1), torch.nan)
+
+
 def silent_groups(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
     """Which groups teach nothing, because all of their rewards are equal.
 

@@ -179,7 +179,7 @@ def check_signal(
     """
     import torch
 
-    from nbhelpers.grpo import silent_groups
+    from nbhelpers.grpo import silent_groups, total_rewards
 
     if num_generations < 2:
         raise ValueError(f"num_generations={num_generations}: answers are compared, so it takes at least 2")
@@ -194,5 +194,5 @@ def check_signal(
     given = torch.tensor(
         [[torch.nan if score is None else score for score in call(func, asked, texts, lengths)] for func in funcs]
     )
-    totals = given.nansum(0).masked_fill(given.isnan().all(0), torch.nan)  # in fp32, as TRL adds them
+    totals = total_rewards(given.T)  # in fp32, as TRL adds them
     return Signal(rows, totals.view(len(rows), -1).tolist(), silent_groups(totals, num_generations).tolist())

@@ -148,10 +148,9 @@ class View:
 
     def _said(self, get: Callable[[dict], Any], text: Callable[[Any], str] = number) -> str:
         """A number of the newest step; after the end "start → end"."""
-        values = [get(row) for row in self.history]
         if self.ended is None:
-            return text(values[-1])
-        start, end = (text(value) for value in history.ends(values))
+            return text(get(self.history[-1]))
+        start, end = (text(value) for value in history.ends([get(row) for row in self.history]))
         return end if start == end else f"{start} → {end}"
 
     def _shares(self, row: dict) -> list[tuple[str, str]]:

@@ -58,21 +58,21 @@ def why(logs: Sequence[Log], samples: Sequence[Sample] = (), steps: int = STEPS)
         steps (`int`): Of a window.
     """
     logs = [log for log in logs if isinstance(log.get("reward"), (int, float)) and math.isfinite(log["reward"])]
-    newest = logs[-steps:]
+    newest, rewards = logs[-steps:], [log["reward"] for log in logs]
+    span = max(rewards, default=0.0) - min(rewards, default=0.0)
     for start in range(0, len(logs) - 2 * steps + 1, steps):
-        found = _since(logs[start : start + steps], newest, logs, samples)
+        found = _since(logs[start : start + steps], newest, span, samples)
         if found is not None:
             return found
     return None
 
 
-def _since(first: Sequence[Log], newest: Sequence[Log], logs: Sequence[Log], samples: Sequence[Sample]) -> str | None:
-    """`why`, against one earlier window."""
-    rewards = [log["reward"] for log in logs]
-    span, rise = max(rewards) - min(rewards), _mean("reward", newest) - _mean("reward", first)
+def _since(first: Sequence[Log], newest: Sequence[Log], span: float, samples: Sequence[Sample]) -> str | None:
+    """`why`, against one earlier window; `span` is what the rewards of the whole run lie between."""
+    rise = _mean("reward", newest) - _mean("reward", first)
     if rise < max(0.02, RISEN * span):
         return None
-    measured = all("right" in log for log in (*first, *newest))
+    measured = _known("right", first, newest)
     before, now = (_mean("right", window) if measured else 0.0 for window in (first, newest))
     if now - before > GAINED or (now > MOST and now - before > -LOST):
         return None

@@ -154,6 +154,11 @@ def _as_it_was() -> Iterator[None]:
         torch.set_grad_enabled(enabled)
 
 
+def is_async(inner: Any) -> bool:
+    """Whether a call of what `named` finds gives a coroutine."""
+    return inspect.iscoroutinefunction(inner if inspect.isroutine(inner) else inner.__call__)
+
+
 class _Guard:
     """What one guarded function did so far."""
 
@@ -164,8 +169,7 @@ class _Guard:
         self.spent = 0.0  # seconds in this function so far
         self.memory = MemoryWatch()
         self.name, self.inner = named(func)
-        called = self.inner if inspect.isroutine(self.inner) else self.inner.__call__
-        self.is_async = inspect.iscoroutinefunction(called)
+        self.is_async = is_async(self.inner)
         self.failures = 0  # failed batches in a row
         self.warned = False  # about a value that is no number
         self.scored = False  # whether the newest batch had any score

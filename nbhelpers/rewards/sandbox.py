@@ -26,7 +26,7 @@ from typing import Any
 
 from nbhelpers import host
 
-from .guard import named
+from .guard import is_async, named
 from .reward import Reward
 
 ANSWER = 65536  # bytes that a process may send back
@@ -91,12 +91,10 @@ def sandboxed(
     >>> reward(completions=["answer = 6 * 7", "while True: pass"])  # doctest: +SKIP
     [1.0, 0.0]
     """
-    import inspect
-
     name, inner = named(reward)
     if not hasattr(os, "fork"):
         raise host.CannotRun("rewards.sandboxed needs Linux or macOS: Windows cannot fork a process")
-    if inspect.iscoroutinefunction(inner):
+    if is_async(inner):
         raise ValueError(f"reward function {name!r} is async: make it a plain function, each call has its own process")
     for limit, value in (("seconds", seconds), ("memory_gb", memory_gb), ("file_mb", file_mb)):
         if not 0 < value < math.inf:

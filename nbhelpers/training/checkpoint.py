@@ -66,7 +66,7 @@ def publish(staged: Path, final: Path, run: dict[str, Any], step: int, start: in
         "run": run,
         "files": listed,
     }
-    manifest["hash"] = _hash(manifest)
+    manifest["hash"] = hash_of(manifest)
     (staged / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     files.sync(staged / MANIFEST)
     files.sync(staged)
@@ -109,11 +109,11 @@ def newest(root: str | Path) -> Path | None:
     found = []
     # A complete one in the staging folder: the process was killed between its manifest and its rename.
     for folder in (*root.glob("checkpoint-*"), *root.glob(f"{STAGING}/checkpoint-*")):
-        when = _order(folder)
-        if when is None:
+        manifest = _manifest(folder)
+        if manifest is None:
             print(f"{folder} is skipped: {problem(folder)}.")
         else:
-            found.append((when, folder))
+            found.append((_order(manifest), folder))
     for _, folder in sorted(found, reverse=True):
         why = problem(folder)
         if why is None:
@@ -124,13 +124,12 @@ def newest(root: str | Path) -> Path | None:
 
 def next_start(root: Path) -> int:
     """The number of a run that starts afresh in `root`: 0 in an empty folder, else one more than any there."""
-    return max((when[0] + 1 for folder in root.glob("checkpoint-*") if (when := _order(folder)) is not None), default=0)
+    return max((manifest["start"] + 1 for manifest in _known(root).values()), default=0)
 
 
 def others(root: Path, run: dict[str, Any]) -> list[Path]:
     """The checkpoints below `root` that are of another run than `run` (from `identity.describe`)."""
-    known = [folder for folder in sorted(root.glob("checkpoint-*")) if _order(folder) is not None]
-    return [folder for folder in known if not same_run(read(folder)["run"], run)]
+    return sorted(folder for folder, manifest in _known(root).items() if not same_run(manifest["run"], run))
 
 
 def rotate(root: Path, limit: int | None, best: str | None = None, run: dict[str, Any] | None = None) -> None:
@@ -142,9 +141,7 @@ def rotate(root: Path, limit: int | None, best: str | None = None, run: dict[str
         best (`str`, *optional*): The folder of one that is kept in any case.
         run (`dict`, *optional*): From `identity.describe`: whose checkpoints; all if not given.
     """
-    spared = others(root, run) if run is not None else []
-    order = {folder: when for folder in root.glob("checkpoint-*") if (when := _order(folder)) is not None}
-    ours = sorted((folder for folder in order if folder not in spared), key=lambda folder: order[folder])
+    ours = [folder for folder, manifest in _known(root).items() if run is None or same_run(manifest["run"], run)]
     for folder in ours[: max(0, len(ours) - limit)] if limit and limit > 0 else []:
         if best is None or folder.resolve() != Path(best).resolve():
             files.remove(folder, _aside(folder))
@@ -161,22 +158,32 @@ def read(folder: Path) -> dict[str, Any]:
     if its_format == 1:
         raise ValueError("it was written by nbhelpers 0.1: go on with that version, or start afresh")
     manifest["format"] = its_format
-    if its_hash != _hash(manifest):
+    if its_hash != hash_of(manifest):
         raise ValueError(f"its {MANIFEST} is damaged (its SHA-256 differs)")
     return manifest
 
 
-def _order(folder: Path) -> tuple[int, int] | None:
-    """(start, step) of a checkpoint; None if no manifest says so."""
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """`read`; None if it cannot be read."""
     try:
-        manifest = read(folder)
+        return read(folder)
     except (OSError, ValueError):
         return None
+
+
+def _order(manifest: dict[str, Any]) -> tuple[int, int]:
     return manifest["start"], manifest["step"]
 
 
+def _known(root: Path) -> dict[Path, dict[str, Any]]:
+    """The checkpoints below `root` whose manifest can be read, and what it says; the oldest first."""
+    found = [(folder, manifest) for folder in root.glob("checkpoint-*") if (manifest := _manifest(folder)) is not None]
+    return dict(sorted(found, key=lambda one: _order(one[1])))
+
+
 def _put(staged: Path, final: Path) -> Path:
-    if _order(final) is not None and not same_run(read(final)["run"], read(staged)["run"]):
+    there = _manifest(final)
+    if there is not None and not same_run(there["run"], read(staged)["run"]):
         kept = next(name for i in itertools.count(1) if not (name := Path(f"{final}-earlier-{i}")).exists())
         final.rename(kept)
         print(f"{final} of another run is kept as {kept.name}.")
@@ -195,8 +202,9 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def hash_of(value: Any) -> str:
+    """SHA-256 of a value as JSON; what JSON has no word for counts by its text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------ where exactly

@@ -248,4 +248,4 @@ def _assigned(code: CodeType) -> set[str]:
 
 
 def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return checkpoint.hash_of(value)[:16]

@@ -43,7 +43,6 @@ def why_not(trainer: Hooks) -> str | None:
     args = trainer.args
     optim = str(args.optim).rpartition(".")[2].lower()  # an enum: "OptimizerNames.LOMO"
     asked = {
-        f"loss_type={args.loss_type!r}": args.loss_type not in losses.LOSS_TYPES,
         "torch_compile": trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
         "cast_lm_head_to_fp32": args.cast_lm_head_to_fp32,
         "neftune_noise_alpha": bool(args.neftune_noise_alpha),  # its noise depends on the length of padded rows

@@ -14,6 +14,8 @@ import trl
 
 from nbhelpers import hub_words
 
+from . import losses
+
 LARGEST = 1e6  # of a reward's weight: float32 must hold the square of what it multiplies
 
 
@@ -74,7 +76,6 @@ def one_of(name: str, names: Sequence[str]) -> Setting:
 _finite = number(-math.inf, math.inf, above=True, below=True)
 _POSITIVE, _NOT_NEGATIVE = "a finite number above 0", "a finite number, 0 or more"
 _COUNT, _SHARE = "a whole number, 1 or more", "a number from 0 to 1"
-_LOSSES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 _MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 _LEVELS, _SUMS = ("token", "sequence"), ("sum_then_normalize", "normalize_then_sum")
 _positive, _not_negative = number(0, math.inf, above=True, below=True), number(0, math.inf, below=True)
@@ -105,7 +106,7 @@ SETTINGS = (
     Setting("adam_epsilon", _positive, _POSITIVE, "At 0 Adam divides 0 by 0."),
     Setting("warmup_steps", _not_negative, _NOT_NEGATIVE, "Steps, or below 1 a share of the run."),
     # the loss
-    one_of("loss_type", _LOSSES),
+    one_of("loss_type", losses.LOSS_TYPES),
     Setting("beta", _not_negative, _NOT_NEGATIVE, "Below 0 the model would be paid for leaving its reference."),
     Setting("epsilon", number(0), "a number, 0 or more", "The probability ratio is kept within 1 - epsilon and 1 + "
             "epsilon_high; 0.2 is usual."),

@@ -12,8 +12,6 @@ The hooks of TRL's GRPOTrainer, all private, and what is done there:
     _log_metric, _log_completion_extra  TRL's own way for numbers of a batch and of its rows
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
@@ -23,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbhelpers.grpo import silent_groups
+from nbhelpers.grpo import silent_groups, total_rewards
 from nbhelpers.panel.gaming import alikeness
 from nbhelpers.rewards import Tags, in_form, right, text_of
 
@@ -73,7 +71,7 @@ class Difficulty:
 
     @staticmethod
     def key(prompt: Any) -> str:
-        return hashlib.sha256(json.dumps(prompt, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return checkpoint.hash_of(prompt)[:16]
 
     def note(self, prompts: list[Any], silent: list[bool]) -> None:
         self.silent.update(zip(map(self.key, prompts), silent, strict=True))
@@ -106,8 +104,7 @@ class SignalHooks(Hooks):
         self, inputs: Inputs, prompts: list[Any], completions: list[Any], completion_ids_list: list[list[int]]
     ) -> Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
-        self._totals = weighted.masked_fill(rewards.isnan().all(1), torch.nan)
+        self._totals = total_rewards(rewards * self.reward_weights.to(rewards.device))
         texts = [text_of(completion) for completion in completions]
         self._log_metric("alike", alikeness(texts, self.num_generations))
         if inputs and isinstance(inputs[0].get("answer"), (str, int, float)):

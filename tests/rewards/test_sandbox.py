@@ -111,8 +111,14 @@ def test_what_it_cannot_do_is_refused():
         await asyncio.sleep(0)
         return [0.0]
 
+    class Later:
+        async def __call__(self, completions, **_):
+            return await later(completions)
+
     with pytest.raises(ValueError, match="'later' is async"):
         sandboxed(later)
+    with pytest.raises(ValueError, match="'Later' is async"):
+        sandboxed(Later())
     for limit in ("seconds", "memory_gb", "file_mb"):
         with pytest.raises(ValueError, match=limit):
             sandboxed(runs, **{limit: 0})
