@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -43,6 +44,11 @@ class Row:
         self.held += fault is None
         self.lost += [] if fault is None else [f"{what}: {fault}"]
         print(f"{self.name}: {what}: {fault or 'held'}", flush=True)
+
+
+def last_line(text: str) -> str:
+    """The last line that was printed, cut."""
+    return (text.strip().splitlines() or [""])[-1][:200]
 
 
 class Bench:
@@ -91,7 +97,7 @@ class Bench:
         ended = self.run(folder)
         result = self.result(ended)
         if result is None:
-            return f"it did not go on: {ended[1].strip().splitlines()[-1][:200]}"
+            return f"it did not go on: {last_line(ended[1])}"
         differ = [key for key in result if result[key] != self.whole[key]]
         return f"other {', '.join(differ)}" if differ else None
 
@@ -99,22 +105,38 @@ class Bench:
 # ------------------------------------------------------------------------------------------------- the rows
 
 
-def kills(bench: Bench, count: int) -> Row:
-    """Only kills that fired count: one that came after the end of the run is drawn again."""
-    row = Row("killed (SIGKILL) in rollout, loss, update, save, evaluation; each kill fired")
+def _ended_by(
+    bench: Bench, row: Row, count: int, numbers: Sequence[int], first: int, most: float,
+    judge: Callable[[int, str], tuple[bool, str | None]],
+) -> Row:  # fmt: skip
+    """Runs that a signal ends, from the `first` call of a phase on and at most a share of `most` into it. Only those
+    count in which it fired: one that came after the end of the run is drawn again.
+
+    `judge`: of the exit code and what was printed, whether it fired, and what was wrong with the end; None: nothing.
+    """
     late = 0
     while row.tried < count:
-        phase = list(PHASES)[row.tried % len(PHASES)]
-        call, share = bench.random.randint(1, PHASES[phase][1]), bench.random.random()
+        phase, number = list(PHASES)[row.tried % len(PHASES)], numbers[row.tried % len(numbers)]
+        call, share = bench.random.randint(first, PHASES[phase][1]), most * bench.random.random()
         folder = bench.fresh()
-        code, text = bench.run(folder, phase, call, share)
-        if code != -signal.SIGKILL and bench.result((code, text)) and late < count:
+        ended = bench.run(folder, phase, call, share, number)
+        fired, fault = judge(*ended)
+        if not fired and bench.result(ended) and late < count:
             late += 1
         else:
-            fault = None if code == -signal.SIGKILL else f"it ended with {code}"
-            row.count(f"{phase} {call}, {share:.0%} into it", fault or bench.goes_on(folder))
+            what = f"{signal.Signals(number).name} in {phase} {call}, {share:.0%} into it"
+            row.count(what, fault or bench.goes_on(folder))
         shutil.rmtree(folder, ignore_errors=True)
     return row
+
+
+def kills(bench: Bench, count: int) -> Row:
+    def judge(code: int, text: str) -> tuple[bool, str | None]:
+        fired = code == -signal.SIGKILL
+        return fired, None if fired else f"it ended with {code}"
+
+    row = Row("killed (SIGKILL) in rollout, loss, update, save, evaluation; each kill fired")
+    return _ended_by(bench, row, count, (signal.SIGKILL,), 1, 1.0, judge)
 
 
 def chains(bench: Bench, count: int) -> Row:
@@ -130,25 +152,14 @@ def chains(bench: Bench, count: int) -> Row:
 
 
 def signals(bench: Bench, count: int) -> Row:
-    """As in `kills`, one that came after the end of the run is drawn again."""
+    def judge(code: int, text: str) -> tuple[bool, str | None]:
+        if code != 0 or "Stopped by" not in text:
+            return False, f"it ended with {code}: {last_line(text)}"
+        told = "after step" in text or "before the " in text
+        return True, None if told else "it does not say what is kept"
+
     row = Row("SIGINT, SIGTERM, SIGHUP: what was learned is saved, and it goes on")
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    late = 0
-    while row.tried < count:
-        phase, number = list(PHASES)[row.tried % len(PHASES)], numbers[row.tried % 3]
-        call, share = bench.random.randint(2, PHASES[phase][1]), bench.random.random() / 2
-        folder = bench.fresh()
-        code, text = bench.run(folder, phase, call, share, number)
-        stopped = code == 0 and "Stopped by" in text
-        if not stopped and bench.result((code, text)) and late < count:
-            late += 1
-        else:
-            fault = None if stopped else f"it ended with {code}: {text.strip().splitlines()[-1][:200]}"
-            if stopped and "after step" not in text and "before the " not in text:
-                fault = "it does not say what is kept"
-            row.count(f"{number.name} in {phase} {call}", fault or bench.goes_on(folder))
-        shutil.rmtree(folder, ignore_errors=True)
-    return row
+    return _ended_by(bench, row, count, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), 2, 0.5, judge)
 
 
 def twins(bench: Bench, count: int) -> Row:
@@ -199,7 +210,7 @@ def disks(bench: Bench) -> Row:
 
 def _same(bench: Bench, ended: tuple[int, str]) -> str | None:
     result = bench.result(ended)
-    return None if result == bench.whole else f"it ended with {ended[1].strip().splitlines()[-1][:200]}"
+    return None if result == bench.whole else f"it ended with {last_line(ended[1])}"
 
 
 def flips(bench: Bench, count: int) -> Row:
@@ -250,7 +261,7 @@ def long_run(bench: Bench, steps: int) -> Row:
     out = subprocess.run(command, capture_output=True, text=True, timeout=7200)
     lines = [line for line in out.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
-        row.count("run", f"it ended: {(out.stdout + out.stderr).strip().splitlines()[-1][:200]}")
+        row.count("run", f"it ended: {last_line(out.stdout + out.stderr)}")
         return row
     early, late = json.loads(lines[-1].removeprefix("RESULT "))
     grown = (late["rss"] - early["rss"]) / 1e6

@@ -9,8 +9,22 @@ from export_cases import rounded, trained
 from gguf_cases import write_base
 from transformers import AutoTokenizer
 
-from nbhelpers import export
+from nbhelpers import export, presets
+from nbhelpers.models import smoke
 from nbhelpers.presets import WORKSHOP
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Presets are small random models."""
+    monkeypatch.setenv("NBHELPERS_SMOKE", "1")
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def folder(small, tmp_path):
+    """A Qwen2 of its own on disk, which a test may damage."""
+    return smoke.write(presets.get("qwen2.5-1.5b").architecture, tmp_path / "model", seed=1)
 
 
 @pytest.fixture(scope="session")

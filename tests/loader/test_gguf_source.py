@@ -58,7 +58,7 @@ def splitting(regex: str):
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|" + gguf_file._LETTERS + r"\p{N}" + gguf_file._REST
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|" + gguf_file.LETTERS + r"\p{N}" + gguf_file.REST
 THREES = WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 DIGITS = pre_tokenizers.Sequence(
     [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]

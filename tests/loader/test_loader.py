@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from loader_cases import load
 from safetensors.torch import load_file, save_file
 
 from nbhelpers import loader, presets
@@ -16,15 +17,7 @@ ARCHITECTURES = ("qwen2.5-1.5b", "llama-3.1-8b", "mistral-7b", "phi-4")
 TOKENS = torch.randint(3, 259, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setenv("NBHELPERS_SMOKE", "1")
-    torch.set_num_threads(1)
-
-
-def load(what, quantization="nf4", **more):
-    model, _ = loader.load(what, quantization=quantization, progress=False, **more)
-    return model
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def logits(model):
@@ -47,12 +40,6 @@ def train_step(model):
 
 def stand_in(preset):
     return smoke.make(preset.name, preset.architecture)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A Qwen2 of its own on disk, which a test may damage."""
-    return smoke.write(presets.get("qwen2.5-1.5b").architecture, tmp_path / "model", seed=1)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "dynamic", "none"])

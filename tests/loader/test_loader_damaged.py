@@ -8,16 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from nbhelpers import loader, presets
+from nbhelpers import loader
 from nbhelpers.loader.shards import Shards
 from nbhelpers.models import chat, smoke, template_check
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A Qwen2 of its own on disk, which a test may damage."""
-    monkeypatch.setenv("NBHELPERS_SMOKE", "1")
-    return smoke.write(presets.get("qwen2.5-1.5b").architecture, tmp_path / "model", seed=1)
 
 
 def load(what, quantization="none", **more):

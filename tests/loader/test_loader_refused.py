@@ -4,30 +4,15 @@ import json
 
 import pytest
 import torch
+from loader_cases import load
 from safetensors.torch import load_file, save_file
 
 from nbhelpers import gpu, loader, presets
 from nbhelpers.gpu import Card
 from nbhelpers.host import CannotRun
 from nbhelpers.loader import base_model, hub
-from nbhelpers.models import smoke
 
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setenv("NBHELPERS_SMOKE", "1")
-    torch.set_num_threads(1)
-
-
-def load(what, quantization="nf4", **more):
-    model, _ = loader.load(what, quantization=quantization, progress=False, **more)
-    return model
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A Qwen2 of its own on disk, which a test may damage."""
-    return smoke.write(presets.get("qwen2.5-1.5b").architecture, tmp_path / "model", seed=1)
+pytestmark = pytest.mark.usefixtures("small")
 
 
 @pytest.mark.parametrize(
