@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -97,6 +97,14 @@ def join(
     folder.mkdir(parents=True, exist_ok=True)
     joined = {**document, "rows": summed_up(list(rows.values()))}
     (folder / f"{name}.json").write_text(json.dumps(joined, indent=1) + "\n")
+
+
+def code_cells(notebook: Path) -> Iterator[tuple[set[str], str]]:
+    """Tags and source of each code cell of a notebook, but for the one that installs."""
+    for cell in json.loads(notebook.read_text())["cells"]:
+        tags = set(cell["metadata"].get("tags", ()))
+        if cell["cell_type"] == "code" and "install" not in tags:
+            yield tags, "".join(cell["source"])
 
 
 def table(rows: list[Row]) -> str:

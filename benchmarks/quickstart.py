@@ -48,10 +48,8 @@ def count_generated() -> list[int]:
 def script(parameters: str, folder: str) -> str:
     """The notebook's code, but for its install cell, with other parameters and results in `folder`."""
     parts = []
-    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
-        tags = cell["metadata"].get("tags", ())
-        if cell["cell_type"] == "code" and "install" not in tags:
-            parts.append("".join(cell["source"]))
+    for tags, source in common.code_cells(NOTEBOOK):
+        parts.append(source)
         if "parameters" in tags:
             parts.append(f"import torch\n\n{parameters}\nOUT = {folder!r}\ntorch.manual_seed(SEED)  # a LoRA is drawn")
     return "\n\n".join(parts)

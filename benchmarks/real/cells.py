@@ -52,11 +52,8 @@ def notebook(job: dict[str, Any]) -> str:
     """The script of one run."""
     parts = [f"import json\nJOB = json.loads({json.dumps(json.dumps(job))})", CARD]
     seen = set()
-    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
-        tags = set(cell["metadata"].get("tags", ()))
-        if cell["cell_type"] != "code" or "install" in tags:
-            continue
-        parts.append("".join(cell["source"]))
+    for tags, source in common.code_cells(NOTEBOOK):
+        parts.append(source)
         for tag in tags & BEHIND.keys():
             seen.add(tag)
             parts.append(BEHIND[tag])
@@ -67,8 +64,7 @@ def notebook(job: dict[str, Any]) -> str:
 
 def rewards() -> str:
     """The notebook's own cell with its reward functions, `correct` and `in_form`."""
-    sources = ["".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text())["cells"]]
-    return next(source for source in sources if source.startswith("def correct("))
+    return next(source for _, source in common.code_cells(NOTEBOOK) if source.startswith("def correct("))
 
 
 def prompts(job: dict[str, Any]) -> str:
