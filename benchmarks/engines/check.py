@@ -69,6 +69,7 @@ def run(device: torch.device, dtypes: list[torch.dtype], quick: bool, line: Call
     if device.type == "cuda":
         for dtype in dtypes:
             say(f"{dtype} NF4 weights in a decoding step", *same_weights(device, dtype))
+            say(f"{dtype} 16-bit weights in a decoding step", *plain_weights(device, dtype))
     for name in ("qwen2.5-1.5b", "qwen3-0.6b", "llama-3.1-8b", "phi-4"):
         real = presets.get(name).architecture
         shape = harness.small(real) if quick else replace(real, num_hidden_layers=4)
@@ -106,6 +107,41 @@ def same_weights(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
                 if not torch.equal(y.sum(0), wanted[:, first : first + rows].t().float()):
                     return False, f"nested={nested}, {rows} rows, {ampere=}: other weights from {first} on"
     return True, "bit for bit those of nf4.py"
+
+
+def plain_weights(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """A group of layers in 16 bits, and one of which some are NF4, by the few-row products and by torch."""
+    from bitsandbytes.functional import quantize_4bit
+
+    from nbhelpers.kernels import Projection
+
+    generator, worst = torch.Generator(device).manual_seed(0), 0.0
+
+    def make(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device) * shape[-1] ** -0.5
+
+    def part(out: int, rank: int, packed: bool = False) -> Projection:
+        weight, state = make(out, 1536).to(dtype), None
+        if packed:
+            weight, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        lora = {"lora_a": make(rank, 1536), "lora_b": make(out, rank), "scale": 2.0} if rank else {}
+        return Projection(weight, state, make(out).to(dtype), **lora)
+
+    def exact(x: Tensor, part: Projection) -> Tensor:
+        weight = part.weight
+        if part.quant_state is not None:
+            weight = kernels.reference.dequantize_nf4(weight, part.quant_state, dtype)
+        y = x.float() @ weight.float().t() + part.bias.float()
+        return y if part.lora_a is None else y + part.scale * (x.float() @ part.lora_a.t()) @ part.lora_b.t()
+
+    mixed = (part(200, 16, packed=True), part(72, 0), part(8, 9, packed=True))
+    for parts in ((part(1000, 32), part(64, 8), part(24, 0)), (part(1536, 128),), mixed):
+        for rows in (1, 16, 33, 64, 128, 200):
+            x = make(rows, 1, 1536).to(dtype)
+            for part_, y in zip(parts, kernels.decode_linear(x, parts), strict=True):
+                wanted = exact(x, part_)
+                worst = max(worst, ((y.float() - wanted).norm() / wanted.norm()).item())
+    return worst < (1e-2 if dtype == torch.bfloat16 else 2e-3), f"relative error {worst:.5f}"
 
 
 def one_model(label: str, shape: Architecture, device: torch.device, dtype: torch.dtype, say: Say, tokens: int) -> None:

@@ -69,7 +69,7 @@ CASES = [
 @pytest.fixture(params=[False, True], ids=["sums", "dot"])
 def dot(request, monkeypatch):
     """With tl.dot, as from Ampere on, or without."""
-    for name in ("decode_attention", "decode_linear", "nf4_few_rows"):
+    for name in ("decode_attention", "decode_linear", "nf4_few_rows", "plain_few_rows"):
         module = import_module(f"nbhelpers.kernels.triton.{name}")  # the package has functions of the first two names
         monkeypatch.setattr(module, "tensor_cores", lambda device: request.param)
     return request.param
@@ -148,15 +148,23 @@ class TestLinear:
 
     @pytest.mark.parametrize("rows", [1, 19])
     @pytest.mark.parametrize("rank, width, outs", [(4, 40, (50,)), (3, 300, (130, 20)), (16, 520, (200, 24, 24))])
-    @pytest.mark.parametrize("nf4", [None, "dequantised", "fused"])
-    def test_equals_torch(self, rows, rank, width, outs, nf4, dot, monkeypatch):
-        if nf4:
+    @pytest.mark.parametrize("kind", ["plain", "plain fused", "nf4", "nf4 fused", "mixed"])
+    def test_equals_torch(self, rows, rank, width, outs, kind, dot, monkeypatch):
+        if kind != "plain":
             width, outs = 64 * (width // 64 + 1), tuple(out + out % 2 for out in outs)
-        if nf4 == "fused":
-            module = import_module("nbhelpers.kernels.triton.nf4_few_rows")
-            monkeypatch.setattr(module, "serves", module.fits)
-            monkeypatch.setattr(module, "splits_for", lambda *_: 2)
-        parts, x = projections(rank, width, outs, nf4=bool(nf4)), torch.randn(rows, 1, width)
+        nf4, dense = (import_module(f"nbhelpers.kernels.triton.{name}_few_rows") for name in ("nf4", "plain"))
+        if kind in ("plain fused", "nf4 fused", "mixed"):  # as with 16-bit x on a card
+            monkeypatch.setattr(nf4, "serves", nf4.fits)
+            monkeypatch.setattr(dense, "suits", lambda x: True)
+            monkeypatch.setattr(dense, "serves", dense.fits)
+            monkeypatch.setattr(dense, "tile", lambda rows: dense.Tile(16, 32, 64, 1, 4, 1))  # several blocks of rows
+            for module in (nf4, dense):
+                monkeypatch.setattr(module, "splits_for", lambda *_: 2)
+            monkeypatch.delattr(import_module("nbhelpers.kernels.triton.decode_linear"), "project")
+        parts, x = projections(rank, width, outs, nf4="nf4" in kind), torch.randn(rows, 1, width)
+        if kind == "mixed":  # the plain one, without a LoRA, is not the last
+            parts = (*parts[:1], *projections(rank, width, outs, nf4=True))
+            parts = (parts[1], parts[0]._replace(lora_a=None, lora_b=None), *parts[2:3])
         with kernels.use("triton"):
             got = kernels.decode_linear(x, parts)
         for ours, wanted in zip(got, kernels.decode_linear(x, parts), strict=True):

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import Projection
-from . import nf4_few_rows
+from . import nf4_few_rows, plain_few_rows
 from .common import begin, early, pad_to_three, tensor_cores, wait
 from .lora_linear import project, without_lora
 from .lora_mlp import SHRINK_FP16
@@ -165,6 +165,8 @@ def _rank(part: Projection) -> int:
 
 def _thin_product(x: Tensor, parts: Sequence[Projection]) -> Tensor:
     """t, fp32 [splits, N, sum of r]; without elements if no part has a LoRA."""
+    if plain_few_rows.suits(x) and any(map(_rank, parts)):
+        return plain_few_rows.few_rows_product(x, (), [part.lora_a for part in parts])[1]
     ranks = [_rank(part) for part in parts]
     rows, width = x.shape
     splits = triton.cdiv(width, SPLIT)
@@ -182,10 +184,24 @@ def _thin_product(x: Tensor, parts: Sequence[Projection]) -> Tensor:
 
 def _products(x: Tensor, parts: Sequence[Projection]) -> tuple[Sequence[Tensor], Tensor]:
     """y, x W_i^T of every part [splits, N, out_i], all with one stride between splits; and t of `_thin_product`."""
+    outs = [part.out_features for part in parts]
+    loras = [part.lora_a for part in parts]
     if nf4_few_rows.serves(x, parts):
         product, t = nf4_few_rows.few_rows_product(x, parts)
-        t = _thin_product(x, parts) if t is None else t
-        return product.split([part.out_features for part in parts], dim=2), t
+        return product.split(outs, dim=2), _thin_product(x, parts) if t is None else t
+    if plain_few_rows.serves(x, parts):
+        product, t = plain_few_rows.few_rows_product(x, [part.weight for part in parts], loras)
+        return product.split(outs, dim=2), t
+    packed = [part for part in parts if part.quant_state is not None]
+    plain = [part for part in parts if part.quant_state is None]
+    if packed and plain and nf4_few_rows.serves(x, packed) and plain_few_rows.serves(x, plain):
+        # a group of which some are in 16 bits, as "dynamic" 4-bit checkpoints have them: two launches into one tensor
+        product, _ = nf4_few_rows.few_rows_product(x, packed, sum(part.out_features for part in plain))
+        rest = product[:, :, sum(part.out_features for part in packed) :]
+        t = plain_few_rows.few_rows_product(x, [part.weight for part in plain], loras, rest)[1]
+        order = [*packed, *plain]
+        columns = dict(zip(map(id, order), product.split([part.out_features for part in order], dim=2), strict=True))
+        return [columns[id(part)] for part in parts], t
     y = [project(x, [part._replace(bias=None)])[None] for part in without_lora(parts)]
     return y, _thin_product(x, parts)
 

@@ -192,7 +192,7 @@ def _few_rows(
     outer0_ptr, outer1_ptr, outer2_ptr,  # of the nested absmax, fp32 [blocks / NESTED_BLOCK]
     offset0_ptr, offset1_ptr, offset2_ptr,  # likewise, fp32 []
     a0_ptr, a1_ptr, a2_ptr,  # [R, K] in fp32 or 16 bits
-    rows, iters, thin_iters, K, N0, N1, N2, x_stride,
+    rows, iters, thin_iters, K, N0, N1, N2, y_stride, x_stride,
     NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
     THIN: tl.constexpr, PIECES: tl.constexpr, R_BLOCK: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, PTX: tl.constexpr, WARPS: tl.constexpr, REGISTERS: tl.constexpr, ASM: tl.constexpr,
@@ -230,11 +230,11 @@ def _few_rows(
                 block -= blocks0 + blocks1
         if REGISTERS:
             _in_registers(x_ptr, y_ptr, code8_ptr, w_ptr, absmax_ptr, outer_ptr, offset_ptr, block * COLUMNS, split,
-                          rows, iters, K, N, first, N0 + N1 + N2, x_stride, NESTED, NESTED_BLOCK, ROWS == 16, WARPS,
+                          rows, iters, K, N, first, y_stride, x_stride, NESTED, NESTED_BLOCK, ROWS == 16, WARPS,
                           ASM, CONSTRAINTS, EARLY)  # fmt: skip
         else:
             _base(x_ptr, y_ptr, code_ptr, code8_ptr, w_ptr, absmax_ptr, outer_ptr, offset_ptr, block * COLUMNS, split,
-                  rows, iters, K, N, first, N0 + N1 + N2, x_stride, NESTED, NESTED_BLOCK, ROWS, COLUMNS, PTX,
+                  rows, iters, K, N, first, y_stride, x_stride, NESTED, NESTED_BLOCK, ROWS, COLUMNS, PTX,
                   EARLY)  # fmt: skip
 
 
@@ -295,16 +295,18 @@ def splits_for(programs: int, iters: int, slots: int, iter_cost: int) -> int:
     return min(range(1, min(MOST_SPLITS, iters) + 1), key=cost)
 
 
-def few_rows_product(x: Tensor, parts: Sequence[Projection]) -> tuple[Tensor, Tensor | None]:
+def few_rows_product(x: Tensor, parts: Sequence[Projection], others: int = 0) -> tuple[Tensor, Tensor | None]:
     """The base and LoRA-A products of up to three parts, without bias, as sums still to be taken over splits of K.
 
     Args:
         x (`Tensor`): [rows, K], 16-bit.
         parts (`tuple[Projection, ...]`): One to three for which `fits` is true, NF4 [N_i, K], each with or without a
             LoRA of rank r_i.
+        others (`int`): So many columns are left free behind those of y, for who then computes t as well.
 
-    Returns y, fp32 [splits, rows, sum of N], whose sum over the splits is [x W_1^T, x W_2^T, ..]; and t, fp32 [splits,
-    rows, sum of r], likewise with x A^T: without elements if no part has a LoRA, None where tl.dot has no tensor cores.
+    Returns y, fp32 [splits, rows, sum of N + others], whose sum over the splits is [x W_1^T, x W_2^T, ..]; and t, fp32
+    [splits, rows, sum of r], likewise with x A^T: without elements if there is no LoRA, None where tl.dot has no tensor
+    cores.
     """
     if x.stride(0) % 8 or x.stride(1) != 1 or x.data_ptr() % 16:  # the kernel loads 16 bytes at a time
         x = x.clone(memory_format=torch.contiguous_format)
@@ -312,20 +314,19 @@ def few_rows_product(x: Tensor, parts: Sequence[Projection]) -> tuple[Tensor, Te
     state, nested = states[0], states[0].state2
     rows, width = x.shape
     outs = [part.out_features for part in parts]
-    ranks = [0 if part.lora_a is None else part.lora_a.shape[0] for part in parts]
+    ranks = [0 if part.lora_a is None or others else part.lora_a.shape[0] for part in parts]
     cut, dot = tile(rows), tensor_cores(x.device)
     thin = len(parts) if sum(ranks) and dot else 0
     programs = thin + sum(ceil_div(out, cut.columns) for out in outs)
     iters = ceil_div(width, cut.width)
     iters = ceil_div(iters, splits_for(programs, iters, cut.resident * multiprocessors(x.device), cut.iter_cost))
     splits = ceil_div(width, iters * cut.width)
-    # Where programs are short, the thin product is split more finely than y, since A is read in fp32; but not so finely
-    # that the kernel that sums t reads too much of it.
+    # Where programs are short, t is split more finely than y, since A is read in fp32; summing it must stay cheap.
     thin_width, pieces = 64, 1
     if cut.registers:
         thin_width, pieces = THIN_WIDTH, max(1, min(ceil_div(width, 2 * THIN_WIDTH), MOST_SPLITS) // splits)
     thin_iters = ceil_div(width, thin_width * pieces * splits)
-    y = torch.empty(splits, rows, sum(outs), dtype=torch.float32, device=x.device)
+    y = torch.empty(splits, rows, sum(outs) + others, dtype=torch.float32, device=x.device)
     t = torch.empty(splits * pieces, rows, sum(ranks), dtype=torch.float32, device=x.device)
 
     words = [part.weight.detach().as_subclass(torch.Tensor).reshape(-1).view(torch.int32) for part in parts]
@@ -338,7 +339,7 @@ def few_rows_product(x: Tensor, parts: Sequence[Projection]) -> tuple[Tensor, Te
     _few_rows[(programs + thin * (pieces - 1), splits)](
         x, y, t, state.code, nested.code if nested else state.code,
         *(tensor for tensors in (words, absmax, outer, offset, a) for tensor in pad_to_three(tensors, tensors[0])),
-        rows, iters, thin_iters, width, *pad_to_three(outs, 0), x.stride(0),
+        rows, iters, thin_iters, width, *pad_to_three(outs, 0), y.stride(1), x.stride(0),
         nested is not None, nested.blocksize if nested else 1, *pad_to_three(ranks, 0), thin, pieces,
         max(16, power_of_2(max(1, *ranks))), thin_width, cut.rows, cut.columns, PTX, WARPS, cut.registers,
         *(instructions(cut.rows, x.dtype, dot) if cut.registers else ("", "")),
