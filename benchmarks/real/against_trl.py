@@ -41,15 +41,26 @@ def settings(folder: str, seed: int) -> dict[str, Any]:
 
 
 class Curve(TrainerCallback):
-    """Seconds since its making, and what was logged, at every step."""
+    """Seconds since its making, those of them in which completions were written, and what was logged, at every step."""
 
-    def __init__(self) -> None:
-        self.began = time.monotonic()
+    def __init__(self, trainer: Any) -> None:
+        self.began, self.writing = time.monotonic(), 0.0
         self.points: list[dict[str, float]] = []
+        self._generate = trainer._generate  # TRL's, of both trainers
+        trainer._generate = self._timed
+
+    def _timed(self, *args: Any, **kwargs: Any) -> Any:
+        start = time.monotonic()
+        try:
+            return self._generate(*args, **kwargs)
+        finally:
+            torch.cuda.synchronize()
+            self.writing += time.monotonic() - start
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if logs and "reward" in logs:
-            point = {"seconds": round(time.monotonic() - self.began, 2), "reward": round(logs["reward"], 4),
+            point = {"seconds": round(time.monotonic() - self.began, 2), "writing": round(self.writing, 2),
+                     "reward": round(logs["reward"], 4),
                      "right": round(logs["rewards/right_in_any_form/mean"], 4),
                      "in_form": round(logs["rewards/in_form/mean"] / 0.3, 4),
                      "length": round(logs["completions/mean_length"], 1)}  # fmt: skip
@@ -101,7 +112,7 @@ def child(job: harness.Job) -> None:
             adapter = LoraConfig(r=32, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
             trainer = GRPOTrainer(job["base"], args=GRPOConfig(**arguments, **vllm), peft_config=adapter, **parts)
         loading = time.monotonic() - began
-        curve = Curve()
+        curve = Curve(trainer)
         trainer.add_callback(curve)
         with harness.peak_driver() as peak:
             trainer.train()
