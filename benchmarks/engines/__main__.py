@@ -2,6 +2,7 @@
 
     python -m benchmarks.engines --first      about a minute: is it right on this GPU, and one speed
     python -m benchmarks.engines              every model, graph and transformers, and the GRPO steps
+    python -m benchmarks.engines --only dynamic    decoding where some layers are in 16 bits, as in dynamic 4-bit
     python -m benchmarks.engines --vllm       vLLM as well, where it is installed
     python -m benchmarks.engines --trl        the peer's whole GRPO step as well: stock TRL with vLLM beside it
     python -m benchmarks.engines --profile    what a step's time goes to, kernel by kernel
@@ -63,6 +64,8 @@ def jobs(args: argparse.Namespace) -> list[Job]:
             wanted.append({**base, "kind": "ready", "triton_cache": "warm"})
         if "decode" in args.only:
             wanted.append({**base, "kind": "decode", "batches": args.batches, "profile": args.profile, "t4": args.t4})
+        if "dynamic" in args.only:
+            wanted.append({**base, "kind": "decode", "batches": args.batches, "dynamic": True})
         if "transformers" in args.only:
             wanted.append({**base, "kind": "transformers", "batches": [b for b in args.batches if b <= 32]})
         if "grpo" in args.only:

@@ -1,17 +1,21 @@
 """Generation by one engine: the cases of `python -m benchmarks.engines`, each in a process of its own."""
 
+import re
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from benchmarks.harness import GB, Job, build, checkpoint, device, driver_gb, kv_token_bytes, shape, timed, wait
+from benchmarks.random_model import Model
 from nbhelpers import gpu
 from nbhelpers.engines import Sampling
 from nbhelpers.engines.base import Engine
 from nbhelpers.engines.graph import GraphEngine
+from nbhelpers.models import quantize
 
 PROMPT, COMPLETION = 200, 512
 RowWriter = Callable[..., None]  # (metric, value, unit, who="graph", **more): one row of this job
@@ -40,10 +44,14 @@ def ready(job: Job, row: RowWriter) -> None:
 
 def decode(job: Job, row: RowWriter) -> None:
     """The graph engine's tokens/s, milliseconds a step and memory, for each of the job's `batches`."""
-    model, t4 = build(job), "-t4" if job.get("t4") else ""
+    model, kind = build(job), "-t4" if job.get("t4") else "-dynamic" if job.get("dynamic") else ""
+    if job.get("dynamic"):
+        kept = leave_in_16_bits(model)
+        torch.cuda.empty_cache()
+        print(f"{job['model']}: {kept} layers in 16 bits", flush=True)
     wait()
     weights, new = driver_gb(), completion_of(job)
-    row(f"weights_driver{t4}", weights, "GB")
+    row(f"weights_driver{kind}", weights, "GB")
     for batch in job["batches"]:
         texts, sampling = prompts_of(job, batch), Sampling(max_tokens=new, seed=1)
         engine = GraphEngine(model, max_rows=batch)
@@ -52,18 +60,34 @@ def decode(job: Job, row: RowWriter) -> None:
         prefill = timed(engine.generate, texts, replace(sampling, max_tokens=1))
         times = [timed(engine.generate, texts, sampling) for _ in range(3)]
         seconds = statistics.median(times)
-        row(f"batch-{batch}{t4}/decode", batch * new / seconds, "tokens/s", prompt=PROMPT, completion=new)
-        row(f"batch-{batch}{t4}/step", 1000 * (seconds - prefill) / (new - 1), "ms", prefill_s=round(prefill, 4))
-        row(f"batch-{batch}{t4}/capture", capture, "s")
+        row(f"batch-{batch}{kind}/decode", batch * new / seconds, "tokens/s", prompt=PROMPT, completion=new)
+        row(f"batch-{batch}{kind}/step", 1000 * (seconds - prefill) / (new - 1), "ms", prefill_s=round(prefill, 4))
+        row(f"batch-{batch}{kind}/capture", capture, "s")
         length = -(-(len(texts[0]) + new) // 16) * 16
         kv = batch * length * kv_token_bytes(shape(job), gpu.compute_dtype()) / GB
         used = driver_gb()
-        row(f"batch-{batch}{t4}/driver", used, "GB", above_weights=round(used - weights, 3), kv=round(kv, 3))
+        row(f"batch-{batch}{kind}/driver", used, "GB", above_weights=round(used - weights, 3), kv=round(kv, 3))
         if job.get("profile") and torch.cuda.is_available():
             profile(f"{job['model']} batch {batch}", engine, texts, sampling)
         del engine
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def leave_in_16_bits(model: Model) -> int:
+    """Every v_proj, and gate_proj of every fourth layer, as "dynamic" 4-bit may: groups in which NF4 and 16 bits
+    meet. Returns how many."""
+    kept = 0
+    for name, wrapped in list(model.named_modules()):
+        layer, leaf = re.search(r"layers\.(\d+)\.", f"{name}."), name.rpartition(".")[2]
+        if layer is None or not (leaf == "v_proj" or (leaf == "gate_proj" and int(layer[1]) % 4 == 0)):
+            continue
+        packed = wrapped.base_layer
+        dense = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
+        dense.weight, dense.bias = nn.Parameter(quantize.unpack(packed.weight), False), packed.bias
+        wrapped.base_layer = dense
+        kept += 1
+    return kept
 
 
 def profile(label: str, engine: Engine, texts: list[list[int]], sampling: Sampling) -> None:
