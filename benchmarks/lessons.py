@@ -1,6 +1,6 @@
-"""Write nbhelpers/measured.json: the rows of benchmarks/results/*.json that lessons 3 and 4 show.
+"""Write what lessons show: nbhelpers/lessons/measured.json, rows of benchmarks/results/*.json, and two drawings in docs/.
 
-python -m benchmarks.lessons           # writes it
+python -m benchmarks.lessons           # writes them
 python -m benchmarks.lessons --check   # exit status 1 if that would change anything (CI)
 """
 
@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 from benchmarks.readme import ROOT, Results
+from nbhelpers import memory
+from nbhelpers.lessons import drawings
 
 ROWS = {  # results file: what is shown of it, as a pattern of "what who"
     "kernels": r"[^/]+/((rms_norm|rms_norm_add|rope|swiglu)/forward\+backward (eager|compile|liger|ours|floor)"
@@ -20,7 +22,7 @@ ROWS = {  # results file: what is shown of it, as a pattern of "what who"
 
 
 def measured() -> str:
-    """The text of nbhelpers/measured.json."""
+    """The text of nbhelpers/lessons/measured.json."""
     found = {}
     for name, pattern in ROWS.items():
         results = Results(name)
@@ -31,7 +33,13 @@ def measured() -> str:
 
 def files() -> dict[Path, str]:
     """What is written, and where."""
-    return {ROOT / "nbhelpers" / "measured.json": measured()}
+    plan = memory.plan("phi-4", card_gb=15, quantization="nf4", lora_rank=16, num_generations=8, max_prompt_length=256,
+                       max_completion_length=768, attention="efficient")  # fmt: skip
+    return {
+        ROOT / "nbhelpers" / "lessons" / "measured.json": measured(),
+        ROOT / "docs" / "grpo_step.svg": drawings.grpo_step().svg,
+        ROOT / "docs" / "memory_of_a_step.svg": drawings.memory_of_a_step(plan).svg,
+    }
 
 
 def main() -> int:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import lessons
-from nbhelpers import measured
+from nbhelpers.lessons import measured
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAMES = ("kernels", "step", "engines")
 
 
@@ -42,8 +42,8 @@ def test_each_figure_is_a_row_of_the_results(name):
 
 def test_it_is_part_of_a_wheel_and_read_in_any_folder(tmp_path):
     packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["nbhelpers"]
-    assert "measured.json" in packaged
-    code = "from nbhelpers import measured; print(len(measured.load('kernels').values))"
+    assert "lessons/*.json" in packaged
+    code = "from nbhelpers.lessons import measured; print(len(measured.load('kernels').values))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )

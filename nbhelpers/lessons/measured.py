@@ -25,6 +25,6 @@ def load(name: str) -> Measured:
 
     Works wherever the package is installed, without the repository. Raises KeyError for another name.
     """
-    text = resources.files("nbhelpers").joinpath("measured.json").read_text(encoding="utf-8")
+    text = resources.files(__package__).joinpath("measured.json").read_text(encoding="utf-8")
     found = json.loads(text)[name]
     return Measured(found["gpu"], found["date"], {(what, who): value for what, who, value in found["rows"]})
