@@ -1,4 +1,4 @@
-"""Write what lessons show: nbhelpers/lessons/measured.json, rows of benchmarks/results/*.json, and two drawings in docs/.
+"""Write what lessons show: measured.json in nbhelpers/lessons, rows of benchmarks/results/*.json, and docs' drawings.
 
 python -m benchmarks.lessons           # writes them
 python -m benchmarks.lessons --check   # exit status 1 if that would change anything (CI)
