@@ -2,6 +2,7 @@
 
 import base64
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from nbhelpers import grpo, memory
 from nbhelpers.lessons import drawings
 
+ROOT = Path(__file__).parents[2]
 SVG = "{http://www.w3.org/2000/svg}"
 PLAN = memory.plan(
     "phi-4", card_gb=15, quantization="nf4", lora_rank=16, num_generations=8, max_prompt_length=256,
@@ -82,3 +84,10 @@ def test_the_memory_is_that_of_the_plan():
         assert two[half]["second copy"] == copy and "second copy" not in one[half]
         assert f"{sum(two[half].values()):.1f} GB" in texts(BOTH["memory"])
     assert "KV cache" in two["training"] and "KV cache" not in one["training"]
+
+
+def test_the_page_that_shows_the_memory_says_the_same():
+    page = (ROOT / "docs" / "ARCHITECTURE.md").read_text()
+    words = re.search(r"!\[([^\]]+)\]\(memory_of_a_step\.svg\)", page)[1]
+    totals = [f"{max(sum(half.values()) for half in both.values()):.1f} GB" for both in drawings.halves(PLAN).values()]
+    assert re.findall(r"[\d.]+ GB", words) == totals
