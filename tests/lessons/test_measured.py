@@ -50,7 +50,7 @@ def test_it_is_part_of_a_wheel_and_read_in_any_folder(tmp_path):
     assert int(done.stdout) > 60, done.stderr
 
 
-@pytest.mark.parametrize("lesson", ["03_kernels"])
+@pytest.mark.parametrize("lesson", ["03_kernels", "04_one_set_of_weights"])
 def test_no_lesson_reads_the_repositorys_results_or_shows_nan(lesson):
     cells = json.loads((ROOT / f"notebooks/{lesson}.ipynb").read_text())["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
