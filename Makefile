@@ -18,10 +18,11 @@ run: .venv/ready
 	@$(BIN)/python notebooks/run.py notebooks/00_quickstart.ipynb runs/quickstart $(if $(DATA),--set 'DATA=$(DATA)')
 
 # notebooks/models/*.ipynb from the template and the presets; badges, install cells, tables and docs/compatibility.md from
-# their one source.
+# their one source; and the figures that lessons show.
 notebooks: .venv/ready
 	@$(BIN)/python notebooks/build.py
 	@$(BIN)/python -m benchmarks.readme
+	@$(BIN)/python -m benchmarks.lessons
 	@$(BIN)/python -m benchmarks.compatibility
 
 # One thread a process and two processes: faster than two threads each that wait for each other. The model notebooks run

@@ -46,9 +46,12 @@ def count_generated() -> list[int]:
 
 
 def script(parameters: str, folder: str) -> str:
-    """The notebook's code, but for its install cell, with other parameters and results in `folder`."""
+    """The notebook's code with other parameters and results in `folder`; without its install cell and section 9, which
+    trains a second time."""
     parts = []
     for tags, source in common.code_cells(NOTEBOOK):
+        if "versions" in tags:
+            continue
         parts.append(source)
         if "parameters" in tags:
             parts.append(f"import torch\n\n{parameters}\nOUT = {folder!r}\ntorch.manual_seed(SEED)  # a LoRA is drawn")

@@ -67,8 +67,8 @@ def choose(
     if engine == "auto" and why is None and model.device.type == "cuda" and find_spec("triton") is None:
         why = "triton is not installed here"
     if engine == "auto" and not quiet:
-        where = "one CUDA graph a step" if model.device.type == "cuda" else "eagerly on a CPU"
-        chosen = f"graph: it decodes {model.config.model_type}'s own weights, {where}" if why is None else f"hf: {why}"
+        where = "one CUDA graph a step" if model.device.type == "cuda" else "plain PyTorch on the CPU"
+        chosen = f"graph: reads {model.config.model_type}'s training weights, {where}" if why is None else f"hf: {why}"
         print(f"engine {chosen}")
     if why is not None and engine == "auto":
         return HFEngine(model, tokenizer, batch_size=rows)

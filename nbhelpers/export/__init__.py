@@ -199,7 +199,7 @@ def push(folder: str | Path, repo_id: str, private: bool = True, token: str | No
     known = hub_words.token_in_use(token)
     folder = Path(folder)
     if not any((folder / name).exists() for name in _CONFIGS):
-        raise FileNotFoundError(f"{folder} is no folder that export.save or export.merged wrote")
+        raise FileNotFoundError(f"{folder} is not a folder that export.save or export.merged wrote")
     api = huggingface_hub.HfApi(token=token)
     try:
         address = api.create_repo(repo_id, private=private, exist_ok=True)

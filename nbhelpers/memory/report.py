@@ -73,13 +73,13 @@ class Plan:
         context = f"{self.longest_context:,} tokens" if self.longest_context else "none"
         group = self.largest_group or "none"
         largest = [
-            f"The largest part is {self.dominates}; what is kept for the backward only takes what room is left.",
-            f"Longest context that fits: {context}. Largest group written at once to the end: {group}.",
+            f"The largest part: {self.dominates}. (What is kept for the backward takes only the room that is left.)",
+            f"Longest prompt and answer that fit: {context}. Answers of this length written at the same time: {group}.",
         ]
         if self.fits:
             layers = len(self.micro_batches) * self.preset.architecture.num_hidden_layers
             saved = sum(batch.saved for batch in self.micro_batches) / layers
-            how = "nothing is computed twice" if saved == 1 else f"{1 - saved:.0%} of the layers are computed twice"
+            how = "no layer computed twice" if saved == 1 else f"{1 - saved:.0%} of the layers computed twice"
             pieces = "one piece" if len(self.micro_batches) == 1 else f"{len(self.micro_batches)} pieces"
             stages = ""
             if self.at_once < min(self.setting.rows, MAX_ROWS):

@@ -259,7 +259,7 @@ def _gamed(means: dict[str, float]) -> Iterator[str]:
         if score > right or (score == right and too_much):
             holes.append(f"{kind} ({_shown(score)})")
     if holes:
-        yield f"it can be gamed: a right answer scores {_shown(right)}, and no less: {', '.join(holes)}"
+        yield f"it can be gamed: these score at least as much as a right answer ({_shown(right)}): {', '.join(holes)}"
 
 
 def _suspicions_of_all(scores: dict[str, dict[str, list[float | None]]]) -> list[str]:

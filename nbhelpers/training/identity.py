@@ -158,7 +158,7 @@ def refuse_other(folder: Path, run: dict[str, Any], anyway: bool = False) -> boo
     wrong = differences(saved, run)
     lines = "".join(f"\n- {line}" for line in wrong)
     if wrong and anyway and not other_model(saved, run):
-        print(f"Goes on although the run of {folder} was another (resume_anyway=True):{lines}")
+        print(f"Resuming although {folder} is of another run (resume_anyway=True):{lines}")
     elif wrong:
         raise AnotherRun(
             f"{folder} is a checkpoint of another run:{lines}\nFor a new run take a folder of its own, "

@@ -184,7 +184,7 @@ class ResumeHooks(SaveHooks):
         self._rollout_fits = identity.refuse_other(folder, self._run(), anyway)
         if self.args.save_only_model:
             print("Without the optimizer's state (save_only_model=True) a run goes on, but not exactly.")
-        print(f"Goes on from {folder}, after step {checkpoint.read(folder)['step']}.")
+        print(f"Resuming from {folder}, after step {checkpoint.read(folder)['step']}.")
         return folder
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:

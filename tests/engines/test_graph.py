@@ -338,7 +338,7 @@ def test_what_it_cannot_decode_is_named_and_auto_takes_generate(capsys):
         with pytest.raises(ValueError, match=why):
             GraphEngine(make("llama", lora=False, **sizes))
     assert choose("auto", make("phi3")).name == "graph"
-    assert "engine graph: it decodes phi3's own weights, eagerly on a CPU" in capsys.readouterr().out
+    assert "engine graph: reads phi3's training weights, plain PyTorch on the CPU" in capsys.readouterr().out
     assert choose(engine, other) is engine
     with pytest.raises(ValueError, match="engine='vlmm': it is one of auto, graph, vllm, hf"):
         choose("vlmm", other)

@@ -199,7 +199,7 @@ def test_push_makes_a_private_repository_and_says_no_token(tmp_path, monkeypatch
             calls.append((repo_id, folder_path))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    with pytest.raises(FileNotFoundError, match=r"no folder that export\.save"):
+    with pytest.raises(FileNotFoundError, match=r"not a folder that export\.save"):
         export.push(tmp_path, "x")
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "me/mine" in export.push(tmp_path, "mine", token="hf_secret")

@@ -39,7 +39,7 @@ def test_a_budget_is_kept_and_used():
     for gb in (7.3, 9.0, 14.0):
         plan = memory.plan("llama-3.1-8b", card_gb=80, budget_gb=gb, attention="flash", **LLAMA)
         assert plan.fits and 0.9 * gb < plan.training_peak <= gb
-    assert memory.plan("llama-3.1-8b", card_gb=80, **LLAMA).verdict()[0].endswith("nothing is computed twice.")
+    assert memory.plan("llama-3.1-8b", card_gb=80, **LLAMA).verdict()[0].endswith("no layer computed twice.")
     assert "computed twice" in memory.plan("llama-3.1-8b", card_gb=80, budget_gb=7.3, **LLAMA).verdict()[0]
 
 

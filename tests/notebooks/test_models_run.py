@@ -102,7 +102,7 @@ def smoke(monkeypatch, warm, tmp_path):
 @pytest.mark.parametrize("name", sorted(path.stem for path in MODELS.glob("*.ipynb")))
 def test_stopped_and_gone_on_with(name, tmp_path):
     said, report = execute(name, tmp_path, steps=6, at=3, twice=True)
-    assert "Stopped by you after step 3." in said and re.search(r"Goes on from \S+, after step 3\.", said), said
+    assert "Stopped by you after step 3." in said and re.search(r"Resuming from \S+, after step 3\.", said), said
     assert report["steps"] == [1, 2, 3, 4, 5, 6] and report["reached"] == 6, "each step once, to the end"
     assert report["type"] == presets.get(name).architecture.model_type
     assert report["engine"] == "graph" and report["four_bits"] > 0 and report["score"] > 0
@@ -112,7 +112,7 @@ def test_killed_and_run_again_from_the_top(tmp_path):
     with pytest.raises(DeadKernelError):
         execute("qwen2.5-1.5b", tmp_path, steps=24, at=22, number=signal.SIGKILL)
     said, report = execute("qwen2.5-1.5b", tmp_path, steps=24)
-    assert re.search(r"Goes on from \S+, after step 20\.", said), said
+    assert re.search(r"Resuming from \S+, after step 20\.", said), said
     assert report["steps"] == list(range(1, 25)) and report["reached"] == 24
 
 
@@ -156,6 +156,6 @@ def two_processes(python: list[str], folder: Path, out: str, steps: int) -> tupl
 def test_a_script_of_two_processes_goes_on_exactly(tmp_path, warm):
     _, begun = two_processes(warm, tmp_path, "stopped", steps=2)
     said, resumed = two_processes(warm, tmp_path, "stopped", steps=4)
-    assert said.count("Goes on from stopped/checkpoint-2, after step 2.") == 1, said
+    assert said.count("Resuming from stopped/checkpoint-2, after step 2.") == 1, said
     _, whole = two_processes(warm, tmp_path, "whole", steps=4)
     assert begun != resumed == whole

@@ -57,6 +57,12 @@ def test_its_cells_are_short_and_its_outputs_without_errors(path):
 
 
 @parametrize(LESSONS)
+def test_a_lesson_has_at_most_250_lines_of_code(path):
+    lines = [line for cell in cells(path) for line in "".join(cell["source"]).splitlines() if line.strip()]
+    assert len(lines) <= 250
+
+
+@parametrize(LESSONS)
 def test_a_lesson_keeps_its_outputs(path):
     code = cells(path)
     assert all(cell["execution_count"] for cell in code) and any(cell["outputs"] for cell in code)

@@ -114,7 +114,7 @@ def test_the_recorded_run_raises_no_alarm(flat):
         | {"right": 0.3 if flat else row["rewards"]["correct"], "in_form": row["format"]}
         for row in recorded["history"]
     ]
-    assert len(logs) == 80 and first_seen(logs, () if flat else COPIES) == (None, None)
+    assert len(logs) == 90 and first_seen(logs, () if flat else COPIES) == (None, None)
 
 
 def test_one_rule_for_the_panel_and_for_what_ends_a_run():

@@ -55,7 +55,7 @@ def test_nan_is_unequal_to_nothing_by_more_than_a_little():
         pairs = zip(map(number_in_tag, completions), answer, strict=True)
         return [max(0.0, 1 - abs(given - float(gold))) for given, gold in pairs]
 
-    assert f"no less: {NO_NUMBERS} (1)" in warning(not_far)
+    assert f"(1): {NO_NUMBERS} (1)" in warning(not_far)
     assert f"{NO_NUMBERS} (1)" in warning(at_least)
     assert rewards.check([close], TASK).warnings == []
 
@@ -89,7 +89,7 @@ def test_a_hollow_form_is_no_form():
     shown = "Write <reasoning>\nyour thoughts\n</reasoning>\n<answer>\nyour answer\n</answer>"
     own = task_of(*((f"{n} + 1?", str(n + 1), shown) for n in range(5)))
     said = rewards.check([is_right, by_parts, by_parts_of_its_own], own).warnings
-    assert said == [f"by_parts: it can be gamed: a right answer scores 1, and no less: {COPIED} (1)"]
+    assert said == [f"by_parts: it can be gamed: these score at least as much as a right answer (1): {COPIED} (1)"]
 
 
 def test_a_right_answer_may_be_paid_for_brevity():

@@ -104,7 +104,7 @@ def warning(funcs, task=TASK, **settings):
 
 def test_a_reward_that_looks_anywhere_in_the_text_is_gamed():
     said = warning([in_text])
-    assert said.startswith("in_text: it can be gamed: a right answer scores 1")
+    assert said.startswith("in_text: it can be gamed: these score at least as much as a right answer (1)")
     assert all(kind in said for kind in HEDGES)
 
 
@@ -137,7 +137,7 @@ def test_a_constant_reward():
 def test_rewards_that_do_not_look_at_the_answer():
     said = rewards.check([rewards.strict_format, rewards.soft_format], TASK).warnings
     hollow = ", ".join(f"{kind} (0.5)" for kind in (ONLY_TAGS, PLACEHOLDERS, COPIED, UNTHOUGHT))
-    assert said[0] == f"soft_format: it can be gamed: a right answer scores 0.5, and no less: {hollow}"
+    assert said[0] == f"soft_format: it can be gamed: these score at least as much as a right answer (0.5): {hollow}"
     assert said[1].startswith("all together: a right answer (1) pays no more than a wrong one in the same form (1)")
     assert len(said) == 2
 
@@ -154,7 +154,7 @@ def test_pay_for_nothing():
     def short(completions, **_):
         return [1 - len(text_of(c)) / 1e6 for c in completions]
 
-    assert f"no less: {EMPTY} (1), {ONLY_TAGS} (1)" in rewards.check([short], TASK).warnings[0]
+    assert f"(1): {EMPTY} (1), {ONLY_TAGS} (1)" in rewards.check([short], TASK).warnings[0]
 
     def generous(completions, answer, **_):
         return [0.25 + score for score in right(completions, answer)]
@@ -165,7 +165,7 @@ def test_pay_for_nothing():
         pairs = zip(completions, answer, strict=True)
         return [-1.0 * ("</answer>" in text_of(c) and not rewards.is_correct(text_of(c), a)) for c, a in pairs]
 
-    assert f"a right answer scores 0, and no less: {EMPTY} (0)" in warning([no_mistake])
+    assert f"these score at least as much as a right answer (0): {EMPTY} (0)" in warning([no_mistake])
 
 
 def test_pay_for_the_wrong():

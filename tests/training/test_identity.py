@@ -146,7 +146,7 @@ def test_what_changed_is_named_and_can_be_gone_on_with(tokenizer, tmp_path, caps
     run = make(tokenizer, tmp_path, max_steps=3, learning_rate=1e-4, **changed)
     assert run.train(resume_from_checkpoint="auto", resume_anyway=True).global_step == 3
     said = capsys.readouterr().out
-    assert all(word in said for word in ("Goes on although", "the reward nines", "learning_rate", "per_device_train"))
+    assert all(word in said for word in ("Resuming although", "the reward nines", "learning_rate", "per_device_train"))
     wider = run.model.requires_grad_(False)
     wider.lm_head.requires_grad_(True)
     with pytest.raises(ValueError, match=r"the model \(trained\)"):  # there would be nothing to go on with

@@ -1,0 +1,1 @@
+"""What lessons show: measured figures and drawings, there without the repository too."""
