@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from nbhelpers.html import framed, pre
+from nbhelpers.html import framed
 from nbhelpers.progress import in_notebook
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -43,19 +43,21 @@ class Slider:
     step: float
     value: float
 
-    def widget(self) -> Any:
-        import ipywidgets
+    def widgets(self) -> tuple[Any, Any]:
+        """What holds the value, and what is shown: a field with its name and a slider beside it. ipywidgets gives the
+        handle of a slider no name that a screen reader could say."""
+        import ipywidgets as w
 
         whole = all(isinstance(number, int) for number in (self.low, self.high, self.step, self.value))
-        kind = ipywidgets.IntSlider if whole else ipywidgets.FloatSlider
-        layout = ipywidgets.Layout(width="27em", max_width="100%")
-        return kind(
-            description=self.label, min=self.low, max=self.high, step=self.step, value=self.value, style=_WIDE,
-            layout=layout,
-        )  # fmt: skip
+        fields, sliders = (w.BoundedIntText, w.IntSlider) if whole else (w.BoundedFloatText, w.FloatSlider)
+        numbers = {"min": self.low, "max": self.high, "step": self.step, "value": self.value}
+        field = fields(description=self.label, style=_WIDE, layout=w.Layout(width="auto"), **numbers)
+        slider = sliders(readout=False, layout=w.Layout(width="10em"), **numbers)
+        w.link((field, "value"), (slider, "value"))
+        return field, w.HBox([field, slider])
 
     def said(self, value: Any) -> str:
-        return f"{self.label} {value:g}"
+        return f"{self.label}: {value:g}"
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,13 @@ class Text:
     label: str
     value: str
 
-    def widget(self) -> Any:
-        import ipywidgets
+    def widgets(self) -> tuple[Any, Any]:
+        """As `Slider.widgets`: here they are one."""
+        import ipywidgets as w
 
-        layout = ipywidgets.Layout(width="98%", max_width="1000px")
-        return ipywidgets.Textarea(description=self.label, value=self.value, rows=6, style=_WIDE, layout=layout)
+        layout = w.Layout(width="98%", max_width="1000px")
+        area = w.Textarea(description=self.label, value=self.value, rows=6, style=_WIDE, layout=layout)
+        return area, area
 
     def said(self, value: Any) -> str:
         return f"{self.label}\n{value or '(nothing)'}"
@@ -98,10 +102,10 @@ class HandsOn:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        told = "".join(
-            f"{pre(html.escape(self._said(values, ' · ')))}{self._page(values)._repr_html_()}<hr>"
-            for values in self.examples
-        )
+        told = ""
+        for values in self.examples:
+            said = html.escape(self._said(values, " · "))
+            told += f"<p style='white-space:pre-wrap'>{said}</p>{self._page(values)._repr_html_()}<hr>"
         return framed(f"<p>In an open notebook these can be set by hand. Some examples:</p>{told}")
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
@@ -110,19 +114,19 @@ class HandsOn:
 
     def widget(self) -> Any:
         """The controls with what follows below them, an `ipywidgets.VBox`."""
-        import ipywidgets
+        import ipywidgets as w
 
-        moved = {name: control.widget() for name, control in self.controls.items()}
-        follows = ipywidgets.HTML()
+        made = {name: control.widgets() for name, control in self.controls.items()}
+        follows = w.HTML()
 
         def update(_: Any = None) -> None:
-            follows.value = self._page({name: one.value for name, one in moved.items()})._repr_html_()
+            follows.value = self._page({name: holder.value for name, (holder, _) in made.items()})._repr_html_()
 
-        for one in moved.values():
-            one.observe(update, "value")
+        for holder, _ in made.values():
+            holder.observe(update, "value")
         update()
-        wrapped = ipywidgets.Layout(flex_flow="row wrap")
-        return ipywidgets.VBox([ipywidgets.Box(list(moved.values()), layout=wrapped), follows])
+        row = w.Box([shown for _, shown in made.values()], layout=w.Layout(flex_flow="row wrap"))
+        return w.VBox([row, follows])
 
     def _page(self, values: dict[str, Any]) -> Shown:
         try:

@@ -3,13 +3,15 @@
 import torch
 
 from nbhelpers import grpo
-from nbhelpers.html import BOX, COLORS, cell, framed, table
+from nbhelpers.html import COLORS, cell, table
 
 from .controls import HandsOn, Page, Slider
 
 ANSWERS = 4
 WIDTH, HEIGHT = 420, 170  # of the drawing, pixels
 POINTS = 29  # of a curve
+HALF = 60  # of the width of a bar's column, pixels
+SPACED = "border-collapse:separate;border-spacing:14px 2px;text-align:left"
 LONGEST = 1.6  # advantage, or push, of a bar of full length; four rewards cannot give more than 1.5
 
 
@@ -44,15 +46,15 @@ def draw(ratio: float, clip: float, beta: float, **rewards: float) -> Page:
     why = _why(advantages, pushes, ratio, clip, beta)
     columns = list(zip(given.tolist(), advantages.tolist(), losses.tolist(), pushes.tolist(), strict=True))
     rows = [
-        [cell(text) for text in (str(i), f"{r:.1f}", _bar(a), _said(loss), _bar(push))]
+        [cell(text, "") for text in (str(i), f"{r:.1f}", _bar(a), _said(loss), _bar(push))]
         for i, (r, a, loss, push) in enumerate(columns, start=1)
     ]
-    head = [cell(name, BOX, tag="th") for name in ("answer", "reward", "advantage", "loss", "push")]
+    head = [cell(name, "", tag="th") for name in ("answer", "reward", "advantage", "loss", "push")]
     text = [f"{'answer':>6} {'reward':>7} {'advantage':>10} {'loss':>6} {'push':>6}"]
     text += [f"{i:>6} {r:7.1f} {_said(a, '+'):>10} {_said(loss):>6} {_said(push, '+'):>6}"
              for i, (r, a, loss, push) in enumerate(columns, start=1)]  # fmt: skip
     picture = _curves(ratio, clip, beta, advantages)
-    shown = framed(f"{table(head, rows)}<p><b>{total}</b>. {why}</p>{picture}")
+    shown = f"{table(head, rows, SPACED)}<p><b>{total}</b>. {why}</p>{picture}"
     return Page(shown, "\n".join([*text, f"{total}. {why}"]))
 
 
@@ -88,13 +90,11 @@ def _said(value: float, sign: str = "") -> str:
 
 
 def _bar(value: float) -> str:
-    """A number with a bar from the middle, to the right above 0."""
-    share = min(1.0, abs(value) / LONGEST) * 50
-    left, color = (50.0, COLORS[0]) if value > 0 else (50.0 - share, COLORS[1])
-    return (
-        f"{_said(value, '+')}<div style='position:relative;height:8px;width:120px;background:rgba(128,128,128,.25)'>"
-        f"<div style='position:absolute;left:{left:.1f}%;width:{share:.1f}%;height:8px;background:{color}'></div></div>"
-    )
+    """A number with a bar below it from the middle, to the right above 0."""
+    wide = round(min(1.0, abs(value) / LONGEST) * HALF)
+    left, color = (HALF, COLORS[0]) if value > 0 else (HALF - wide, COLORS[1])
+    bar = f"margin-left:{left}px;width:{wide}px;height:8px;background:{color}"
+    return f"{_said(value, '+')}<div style='width:{2 * HALF}px'><div style='{bar}'></div></div>"
 
 
 def _curves(ratio: float, clip: float, beta: float, advantages: torch.Tensor) -> str:
@@ -117,10 +117,10 @@ def _curves(ratio: float, clip: float, beta: float, advantages: torch.Tensor) ->
         f"<path d='M{x(ratio):.0f} 0V{HEIGHT}' stroke='currentColor' stroke-dasharray='2 3'/>",
     ]
     for curve, color, dash in zip(curves, COLORS, ("", " stroke-dasharray='7 4'"), strict=False):
-        points = " ".join(f"{x(r):.0f},{y(v):.0f}" for r, v in zip(ratios.tolist(), curve.tolist(), strict=True))
+        points = " ".join(f"{x(r):.0f},{y(v):.1f}" for r, v in zip(ratios.tolist(), curve.tolist(), strict=True))
         parts.append(f"<polyline points='{points}' fill='none' stroke='{color}' stroke-width='2.5'{dash}/>")
     words = (
-        f"The loss over the ratio from 0.3 to 1.7: the best answer's as a line, the worst's dashed; a band from "
+        f"The loss over the ratio from 0.3 to 1.7, of the best answer as a line, of the worst one dashed; a band from "
         f"{1 - clip:.2f} to {1 + clip:.2f} where nothing is clipped, and a dotted line at the ratio {ratio:.2f}."
     )
     return (

@@ -23,7 +23,7 @@ from nbhelpers.evaluate.compare import before_after as before_after  # what a no
 from nbhelpers.progress import Ticker
 from nbhelpers.rewards import REASONING, Sample, Tags, in_form
 
-from . import display, gaming, history
+from . import display, gaming, history, pieces
 from .buttons import Buttons
 
 if TYPE_CHECKING:
@@ -271,7 +271,7 @@ class Live(display.View, TrainerCallback):
             written = str(error)
         self.asked.append((step, question, written))
         if self.buttons is not None:
-            self.buttons.say(f"Answered after step {step}: see below.")
+            self.buttons.say("Answered:", pieces.asked_html(self.asked[-1:]))
         self._draw_again = 0.0  # with the log of this step
 
     def _draw(self) -> None:

@@ -63,9 +63,9 @@ class Buttons:
             self._question.value = ""
         return wishes
 
-    def say(self, text: str) -> None:
-        """In the line below the buttons."""
-        self._line.value = html.escape(text)
+    def say(self, text: str, more: str = "") -> None:
+        """In the line below the buttons; `more` is HTML below it."""
+        self._line.value = html.escape(text) + more
 
     def close(self, *_: Any) -> None:
         """Take them away: nothing that is saved may show a button that nobody hears."""
