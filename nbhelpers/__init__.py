@@ -19,7 +19,7 @@ __version__ = "0.2.0"
 
 _ROOMS = (
     "engines", "evaluate", "export", "kernels", "loader", "memory", "panel", "rewards", "tasks",
-    "grpo", "host", "install", "presets",
+    "grpo", "hands_on", "host", "install", "presets",
 )  # fmt: skip
 _MODULES = {room: room for room in _ROOMS} | {  # and the modules inside a room that the notebooks use
     "compare": "evaluate.compare",

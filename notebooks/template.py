@@ -90,7 +90,7 @@ from nbhelpers import evaluate, export, grpo, host, hub, loader, memory, panel, 
 preset = presets.get(PRESET).on_card(host.card_gb())
 hub.login(preset)  # asks for a token only if the model is gated
 host.report(preset)
-memory.plan(preset)
+memory.sliders(preset)  # the plan; move a slider and it follows
 
 # %% [markdown]
 # ## 3 · Load
@@ -219,6 +219,10 @@ def brief(completions, completion_ids, answer, **_):
 
 # %%
 rewards.check([correct, in_form], task, form=preset.tags.frame)
+
+# %%
+# Type an answer of your own: at every key you see what each reward pays for it, and what is read of it.
+rewards.playground([correct, in_form], task, tags=preset.tags)
 
 # %% [markdown]
 # ## 7 · One step of GRPO, looked at closely

@@ -2,6 +2,7 @@
 
     memory.plan(presets.get("llama-3.1-8b"), card_gb=15)         # the last line of a cell shows it as a table with bars
     print(memory.plan("phi-4", card_gb=15, num_generations=4))   # and as text
+    memory.sliders(presets.get("phi-4"))                         # and moved by hand
     memory.floor_gb(presets.get("phi-4"))                        # the smallest card for which there is a plan
 
 The training half is cut by the step's own function (micro_batches.StepCost.split), keys and values get what the graph
@@ -17,15 +18,18 @@ from math import ceil
 
 from nbhelpers import gpu, presets
 from nbhelpers.architecture import GB
+from nbhelpers.hands_on import HandsOn
 from nbhelpers.presets import Preset
 
+from .by_hand import sliders_of
 from .kv import kv_bytes_per_token, prefill_tokens, rows_that_fit, slot_tokens
 from .micro_batches import CannotFit, MicroBatch, Resident, StepCost, Tokens, count, largest, resident
 from .report import Plan, Setting
 from .room import CONTEXT_GB, FRAGMENTED, Reserved, Room, kv_budget, step_budget, vllm_kv_budget
 
 __all__ = ["CONTEXT_GB", "FRAGMENTED", "CannotFit", "Plan", "Reserved", "Room", "Setting", "can_train", "floor_gb",
-           "kv_budget", "kv_bytes_per_token", "plan", "step_budget", "that_fit", "vllm_kv_budget"]  # fmt: skip
+           "kv_budget", "kv_bytes_per_token", "plan", "sliders", "step_budget", "that_fit",
+           "vllm_kv_budget"]  # fmt: skip
 
 T4_GB = 15.0  # a T4, where no card is given and none is here
 
@@ -99,6 +103,18 @@ def plan(
         nearest=nearest,
         instead=() if fits or nearest else that_fit(card_gb),
     )  # fmt: skip
+
+
+def sliders(preset: Preset | str, card_gb: float | None = None) -> HandsOn:
+    """The plan as the last line of a cell, with sliders for the card, the size of a group and the lengths. Where nobody
+    can move them it is the plan, and those of a longer answer and a smaller card.
+
+    Args:
+        preset (`Preset` or `str`), card_gb (`float`, *optional*): As for `plan`.
+    """
+    preset = presets.get(preset) if isinstance(preset, str) else preset
+    card_gb = card_gb or _card_here()[0] or T4_GB
+    return sliders_of(plan, preset.on_card(card_gb), card_gb)
 
 
 def can_train(preset: Preset, card_gb: float) -> bool:

@@ -1,7 +1,8 @@
 """What a person watches while a model trains: one place with the curves, the numbers and a few answers of the model.
 
-In a notebook it updates in place and needs no widget (see display.py). In a terminal it is one line for each logged
-step. The data behind it stays on the `Live` object, and `live.save("run.json")` records it for `replay.run`.
+In a notebook it updates in place and needs no widget (see display.py); where a person sits at it, buttons stand beside
+it (buttons.py). In a terminal it is one line for each logged step. The data behind it stays on the `Live` object, and
+`live.save("run.json")` records it for `replay.run`.
 """
 
 import json
@@ -16,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
-from nbhelpers import evaluate, host
-from nbhelpers.evaluate import Answer
+from nbhelpers import evaluate, hands_on, host
+from nbhelpers.evaluate import Answer, Decoding
 from nbhelpers.evaluate.compare import before_after as before_after  # what a notebook calls: panel.before_after
 from nbhelpers.progress import Ticker
 from nbhelpers.rewards import REASONING, Sample, Tags, in_form
 
-from . import display, gaming, history
+from . import display, gaming, history, pieces
+from .buttons import Buttons
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -58,6 +60,7 @@ class Live(display.View, TrainerCallback):
         samples (`list[rewards.Sample]`): The newest answers. They come from `state.samples`, which LeanGRPOTrainer
             sets; with TRL's plain trainer there are none, and no format rate and no spread by group either.
         probed (`dict[int, list[evaluate.Answer]]`): The probes' answers by step; 0 is before the training.
+        asked (`list[tuple[int, str, str]]`): What a person asked in between: step, question and what the model wrote.
         ended (`float`): Seconds that the run took; None until it ended.
 
     Example:
@@ -85,6 +88,9 @@ class Live(display.View, TrainerCallback):
         self.every, self.probes, self.probe_every = every, list(probes), probe_every
         self.engine: Engine | None = None  # LeanGRPOTrainer's own, which asks the probes
         self.tags: Tags = REASONING  # and its form
+        self.kept_however_it_ends = False  # and that it saves what was learned when it is interrupted
+        self.buttons: Buttons | None = None
+        self._stop = False  # a person wants the run to end after the step that is going on
         self.samples: list[Sample] = []
         self._wanted_steps = total_steps
         self._pairs: dict[int, list[Sample]] = {}
@@ -111,10 +117,23 @@ class Live(display.View, TrainerCallback):
         self._started = time.monotonic()
         self._tokens, self._since = state.num_input_tokens_seen, self._started
         self._draw_again = 0.0
+        self.asked, self._stop = [], False
         if display.in_notebook():
             self.update()  # at once: a large model's first step takes a while
             self._stop_clock()
             self._ticker = Ticker(self._tick)
+            self.attended = hands_on.attended()
+            if self.attended and args.world_size == 1:
+                self.buttons = Buttons()
+                self.buttons.show()
+
+    def on_step_begin(
+        self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End the run as the notebook's stop button does, if the button here was pressed: the last step is logged."""
+        if self._stop:
+            self._stop = False
+            raise KeyboardInterrupt
 
     def on_step_end(
         self,
@@ -125,13 +144,30 @@ class Live(display.View, TrainerCallback):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Ask the probes, every so many steps."""
+        """Ask the probes, every so many steps, and do what the buttons were pressed for."""
+        start = time.monotonic()
         if state.is_world_process_zero and self.probes and state.global_step % self.probe_every == 0:
-            start = time.monotonic()
             self.probed[state.global_step] = evaluate.ask_again(
                 model, processing_class, self.probes, self.engine, progress=False
             )
-            self._since += time.monotonic() - start  # the speed is that of the training, without the probes
+        if self.buttons is not None:
+            hands_on.listen()
+            wishes = self.buttons.take()
+            if "save" in wishes:
+                control.should_save = True
+            if "stop" in wishes and self.kept_however_it_ends:
+                self._stop = True
+            elif "stop" in wishes:
+                control.should_training_stop = control.should_save = True
+            if wishes.get("ask"):
+                rows = kwargs["train_dataloader"].dataset
+                self._ask(wishes["ask"], state.global_step, args, model, processing_class, rows)
+        self._since += time.monotonic() - start  # the speed is that of the training, without the questions
+
+    def on_save(self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Say so to who pressed a button."""
+        if self.buttons is not None and self.buttons.heard:
+            self.buttons.say(f"Saved after step {state.global_step}: {args.output_dir}/checkpoint-{state.global_step}")
 
     def on_log(
         self,
@@ -176,6 +212,9 @@ class Live(display.View, TrainerCallback):
         """Show the end of the run."""
         if state.is_world_process_zero:
             self._stop_clock()
+            if self.buttons is not None:
+                self.buttons.close()
+                self.buttons = None
             self.ended = time.monotonic() - self._started
             if display.in_notebook():
                 self.update()
@@ -216,6 +255,24 @@ class Live(display.View, TrainerCallback):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(_rounded(recorded), ensure_ascii=True, separators=(",", ":"), allow_nan=False))
         return path
+
+    def _ask(self, question: str, step: int, args: Any, model: Any, tokenizer: Any, rows: Any) -> None:
+        """Put a person's question as the probes are put, or with the system message of the training rows."""
+        prompt = self.probes[0].messages if self.probes else next(iter(rows))["prompt"]
+        system = [message for message in prompt if isinstance(message, dict) and message["role"] == "system"]
+        messages = [*system, {"role": "user", "content": question}]
+        name = "auto" if self.engine is None else self.engine.name
+        decoding = self.probes[0].decoding if self.probes else Decoding(args.max_completion_length, 0.0, 0, 1, name)
+        empty = Answer(question, "", None, 0, True, "", decoding, messages=messages, tags=self.tags)
+        try:
+            (answer,) = evaluate.ask_again(model, tokenizer, [empty], self.engine, progress=False)
+            written = answer.completion
+        except ValueError as error:  # too long a question, for one: no reason to lose a run
+            written = str(error)
+        self.asked.append((step, question, written))
+        if self.buttons is not None:
+            self.buttons.say("Answered:", pieces.asked_html(self.asked[-1:]))
+        self._draw_again = 0.0  # with the log of this step
 
     def _draw(self) -> None:
         first, start = self._figure is None, time.thread_time()  # what others do meanwhile is not its cost

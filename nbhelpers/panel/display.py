@@ -21,7 +21,7 @@ from nbhelpers.progress import duration, this_cell
 from nbhelpers.progress import in_notebook as in_notebook
 from nbhelpers.rewards import Sample
 
-from . import curves, history, pieces
+from . import buttons, curves, history, pieces
 from .pieces import CELL, number, percent
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ class View:
         self.pair: list[Sample] = []
         self.pair_step = 0
         self.probed: dict[int, list[Answer]] = {}
+        self.asked: list[tuple[int, str, str]] = []
+        self.attended = True  # False where no buttons can stand beside a run, which then tells of them
         self.ended: float | None = None
         self.first_step = 0
         self.handles: list[Any] = []  # IPython's, of the outputs that are updated
@@ -126,7 +128,8 @@ class View:
         head: tuple[dict, dict] = ({"text/html": self._head_html(), "text/plain": self.line()}, {})
         if not self.history:
             return [head]
-        answers = pieces.probes_html(self.probed) + pieces.pair_html(self.pair, self.pair_step)
+        answers = pieces.asked_html(self.asked) + pieces.probes_html(self.probed)
+        answers += pieces.pair_html(self.pair, self.pair_step) + ("" if self.attended else f"<p>{buttons.STATIC}</p>")
         words = curves.words(self.history)
         # an output of its own: within HTML a viewer that cleans the HTML may leave it out
         picture = {"image/png": base64.b64encode(self.picture()).decode(), "text/plain": words}

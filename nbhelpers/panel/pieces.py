@@ -120,6 +120,18 @@ def probes_html(probed: dict[int, list[Answer]]) -> str:
     return table(head, rows, f"{_FULL_WIDTH};margin-bottom:10px")
 
 
+def asked_html(asked: list[tuple[int, str, str]]) -> str:
+    """What a person asked while it trained, the newest first: step, question, and what the model wrote."""
+    if not asked:
+        return ""
+    rows = [
+        [cell(f"step {step}"), cell(shortened(question, 300)), cell(pre(shortened(written)))]
+        for step, question, written in reversed(asked)
+    ]
+    head = [cell(name, tag="th") for name in ("asked after", "question", "answer")]
+    return table(head, rows, f"{GRID};margin-bottom:10px")
+
+
 def pair_html(pair: list[Sample], step: int) -> str:
     """The best and the worst answer of one group, side by side. Model text is escaped: it may hold anything."""
     if not pair:

@@ -28,6 +28,7 @@ from .answers import (
     text_of,
     written,
 )
+from .by_hand import playground
 from .checking import check
 from .countdown_rules import verify
 from .penalties import get_language_consistency, get_length_penalty, get_repetition_penalty
@@ -38,9 +39,8 @@ from .sandbox import sandboxed
 __all__ = [
     "REASONING", "TAGS", "THINK", "Reward", "Sample", "Tags", "check", "correctness", "countdown", "extract_answer",
     "extract_boxed", "form", "formatted", "get_language_consistency", "get_length_penalty", "get_repetition_penalty",
-    "in_form", "integer_answer", "is_correct", "math_correctness", "number_of", "question_of", "read", "right", "same",
-    "sandboxed",
-    "soft_format", "strict_format", "tag_count", "text_of",
+    "in_form", "integer_answer", "is_correct", "math_correctness", "number_of", "playground", "question_of", "read",
+    "right", "same", "sandboxed", "soft_format", "strict_format", "tag_count", "text_of",
 ]  # fmt: skip
 
 

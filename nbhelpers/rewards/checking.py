@@ -121,13 +121,13 @@ def check(reward_funcs: Reward | Sequence[Reward], task: Questions, *, n: int = 
         TypeError: For a reward model: only functions can be checked.
     """
     rewards = by_name(reward_funcs)
-    rows = _rows_of(task, n)
+    rows = rows_of(task, n)
     if "{answer}" not in form:
         raise ValueError(f"form says where the answer stands, as {{answer}}: {form!r}")
     texts = [texts_for(row, rows, form) for row in rows]
     scores, slowest, warnings = {}, {}, []
     for name, reward in rewards.items():
-        trial = _Trial(reward)
+        trial = Trial(reward)
         slowest[name] = trial.slowest(rows[0], form)
         # what hangs on long texts is not given one
         kinds = [kind for kind in KINDS if kind != LONG or slowest[name][0] == CHARACTERS]
@@ -136,7 +136,7 @@ def check(reward_funcs: Reward | Sequence[Reward], task: Questions, *, n: int = 
     return Check(scores, slowest, warnings + _suspicions_of_all(scores), texts[0])
 
 
-def _rows_of(task: Questions, n: int) -> list[dict]:
+def rows_of(task: Questions, n: int) -> list[dict]:
     """The first n rows of a task; the errors of `check` if they cannot be used."""
     rows = [task.train[i] for i in range(min(n, len(task.train)))]
     if not rows or "answer" not in rows[0] or "prompt" not in rows[0]:
@@ -150,7 +150,7 @@ def _rows_of(task: Questions, n: int) -> list[dict]:
 # ---- calling them ----
 
 
-class _Trial:
+class Trial:
     """One reward function on trial: how it is called, and what went wrong so far."""
 
     def __init__(self, reward: Reward):

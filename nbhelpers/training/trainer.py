@@ -169,7 +169,7 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
         # list of callbacks, so any other way would be an attribute that both sides have to know of.
         for live in [callback for callback in self.callback_handler.callbacks if isinstance(callback, panel.Live)]:
             live.engine = self.engine  # asks its probes with the engine that writes the completions
-            live.tags = self.tags
+            live.tags, live.kept_however_it_ends = self.tags, True
             asked = live.probes[0].decoding.chat_template_kwargs if live.probes else None
             if asked is not None and asked != chat.template_kwargs(self._tokenizer):
                 print(

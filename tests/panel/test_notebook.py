@@ -249,7 +249,7 @@ def test_in_a_real_kernel_one_place_stays_and_no_widget_state():
     assert head.data["text/plain"].startswith("done: step 3/3") and "done: step 3/3" in head.data["text/html"]
     assert "reward function" in numbers.data["text/html"] and curves.metadata["image/png"]["alt"].startswith("Curves")
     assert picture(curves.data).width >= 1000 and "best answer" in answers.data["text/html"]
-    assert "widgets" not in book.metadata and "widget" not in nbformat.writes(book)
+    assert "widgets" not in book.metadata and "vnd.jupyter.widget" not in nbformat.writes(book)
     assert len(nbformat.writes(book)) < 90_000
 
 
