@@ -13,6 +13,11 @@ INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check $(if $(CO
 	@$(INSTALL) -e '.[dev]'
 	@touch $@
 
+# A real browser for tests/browser, within two minutes. Where none comes, as without a network, the tests are skipped and
+# say so, and the next call tries again.
+.venv/browser: .venv/ready
+	@$(BIN)/python tests/helpers/install_browser.py 120 $(INSTALL) && touch $@ || true
+
 # The quickstart, headless: trains, streams its progress, leaves runs/quickstart/. DATA=my_questions.jsonl for your own.
 run: .venv/ready
 	@$(BIN)/python notebooks/run.py notebooks/00_quickstart.ipynb runs/quickstart $(if $(DATA),--set 'DATA=$(DATA)')
@@ -26,12 +31,14 @@ notebooks: .venv/ready
 
 # One thread a process and two processes: faster than two threads each that wait for each other. The model notebooks run
 # as copies in a fresh folder: beside the originals there may be checkpoints of a real run.
-test: .venv/ready
+test: .venv/ready .venv/browser
 	@echo "ruff: lint and format"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@echo "pytest: the unit tests, and mypy over the package (tests/test_typing.py)"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests --ignore=tests/browser
+	@echo "a real browser: JupyterLab and the site"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -rs tests/browser
 	@echo "nbmake: every notebook from top to bottom, those of models in smoke mode"
 	@rm -rf runs/smoke && mkdir -p runs/smoke && cp notebooks/models/*.ipynb runs/smoke
 	@NBHELPERS_SMOKE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 \
