@@ -1,4 +1,4 @@
-"""A model notebook in JupyterLab in smoke mode, from top to bottom: every cell comes to an end, and the panel to its own."""
+"""A model notebook in JupyterLab in smoke mode, from top to bottom: every cell ends, and the panel says so."""
 
 import pytest
 from browser import LOOK, ROOT, Notebook, fresh_copy, jupyterlab
@@ -14,7 +14,7 @@ def tab(browser, tmp_path_factory):
     with jupyterlab(folder) as address:
         tab = Notebook(browser, address, "model.ipynb")
         tab.command("notebook:run-all-cells")
-        tab.wait(150)
+        tab.wait(240)
         yield tab
         tab.page.close()
 
@@ -31,7 +31,6 @@ def test_the_panel_shows_a_finished_run_and_its_curves(tab):
 
 def test_before_and_after_stand_side_by_side(tab):
     look = tab.output("before_after(").evaluate(LOOK)
-    before, after = (
-        next(text["box"] for text in look["texts"] if text["words"] == word) for word in ("before", "after")
-    )
+    first = {text["words"]: text["box"] for text in reversed(look["texts"])}
+    before, after = first["before"], first["after"]
     assert before["right"] <= after["left"] and abs(before["top"] - after["top"]) < 2

@@ -1,5 +1,5 @@
-"""The quickstart in JupyterLab, as a reader goes through it: run all, close the tab while it trains, open it again, stop,
-ask for the panel, go on, then in the dark and in a small window. Compared is where things are and what they say."""
+"""The quickstart in JupyterLab, as a reader goes through it: run all, close the tab while it trains, open it again,
+stop, ask for the panel, go on, then in the dark and in a small window. Compared is what is where, and what it says."""
 
 import re
 
@@ -25,19 +25,19 @@ def seen(browser, tmp_path_factory):
     with jupyterlab(folder) as address:
         tab = Notebook(browser, address, "quickstart.ipynb")
         tab.command("notebook:run-all-cells")
-        tab.output(TRAIN).get_by_text("step 3/300").first.wait_for(timeout=120_000)
+        tab.output(TRAIN).get_by_text("step 3/300").first.wait_for(timeout=180_000)
         tab.output(TRAIN).locator("img").wait_for()
         seen["during"] = tab.output(TRAIN).evaluate(LOOK)
         tab.page.close()
 
         tab = Notebook(browser, address, "quickstart.ipynb")
         tab.press_stop()
-        tab.wait(60)
+        tab.wait(180)
         tab.new_cell("live")
         tab.output(LIVE).locator("img").wait_for()
         seen["reopened"] = tab.output(LIVE).evaluate(LOOK)
         tab.run_below(TRAIN)
-        tab.wait(120)
+        tab.wait(180)
         seen["errors"], seen["after"] = tab.errors(), tab.output("comparison = ").inner_text()
 
         tab.command("apputils:change-theme", theme="JupyterLab Dark")

@@ -1,5 +1,5 @@
-"""A real browser for tests: Chromium where there is one, JupyterLab to open notebooks in, and what a person would look at
-in a page, asked of its elements: which text is where, how large, in which colours. No picture is compared."""
+"""A real browser for tests: Chromium where there is one, JupyterLab to open notebooks in, and what a person would look
+at in a page, asked of its elements: which text is where, how large, in which colours. No picture is compared."""
 
 import contextlib
 import json
@@ -99,7 +99,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def served(command: list[str], url: str, log: Path, **options: Any) -> Iterator[str]:
-    """`command` runs until the block is left; it has begun when `url` answers. Raises RuntimeError with its last words."""
+    """`command` runs until the block is left; entered when `url` answers. Raises RuntimeError with its last words."""
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, **options)
     try:
@@ -124,7 +124,7 @@ def served(command: list[str], url: str, log: Path, **options: Any) -> Iterator[
 
 @contextlib.contextmanager
 def jupyterlab(folder: Path) -> Iterator[str]:
-    """JupyterLab on the notebooks of `folder`/notebooks: the address of its page. Its settings and kernels are its own."""
+    """JupyterLab on `folder`/notebooks: the address of its page. Its settings and kernels are its own."""
     settings = folder / "settings" / "@jupyterlab"
     for name, values in SETTINGS.items():
         file = settings / name
@@ -174,7 +174,7 @@ class Notebook:
     def __init__(self, browser: "Browser", address: str, name: str):
         self.address = address
         self.page: Page = browser.new_page(viewport={"width": 1400, "height": 900})
-        self.page.set_default_timeout(60_000)
+        self.page.set_default_timeout(120_000)
         self.page.goto(f"{address}/lab/tree/{name}?reset")
         self.page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel")
         self.page.wait_for_selector(".jp-CodeCell")
