@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test torture notebooks workshop-model clean
+.PHONY: run test torture notebooks wheel docs workshop-model clean
 
 # CONSTRAINTS=constraints-oldest.txt: a new .venv with the oldest versions that requirements.txt allows, not the newest
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
@@ -48,9 +48,13 @@ test: .venv/ready .venv/browser
 torture: .venv/ready
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/helpers/torture.py --write
 
+# The sdist and the wheel, looked into and tried; publishing is .github/workflows/release.yml, on a tag.
+wheel: .venv/ready
+	@$(BIN)/python tests/helpers/wheel.py $(TAG)
+
 # Trains the workshop model from nothing: 7 minutes on an H200, hours on a laptop.
 workshop-model: .venv/ready
 	@$(BIN)/python -m nbhelpers.workshop.recipe --out nbhelpers/workshop
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs dist site
