@@ -48,6 +48,14 @@ test: .venv/ready .venv/browser
 torture: .venv/ready
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/helpers/torture.py --write
 
+# The site, into site/: what it is made of is in docs/pages.py.
+.venv/docs: .venv/ready
+	@$(INSTALL) -e '.[docs]' && touch $@
+
+docs: .venv/docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 # The sdist and the wheel, looked into and tried; publishing is .github/workflows/release.yml, on a tag.
 wheel: .venv/ready
 	@$(BIN)/python tests/helpers/wheel.py $(TAG)

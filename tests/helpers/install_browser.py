@@ -15,7 +15,7 @@ import time
 def commands(install: list[str]) -> list[list[str]]:
     """What is tried, in this order, until there is a browser. Only what downloads may be stopped: half a package is a
     broken system."""
-    ways = [[*install, "-e", ".[browser]"]]
+    ways = [[*install, "-e", ".[browser,docs]"]]
     if shutil.which("apt-get") and os.geteuid() == 0:
         apt = ["apt-get", "install", "-qy", "--no-install-recommends", "chromium"]
         ways += [["apt-get", "update", "-q"], [*apt, "--download-only"], [*apt, "--no-download"]]
