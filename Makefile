@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test torture notebooks workshop-model clean
+.PHONY: run test torture notebooks wheel docs workshop-model clean
 
 # CONSTRAINTS=constraints-oldest.txt: a new .venv with the oldest versions that requirements.txt allows, not the newest
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
@@ -12,6 +12,11 @@ INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check $(if $(CO
 	@$(INSTALL) "$$(grep '^torch' requirements.txt)"
 	@$(INSTALL) -e '.[dev]'
 	@touch $@
+
+# A real browser for tests/browser, within two minutes. Where none comes, as without a network, the tests are skipped and
+# say so, and the next call tries again.
+.venv/browser: .venv/ready
+	@$(BIN)/python tests/helpers/install_browser.py 120 $(INSTALL) && touch $@ || true
 
 # The quickstart, headless: trains, streams its progress, leaves runs/quickstart/. DATA=my_questions.jsonl for your own.
 run: .venv/ready
@@ -27,12 +32,14 @@ notebooks: .venv/ready
 
 # One thread a process and two processes: faster than two threads each that wait for each other. The model notebooks run
 # as copies in a fresh folder: beside the originals there may be checkpoints of a real run.
-test: .venv/ready
+test: .venv/ready .venv/browser
 	@echo "ruff: lint and format"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@echo "pytest: the unit tests, and mypy over the package (tests/test_typing.py)"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests --ignore=tests/browser
+	@echo "a real browser: JupyterLab and the site"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -rs tests/browser
 	@echo "nbmake: every notebook from top to bottom, those of models in smoke mode"
 	@rm -rf runs/smoke && mkdir -p runs/smoke && cp notebooks/models/*.ipynb runs/smoke
 	@NBHELPERS_SMOKE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 \
@@ -42,9 +49,21 @@ test: .venv/ready
 torture: .venv/ready
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/helpers/torture.py --write
 
+# The site, into site/: what it is made of is in docs/pages.py.
+.venv/docs: .venv/ready
+	@$(INSTALL) -e '.[docs]' && touch $@
+
+docs: .venv/docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+# The sdist and the wheel, looked into and tried; publishing is .github/workflows/release.yml, on a tag.
+wheel: .venv/ready
+	@$(BIN)/python tests/helpers/wheel.py $(TAG)
+
 # Trains the workshop model from nothing: 7 minutes on an H200, hours on a laptop.
 workshop-model: .venv/ready
 	@$(BIN)/python -m nbhelpers.workshop.recipe --out nbhelpers/workshop
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs dist site

@@ -23,7 +23,14 @@ from packaging.utils import canonicalize_name
 
 from nbhelpers import host
 
+REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"  # beside this package where it is a folder, not installed
+DATASETS = Path("/kaggle/input")
 KEPT = ("torch", "torchvision", "torchaudio", "triton", "numpy")  # a session is built around these
+WAYS_OUT = (
+    "Ways out: let this session reach a package index, on Kaggle by Settings > Internet; or add a dataset of wheels, "
+    "as `pip download -d wheels -r requirements.txt` makes in a session with internet; or begin a new session, in "
+    "which nothing else was installed."
+)
 
 
 class Stop(RuntimeError):
@@ -44,9 +51,11 @@ def run() -> None:
         print(f"{place}: everything is installed")
         return
     if place == "local":
+        words = " ".join(f'"{need}"' for need in wanted)
         print(
             f"local: not installed or of another version: {', '.join(map(str, wanted))}. "
-            "Run `pip install -e .` in the folder of the repository"
+            "Run `pip install -e .` in the folder of the repository, or in a cell "
+            f"%pip install {words}; then restart the kernel"
         )
         return
     print(f"{place}: installing {', '.join(need.name for need in wanted)} (up to three minutes) ...")
@@ -71,16 +80,19 @@ def run() -> None:
 def missing() -> list[Requirement]:
     """What this package requires and the session does not have in the right version.
 
-    A kept package of another version is only warned about: changing it would break the session. Raises Stop where this
-    package is a folder on the path and nothing says what it requires.
+    A kept package of another version is only warned about: changing it would break the session. Where this package is a
+    folder on the path, the requirements.txt beside it says what it requires. Raises Stop where there is none.
     """
     try:
-        needs = metadata.requires("nbhelpers") or ()
+        needs = metadata.requires("nbhelpers") or []
     except metadata.PackageNotFoundError:
-        raise Stop(
-            "nbhelpers was found as a folder and is not installed, so what it requires is not known. In a notebook "
-            "cell: %pip install --no-deps -e path/to/the/repository, then restart the session"
-        ) from None
+        if not REQUIREMENTS.is_file():
+            raise Stop(
+                "nbhelpers was found as a folder and is not installed, so what it requires is not known. In a notebook "
+                "cell: %pip install --no-deps -e path/to/the/repository, then restart the session"
+            ) from None
+        lines = (line.partition("#")[0].strip() for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines())
+        needs = [line for line in lines if line]
     lacking = []
     for need in map(Requirement, needs):
         if need.marker and not need.marker.evaluate({"extra": ""}):
@@ -93,6 +105,12 @@ def missing() -> list[Requirement]:
         else:
             lacking.append(need)
     return lacking
+
+
+def brought() -> list[str]:
+    """Folders of Kaggle's datasets with wheels of what this package requires: for a session without internet."""
+    wheels = (file for file in DATASETS.rglob("*.whl") if not file.name.startswith("nbhelpers-"))
+    return sorted({str(file.parent) for file in wheels})
 
 
 def planned(wanted: list[Requirement]) -> dict[str, str]:
@@ -148,11 +166,13 @@ def installed(package: str) -> str | None:
 
 def _pip(*arguments: str) -> None:
     """Run pip. Raises Stop with its own reason, in one line, if it fails."""
-    command = [sys.executable, "-m", "pip", *arguments, "--disable-pip-version-check"]
+    folders = brought()
+    offline = ["--no-index", *(f"--find-links={folder}" for folder in folders)] if folders else []
+    command = [sys.executable, "-m", "pip", *arguments, *offline, "--disable-pip-version-check"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         return
     conflict = done.stdout.partition("The conflict is caused by:")[2].partition("\n\n")[0]
     errors = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
     reason = " ".join(" ".join([*errors[:1], conflict]).split()) or done.stderr.strip()[-300:]
-    raise Stop(f"pip cannot install this: {reason} (On Kaggle, Settings > Internet must be on.)")
+    raise Stop(f"pip cannot install this: {reason} ({WAYS_OUT})")

@@ -24,6 +24,8 @@ REPOSITORY = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["projec
 # The newest release's tag and the commit that it stood on, written here in the commit after it; both empty before the
 # first one. Notebooks install that very commit.
 RELEASE, COMMIT = "", ""
+# Whether that release is on the package index as well; until then the name there may be anybody's.
+ON_INDEX = False
 MODELS = tuple(name for name in presets.names() if presets.get(name).notebook)
 ACCESS = {
     False: "It is open: no account, no login.",
@@ -77,6 +79,8 @@ def model(name: str) -> str:
             del cell.metadata["tags"]
         if kind == "thinks":
             cell.source = cell.source.replace("[correct, in_form]", "[correct, in_form, brief]")
+        if ON_INDEX:
+            cell.source = cell.source.replace('[f"git+', f'["nbhelpers=={RELEASE[1:]}", f"git+')
         for field, value in fields.items():
             cell.source = cell.source.replace("{" + field + "}", value)
     return nbformat.writes(notebook, version=4) + "\n"

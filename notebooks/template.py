@@ -42,20 +42,30 @@
 # installs nothing, it only checks.
 
 # %% tags=["install"]
-# Colab and Kaggle get this package and what it needs; their torch and numpy stay. Your own machine is only checked:
-# there, `pip install -e .` in the repository comes first.
+# nbhelpers is taken from near this notebook, else, on Colab and Kaggle, from the network; their torch and numpy stay.
 import os
 import subprocess
 import sys
+from glob import glob
 from importlib import import_module, util
 
-REPOSITORY = "{repository}"
+REPOSITORY = "{repository}"  # in a fork: your own
 RELEASE, COMMIT = "{release}", "{commit}"  # a tag can be moved, its commit cannot; empty: no release yet
 hosted = "COLAB_RELEASE_TAG" in os.environ or "KAGGLE_KERNEL_RUN_TYPE" in os.environ
-if hosted and util.find_spec("nbhelpers") is None:
-    print(f"nbhelpers {RELEASE or 'from the newest state of its repository: nothing is released yet'}")
-    source = f"git+{REPOSITORY}@{COMMIT or 'main'}"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", source], check=True)
+sys.path += map(os.path.abspath, [".", "..", "../..", *glob("/kaggle/input/**/", recursive=True)])  # its folder, or
+sources = [file for at in sys.path for kind in ("whl", "zip") for file in glob(f"{at}/nbhelpers*.{kind}")]
+sources, why = sources + [f"git+{REPOSITORY}@{COMMIT or 'main'}"] * hosted, "none near this notebook"
+for source in sources:
+    if not util.find_spec("nbhelpers"):
+        print(f"nbhelpers {RELEASE or '(nothing is released yet)'} from {source}")
+        pip = [sys.executable, "-m", "pip", "install", "--no-deps", source]
+        said = subprocess.run(pip, capture_output=True, text=True).stderr
+        why = (said.partition("fatal: ")[2] or said.partition("ERROR: ")[2]).partition("\n")[0]
+if not util.find_spec("nbhelpers"):
+    raise type("Stop", (Exception,), {"_render_traceback_": lambda stop: [str(stop)]})(
+        f"No nbhelpers here: {why}. Put its folder, wheel or zip beside this notebook (Kaggle: as a dataset), or write "
+        "an address in reach into REPOSITORY (Kaggle: Internet on), or %pip install it yourself; then run it again."
+    )
 import_module("nbhelpers.install").run()
 
 # %% [markdown]

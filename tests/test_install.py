@@ -83,6 +83,7 @@ def test_your_own_machine_is_only_checked(monkeypatch, capsys):
     install.run()
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "nbsome<1.17,>=1.16" in out and "pip install -e ." in out
+    assert '%pip install "nbsome<1.17,>=1.16"; then restart' in out  # a class's JupyterHub has no folder
     assert not session.calls
 
 
@@ -124,8 +125,41 @@ def test_what_would_break_is_said_before_it_is_done(monkeypatch, capsys):
 def test_a_folder_that_is_not_installed_is_said_plainly(monkeypatch):
     session = Session(monkeypatch, installed=HERE)
     monkeypatch.setattr(install.metadata, "requires", session.version)
+    monkeypatch.setattr(install, "REQUIREMENTS", ROOT / "not/there.txt")
     with pytest.raises(install.Stop, match=r"found as a folder and is not installed.*%pip install"):
         install.run()
+
+
+def test_a_folder_says_itself_what_it_requires(monkeypatch, capsys, tmp_path):
+    """A read-only dataset or a zip that was unpacked: nothing is installed of it, and what it requires is."""
+    session = Session(monkeypatch, "Kaggle", HERE, plan={"nbsome": "1.16.0"})
+    monkeypatch.setattr(install.metadata, "requires", session.version)
+    monkeypatch.setattr(install, "REQUIREMENTS", tmp_path / "requirements.txt")
+    install.REQUIREMENTS.write_text("# why\ntorch>=2.10,<2.14\n\nnbsome>=1.16,<1.17  # for this\n")
+    assert [str(need) for need in install.missing()] == ["nbsome<1.17,>=1.16"]
+    install.run()
+    assert "no restart needed" in capsys.readouterr().out and session.versions["nbsome"] == "1.16.0"
+
+
+def test_a_dataset_of_wheels_stands_for_the_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(install, "DATASETS", tmp_path)
+    session = Session(monkeypatch, "Kaggle", HERE, NEEDS, plan={"nbsome": "1.16.0"})
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "nbhelpers-1.0-py3-none-any.whl").touch()  # alone it says nothing of the others
+    install.planned([Requirement("nbsome")])
+    assert not any("--no-index" in call for call in session.calls)
+    wheel(tmp_path / "ours", "nbsome", "1.16.0")
+    install.run()
+    for call in session.calls[1:]:
+        assert "--no-index" in call and f"--find-links={tmp_path / 'ours'}" in call
+
+
+@pytest.mark.parametrize("place", ["Colab", "Kaggle"])
+def test_a_failure_is_a_sentence_with_three_ways_out(monkeypatch, place):
+    Session(monkeypatch, place, HERE, NEEDS, plan="ERROR: Could not find a version that satisfies nbsome")
+    with pytest.raises(install.Stop, match=r"Ways out: .* index, .*; or add a dataset .*; or begin a new") as stop:
+        install.run()
+    assert "\n" not in str(stop.value)
 
 
 def test_packages_that_cannot_be_read_stop_nothing(monkeypatch, capsys, tmp_path):
@@ -181,6 +215,10 @@ def test_with_the_real_pip(tmp_path, monkeypatch):
     assert install.planned([Requirement("nbhtop>=1")]) == {"nbhtop": "1.1", "nbhlow": "2.0"}
     with pytest.raises(install.Stop, match=r"nbhtop 1\.2 depends on numpy>=999"):
         install.planned([Requirement("nbhtop==1.2")])
+    for name in ("NO_INDEX", "FIND_LINKS"):  # as without a network: from the wheels of a dataset alone
+        monkeypatch.delenv(f"PIP_{name}")
+    monkeypatch.setattr(install, "DATASETS", tmp_path.parent)
+    assert install.planned([Requirement("nbhtop>=1")]) == {"nbhtop": "1.1", "nbhlow": "2.0"}
 
 
 def test_it_imports_without_the_packages_that_it_installs():

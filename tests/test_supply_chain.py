@@ -27,22 +27,6 @@ def test_a_release_is_a_tag_and_its_commit_or_neither():
     assert re.fullmatch(r"(v\d+\.\d+\.\d+)?", build.RELEASE) and re.fullmatch(r"([0-9a-f]{40})?", build.COMMIT)
 
 
-def test_a_notebooks_first_cell_takes_the_release_by_its_commit(monkeypatch, capsys):
-    import subprocess
-    from importlib import util
-
-    template = (ROOT / "notebooks/template.py").read_text()
-    cell = template.partition('# %% tags=["install"]\n')[2].partition("# %%")[0].rpartition("import_module(")[0]
-    taken = []
-    monkeypatch.setenv("COLAB_RELEASE_TAG", "x")
-    monkeypatch.setattr(util, "find_spec", lambda _: None)
-    monkeypatch.setattr(subprocess, "run", lambda command, check: taken.append(command[-1]))
-    for release, commit, wanted in (("v1.2.3", "a" * 40, "@" + "a" * 40), ("", "", "@main")):
-        exec(cell.replace("{repository}", "https://x/y").replace("{release}", release).replace("{commit}", commit), {})
-        assert taken[-1] == f"git+https://x/y{wanted}"
-        assert ("nothing is released yet" in capsys.readouterr().out) == (not release)
-
-
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_no_file_opens_a_pickle_or_runs_text(file):
     for node in ast.walk(ast.parse(file.read_text())):
