@@ -21,7 +21,7 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
-from nbhelpers import host, sentences
+from nbhelpers import host, session
 
 KEPT = ("torch", "torchvision", "torchaudio", "triton", "numpy")  # a session is built around these
 
@@ -36,12 +36,12 @@ class Stop(RuntimeError):
 def run() -> None:
     """Install what is missing on Colab and Kaggle, check on any other machine, and say so in a line.
 
-    From here on an error of this package is a sentence in the notebook (sentences.py).
+    From here on an error of this package is a sentence in the notebook (session/errors.py).
 
     Raises Stop when pip finds no way, with its reason, and when the session has to be restarted because it had already
     imported a package that is now another version.
     """
-    sentences.instead_of_tracebacks()
+    session.instead_of_tracebacks()
     place, wanted = host.where(), missing()
     if not wanted:
         print(f"{place}: everything is installed")

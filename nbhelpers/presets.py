@@ -73,6 +73,14 @@ class Preset:
         changes = next((changes for size, changes in reversed(sizes) if size <= gb), sizes[0][1])
         return replace(self, **dict(changes))
 
+    @property
+    def asking(self) -> dict[str, Any]:
+        """How this model is asked something, as the arguments of `evaluate.ask`."""
+        return {
+            "system_prompt": self.system_prompt, "tags": self.tags, "temperature": self.temperature,
+            "max_new_tokens": self.max_completion_length,
+        }  # fmt: skip
+
     def weight_bytes(self, width: int = 2) -> int:
         """Bytes of the frozen weights, with `width` bytes per unquantised number."""
         return self.architecture.weight_bytes(self.quantization, width)

@@ -156,9 +156,9 @@ def gguf(
             one of `llama_cpp.KINDS`, "q4_k_m" among them: llama.cpp's llama-quantize makes it from a file in bf16,
             which is deleted then.
 
-    Raises host.CannotRun for what `why_not` names, and if llama-quantize fails; ValueError for an adapter that cannot be merged, for an
-    architecture, a rope or a tokenizer that could not be written faithfully, and for a `file` that the model was
-    loaded from.
+    Raises host.CannotRun for what `why_not` names, and if llama-quantize fails; ValueError for an adapter that cannot
+    be merged, for an architecture, a rope or a tokenizer that could not be written faithfully, and for a `file` that
+    the model was loaded from.
     """
     from . import gguf_file
 

@@ -7,7 +7,7 @@ import textwrap
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
-from nbhelpers import host, sentences
+from nbhelpers import host, session
 
 
 @pytest.fixture
@@ -15,8 +15,8 @@ def shell(monkeypatch, capsys):
     """A real shell with the hook: runs a cell, and gives what it shows."""
     InteractiveShell.clear_instance()
     shell = InteractiveShell.instance(colors="nocolor")
-    monkeypatch.setattr(sentences, "_shells", [])
-    sentences.instead_of_tracebacks()
+    monkeypatch.setattr(session.errors, "_shells", [])
+    session.instead_of_tracebacks()
 
     def run(cell: str) -> str:
         capsys.readouterr()
@@ -84,9 +84,9 @@ def test_what_the_reader_wrote_is_named_with_its_line(shell):
 def test_the_hook_of_somebody_else_still_works_and_ours_is_there_once(shell, monkeypatch):
     seen = []
     shell.shell.set_custom_exc((ImportError,), lambda self, kind, error, trace, tb_offset=None: seen.append(error))
-    monkeypatch.setattr(sentences, "_shells", [])
-    sentences.instead_of_tracebacks()
-    sentences.instead_of_tracebacks()  # the install cell run again
+    monkeypatch.setattr(session.errors, "_shells", [])
+    session.instead_of_tracebacks()
+    session.instead_of_tracebacks()  # the install cell run again
     assert shell("import nothing_like_it") == "" and len(seen) == 1
     assert "not installed" in shell("from nbhelpers import host; host.require('nothing-like-it')") and len(seen) == 1
 
@@ -107,7 +107,7 @@ def test_a_kernel_that_runs_the_install_cell_has_it(tmp_path):
 
 
 def test_a_plain_python_has_no_hook():
-    code = "from nbhelpers import sentences, presets; sentences.instead_of_tracebacks(); presets.get('x')"
+    code = "from nbhelpers import session, presets; session.instead_of_tracebacks(); presets.get('x')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" in done.stderr and "IPython" not in done.stderr
 
