@@ -2,10 +2,10 @@
 
     python notebooks/build.py     # or `make notebooks`
 
-The template is jupytext's percent format. Between models of one kind only the fields in {braces} differ. There are two
-kinds: models that are taught to reason, and models that think by themselves (`rewards.THINK`), which practise brevity.
-A cell tagged "taught" or "thinks" is for one kind alone. The address of the repository comes from pyproject.toml. The
-same input gives the same bytes, so a test can compare.
+The template is jupytext's percent format, and exercises.py holds its last cells. Between models of one kind only the
+fields in {braces} differ. There are two kinds: models that are taught to reason, and models that think by themselves
+(`rewards.THINK`), which practise brevity. A cell tagged "taught" or "thinks" is for one kind alone. The address of the
+repository comes from pyproject.toml. The same input gives the same bytes, so a test can compare.
 """
 
 import subprocess
@@ -38,6 +38,10 @@ ORIGIN = {  # the beginning of a preset's name -> how such a model came to think
     "qwen3": "it was trained to think between `<think>` and `</think>` before it answers, and does so unless its chat "
     "template is told otherwise (`enable_thinking=False`). What is asked of it stands behind the question.",
 }
+PLANNED = {  # what a preset's numbers were chosen for, and nobody has timed yet
+    "qwen2.5-0.5b": "With this preset all of it is planned to take a T4 20 to 30 minutes; that is a plan, nobody has "
+    "timed it yet.",
+}
 METADATA = {
     "accelerator": "GPU",
     "colab": {"gpuType": "T4", "provenance": []},
@@ -65,10 +69,12 @@ def model(name: str) -> str:
     fields = {
         "title": preset.title, "preset": name, "hub_id": preset.hub_id, "repository": REPOSITORY,
         "release": RELEASE, "commit": COMMIT,
-        "access": ACCESS[preset.gated].replace("{hub_id}", preset.hub_id), "badges": badges(f"models/{name}.ipynb"),
+        "access": ACCESS[preset.gated].replace("{hub_id}", preset.hub_id),
+        "planned": f" {PLANNED[name]}" if name in PLANNED else "", "badges": badges(f"models/{name}.ipynb"),
         "origin": next((text for start, text in ORIGIN.items() if name.startswith(start)), ""),
     }  # fmt: skip
-    notebook = jupytext.reads((HERE / "template.py").read_text(), fmt="py:percent")
+    source = "\n".join((HERE / part).read_text() for part in ("template.py", "exercises.py"))
+    notebook = jupytext.reads(source, fmt="py:percent")
     notebook.metadata = nbformat.from_dict(METADATA)
     notebook.cells = [cell for cell in notebook.cells if other not in cell.metadata.get("tags", ())]
     for number, cell in enumerate(notebook.cells):

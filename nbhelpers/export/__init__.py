@@ -204,13 +204,14 @@ def sizes(preset: Preset, folder: str | Path) -> str:
 
     Args:
         preset (`Preset`): Of the model that was trained.
-        folder (`str` or `Path`): Where to write; it is there already.
+        folder (`str` or `Path`): Where to write; it need not be there yet.
     """
+    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
     weights = preset.architecture.parameters() / GB
     each = {"adapter": preset.lora_bytes() / GB, "merged": 2 * weights, "q8_0": 34 / 32 * weights}
     each["q4_k_m"] = 0.62 * weights  # about 5 bits: its kinds of blocks differ from tensor to tensor
     told = " · ".join(f"{name} {gb:.2f} GB" for name, gb in each.items())
-    return f"{told} · {shutil.disk_usage(folder).free / GB:.1f} GB of disk free"
+    return f"{told} · {shutil.disk_usage(there).free / GB:.1f} GB of disk free"
 
 
 def push(folder: str | Path, repo_id: str, private: bool = True, token: str | None = None) -> str:

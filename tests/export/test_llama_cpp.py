@@ -77,6 +77,6 @@ def test_without_the_gguf_package_too(monkeypatch):
 
 def test_sizes_are_those_of_the_files(tmp_path, monkeypatch):
     monkeypatch.delenv("NBHELPERS_SMOKE", raising=False)
-    said = export.sizes(presets.get("qwen2.5-1.5b"), tmp_path)
+    said = export.sizes(presets.get("qwen2.5-1.5b"), tmp_path / "not" / "yet")
     assert said.startswith("adapter 0.15 GB · merged 3.09 GB · q8_0 1.64 GB · q4_k_m 0.96 GB · ")
     assert said.endswith("GB of disk free")

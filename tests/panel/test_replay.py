@@ -115,7 +115,7 @@ def test_the_run_that_comes_with_the_package(capsys):
     json.loads(text)
 
 
-def test_a_preset_with_a_recorded_run_shows_its_own(recorded, capsys, monkeypatch, tmp_path):  # noqa: F811
+def test_a_preset_with_a_recorded_run_shows_its_own(recorded, capsys, monkeypatch, tmp_path):
     monkeypatch.delenv("NBHELPERS_SMOKE", raising=False)
     monkeypatch.setattr(gpu, "cards", lambda: [])
     monkeypatch.setattr(replay, "RUNS", tmp_path / "runs")
