@@ -24,6 +24,8 @@ REPOSITORY = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["projec
 # The newest release's tag and the commit that it stood on, written here in the commit after it; both empty before the
 # first one. Notebooks install that very commit.
 RELEASE, COMMIT = "", ""
+# Its committed notebook keeps the outputs of a real run, until one of its code cells changes; the others link to it.
+RECORDED = "qwen2.5-1.5b"
 MODELS = tuple(name for name in presets.names() if presets.get(name).notebook)
 ACCESS = {
     False: "It is open: no account, no login.",
@@ -39,9 +41,10 @@ ORIGIN = {  # the beginning of a preset's name -> how such a model came to think
     "template is told otherwise (`enable_thinking=False`). What is asked of it stands behind the question.",
 }
 PLANNED = {  # what a preset's numbers were chosen for, and nobody has timed yet
-    "qwen2.5-0.5b": "With this preset all of it is planned to take a T4 20 to 30 minutes; that is a plan, nobody has "
+    "qwen2.5-0.5b": " With this preset all of it is planned to take a T4 20 to 30 minutes; that is a plan, nobody has "
     "timed it yet.",
 }
+SEE = f" What a run looks like from the first cell to the last: [{presets.get(RECORDED).title}]({RECORDED}.ipynb)."
 METADATA = {
     "accelerator": "GPU",
     "colab": {"gpuType": "T4", "provenance": []},
@@ -62,15 +65,24 @@ def badges(path: str) -> str:
     )
 
 
+def _recorded() -> list:
+    """The code cells of RECORDED's committed notebook if it has outputs, else none."""
+    file = HERE / "models" / f"{RECORDED}.ipynb"
+    cells = nbformat.read(file, as_version=4).cells if file.exists() else []
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    return code if any(cell.outputs for cell in code) else []
+
+
 def model(name: str) -> str:
     """The notebook of a preset, as the text of its file."""
-    preset = presets.get(name)
+    preset, ran = presets.get(name), _recorded()
     kind, other = ("thinks", "taught") if preset.tags == THINK else ("taught", "thinks")
     fields = {
         "title": preset.title, "preset": name, "hub_id": preset.hub_id, "repository": REPOSITORY,
         "release": RELEASE, "commit": COMMIT,
         "access": ACCESS[preset.gated].replace("{hub_id}", preset.hub_id),
-        "planned": f" {PLANNED[name]}" if name in PLANNED else "", "badges": badges(f"models/{name}.ipynb"),
+        "more": PLANNED.get(name, "") + (SEE if ran and name != RECORDED else ""),
+        "badges": badges(f"models/{name}.ipynb"),
         "origin": next((text for start, text in ORIGIN.items() if name.startswith(start)), ""),
     }  # fmt: skip
     source = "\n".join((HERE / part).read_text() for part in ("template.py", "exercises.py"))
@@ -85,6 +97,10 @@ def model(name: str) -> str:
             cell.source = cell.source.replace("[correct, in_form]", "[correct, in_form, brief]")
         for field, value in fields.items():
             cell.source = cell.source.replace("{" + field + "}", value)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if name == RECORDED and [cell.source for cell in ran] == [cell.source for cell in code]:
+        for cell, with_outputs in zip(code, ran, strict=True):
+            cell.outputs, cell.execution_count = with_outputs.outputs, with_outputs.execution_count
     return nbformat.writes(notebook, version=4) + "\n"
 
 
@@ -112,7 +128,9 @@ def lesson(path: Path) -> str:
 
 
 def main() -> None:
-    for name in MODELS:
+    for name in sorted(
+        MODELS, key=lambda name: name != RECORDED
+    ):  # that one first: the others say whether it has outputs
         (HERE / "models" / f"{name}.ipynb").write_text(model(name))
     for path in sorted(HERE.glob("0*.ipynb")):
         path.write_text(lesson(path))

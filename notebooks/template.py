@@ -11,7 +11,7 @@
 # trains you see a live curve; at the end it gets the same questions as before. You can stop at any time and keep what
 # was learned. After a disconnect, run the cells again: training resumes where it left off.
 #
-# The model is `{hub_id}`. {access}{planned}
+# The model is `{hub_id}`. {access}{more}
 #
 # You need a GPU. On Colab: *Runtime, Change runtime type, T4 GPU*. On Kaggle: *Settings, Accelerator, GPU T4 x2*, and
 # there *Internet on* as well.
@@ -30,7 +30,7 @@
 # trains you see a live curve; at the end it gets the same questions as before. You can stop at any time and keep what
 # was learned. After a disconnect, run the cells again: training resumes where it left off.
 #
-# The model is `{hub_id}`. {access}{planned}
+# The model is `{hub_id}`. {access}{more}
 #
 # You need a GPU. On Colab: *Runtime, Change runtime type, T4 GPU*. On Kaggle: *Settings, Accelerator, GPU T4 x2*, and
 # there *Internet on* as well.
