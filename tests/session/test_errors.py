@@ -38,6 +38,10 @@ CASES = {  # what a reader may do -> the sentence
     "from nbhelpers import export; export.push('none', 'me/x')": "none is no folder that export.save",
     "from nbhelpers.rewards import guard\nguard.guard(lambda **_: 1.0)(prompts=['a'], completions=['b'])": "returned a",
     "from nbhelpers.panel import Live; Live().save('x.json', 'm')": "no step was logged yet",
+    "from pathlib import Path; from nbhelpers.training import run_folder\n"
+    "run_folder.check_writable(Path('/dev/null/run'))": "nothing can be written into output_dir='/dev/null/run'",
+    "import tempfile; from pathlib import Path; from nbhelpers.training.run_folder import hold\n"
+    "folder = Path(tempfile.mkdtemp())\nwith hold(folder), hold(folder): pass": "is in use by",
     "from nbhelpers.evaluate import Proportion; Proportion.of(3, 2)": "3 of 2 is no proportion",
 }
 
