@@ -413,7 +413,8 @@ else:
     print("not uploaded: HUB is empty")
 
 # %% [markdown]
-# **Use it tomorrow.** In a new session run the cells of sections 1 and 2, and then this one.
+# **Use it tomorrow.** In a new session run the cells of sections 1 and 2, and then this one. For the merged model it is
+# `reasoner-16bit` instead of `reasoner`.
 
 # %% tags=["tomorrow"]
 TOMORROW = False  # True in a new session, where nothing else is on the card
