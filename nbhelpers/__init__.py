@@ -18,7 +18,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 __version__ = "0.2.0"
 
 _ROOMS = (
-    "engines", "evaluate", "export", "kernels", "loader", "memory", "panel", "rewards", "tasks",
+    "engines", "evaluate", "export", "kernels", "loader", "memory", "panel", "rewards", "session", "tasks",
     "grpo", "hands_on", "host", "install", "presets",
 )  # fmt: skip
 _MODULES = {room: room for room in _ROOMS} | {  # and the modules inside a room that the notebooks use

@@ -10,11 +10,13 @@ import shutil
 import sys
 import time
 import warnings
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from nbhelpers import gpu, memory, presets
 from nbhelpers.architecture import GB
+from nbhelpers.progress import in_notebook
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "vllm")
 INSTALL = {
@@ -26,6 +28,7 @@ INSTALL = {
     "gguf": 'pip install "gguf>=0.17,<1"',
 }
 DOWNLOAD_MBIT = 400  # an assumption, and said with the time: nothing was downloaded yet
+LOAD_GB_S = 0.3  # an assumption too, for a small machine: an H200's host took 1.4 (benchmarks/results/loader.json)
 SESSION_HOURS = {"Colab": 12.0, "Kaggle": 12.0}  # at most, by their own pages; Colab may end one sooner
 GET_A_GPU = "On Colab: Runtime > Change runtime type > T4 GPU; on Kaggle: Settings > Accelerator"
 
@@ -121,14 +124,39 @@ def check_fits(preset: "presets.Preset", total: float) -> None:
 
 
 def report(preset: "presets.Preset | None" = None) -> None:
-    """Print GPU, memory, dtype, versions and place; with a preset, whether and how it runs here.
+    """Print GPU, memory, dtype, versions and place; with a preset, before them, whether it runs here, and behind them
+    how, and what fetching and loading it take.
 
     Raises CannotRun when it cannot, with the remedy. Without a GPU a 4-bit preset is only warned about: it is
     hopelessly slow there, and it works.
     """
+    refused = preset and _refused(preset)
+    chosen = preset and preset.on_card(card_gb())
+    fetch = _fetch(chosen) if chosen and not chosen.smoke and not Path(chosen.hub_id).exists() else None
+    if chosen and needs_gpu(chosen) and not refused:
+        warn_slow(chosen.title)
+    elif chosen:
+        print(f"{chosen.title} cannot be trained here." if refused else _verdict(chosen, fetch))
+    _print_machine()
+    if refused:
+        raise refused
+    if preset is None or chosen is None:
+        return
+    kind = "LoRA rank " + str(chosen.lora_rank) if chosen.lora_rank else "every weight trained"
+    print(
+        f"{chosen.title}{' (smoke: small and random)' if chosen.smoke else ''}: "
+        f"{chosen.architecture.parameters() / 1e6:,.1f} M parameters · {chosen.quantization} · {kind} · "
+        f"{chosen.num_generations} generations of {chosen.max_prompt_length} + {chosen.max_completion_length} tokens · "
+        f"at least {memory.floor_gb(preset):.1f} GB"
+    )
+    if fetch is not None:
+        print(f"load: about {fetch.load_minutes} min, read at {LOAD_GB_S} GB/s and packed on the way")
+        print(fetch)
+
+
+def _print_machine() -> None:
     cards, own = gpu.cards(), int(os.environ.get("LOCAL_RANK", 0))
-    card = gpu.card(own)
-    free = f", {gpu.free_bytes(own) / GB:.1f} free" if card else ""
+    free = f", {gpu.free_bytes(own) / GB:.1f} free" if gpu.card(own) else ""
     ram = _ram_bytes()
     host_memory = f" · {ram / GB:.1f} GB of host memory" if ram else ""
     print(f"{where()} · {platform.system()} · {os.cpu_count()} CPU cores{host_memory}")
@@ -140,41 +168,87 @@ def report(preset: "presets.Preset | None" = None) -> None:
     if not cards:
         print("no CUDA GPU: computes in float32 on the CPU")
     print(" · ".join(f"{package} {number}" for package, number in versions().items()))
-    if preset is None:
-        return
-    if preset.quantization != "none":
-        require("bitsandbytes")
-    if preset.lora_rank:
-        require("peft")
-    if card is not None:
-        check_fits(preset, card.total)
-    elif needs_gpu(preset):
-        warn_slow(preset.title)
-    chosen = preset.on_card(card_gb())
-    kind = "LoRA rank " + str(chosen.lora_rank) if chosen.lora_rank else "every weight trained"
-    print(
-        f"{chosen.title}{' (smoke: small and random)' if chosen.smoke else ''}: "
-        f"{chosen.architecture.parameters() / 1e6:,.1f} M parameters · {chosen.quantization} · {kind} · "
-        f"{chosen.num_generations} generations of {chosen.max_prompt_length} + {chosen.max_completion_length} tokens · "
-        f"at least {memory.floor_gb(preset):.1f} GB"
-    )
-    if not chosen.smoke and not Path(chosen.hub_id).exists():
-        print(_download(chosen))
 
 
-def _download(preset: "presets.Preset") -> str:
-    """What fetching the checkpoint takes, and whether there is room for it where the hub's client keeps it."""
+def _refused(preset: "presets.Preset") -> CannotRun | None:
+    """What keeps the preset from being trained here."""
+    card = gpu.card()
+    try:
+        if preset.quantization != "none":
+            require("bitsandbytes")
+        if preset.lora_rank:
+            require("peft")
+        if card is not None:
+            check_fits(preset, card.total)
+    except CannotRun as error:
+        return error
+    return None
+
+
+def _verdict(preset: "presets.Preset", fetch: "Fetch | None") -> str:
+    """Whether it can be trained here, and how soon there is something to see: one line."""
+    title, gb = preset.title[:1].upper() + preset.title[1:], card_gb()
+    if fetch is not None and fetch.too_large:
+        return f"{title} does NOT fit on the disk: {fetch.missing:.1f} GB to fetch, and {fetch.free:.1f} GB are free."
+    card = f", with at least {memory.floor_gb(preset):.1f} of the card's {gb:.1f} GB" if gb else ""
+    if fetch is None:
+        return f"{title} can be trained here{card}."
+    minutes = fetch.minutes + fetch.load_minutes
+    return f"{title} can be trained here{card}. Fetched ({fetch.missing:.1f} GB) and loaded in about {minutes} min."
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """What a checkpoint takes before it is here, GB: all of it, what is missing yet, and what the disk has free in
+    `folder`, where the hub's client keeps it; `begun` says whether it was ever fetched. `str` is a line."""
+
+    needed: float
+    missing: float
+    free: float
+    folder: Path
+    begun: bool
+
+    @property
+    def too_large(self) -> bool:
+        """Whether the disk lacks room."""
+        return self.free < self.missing
+
+    @property
+    def minutes(self) -> int:
+        """At DOWNLOAD_MBIT."""
+        return _minutes(self.missing * 8 * 1000 / DOWNLOAD_MBIT)
+
+    @property
+    def load_minutes(self) -> int:
+        """At LOAD_GB_S."""
+        return _minutes(self.needed / LOAD_GB_S)
+
+    def __str__(self) -> str:
+        line = f"download: {self.missing:.1f} GB, once, about {self.minutes} min at {DOWNLOAD_MBIT} Mbit/s"
+        if not self.missing:
+            return f"download: none, its {self.needed:.1f} GB are here already"
+        if self.begun:
+            line = f"download: {self.missing:.1f} GB, or less: some or all of it is here already"
+        if not self.too_large:
+            return f"{line} · {self.free:.1f} GB of disk free"
+        remedy = "make room, or set HF_HOME to a larger disk"
+        return f"{line} · only {self.free:.1f} GB of disk free in {self.folder}: {remedy}"
+
+
+def _minutes(seconds: float) -> int:
+    return round(seconds / 60) or (1 if seconds else 0)
+
+
+def _fetch(preset: "presets.Preset") -> Fetch:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    folder = next(path for path in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents) if path.exists())
-    needed, free = 2 * preset.architecture.parameters() / GB, shutil.disk_usage(folder).free / GB  # 16 bits a weight
-    minutes = needed * 8 * 1000 / DOWNLOAD_MBIT / 60
-    line = f"download: {needed:.1f} GB, once, about {max(1, round(minutes))} min at {DOWNLOAD_MBIT} Mbit/s"
-    if (Path(HF_HUB_CACHE) / f"models--{preset.hub_id.replace('/', '--')}").exists():
-        line = f"download: {needed:.1f} GB, or less: some or all of it is here already"
-    if free < needed:
-        return f"{line} · only {free:.1f} GB of disk free in {folder}: make room, or set HF_HOME to a larger disk"
-    return f"{line} · {free:.1f} GB of disk free"
+    cache = Path(HF_HUB_CACHE)
+    folder = next(path for path in (cache, *cache.parents) if path.exists())
+    needed = 2 * preset.architecture.parameters() / GB  # 16 bits a weight
+    own = cache / f"models--{preset.hub_id.replace('/', '--')}"
+    missing = needed - sum(file.stat().st_size for file in own.glob("blobs/*")) / GB
+    missing = 0.0 if missing < needed / 50 else missing  # the rest is no weights
+    return Fetch(needed, missing, shutil.disk_usage(folder).free / GB, folder, own.exists())
 
 
 def needs_gpu(preset: "presets.Preset") -> bool:
@@ -183,12 +257,16 @@ def needs_gpu(preset: "presets.Preset") -> bool:
 
 
 def warn_slow(what: str) -> None:
-    """Warn that `what`, the start of a sentence, is slow without a GPU, and where to get one."""
-    warnings.warn(
+    """Warn that `what`, the start of a sentence, is slow without a GPU, and where to get one; in a notebook as a line,
+    for a warning there shows a line of code."""
+    text = (
         f"{what} on a CPU works but is hopelessly slow (minutes for one answer). {GET_A_GPU}; "
-        'or take presets.get("workshop"), made for a CPU.',
-        stacklevel=3,
+        'or take presets.get("workshop"), made for a CPU.'
     )
+    if in_notebook():
+        print(text)
+    else:
+        warnings.warn(text, stacklevel=3)
 
 
 def _dots(card: gpu.Card) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
-from nbhelpers import host
+from nbhelpers import host, session
 
 REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"  # beside this package where it is a folder, not installed
 DATASETS = Path("/kaggle/input")
@@ -43,9 +43,12 @@ class Stop(RuntimeError):
 def run() -> None:
     """Install what is missing on Colab and Kaggle, check on any other machine, and say so in a line.
 
+    From here on an error of this package is a sentence in the notebook (session/errors.py).
+
     Raises Stop when pip finds no way, with its reason, and when the session has to be restarted because it had already
     imported a package that is now another version.
     """
+    session.instead_of_tracebacks()
     place, wanted = host.where(), missing()
     if not wanted:
         print(f"{place}: everything is installed")

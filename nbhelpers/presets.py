@@ -73,6 +73,14 @@ class Preset:
         changes = next((changes for size, changes in reversed(sizes) if size <= gb), sizes[0][1])
         return replace(self, **dict(changes))
 
+    @property
+    def asking(self) -> dict[str, Any]:
+        """How this model is asked something, as the arguments of `evaluate.ask`."""
+        return {
+            "system_prompt": self.system_prompt, "tags": self.tags, "temperature": self.temperature,
+            "max_new_tokens": self.max_completion_length,
+        }  # fmt: skip
+
     def weight_bytes(self, width: int = 2) -> int:
         """Bytes of the frozen weights, with `width` bytes per unquantised number."""
         return self.architecture.weight_bytes(self.quantization, width)
@@ -146,6 +154,16 @@ _thinking = partial(Preset, system_prompt=BOXED_PROMPT, tags=THINK, temperature=
 _TABLE = {
     preset.name: preset
     for preset in (
+        Preset(
+            "qwen2.5-0.5b", "Qwen2.5 0.5B Instruct", "Qwen/Qwen2.5-0.5B-Instruct",
+            _qwen25(
+                hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+                num_key_value_heads=2, head_dim=64, vocab_size=151936, tie_word_embeddings=True,
+            ),
+            # planned, not measured: 64 answers of about 200 tokens a step, which should take a T4 some 8 s, so that all
+            # of the notebook takes it 20 to 30 minutes; the learning rate is the 1.5B's
+            questions_per_step=8, max_completion_length=512, learning_rate=5e-5, max_steps=150,
+        ),
         Preset(
             "qwen2.5-1.5b", "Qwen2.5 1.5B Instruct", "Qwen/Qwen2.5-1.5B-Instruct",
             _qwen25(

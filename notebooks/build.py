@@ -2,10 +2,10 @@
 
     python notebooks/build.py     # or `make notebooks`
 
-The template is jupytext's percent format. Between models of one kind only the fields in {braces} differ. There are two
-kinds: models that are taught to reason, and models that think by themselves (`rewards.THINK`), which practise brevity.
-A cell tagged "taught" or "thinks" is for one kind alone. The address of the repository comes from pyproject.toml. The
-same input gives the same bytes, so a test can compare.
+The template is jupytext's percent format, and exercises.py holds its last cells. Between models of one kind only the
+fields in {braces} differ. There are two kinds: models that are taught to reason, and models that think by themselves
+(`rewards.THINK`), which practise brevity. A cell tagged "taught" or "thinks" is for one kind alone. The address of the
+repository comes from pyproject.toml. The same input gives the same bytes, so a test can compare.
 """
 
 import subprocess
@@ -26,6 +26,8 @@ REPOSITORY = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["projec
 RELEASE, COMMIT = "", ""
 # Whether that release is on the package index as well; until then the name there may be anybody's.
 ON_INDEX = False
+# Its committed notebook keeps the outputs of a real run, until one of its code cells changes; the others link to it.
+RECORDED = "qwen2.5-1.5b"
 MODELS = tuple(name for name in presets.names() if presets.get(name).notebook)
 ACCESS = {
     False: "It is open: no account, no login.",
@@ -40,6 +42,11 @@ ORIGIN = {  # the beginning of a preset's name -> how such a model came to think
     "qwen3": "it was trained to think between `<think>` and `</think>` before it answers, and does so unless its chat "
     "template is told otherwise (`enable_thinking=False`). What is asked of it stands behind the question.",
 }
+PLANNED = {  # what a preset's numbers were chosen for, and nobody has timed yet
+    "qwen2.5-0.5b": " With this preset all of it is planned to take a T4 20 to 30 minutes; that is a plan, nobody has "
+    "timed it yet.",
+}
+SEE = f" What a run looks like from the first cell to the last: [{presets.get(RECORDED).title}]({RECORDED}.ipynb)."
 METADATA = {
     "accelerator": "GPU",
     "colab": {"gpuType": "T4", "provenance": []},
@@ -60,17 +67,28 @@ def badges(path: str) -> str:
     )
 
 
+def _recorded() -> list:
+    """The code cells of RECORDED's committed notebook if it has outputs, else none."""
+    file = HERE / "models" / f"{RECORDED}.ipynb"
+    cells = nbformat.read(file, as_version=4).cells if file.exists() else []
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    return code if any(cell.outputs for cell in code) else []
+
+
 def model(name: str) -> str:
     """The notebook of a preset, as the text of its file."""
-    preset = presets.get(name)
+    preset, ran = presets.get(name), _recorded()
     kind, other = ("thinks", "taught") if preset.tags == THINK else ("taught", "thinks")
     fields = {
         "title": preset.title, "preset": name, "hub_id": preset.hub_id, "repository": REPOSITORY,
         "release": RELEASE, "commit": COMMIT,
-        "access": ACCESS[preset.gated].replace("{hub_id}", preset.hub_id), "badges": badges(f"models/{name}.ipynb"),
+        "access": ACCESS[preset.gated].replace("{hub_id}", preset.hub_id),
+        "more": PLANNED.get(name, "") + (SEE if ran and name != RECORDED else ""),
+        "badges": badges(f"models/{name}.ipynb"),
         "origin": next((text for start, text in ORIGIN.items() if name.startswith(start)), ""),
     }  # fmt: skip
-    notebook = jupytext.reads((HERE / "template.py").read_text(), fmt="py:percent")
+    source = "\n".join((HERE / part).read_text() for part in ("template.py", "exercises.py"))
+    notebook = jupytext.reads(source, fmt="py:percent")
     notebook.metadata = nbformat.from_dict(METADATA)
     notebook.cells = [cell for cell in notebook.cells if other not in cell.metadata.get("tags", ())]
     for number, cell in enumerate(notebook.cells):
@@ -83,6 +101,10 @@ def model(name: str) -> str:
             cell.source = cell.source.replace('[f"git+', f'["nbhelpers=={RELEASE[1:]}", f"git+')
         for field, value in fields.items():
             cell.source = cell.source.replace("{" + field + "}", value)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if name == RECORDED and [cell.source for cell in ran] == [cell.source for cell in code]:
+        for cell, with_outputs in zip(code, ran, strict=True):
+            cell.outputs, cell.execution_count = with_outputs.outputs, with_outputs.execution_count
     return nbformat.writes(notebook, version=4) + "\n"
 
 
@@ -110,7 +132,9 @@ def lesson(path: Path) -> str:
 
 
 def main() -> None:
-    for name in MODELS:
+    for name in sorted(
+        MODELS, key=lambda name: name != RECORDED
+    ):  # that one first: the others say whether it has outputs
         (HERE / "models" / f"{name}.ipynb").write_text(model(name))
     for path in sorted(HERE.glob("0*.ipynb")):
         path.write_text(lesson(path))

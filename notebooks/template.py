@@ -11,7 +11,7 @@
 # trains you see a live curve; at the end it gets the same questions as before. You can stop at any time and keep what
 # was learned. After a disconnect, run the cells again: training resumes where it left off.
 #
-# The model is `{hub_id}`. {access}
+# The model is `{hub_id}`. {access}{more}
 #
 # You need a GPU. On Colab: *Runtime, Change runtime type, T4 GPU*. On Kaggle: *Settings, Accelerator, GPU T4 x2*, and
 # there *Internet on* as well.
@@ -30,7 +30,7 @@
 # trains you see a live curve; at the end it gets the same questions as before. You can stop at any time and keep what
 # was learned. After a disconnect, run the cells again: training resumes where it left off.
 #
-# The model is `{hub_id}`. {access}
+# The model is `{hub_id}`. {access}{more}
 #
 # You need a GPU. On Colab: *Runtime, Change runtime type, T4 GPU*. On Kaggle: *Settings, Accelerator, GPU T4 x2*, and
 # there *Internet on* as well.
@@ -72,15 +72,22 @@ import_module("nbhelpers.install").run()
 # ## 2 · Will it fit?
 #
 # The next cell sets the model, and how long it trains. Fewer `STEPS` for a first look, more for a longer run.
-#
-# Checkpoints go to `OUT`, and outlive the session if that folder does. On Colab mount your Drive (the folder symbol on
-# the left) and set `OUT = "/content/drive/MyDrive/reasoner"`; on Kaggle choose *Settings, Persistence, Files only*.
+# Checkpoints go to `OUT`. The two cells behind it see to it that they outlive the session, on Colab and on Kaggle.
 
 # %% tags=["parameters"]
 PRESET = "{preset}"
-STEPS = None  # None: as many as the preset says
+STEPS = None  # None: as many as the preset says; 20 for a first look
 SEED = 0
 OUT = f"runs/{PRESET}"  # checkpoints and the result
+
+# %% tags=["drive"]
+from nbhelpers import session
+
+DRIVE = False  # True, on Colab: keep OUT on your Google Drive; Colab asks whether it may
+OUT = session.drive(OUT, mount=DRIVE)
+
+# %% tags=["kaggle"]
+OUT = session.kaggle(OUT)
 
 # %% [markdown]
 # A **preset** is the model together with the numbers that suit a card: how many bits, how large a LoRA, how many
@@ -126,17 +133,23 @@ model, tokenizer = loader.load(preset)
 # A fifth of the questions ask which of two decimals is bigger, so what is asked at the end is practised here too.
 # The test questions are word problems alone. (`tasks.word_problems()` makes some without a download.)
 
-# %%
-problems = tasks.gsm8k(
-    tokenizer, source=preset.dataset, max_prompt_length=preset.max_prompt_length, system_prompt=preset.system_prompt
-)
-decimals = tasks.decimals(system_prompt=preset.system_prompt)
-task = tasks.mix(problems, decimals, shares=(0.8, 0.2), seed=SEED)
+# %% tags=["task"]
+DATA = ""  # your own questions instead: a .csv, .jsonl or .parquet file with the columns question and answer
+asked_in = dict(max_prompt_length=preset.max_prompt_length, system_prompt=preset.system_prompt)
+if DATA:
+    task = tasks.from_file(DATA, tokenizer=tokenizer, **asked_in)
+else:
+    problems = tasks.gsm8k(tokenizer, source=preset.dataset, **asked_in)
+    decimals = tasks.decimals(system_prompt=preset.system_prompt)
+    task = tasks.mix(problems, decimals, shares=(0.8, 0.2), seed=SEED)
 print(task)
-example = task.train[0]
-print("\nWhat the model reads, here and in every test:\n")
-print(tokenizer.apply_chat_template(example["prompt"], add_generation_prompt=True, tokenize=False))
-print("The right answer:", example["answer"])
+
+# %% [markdown]
+# **What the model reads**, token by token, here and in every test; how long the questions are; and which rows were left
+# out, with their lines and the reasons. With a file of your own, look here first.
+
+# %% tags=["doctor"]
+task.preview(tokenizer, n=1)
 
 # %% [markdown]
 # ## 5 · Before
@@ -153,9 +166,7 @@ print("The right answer:", example["answer"])
 HELD_OUT = 100
 longest = preset.max_completion_length
 asked = dict(tags=preset.tags, max_new_tokens=longest)  # the form, and how many tokens an answer may take
-before = evaluate.ask(
-    model, tokenizer, tasks.PROBES, system_prompt=preset.system_prompt, temperature=preset.temperature, **asked
-)
+before = evaluate.ask(model, tokenizer, tasks.PROBES, **preset.asking)
 print(f"{before[0].question}\n\n{before[0].completion}\n")
 score_before = evaluate.accuracy(model, tokenizer, task.test, n=HELD_OUT, **asked)
 print(score_before)
@@ -368,34 +379,61 @@ score_after = evaluate.accuracy(model, tokenizer, task.test, n=HELD_OUT, **asked
 print(f"before: {score_before}\nafter:  {score_after}\n{evaluate.paired(score_before, score_after)}")
 
 # %% [markdown]
-# ## 11 · Keep it
+# ## 11 · Ask it anything
 #
-# What was trained is the adapter, a small file that works only with the model it was trained on. `export` also
-# writes the merged 16-bit model (`export.merged`), a GGUF file for llama.cpp and Ollama (`export.gguf`), and can put it
-# on the hub (`export.push`).
+# The same model answers twice, without its adapter, which is the model before the training, and with it. Write a
+# question of your own and run the cell again.
 
-# %%
-export.save(model, tokenizer, f"{OUT}/reasoner")
+# %% tags=["chat"]
+QUESTION = "A baker fills 3 trays with 12 rolls each and sells 20 of them. How many are left?"
+panel.before_after(*evaluate.with_and_without(model, tokenizer, [QUESTION], **preset.asking))
 
-# %% [markdown] tags=["taught"]
-# ## Your turn
+# %% [markdown]
+# ## 12 · Keep it
 #
-# Each of these is a run of its own. Give it its own folder (`OUT = "runs/mine"` in section 2), make the change, restart
-# the kernel and run all cells: the model has to be loaded anew, for this one has learned already.
-#
-# 1. Train with `reward_funcs=[in_form]` (section 9). Which curve moves, which does not, and why?
-# 2. Let `correct` pay 0.5 for an answer within 10 % of the right one. Check it with `rewards.check` first. What does it
-#    do to the share of groups without signal?
-# 3. Your own questions: `tasks.from_file("my_questions.csv", tokenizer=tokenizer, system_prompt=preset.system_prompt)`
-#    in section 4.
+# What was trained is the adapter, a small file that works only with the model it was trained on. The first cell keeps
+# it, and says what the other forms take. Name those that you want in `WRITE`, and run these three cells: *merged* is
+# the whole model in 16 bits, for transformers and vLLM; *q8_0* and *q4_k_m* are GGUF files in 8 and in about 5 bits,
+# for llama.cpp, Ollama and LM Studio.
 
-# %% [markdown] tags=["thinks"]
-# ## Your turn
-#
-# Each of these is a run of its own. Give it its own folder (`OUT = "runs/mine"` in section 2), make the change, restart
-# the kernel and run all cells: the model has to be loaded anew, for this one has learned already.
-#
-# 1. Train without `brief` (in `reward_funcs`, section 9). Do the answers get shorter all the same? Why could they?
-# 2. Let `brief` pay wrong answers too (leave out `good *`), and try it with `rewards.check`. What would a model learn?
-# 3. Your own questions: `tasks.from_file("my_questions.csv", tokenizer=tokenizer, system_prompt=preset.system_prompt)`
-#    in section 4.
+# %% tags=["keep"]
+WRITE = []  # or ["merged", "q8_0", "q4_k_m"], or some of them
+reasoner = export.save(model, tokenizer, f"{OUT}/reasoner")
+print(reasoner, export.sizes(preset, reasoner), sep="\n")
+
+# %% tags=["merged"]
+if "merged" in WRITE:
+    export.merged(model, tokenizer, f"{OUT}/reasoner-16bit")
+else:
+    print("merged not written: it is not in WRITE")
+
+# %% tags=["gguf"]
+for kind in ("q8_0", "q4_k_m"):
+    if kind in WRITE:
+        print(export.why_not(kind) or export.gguf(model, tokenizer, f"{OUT}/reasoner-{kind}.gguf", kind))
+    else:
+        print(f"{kind} not written: it is not in WRITE")
+
+# %% [markdown]
+# **On the hub** others can load it, or you on another machine. You need a token with write access, under the name
+# `HF_TOKEN` among the secrets of Colab or Kaggle.
+
+# %% tags=["push"]
+HUB = ""  # "your-name/my-reasoner": upload the adapter there; the repository is private until you change that
+if HUB:
+    hub.login(preset, to_push=True)
+    print(export.push(reasoner, HUB))
+else:
+    print("not uploaded: HUB is empty")
+
+# %% [markdown]
+# **Use it tomorrow.** In a new session run the cells of sections 1 and 2, and then this one. For the merged model it is
+# `reasoner-16bit` instead of `reasoner`.
+
+# %% tags=["tomorrow"]
+TOMORROW = False  # True in a new session, where nothing else is on the card
+if TOMORROW:
+    kept, its_tokenizer = loader.load(f"{OUT}/reasoner")  # the adapter, on its model
+    print(evaluate.ask(kept, its_tokenizer, ["Which is bigger, 9.11 or 9.9?"], **preset.asking)[0].completion)
+else:
+    print("for a new session: TOMORROW is False")

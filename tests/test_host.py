@@ -157,6 +157,57 @@ def test_a_report_says_what_the_download_takes_before_it_begins(capsys, monkeypa
     assert "download" not in capsys.readouterr().out  # it comes with the package
 
 
+def test_the_verdict_comes_first(gpus, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    free = {"GB": 78.0}
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=int(free["GB"] * 1e9)))
+
+    def lines(name: str) -> list[str]:
+        host.report(presets.get(name))
+        return capsys.readouterr().out.splitlines()
+
+    gpus(T4)
+    first, *others = lines("llama-3.1-8b")
+    assert first.startswith("Llama 3.1 8B Instruct can be trained here, with at least ") and "15.8 GB" in first
+    assert first.endswith("Fetched (16.1 GB) and loaded in about 6 min.")
+    assert others[-2] == "load: about 1 min, read at 0.3 GB/s and packed on the way" and "about 5 min" in others[-1]
+    free["GB"] = 9.0
+    first, *others = lines("llama-3.1-8b")
+    assert first == "Llama 3.1 8B Instruct does NOT fit on the disk: 16.1 GB to fetch, and 9.0 GB are free."
+    assert "make room, or set HF_HOME" in others[-1]
+    gpus(OLD)
+    with pytest.raises(CannotRun, match="too little"):
+        lines("phi-4")
+    assert capsys.readouterr().out.splitlines()[0] == "Phi-4 14B cannot be trained here."
+    gpus()
+    assert lines("workshop")[0] == "The workshop model can be trained here."
+
+
+def test_what_is_here_already_needs_no_room(gpus, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=int(0.5e9)))
+    gpus(T4)
+    blobs = tmp_path / "models--Qwen--Qwen2.5-0.5B-Instruct" / "blobs"
+    blobs.mkdir(parents=True)
+    for size, begins, ends in (
+        (600_000_000, "Qwen2.5 0.5B Instruct can be trained", "download: 0.4 GB, or less: some or all of it is here"),
+        (990_000_000, "Qwen2.5 0.5B Instruct can be trained", "download: none, its 1.0 GB are here already"),
+    ):
+        with open(blobs / "weights", "wb") as file:
+            file.truncate(size)  # no bytes on the disk
+        host.report(presets.get("qwen2.5-0.5b"))
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith(begins) and lines[-1].startswith(ends), lines
+
+
+def test_in_a_notebook_slow_is_a_line_and_no_warning(gpus, capsys, monkeypatch):
+    monkeypatch.setattr(host, "in_notebook", lambda: True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        host.report(presets.get("qwen2.5-1.5b"))
+    assert "hopelessly slow (minutes for one answer). On Colab" in capsys.readouterr().out.splitlines()[0]
+
+
 def test_what_cannot_run_is_said_without_a_traceback():
     error = host.CannotRun("too little memory: take a smaller one")
     assert error._render_traceback_() == ["too little memory: take a smaller one"]

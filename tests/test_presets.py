@@ -14,6 +14,7 @@ from nbhelpers.models.tags import REASONING, THINK
 PACKAGE = Path(presets.__file__).parent
 # as published with each checkpoint (the totals of its tensors)
 PUBLISHED = {
+    "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-1.5b": 1_543_714_304,
     "qwen2.5-3b": 3_085_938_688,
     "qwen2.5-7b": 7_615_616_512,

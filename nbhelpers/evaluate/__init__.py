@@ -114,6 +114,33 @@ def ask_again(
     return answers(model, tokenizer, prompts, decoding, writer, before[0].tags, progress=progress)
 
 
+def with_and_without(
+    model: "PeftModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    questions: Sequence[str | list[dict]],
+    **options: Any,
+) -> tuple[list[Answer], list[Answer]]:
+    """The answers of the model before the training and as it is now: `ask` with its adapter off, and on again.
+
+    Args:
+        model (`PeftModel`): A model whose adapter was trained.
+        tokenizer (`transformers.PreTrainedTokenizerBase`), questions (`Sequence[str | list[dict]]`): See `ask`.
+        options (`Any`): The other arguments of `ask`, for both alike.
+
+    Returns:
+        `tuple[list[Answer], list[Answer]]`: Before and after, comparable: prompts, decoding and engine are the same.
+
+    Raises ValueError for a model without an adapter, whose earlier weights are gone, and as `ask`.
+    """
+    from nbhelpers.models import adapter
+
+    if not adapter.loras(model):
+        raise ValueError("the model has no adapter to switch off: its weights before the training are gone")
+    with model.disable_adapter():
+        before = ask(model, tokenizer, questions, **options)
+    return before, ask(model, tokenizer, questions, **options)
+
+
 def accuracy(
     model: "PreTrainedModel | PeftModel",
     tokenizer: "PreTrainedTokenizerBase",

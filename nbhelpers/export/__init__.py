@@ -10,6 +10,7 @@ processes that train together (torchrun) the first one writes, and the others re
 """
 
 import copy
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,9 @@ from nbhelpers import files, host, hub_words
 from nbhelpers.architecture import GB
 from nbhelpers.loader.gguf import is_part_of
 from nbhelpers.models import adapter, model_folder
+from nbhelpers.presets import Preset
 
+from . import llama_cpp
 from .merge import Folder, Merged
 
 if TYPE_CHECKING:
@@ -149,12 +152,13 @@ def gguf(
             `merged` wrote. Tensors are read and written one at a time.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         file (`str` or `Path`): Replaced if it is there, unless the model was loaded from it.
-        quantization (`str`): Of the matrices: "q8_0" (8.5 bits per weight), "bf16" or "f16"; vectors stay in fp32.
-            llama-quantize makes smaller ones from bf16.
+        quantization (`str`): Of the matrices: "q8_0" (8.5 bits per weight), "bf16" or "f16"; vectors stay in fp32. Or
+            one of `llama_cpp.KINDS`, "q4_k_m" among them: llama.cpp's llama-quantize makes it from a file in bf16,
+            which is deleted then.
 
-    Raises host.CannotRun without the gguf package; ValueError for an adapter that cannot be merged, for an
-    architecture, a rope or a tokenizer that could not be written faithfully, and for a `file` that the model was
-    loaded from.
+    Raises host.CannotRun for what `why_not` names, and if llama-quantize fails; ValueError for an adapter that cannot
+    be merged, for an architecture, a rope or a tokenizer that could not be written faithfully, and for a `file` that
+    the model was loaded from.
     """
     from . import gguf_file
 
@@ -170,10 +174,44 @@ def gguf(
             raise ValueError(f"{file} is what the model was loaded from, and would be lost: give another name")
         tensors = Merged(model_or_folder)
         print(f"merged into {tensors.source}")
+    if (why := why_not(quantization)) is not None:
+        raise host.CannotRun(why)
     with files.whole_file(file) as new:
-        gguf_file.write(tensors, tokenizer, new, quantization, file.stem)
+        if quantization in llama_cpp.KINDS:
+            whole = new.with_name(f"{new.name}-bf16")
+            try:
+                gguf_file.write(tensors, tokenizer, whole, "bf16", file.stem)
+                llama_cpp.quantize(whole, new, quantization)
+            finally:
+                whole.unlink(missing_ok=True)
+        else:
+            gguf_file.write(tensors, tokenizer, new, quantization, file.stem)
     print(f"{file}: {file.stat().st_size / GB:.3f} GB in {quantization}{_own(tensors)}")
     return file
+
+
+def why_not(quantization: str) -> str | None:
+    """Why `gguf` cannot write a file of that kind on this machine, and what helps; else None."""
+    try:
+        host.require("gguf")
+    except host.CannotRun as error:
+        return str(error)
+    return llama_cpp.why_not(quantization)
+
+
+def sizes(preset: Preset, folder: str | Path) -> str:
+    """What each file will take, GB, and what the disk of `folder` has: a line of text.
+
+    Args:
+        preset (`Preset`): Of the model that was trained.
+        folder (`str` or `Path`): Where to write; it need not be there yet.
+    """
+    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    weights = preset.architecture.parameters() / GB
+    each = {"adapter": preset.lora_bytes() / GB, "merged": 2 * weights, "q8_0": 34 / 32 * weights}
+    each["q4_k_m"] = 0.62 * weights  # about 5 bits: its kinds of blocks differ from tensor to tensor
+    told = " · ".join(f"{name} {gb:.2f} GB" for name, gb in each.items())
+    return f"{told} · {shutil.disk_usage(there).free / GB:.1f} GB of disk free"
 
 
 def push(folder: str | Path, repo_id: str, private: bool = True, token: str | None = None) -> str:

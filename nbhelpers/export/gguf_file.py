@@ -17,6 +17,7 @@ from nbhelpers import host
 from nbhelpers.loader.gguf_source import LETTERS, REST
 from nbhelpers.models import families
 
+from .llama_cpp import KINDS
 from .merge import Folder, Merged
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def write(
         raise ValueError(f"llama.cpp takes a model with the name {name!r} for a Phi-3 and would look for its tokens: "
                          "give the file another name")  # fmt: skip
     if quantization not in QUANTIZATIONS:
-        raise ValueError(f"quantization={quantization!r}: it is one of {', '.join(QUANTIZATIONS)}")
+        raise ValueError(f"quantization={quantization!r}: it is one of {', '.join((*QUANTIZATIONS, *KINDS))}")
     if config.model_type not in families.FAMILIES:
         raise ValueError(f"no GGUF for model_type {config.model_type!r} here, only for {', '.join(families.FAMILIES)}")
     family = families.FAMILIES[config.model_type]

@@ -152,20 +152,24 @@ def _download(name: str, patterns: list[str], token: str | None) -> str:
 # ---- gated models ----
 
 
-def login(preset: Preset) -> None:
-    """Make the reader's token known to this process (HF_TOKEN) if the preset's model is gated; else nothing happens.
+def login(preset: Preset, *, to_push: bool = False) -> None:
+    """Make the reader's token known to this process (HF_TOKEN) if the preset's model is gated, or something is to be
+    pushed; else nothing happens.
 
     The token comes from the first that has one: Colab's secrets, Kaggle's secrets (both under the name HF_TOKEN), the
     environment or an earlier `hf auth login`, a hidden prompt where somebody can type. It is neither returned nor
     printed. Without one, what to do is printed; a copy that was downloaded before still loads.
     """
-    if not preset.gated or Path(preset.hub_id).is_dir():
+    if not to_push and (not preset.gated or Path(preset.hub_id).is_dir()):
         return
     for place, token in _tokens():
         if token and token.strip():
             os.environ["HF_TOKEN"] = token.strip()  # where huggingface_hub looks
-            print(f"{preset.hub_id} is gated: your token comes from {place}")
+            print(f"{'to push' if to_push else f'{preset.hub_id} is gated'}: your token comes from {place}")
             return
+    if to_push:
+        print("no token found: export.push says where to make one")
+        return
     pass_token = 'loader.load(preset, token="hf_..."), or set HF_TOKEN (on Colab and Kaggle: a secret of that name)'
     print(f"no token found. {hub_words.licence(preset.hub_id, pass_token)}")
 

@@ -1,5 +1,7 @@
 """A recorded run, shown again with the same panel where there is no GPU to train on. Always marked as a replay.
 
+A preset's own is panel/runs/<its name>.json, from live.save, whose `model` says which weights and questions it had.
+
 replay.run()                 # the run that comes with the package: the workshop model, on a CPU
 replay.run("run.json")       # one of your own, from live.save("run.json", "my model")
 """
@@ -16,6 +18,7 @@ from nbhelpers.rewards import Sample, Tags
 from . import display
 
 RECORDED = WORKSHOP / "recorded_run.json"
+RUNS = Path(__file__).parent / "runs"
 PICTURES_PER_SECOND = 2
 
 
@@ -94,6 +97,12 @@ def run(path: str | Path | None = None, seconds: float = 20.0) -> Replay:
     return replay
 
 
+def recorded(preset: Preset) -> Path:
+    """The recorded run of `preset`; where it has none the workshop model's."""
+    own = RUNS / f"{preset.name}.json"
+    return own if own.exists() else RECORDED
+
+
 def instead_of(preset: Preset, seconds: float = 20.0) -> None:
     """Where training `preset` would take days, for lack of a GPU, replay a recorded run and stop; elsewhere nothing.
 
@@ -101,11 +110,13 @@ def instead_of(preset: Preset, seconds: float = 20.0) -> None:
         preset (`presets.Preset`): What the notebook trains.
         seconds (`float`): How long the replay takes.
 
+    It is the preset's own recorded run if there is one, else the workshop model's.
+
     Raises host.CannotRun after the replay, so that "Run all" ends there, with what to do for a run of one's own.
     """
     if not host.needs_gpu(preset):
         return
-    shown = run(seconds=seconds)
+    shown = run(recorded(preset), seconds=seconds)
     raise host.CannotRun(
         f"{preset.title} was not trained: this machine has no CUDA GPU. What you saw is a recorded run of "
         f"{shown.model}. Open this notebook where there is a GPU. {host.GET_A_GPU}. 00_quickstart trains on a CPU. To "

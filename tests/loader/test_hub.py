@@ -228,3 +228,13 @@ def test_an_open_model_asks_for_nothing(places, capsys, monkeypatch):
     monkeypatch.setenv("NBHELPERS_SMOKE", "1")
     hub.login(presets.get("llama-3.1-8b"))
     assert asked == [] and not capsys.readouterr().out
+
+
+def test_to_push_an_open_model_asks_too(places, capsys):
+    asked = places("Kaggle", kaggle=SECRET, saved="no")
+    hub.login(presets.get("qwen2.5-1.5b"), to_push=True)
+    assert asked == ["kaggle"] and os.environ["HF_TOKEN"] == SECRET
+    assert capsys.readouterr().out == "to push: your token comes from Kaggle's secrets\n"
+    places("Kaggle", typed="")
+    hub.login(presets.get("qwen2.5-1.5b"), to_push=True)
+    assert capsys.readouterr().out == "no token found: export.push says where to make one\n"

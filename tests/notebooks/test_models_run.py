@@ -8,7 +8,6 @@ import json
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
@@ -19,6 +18,7 @@ from nbconvert import PythonExporter
 
 from nbhelpers import presets
 
+pytestmark = pytest.mark.usefixtures("smoke")
 MODELS = Path(__file__).parents[2] / "notebooks" / "models"
 REPORT = """
 import json
@@ -85,20 +85,6 @@ def execute(
     return said, json.loads(report.removeprefix("REPORT"))
 
 
-@pytest.fixture(autouse=True)
-def smoke(monkeypatch, warm, tmp_path):
-    """Smoke mode, and a kernel of the name "warm" for Jupyter."""
-    if sys.platform == "win32":
-        pytest.skip("Windows has no SIGINT to send")
-    monkeypatch.setenv("NBHELPERS_SMOKE", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
-    argv = [*warm, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    spec = tmp_path / "jupyter" / "kernels" / "warm" / "kernel.json"
-    spec.parent.mkdir(parents=True)
-    spec.write_text(json.dumps({"argv": argv, "display_name": "warm", "language": "python"}))
-
-
 @pytest.mark.parametrize("name", sorted(path.stem for path in MODELS.glob("*.ipynb")))
 def test_stopped_and_gone_on_with(name, tmp_path):
     said, report = execute(name, tmp_path, steps=6, at=3, twice=True)
@@ -119,7 +105,8 @@ def test_killed_and_run_again_from_the_top(tmp_path):
 def test_the_first_exercise_works_as_it_is_written(tmp_path):
     """`reward_funcs=[in_form]` in a folder of its own; in that of the first run it is refused with what to change."""
     name, change = "qwen2.5-1.5b", ("reward_funcs=[correct, in_form]", "reward_funcs=[in_form]")
-    text = nbformat.read(MODELS / f"{name}.ipynb", as_version=4).cells[-1].source
+    cells = nbformat.read(MODELS / f"{name}.ipynb", as_version=4).cells
+    text = next(cell.source for cell in cells if cell.source.startswith("## Your turn"))
     assert f"`{change[1]}` (section 9)" in text and "`OUT" in text.replace("\n", " ") and "restart\nthe kernel" in text
     execute(name, tmp_path / "first", steps=2)
     with pytest.raises(CellExecutionError, match=r"For a new run take a folder of its own.*OUT in a notebook"):

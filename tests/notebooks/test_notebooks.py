@@ -87,18 +87,45 @@ def test_a_model_notebook_is_what_the_template_makes(path, build, monkeypatch):
 
 
 @parametrize(MODELS)
-def test_a_model_notebook_has_no_outputs_and_asks_for_a_t4(path):
-    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells(path))
+def test_a_model_notebook_asks_for_a_t4_and_has_all_outputs_of_a_run_or_none(path, build):
+    counts = [cell["execution_count"] for cell in cells(path)]
+    if path.stem == build.RECORDED and counts[0] is not None:
+        assert None not in counts and any(cell["outputs"] for cell in cells(path))
+    else:
+        assert set(counts) == {None} and not any(cell["outputs"] for cell in cells(path))
     metadata = json.loads(path.read_text())["metadata"]
     assert metadata["accelerator"] == "GPU" and metadata["colab"] == {"gpuType": "T4", "provenance": []}
     assert metadata["kaggle"]["accelerator"] == "nvidiaTeslaT4" and metadata["kaggle"]["isInternetEnabled"]
+
+
+def test_outputs_of_a_real_run_stay_until_a_cell_changes_and_the_others_link_to_them(build, tmp_path, monkeypatch):
+    monkeypatch.delenv("NBHELPERS_SMOKE", raising=False)
+    (tmp_path / "models").mkdir()
+    for name in ("template.py", "exercises.py"):
+        (tmp_path / name).write_text((FOLDER / name).read_text())
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    file, link = tmp_path / "models" / f"{build.RECORDED}.ipynb", f"]({build.RECORDED}.ipynb)"
+    other = next(path.stem for path in MODELS if path.stem != build.RECORDED)
+    plain = build.model(build.RECORDED)
+    assert link not in build.model(other), "no outputs, no link"
+    ran = json.loads(plain)
+    for count, cell in enumerate((cell for cell in ran["cells"] if cell["cell_type"] == "code"), start=1):
+        cell["execution_count"] = count
+        cell["outputs"] = [{"name": "stdout", "output_type": "stream", "text": [f"said {count}"]}]
+    file.write_text(json.dumps(ran))
+    assert [cell["outputs"] for cell in json.loads(build.model(build.RECORDED))["cells"] if "outputs" in cell] == \
+        [cell["outputs"] for cell in ran["cells"] if "outputs" in cell]  # fmt: skip
+    assert link in build.model(other) and link not in build.model(build.RECORDED)
+    template = tmp_path / "template.py"
+    template.write_text(template.read_text().replace("SEED = 0", "SEED = 1"))
+    assert not any(cell.get("outputs") for cell in json.loads(build.model(build.RECORDED))["cells"])
 
 
 @parametrize(MODELS)
 def test_a_model_notebook_can_be_read_aloud(path):
     install, *code = ["".join(cell["source"]) for cell in cells(path)]
     assert "import_module" in install  # the same everywhere, not about models, and tested in test_install_cell.py
-    assert len(code) < 15 and sum(len(source.splitlines()) for source in code) <= 105
+    assert len(code) <= 24 and sum(len(source.splitlines()) for source in code) <= 135
     assert len(cells(path, "markdown")) >= 15
 
 

@@ -115,6 +115,23 @@ def test_the_run_that_comes_with_the_package(capsys):
     json.loads(text)
 
 
+def test_a_preset_with_a_recorded_run_shows_its_own(recorded, capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv("NBHELPERS_SMOKE", raising=False)
+    monkeypatch.setattr(gpu, "cards", lambda: [])
+    monkeypatch.setattr(replay, "RUNS", tmp_path / "runs")
+    (tmp_path / "runs" / "qwen2.5-1.5b.json").write_text(recorded[1].read_text())
+    for name, shown_model in (("qwen2.5-1.5b", "my model"), ("qwen2.5-3b", "the workshop model")):
+        with pytest.raises(host.CannotRun, match=f"What you saw is a recorded run of {shown_model}"):
+            replay.instead_of(presets.get(name), seconds=0)
+        assert f"REPLAY of a recorded run: {shown_model}" in capsys.readouterr().out
+
+
+def test_recorded_runs_that_come_with_the_package_are_of_presets_and_can_be_shown():
+    for file in replay.RUNS.glob("*.json"):
+        assert file.stem in presets.names() and len(file.read_bytes()) < 200_000
+        assert replay.Replay(file).steps
+
+
 def test_instead_of_stops_only_where_there_is_no_gpu(capsys, monkeypatch):
     big = presets.get("llama-3.1-8b")
     monkeypatch.setattr(gpu, "cards", lambda: [])

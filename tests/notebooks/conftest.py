@@ -1,0 +1,20 @@
+"""What runs model notebooks shares."""
+
+import json
+import sys
+
+import pytest
+
+
+@pytest.fixture
+def smoke(monkeypatch, warm, tmp_path):
+    """Smoke mode, and a kernel of the name "warm" for Jupyter."""
+    if sys.platform == "win32":
+        pytest.skip("Windows has no SIGINT to send")
+    monkeypatch.setenv("NBHELPERS_SMOKE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    argv = [*warm, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec = tmp_path / "jupyter" / "kernels" / "warm" / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text(json.dumps({"argv": argv, "display_name": "warm", "language": "python"}))
