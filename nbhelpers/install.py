@@ -22,6 +22,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from nbhelpers import host
+from nbhelpers.progress import interruptible
 
 KEPT = ("torch", "torchvision", "torchaudio", "triton", "numpy")  # a session is built around these
 
@@ -33,6 +34,7 @@ class Stop(RuntimeError):
         return [str(self)]
 
 
+@interruptible("packages were installed", "what pip has put in place stays; run this cell again")
 def run() -> None:
     """Install what is missing on Colab and Kaggle, check on any other machine, and say so in a line.
 

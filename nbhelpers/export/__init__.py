@@ -17,6 +17,7 @@ from nbhelpers import files, host, hub_words
 from nbhelpers.architecture import GB
 from nbhelpers.loader.gguf import is_part_of
 from nbhelpers.models import adapter, model_folder
+from nbhelpers.progress import interruptible
 
 from .merge import Folder, Merged
 
@@ -44,6 +45,7 @@ TRL and PEFT.
 """
 
 
+@interruptible("the model was written", "what was there before is as it was, and nothing is half-written")
 def save(model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: str | Path) -> Path:
     """Write the adapter, or all weights of a model without one, with the tokenizer and a short README; the folder.
 
@@ -75,6 +77,7 @@ def save(model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBa
     return Path(folder)
 
 
+@interruptible("the model was written", "what was there before is as it was, and nothing is half-written")
 def merged(
     model: "PreTrainedModel | PeftModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -136,6 +139,7 @@ def _in_16_bits(tensors: Merged, name: str, dtype: "torch.dtype") -> "dict[str, 
     return {name: tensor}
 
 
+@interruptible("the model was written", "what was there before is as it was, and nothing is half-written")
 def gguf(
     model_or_folder: "PreTrainedModel | PeftModel | str | Path",
     tokenizer: "PreTrainedTokenizerBase",
@@ -176,6 +180,7 @@ def gguf(
     return file
 
 
+@interruptible("the folder was uploaded", "the repository may have a part of it; push again")
 def push(folder: str | Path, repo_id: str, private: bool = True, token: str | None = None) -> str:
     """Upload a folder that `save` or `merged` wrote to the hub; the repository's address.
 
