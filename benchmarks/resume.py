@@ -34,15 +34,7 @@ MODELS = ("workshop", "nf4-lora")
 STEPS, SAVE, KILL = 10, 3, 8  # in update 8 it is killed, so that it goes on after 6; a rollout is of 4 updates
 ORDER = ("generated", "gradient", "weight", "optimizer", "log")  # in which they come about within a step
 KINDS = {"eval_": "evaluation ", "train_": "summary "}  # of an entry in the log, by how a name in it begins
-TIMES = ("time", "seconds", "flos", "gb", "memory")  # words in names of logged numbers that may differ
-    "time",
-    "seconds",
-    "runtime",
-    "per_second",
-    "flos",
-    "gb",
-    "memory",
-)  # words in names of logged numbers that may differ
+TIMES = ("time", "second", "flos", "gb", "memory")  # words in names of logged numbers that may differ
 
 
 # ---- a run, in a process of its own ----
