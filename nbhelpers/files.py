@@ -34,9 +34,14 @@ def remove(folder: Path, aside: Path) -> None:
 def put_in_place(new: Path, folder: Path, aside: Path) -> None:
     """Rename a complete folder `new` to `folder`; what had that name is renamed to `aside` and deleted at the end."""
     shutil.rmtree(aside, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, aside)
-    os.replace(new, folder)
+    try:
+        if folder.exists():
+            os.replace(folder, aside)
+        os.replace(new, folder)
+    except BaseException:  # Ctrl-C between the two
+        if aside.exists() and not folder.exists():
+            os.replace(aside, folder)
+        raise
     sync(folder.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
@@ -64,6 +69,24 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         for path in new.rglob("*"):
             sync(path)
         put_in_place(new, folder, old)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+@contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """The same, but each file that was written replaces the one of its name in `folder`, and others there stay."""
+    new = folder.with_name(f".{folder.name}-new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        written = list(new.iterdir())
+        for path in written:
+            sync(path)
+        folder.mkdir(exist_ok=True)
+        for path in written:
+            os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

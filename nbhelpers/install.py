@@ -22,6 +22,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from nbhelpers import host, session
+from nbhelpers.progress import interruptible
 
 REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"  # beside this package where it is a folder, not installed
 DATASETS = Path("/kaggle/input")
@@ -40,6 +41,7 @@ class Stop(RuntimeError):
         return [str(self)]
 
 
+@interruptible("packages were installed", "what pip has put in place stays; run this cell again")
 def run() -> None:
     """Install what is missing on Colab and Kaggle, check on any other machine, and say so in a line.
 

@@ -1,4 +1,4 @@
-"""What a person sees while something takes long: one line with a clock, in a notebook and in a terminal alike."""
+"""What a person sees while something takes long: one line with a clock, and one sentence where Ctrl-C ends it."""
 
 import contextvars
 import html
@@ -6,7 +6,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -30,6 +31,44 @@ def duration(seconds: float) -> str:
     """ "0:07", "12:30" or "2:05:00"."""
     hours, minutes = divmod(int(seconds) // 60, 60)
     return f"{hours}:{minutes:02}:{int(seconds) % 60:02}" if hours else f"{minutes}:{int(seconds) % 60:02}"
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or the stop button ended a call. The message, all that is shown, says which and what is left of it."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
+
+@contextmanager
+def interruptible(doing: str, left: str) -> Iterator[None]:
+    """Around what takes long, or a decorator of it: a KeyboardInterrupt becomes an Interrupted, which is still one.
+
+    Args:
+        doing (`str`): What was done, as in "the model was loaded".
+        left (`str`): What is left of it, and what to do.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if type(stop) is not KeyboardInterrupt:  # said already; or another signal, which the trainer has to know
+            raise
+        if _shell() is None and not isinstance(sys.excepthook, _Sentence):
+            sys.excepthook = _Sentence(sys.excepthook)  # what a notebook does with _render_traceback_
+        raise Interrupted(f"Stopped by you while {doing}: {left}.") from None
+
+
+class _Sentence:
+    """An excepthook that shows an Interrupted without its traceback, and everything else as before."""
+
+    def __init__(self, before: Callable[..., Any]):
+        self.before = before
+
+    def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, Interrupted):
+            print(f"\n{error}", file=sys.stderr)
+        else:
+            self.before(kind, error, trace)
 
 
 class Ticker:

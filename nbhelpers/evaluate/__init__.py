@@ -7,6 +7,7 @@ tokenizer and the random numbers of the training that follows are as they were.
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from nbhelpers.progress import interruptible
 from nbhelpers.rewards import REASONING, Tags
 from nbhelpers.tasks import messages
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 # ---- asking ----
 
 
+@interruptible("questions were answered", "the model is as it was, and these answers are not kept")
 def ask(
     model: "PreTrainedModel | PeftModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -80,6 +82,7 @@ def ask(
     return answers(model, tokenizer, prompts, decoding, engine, tags)
 
 
+@interruptible("questions were answered", "the model is as it was, and these answers are not kept")
 def ask_again(
     model: "PreTrainedModel | PeftModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -141,6 +144,7 @@ def with_and_without(
     return before, ask(model, tokenizer, questions, **options)
 
 
+@interruptible("questions were answered", "the model is as it was, and these answers are not kept")
 def accuracy(
     model: "PreTrainedModel | PeftModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -191,6 +195,7 @@ def accuracy(
     )
 
 
+@interruptible("questions were answered", "the model is as it was, and these answers are not kept")
 def pass_at_k(
     model: "PreTrainedModel | PeftModel",
     tokenizer: "PreTrainedTokenizerBase",

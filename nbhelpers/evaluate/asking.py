@@ -77,7 +77,7 @@ def answers(
     ids = [chat.prompt_ids(tokenizer, prompt, decoding.chat_template_kwargs) for prompt in prompts]
     ends = chat.end_ids(model, tokenizer)
     if (end := chat.end_of_turn(tokenizer, ends)) is not None:
-        warnings.warn(chat.goes_on(tokenizer, ends, end), stacklevel=3)
+        warnings.warn(chat.goes_on(tokenizer, ends, end), stacklevel=4)
     limit = model.config.get_text_config().max_position_embeddings
     engines.base.check_length(ids, decoding.max_new_tokens, limit, option="max_new_tokens")
     writer = engines.choose(engine, model, tokenizer, rows=decoding.batch_size, quiet=True)

@@ -19,6 +19,7 @@ from nbhelpers.architecture import GB
 from nbhelpers.loader.gguf import is_part_of
 from nbhelpers.models import adapter, model_folder
 from nbhelpers.presets import Preset
+from nbhelpers.progress import interruptible
 
 from . import llama_cpp
 from .merge import Folder, Merged
@@ -47,6 +48,7 @@ TRL and PEFT.
 """
 
 
+@interruptible("the model was written", "what was there before is as it was, and nothing is half-written")
 def save(model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: str | Path) -> Path:
     """Write the adapter, or all weights of a model without one, with the tokenizer and a short README; the folder.
 
@@ -78,6 +80,7 @@ def save(model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBa
     return Path(folder)
 
 
+@interruptible("the model was written", "what was there before is as it was, and nothing is half-written")
 def merged(
     model: "PreTrainedModel | PeftModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -139,6 +142,7 @@ def _in_16_bits(tensors: Merged, name: str, dtype: "torch.dtype") -> "dict[str, 
     return {name: tensor}
 
 
+@interruptible("the model was written", "what was there before is as it was, and nothing is half-written")
 def gguf(
     model_or_folder: "PreTrainedModel | PeftModel | str | Path",
     tokenizer: "PreTrainedTokenizerBase",
@@ -214,6 +218,7 @@ def sizes(preset: Preset, folder: str | Path) -> str:
     return f"{told} · {shutil.disk_usage(there).free / GB:.1f} GB of disk free"
 
 
+@interruptible("the folder was uploaded", "the repository may have a part of it; push again")
 def push(folder: str | Path, repo_id: str, private: bool = True, token: str | None = None) -> str:
     """Upload a folder that `save` or `merged` wrote to the hub; the repository's address.
 

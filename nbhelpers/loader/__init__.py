@@ -18,6 +18,7 @@ import torch
 from nbhelpers.models.adapter import load_adapter, save_adapter
 from nbhelpers.models.quantize import Choice
 from nbhelpers.presets import Preset
+from nbhelpers.progress import interruptible
 
 from .base_model import build
 from .packed import keep
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["keep", "load", "load_adapter", "save_adapter"]
 
 
+@interruptible("the model was loaded", "what was downloaded is kept, and nothing else is left of it; run this again")
 def load(
     preset_or_id: Preset | str | Path,
     *,

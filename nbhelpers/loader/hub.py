@@ -17,6 +17,7 @@ from typing import Any
 from nbhelpers import files, host, hub_words, presets
 from nbhelpers.models import smoke
 from nbhelpers.presets import Preset
+from nbhelpers.progress import interruptible
 
 from . import gguf_source
 from .gguf import is_gguf
@@ -40,6 +41,7 @@ class HubSource(Source):
         return super().weights()
 
 
+@interruptible("the model was looked for", "what was downloaded is kept; run this again")
 def find(what: Preset | str | Path, token: str | None = None) -> Source:
     """The checkpoint that a preset, a preset's name, a hub id or a folder means; its weights are not fetched yet.
 
@@ -152,6 +154,7 @@ def _download(name: str, patterns: list[str], token: str | None) -> str:
 # ---- gated models ----
 
 
+@interruptible("a token was asked for", "none is known; run this cell again")
 def login(preset: Preset, *, to_push: bool = False) -> None:
     """Make the reader's token known to this process (HF_TOKEN) if the preset's model is gated, or something is to be
     pushed; else nothing happens.

@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from nbhelpers import files
+from nbhelpers.progress import interruptible
+
 from . import families, finite, quantize, tuners
 from .quantize import Choice
 from .tuners import adapters as loras
@@ -75,6 +78,7 @@ def attach(
         return _in_fp32(get_peft_model(model, config))
 
 
+@interruptible("the model was written", "what was there before is as it was, and nothing is half-written")
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Write the active adapter of a model that `loader.load` made: peft's files, base.json and dynamic.json.
 
@@ -88,7 +92,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     why = why_not_saved(model)
     if why is not None:
         raise ValueError(why)
-    write_adapter(model, folder)
+    with files.whole_files(Path(folder)) as new:
+        write_adapter(model, new)
 
 
 def write_adapter(model: "PeftModel", folder: str | Path) -> None:
@@ -183,6 +188,7 @@ def base_of(model: nn.Module) -> Base | None:
     return vars(families.unwrap(model)).get("nbhelpers_base")
 
 
+@interruptible("the adapter was read", "load the model again before you go on")
 def load_adapter(model: nn.Module, folder: str | Path, dropout: float | None = None) -> "PeftModel":
     """Put a saved adapter into a model that `loader.load` made; returns the model with it, in eval mode, trainable.
 

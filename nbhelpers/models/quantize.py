@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from nbhelpers.architecture import GB, nf4_bytes
-from nbhelpers.progress import Clock
+from nbhelpers.progress import Clock, interruptible
 
 if TYPE_CHECKING:
     from bitsandbytes.nn import Params4bit
@@ -186,6 +186,7 @@ def parameters(model: nn.Module) -> tuple[int, int]:
     return every, trainable
 
 
+@interruptible("the layers were measured", "the model is as it was")
 @torch.no_grad()
 def choose(
     model: "PreTrainedModel",

@@ -13,6 +13,7 @@ from pathlib import Path
 from nbhelpers import host
 from nbhelpers.evaluate import Answer, Decoding
 from nbhelpers.presets import WORKSHOP, Preset
+from nbhelpers.progress import interruptible
 from nbhelpers.rewards import Sample, Tags
 
 from . import display
@@ -75,6 +76,7 @@ class Replay(display.View):
             print(self.line(), flush=True)
 
 
+@interruptible("a recorded run was shown", "nothing is changed")
 def run(path: str | Path | None = None, seconds: float = 20.0) -> Replay:
     """Show a recorded run as if it went on now, in `seconds`; 0 shows its end at once.
 

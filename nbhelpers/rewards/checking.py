@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from nbhelpers.html import cell, framed, table
+from nbhelpers.progress import interruptible
 
 from .adversarial import (
     ANY,
@@ -93,6 +94,7 @@ class Check:
         return framed(table(line(head, "th"), [line(row, "td") for row in rows]) + said)
 
 
+@interruptible("the rewards were tried", "nothing is changed; run this again")
 def check(reward_funcs: Reward | Sequence[Reward], task: Questions, *, n: int = 4, form: str = FORM) -> Check:
     """Score right, wrong, empty and dishonest answers to a task's questions, and say what is wrong with the rewards.
 

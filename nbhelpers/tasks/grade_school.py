@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbhelpers.models import smoke
+from nbhelpers.progress import interruptible
 
 from .sources import open_source
 from .task import SYSTEM_PROMPT, Task, collect
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@interruptible("the questions were read", "nothing is left of them; run this again")
 def gsm8k(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     *,

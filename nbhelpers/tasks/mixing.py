@@ -27,7 +27,7 @@ def mix(*tasks: Task, shares: Sequence[float] | None = None, n_train: int | None
     if len(tasks) < 2:
         raise ValueError(f"mix takes two tasks or more, not {len(tasks)}")
     weights = [1 / len(tasks)] * len(tasks) if shares is None else list(shares)
-    if len(weights) != len(tasks) or min(weights) <= 0 or abs(sum(weights) - 1) > 1e-6:
+    if len(weights) != len(tasks) or not all(weight > 0 for weight in weights) or abs(sum(weights) - 1) > 1e-6:
         raise ValueError(f"shares={tuple(weights)}: one above 0 for each of the {len(tasks)} tasks, and 1 in all")
     most = int(min(len(task.train) / weight for task, weight in zip(tasks, weights, strict=True)))
     total = most if n_train is None else n_train

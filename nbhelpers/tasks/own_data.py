@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nbhelpers.progress import interruptible
+
 from .sources import open_source
 from .task import SYSTEM_PROMPT, Task, collect
 from .task import split as split_by_hash
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@interruptible("the questions were read", "nothing is left of them; run this again")
 def from_data(
     source: "str | Path | DataFrame",
     tokenizer: "PreTrainedTokenizerBase | None" = None,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nbhelpers.progress import interruptible
 from nbhelpers.rewards.answers import extract_boxed
 
 from .sources import open_source
@@ -53,6 +54,7 @@ SETS = {
 }  # fmt: skip
 
 
+@interruptible("the questions were read", "nothing is left of them; run this again")
 def reasoning(
     name: str,
     tokenizer: "PreTrainedTokenizerBase | None" = None,

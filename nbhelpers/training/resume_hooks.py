@@ -24,6 +24,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from nbhelpers.models import adapter
 from nbhelpers.models.finite import first_not_finite
+from nbhelpers.progress import interruptible
 
 from . import checkpoint, identity, run_folder, stops
 from .save_hooks import SaveHooks
@@ -104,6 +105,11 @@ class ResumeHooks(SaveHooks):
                               f"{saved_in}.")  # fmt: skip
                     self._print_how_to_resume()
                 raise
+
+    @interruptible("an evaluation was made", "the model is as it was, and its scores are not kept")
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in TRL's trainer."""
+        return super().evaluate(*args, **kwargs)
 
     def _stopped(self, by: str) -> TrainOutput:
         """What is left to do when somebody ended the run."""

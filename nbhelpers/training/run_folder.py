@@ -225,19 +225,22 @@ def file_limit() -> int | None:
 
 
 def reason(error: BaseException, root: Path) -> str:
-    """Why writing failed, in words. torch and safetensors hide the system's own reason: then the disk is looked at."""
+    """Why writing failed, in words. torch and safetensors hide the system's own reason: then the disk is looked at, so
+    ask before anything is deleted there."""
     number = error.errno if isinstance(error, OSError) else None
     text = str(error)
     if number is None:
         number = next((code for code in REASONS if os.strerror(code) in text), None)
     free, limit = free_bytes(root), file_limit()
-    room = "" if free is None else f" ({free / GB:.3f} GB are free)"
     if number is None and not root.is_dir():
         number = errno.ENOENT
     if number is None and free is not None and free < 2**20:
         number = errno.ENOSPC
     if number is None and "unexpected pos" in text:  # torch wrote less than it meant to
-        return REASONS[errno.EFBIG if limit is not None else errno.ENOSPC] + room
+        # a disk with room that takes no more: nobody but a quota does that
+        number = errno.EFBIG if limit is not None else errno.ENOSPC if free is None else errno.EDQUOT
+    whose = "free on the disk itself" if number == errno.EDQUOT else "free"
+    room = "" if free is None else f" ({free / GB:.3f} GB are {whose})"
     return f"{REASONS[number]}{room}" if number in REASONS else f"{type(error).__name__}: {text}{room}"
 
 

@@ -94,20 +94,19 @@ class SaveHooks(Hooks):
                     print(f"No checkpoint: {error}")
             try:
                 self._save_final()
-            except Exception as error:  # must not hide why the run ended
-                if not run_folder.names_a_disk(error):
-                    raise
-                print(f"The model could not be written into {self._root} either: "
-                      f"{run_folder.reason(error, self._root)}.")  # fmt: skip
+            except run_folder.FolderError as error:  # must not hide why the run ended
+                print(f"The model could not be written into {self._root} either: {error}.")
                 return None
         return self._root
 
     def _save_final(self) -> None:
-        """Model or adapter, tokenizer and log into the output folder, file by file whole or as it was."""
+        """Model or adapter, tokenizer and log into the output folder, file by file whole or as it was.
+
+        Raises run_folder.FolderError, with the reason alone, where the disk does not take them."""
         staged = self._root / checkpoint.STAGING / "final"
-        if self.args.should_save:
-            checkpoint.staging(self._root)
         try:
+            if self.args.should_save:
+                checkpoint.staging(self._root)
             self.save_model(str(staged))
             if self.args.should_save:
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
@@ -117,6 +116,10 @@ class SaveHooks(Hooks):
                         path.replace(self._root / path.name)
                     else:
                         files.put_in_place(path, self._root / path.name, staged.parent / f"removed-{path.name}")
+        except Exception as error:
+            if not run_folder.names_a_disk(error):
+                raise
+            raise run_folder.FolderError(getattr(error, "errno", None), run_folder.reason(error, self._root)) from error
         finally:
             if self.args.should_save:
                 shutil.rmtree(staged.parent, ignore_errors=True)
@@ -186,6 +189,7 @@ class SaveHooks(Hooks):
             with stops.held_back():
                 self._write_checkpoint(model, trial, root)
         except Exception as error:
+            why = run_folder.reason(error, root)
             if self.args.should_save:
                 shutil.rmtree(root / checkpoint.STAGING, ignore_errors=True)
             if not run_folder.names_a_disk(error):
@@ -194,7 +198,7 @@ class SaveHooks(Hooks):
             raise run_folder.FolderError(
                 error.errno if isinstance(error, OSError) else None,
                 f"the checkpoint of step {self.state.global_step}, {size / GB:.3f} GB, could not "
-                f"be written into {root}: {run_folder.reason(error, root)}. Make room there or take another output_dir"
+                f"be written into {root}: {why}. Make room there or take another output_dir"
             ) from error  # fmt: skip
 
     def _write_checkpoint(self, model: "nn.Module", trial: Any, root: Path) -> None:

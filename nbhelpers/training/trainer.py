@@ -23,6 +23,7 @@ from trl.extras.profiling import profiling_context
 from nbhelpers import engines, gpu, panel
 from nbhelpers.memory.room import Reserved
 from nbhelpers.models import adapter, chat, families
+from nbhelpers.progress import interruptible
 from nbhelpers.rewards import REASONING, Sample, Tags, question_of, text_of
 from nbhelpers.rewards.guard import SECONDS, guard_all
 
@@ -96,6 +97,7 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
     generation knows; RewardError for two reward functions of one name.
     """
 
+    @interruptible("the trainer was made", "no step is done and no file is written; run this cell again")
     def __init__(
         self,
         model: "str | PreTrainedModel | PeftModel",
@@ -125,7 +127,7 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
         installed = version("trl")
         if not TESTED_TRL[0] <= installed < TESTED_TRL[1]:
             warnings.warn(f"trl {installed} is outside the tested range {TESTED_TRL[0]}.*: pip install 'trl==1.16.*'",
-                          stacklevel=2)  # fmt: skip
+                          stacklevel=3)  # fmt: skip
         if args is None:
             args = LeanGRPOConfig("runs/grpo")
         settings.refuse(args)

@@ -38,8 +38,9 @@ def make(tokenizer, folder, *callbacks, model=None, rows=ROWS, eval_rows=None, r
     settings = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 10,
                 "learning_rate": 1e-3, "disable_tqdm": True, "beta": 0.02, **changes}  # fmt: skip
     args = trainer.LeanGRPOConfig(str(folder), **settings)
+    rewards = reward if isinstance(reward, list) else [reward]
     return trainer.LeanGRPOTrainer(
-        model, [reward], args, rows, eval_rows, tokenizer, callbacks=list(callbacks), engine=engine,
+        model, rewards, args, rows, eval_rows, tokenizer, callbacks=list(callbacks), engine=engine,
         max_skipped_steps=max_skipped_steps,
     )  # fmt: skip
 

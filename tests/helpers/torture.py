@@ -4,102 +4,28 @@
     python tests/helpers/torture.py --kills 5 --flips 40          # less, to the terminal
 
 Each row of the table says what was tried, in how many cases it held and in how many something was lost: a step that had
-been saved, a number that differs from the undisturbed run's, an error that does not say what to do. Linux; the disks
-need root. A small half of it is in tests/training/test_torture.py.
+been saved, a number that differs from the undisturbed run's, an error that does not say what to do. Linux; the small
+disks need root, the quota a C compiler. A small half of it is in tests/training/test_torture.py.
 """
 
 import argparse
-import json
-import os
-import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 
-import torture_run
+import torture_long
+import torture_two
 import warm_python
-from torture_run import PHASES, RUN
+from torture_bench import Bench, Row, last_line
+from torture_disks import disks, quotas
+from torture_run import PHASES
 
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
-
-
-@dataclass
-class Row:
-    """A line of the table."""
-
-    name: str
-    tried: int = 0
-    held: int = 0
-    lost: list[str] = field(default_factory=list)
-
-    def count(self, what: str, fault: str | None) -> None:
-        self.tried += 1
-        self.held += fault is None
-        self.lost += [] if fault is None else [f"{what}: {fault}"]
-        print(f"{self.name}: {what}: {fault or 'held'}", flush=True)
-
-
-def last_line(text: str) -> str:
-    """The last line that was printed, cut."""
-    return (text.strip().splitlines() or [""])[-1][:200]
-
-
-class Bench:
-    """Runs children, and knows what an undisturbed one gives."""
-
-    def __init__(self, python: list[str], root: Path, seed: int):
-        self.python, self.root, self.random = python, root, random.Random(seed)
-        self.count = 0
-        self.whole = self.result(self.run(self.fresh()))
-        self.undisturbed = self.root / "run-1"
-        assert self.whole is not None and self.whole["step"] == RUN["max_steps"], "the undisturbed run failed"
-
-    def fresh(self) -> Path:
-        self.count += 1
-        return self.root / f"run-{self.count}"
-
-    def start(self, folder: Path, phase: str = "", call: int = 0, share: float = 0.0, number: int = 9, room: int = 1,
-              before: str = "") -> subprocess.Popen:  # fmt: skip
-        command = [
-            *self.python,
-            torture_run.__file__,
-            "child",
-            str(folder),
-            phase,
-            str(call),
-            str(share),
-            str(int(number)),
-            str(room),
-        ]
-        if before:
-            command = ["bash", "-c", f'{before}; exec "$@"', "bash", sys.executable, *command[len(self.python) :]]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    def run(self, folder: Path, *args, **kwargs) -> tuple[int, str]:
-        process = self.start(folder, *args, **kwargs)
-        out, err = process.communicate(timeout=600)
-        return process.returncode, out + err
-
-    @staticmethod
-    def result(ended: tuple[int, str]) -> dict | None:
-        lines = [line for line in ended[1].splitlines() if line.startswith("RESULT ")]
-        return json.loads(lines[-1].removeprefix("RESULT ")) if lines else None
-
-    def goes_on(self, folder: Path) -> str | None:
-        """What differs from the undisturbed run when a run in `folder` is started again; None: nothing."""
-        ended = self.run(folder)
-        result = self.result(ended)
-        if result is None:
-            return f"it did not go on: {last_line(ended[1])}"
-        differ = [key for key in result if result[key] != self.whole[key]]
-        return f"other {', '.join(differ)}" if differ else None
 
 
 # ------------------------------------------------------------------------------------------------- the rows
@@ -176,43 +102,6 @@ def twins(bench: Bench, count: int) -> Row:
     return row
 
 
-def disks(bench: Bench) -> Row:
-    row = Row("disk full, file too large, read-only, folder gone: named with path and GB, and it goes on")
-    disk = bench.root / "disk"
-
-    def named(what: str, ended: tuple[int, str], folder: Path) -> None:
-        last = ended[1].strip().splitlines()[-1]
-        fault = None if "FolderError" in last and str(disk) in last else f"not named: {last[:200]}"
-        moved = bench.fresh()  # a larger disk
-        if folder.is_dir():
-            shutil.copytree(folder, moved)
-        row.count(what, fault or bench.goes_on(moved))
-
-    for megabytes, room in ((12, 1), (25, 1), (12, 0), (25, 0), (28, 0)):
-        disk.mkdir(exist_ok=True)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", disk], check=True)
-        try:
-            named(f"tmpfs of {megabytes} MB{'' if room else ', found out in a save'}",
-                  bench.run(disk / "run", room=room), disk / "run")  # fmt: skip
-        finally:
-            subprocess.run(["umount", disk], check=True)
-    for room in (1, 0):
-        named("files of at most 5 MB", bench.run(disk / f"limited{room}", room=room, before="ulimit -f 5000"),
-              disk / f"limited{room}")  # fmt: skip
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", disk], check=True)
-    try:
-        named("read-only", bench.run(disk / "run"), disk / "run")
-    finally:
-        subprocess.run(["umount", disk], check=True)
-    row.count("folder deleted while it runs", _same(bench, bench.run(bench.fresh(), "vanish")))
-    return row
-
-
-def _same(bench: Bench, ended: tuple[int, str]) -> str | None:
-    result = bench.result(ended)
-    return None if result == bench.whole else f"it ended with {last_line(ended[1])}"
-
-
 def flips(bench: Bench, count: int) -> Row:
     from nbhelpers.training import checkpoint
 
@@ -252,26 +141,6 @@ def bad_inputs(bench: Bench) -> Row:
     return row
 
 
-def long_run(bench: Bench, steps: int) -> Row:
-    """Memory, descriptors, threads and shared memory after a tenth of a run of many short steps, and at its end."""
-    row = Row(f"{steps:,} short steps: memory, descriptors, threads, /dev/shm flat")
-    if not steps:
-        return row
-    command = [*bench.python, torture_run.__file__, "long", str(bench.fresh()), str(steps)]
-    out = subprocess.run(command, capture_output=True, text=True, timeout=7200)
-    lines = [line for line in out.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        row.count("run", f"it ended: {last_line(out.stdout + out.stderr)}")
-        return row
-    early, late = json.loads(lines[-1].removeprefix("RESULT "))
-    grown = (late["rss"] - early["rss"]) / 1e6
-    row.name += f" (RSS {early['rss'] / 1e6:.0f} to {late['rss'] / 1e6:.0f} MB)"
-    for name in ("fds", "threads", "shm"):
-        row.count(name, None if late[name] <= early[name] else f"{early[name]} to {late[name]}")
-    row.count("RSS", None if grown < 0.03 * steps else f"{grown:.1f} MB more")  # TRL's own log grows by 10 kB a step
-    return row
-
-
 # ------------------------------------------------------------------------------------------------- the table
 
 
@@ -296,21 +165,39 @@ def write(rows: list[Row], command: str, seconds: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("kills", 50), ("chains", 3), ("signals", 30), ("twins", 5), ("flips", 400), ("steps", 2000)):
+    for name, default in (("kills", 50), ("chains", 3), ("signals", 30), ("twins", 5), ("flips", 400), ("steps", 2000),
+                          ("two", 20)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", action="store_true", help="put the table into docs/reliability.md")
     asked, begun = parser.parse_args(), time.monotonic()
-    with warm_python.server() as python, tempfile.TemporaryDirectory() as root:
-        bench = Bench(python, Path(root), asked.seed)
-        rows = [kills(bench, asked.kills), chains(bench, asked.chains), signals(bench, asked.signals),
-                twins(bench, asked.twins), flips(bench, asked.flips), bad_inputs(bench)]  # fmt: skip
-        if os.geteuid() == 0 and sys.platform == "linux":
-            rows.append(disks(bench))
-        rows.append(long_run(bench, asked.steps))
+    rows: list[Row] = []
+
+    def done(row: Row) -> None:
+        """What was run stands in the page, whatever becomes of the rest."""
+        rows.append(row)
+        if asked.write:
+            write(rows, " ".join(["python tests/helpers/torture.py", *sys.argv[1:]]), time.monotonic() - begun)
+
+    with warm_python.server() as python, tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        bench = Bench(python, root, asked.seed)
+        long = torture_long.begin(bench, asked.steps) if asked.steps else None
+        done(kills(bench, asked.kills))
+        done(chains(bench, asked.chains))
+        if asked.two:
+            done(torture_two.kills(torture_two.TwoProcesses(python, root, asked.seed), asked.two))
+        done(signals(bench, asked.signals))
+        done(twins(bench, asked.twins))
+        done(flips(bench, asked.flips))
+        done(bad_inputs(bench))
+        if sys.platform == "linux":
+            done(disks(bench))
+            done(quotas(bench))
+        done(torture_long.leaks(bench))
+        if long is not None:
+            done(torture_long.long_run(bench, long, asked.steps))
     print(table(rows))
-    if asked.write:
-        write(rows, " ".join(["python tests/helpers/torture.py", *sys.argv[1:]]), time.monotonic() - begun)
     sys.exit(any(row.lost for row in rows))
 
 

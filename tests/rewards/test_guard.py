@@ -322,6 +322,27 @@ def test_a_function_that_keeps_memory_is_named_once_and_others_are_not(monkeypat
     assert said.count("'later' keeps memory") == 1 and "'large'" not in said
 
 
+@pytest.mark.skipif(leaks._malloc_trim() is None, reason="glibc")
+def test_what_one_keeps_where_anothers_memory_was_is_its_own(monkeypatch, capsys):
+    """The allocator hands the room that `needs` has given back to `keeps`, and grows for `needs`."""
+    monkeypatch.setattr(leaks, "LEAK", 100e6)
+    kept = []
+
+    def keeps(completions, **_):
+        kept.append(bytearray(b"1" * 20_000_000))
+        return [1.0] * len(completions)
+
+    def needs(completions, **_):
+        return [float(len(bytearray(b"1" * 20_000_000)))] * len(completions)
+
+    guarded = guard(keeps), guard(needs)
+    for _ in range(20):
+        guarded[0](**FOUR)
+        guarded[1](**FOUR)
+    said = capsys.readouterr().out
+    assert "'keeps' keeps memory" in said and "'needs'" not in said
+
+
 def test_what_a_call_leaves_and_others_free_is_no_leak(monkeypatch, capsys):
     """A process that stays as large as it was: each call grows by 50 MB, and they are given back before the next."""
     sizes = iter([100e6, 150e6] * 10)

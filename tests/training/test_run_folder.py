@@ -175,6 +175,23 @@ def test_a_disk_that_fills_up_is_named_and_the_model_is_kept_where_it_fits(token
     assert all(torch.equal(kept[name], p) for name, p in weights(run).items() if name in kept)
 
 
+def test_a_quota_is_named_although_torch_says_nothing_of_it(tokenizer, tmp_path, monkeypatch, capsys):
+    """torch wrote less than it meant to, onto a disk that has room; the model does not fit either."""
+    run = make(tokenizer, tmp_path, max_steps=6, save_steps=2)
+
+    def cut(*args, **kwargs):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", cut)
+    monkeypatch.setattr(run, "save_model", cut)
+    with pytest.raises(
+        run_folder.FolderError, match=r"of step 2.*your quota is used up \([\d.]+ GB are free on the di"
+    ):
+        run.train()
+    assert "The model could not be written into" in (out := capsys.readouterr().out) and "either: your quota" in out
+    assert not (tmp_path / checkpoint.STAGING).exists()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_FSIZE")
 def test_a_real_limit_of_a_file_s_size_is_named(tmp_path, warm):
     code = f"""
