@@ -92,6 +92,12 @@ def messages(question: str, system_prompt: str | None = SYSTEM_PROMPT) -> list[d
     return [*system, {"role": "user", "content": question}]
 
 
+def worked(reasoning: str, answer: str) -> list[dict[str, str]]:
+    """A worked answer in the form of SYSTEM_PROMPT, as the chat message that `LeanSFTTrainer` learns: a `completion`."""
+    text = f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>"
+    return [{"role": "assistant", "content": text}]
+
+
 def collect(
     source: Source,
     read: Callable[[dict], tuple[str, str]],

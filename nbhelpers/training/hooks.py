@@ -29,6 +29,7 @@ class Hooks(trl.GRPOTrainer):
     max_completion_length: int
     reward_func_names: list[str]
     num_generations: int
+    num_generations_eval: int
     _buffered_inputs: Any  # the newest rollout's micro-batches, list[dict[str, Tensor | None]], or None
     _metrics: dict[str, defaultdict[str, list[float]]]  # numbers that are not logged yet, by mode and name
     entropy_coef: float

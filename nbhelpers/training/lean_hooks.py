@@ -99,9 +99,13 @@ class LeanStepHooks(Hooks):
         self._steps: dict[int, LeanStep] = {}
         reason = why_not(self) if lean else "lean=False"
         self.lean = reason is None
-        if lean and not self.lean:
-            print(f"The loss is TRL's own, without the lean step's memory and speed: {reason}. {cost(self)}"
-                  " What it costs in seconds: docs/compatibility.md.")  # fmt: skip
+        if lean and reason is not None:
+            self._left_to_trl(reason)
+
+    def _left_to_trl(self, reason: str) -> None:
+        """The loss is TRL's, for this reason."""
+        print(f"The loss is TRL's own, without the lean step's memory and speed: {reason}. {cost(self)}"
+              " What it costs in seconds: docs/compatibility.md.")  # fmt: skip
 
     def settings(self) -> losses.Settings:
         """What decides the loss, as it is set now."""
