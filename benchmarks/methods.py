@@ -4,8 +4,9 @@
     python -m benchmarks.methods --real WEIGHTS --questions FOLDER --method rloo     60 steps of the real 1.5B, on a GPU
 
 A method is one line of METHODS: the names of its config and its trainer in nbhelpers, and what it sets otherwise than
-the notebook does. The cells call them as they call LeanGRPOConfig and LeanGRPOTrainer; arguments that a method does not
-have (`num_generations` of SFT, say) are left out. A method that learns from texts gets a column `completion`.
+the notebook does. The cells call them as they call LeanGRPOConfig and LeanGRPOTrainer; settings that a method does not
+have (`num_generations` of SFT, say) and the arguments in `without` are left out. A method that learns from texts gets a
+column `completion`.
 
 One run a call; its rows replace those of the same method and seed in benchmarks/results/methods.json. A row without a
 seed is the worst of its seeds. `seconds` is `train()` alone. `peak` is the process's, weights and libraries included:
@@ -15,7 +16,6 @@ there; its curve is in the row `curve`.
 
 import argparse
 import dataclasses
-import inspect
 import json
 import os
 import re
@@ -44,12 +44,15 @@ class Method:
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
     real_changes: dict[str, Any] = dataclasses.field(default_factory=dict)
     texts: bool = False  # learns from worked answers
+    without: tuple[str, ...] = ()  # arguments of the notebooks' trainer that it does not have
 
 
+TEXTS = 800  # that a method which learns from texts gets
+OF_REWARDS = ("reward_funcs", "engine", "tags", "stop_when")
 METHODS = {
     "grpo": Method("LeanGRPOConfig", "LeanGRPOTrainer"),
     "rloo": Method("LeanRLOOConfig", "LeanRLOOTrainer"),
-    "sft": Method("LeanSFTConfig", "LeanSFTTrainer", texts=True),
+    "sft": Method("LeanSFTConfig", "LeanSFTTrainer", texts=True, without=OF_REWARDS),
 }
 
 
@@ -71,15 +74,13 @@ def take(name: str, questions: str | None = None) -> None:
     def made(model: Any, **arguments: Any) -> Any:
         if method.texts:
             arguments["train_dataset"] = with_texts(arguments["train_dataset"], questions)
-        known = inspect.signature(trainer).parameters
-        open_ended = any(one.kind is one.VAR_KEYWORD for one in known.values())
-        return trainer(model, **{key: value for key, value in arguments.items() if open_ended or key in known})
+        return trainer(model, **{key: value for key, value in arguments.items() if key not in method.without})
 
     vars(nbhelpers).update(LeanGRPOConfig=configured, LeanGRPOTrainer=made)
 
 
 def with_texts(rows: Any, questions: str | None) -> Any:
-    """The rows with a column `completion`: the comparison place by place, or the worked answer in the folder."""
+    """The first TEXTS rows with a column `completion`: the comparison place by place, or the folder's worked answer."""
     worked: dict[str, str] = {}
     if questions:
         lines = Path(questions, "train.jsonl").read_text().splitlines()
@@ -89,10 +90,10 @@ def with_texts(rows: Any, questions: str | None) -> Any:
         question = row["prompt"][-1]["content"]
         text = next((text for asked, text in worked.items() if asked in question), None)
         if text is None:
-            text = tasks.by_place(*re.findall(r"\d+\.\d+", question))
+            text = f"{tasks.by_place(*re.findall(r'[0-9.]+[0-9]', question))} So {row['answer']} is bigger."
         return {"completion": tasks.worked(text, row["answer"])}
 
-    return rows.map(completion)
+    return rows.select(range(min(TEXTS, len(rows)))).map(completion)
 
 
 TAKE = "from benchmarks import methods\n\nmethods.take({!r})\n\n"

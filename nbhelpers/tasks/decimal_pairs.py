@@ -119,7 +119,10 @@ def decimals(
     train = []
     for _ in range(n_train):
         a, b = decimal_pair(rng, held_out=False, tricky=rng.random() < tricky_share)
-        train.append(row(a, b) | ({"completion": worked(by_place(a, b), place_value(a, b))} if texts else {}))
+        train.append(row(a, b))
+        if texts:
+            best = place_value(a, b)
+            train[-1]["completion"] = worked(f"{by_place(a, b)} So {best} is bigger.", best)
     pairs: dict[tuple[str, str], None] = {}  # a dict, not a set: the order must be the same in every process
     while len(pairs) < n_test:
         pairs[decimal_pair(rng, held_out=True, tricky=True)] = None

@@ -93,7 +93,7 @@ def messages(question: str, system_prompt: str | None = SYSTEM_PROMPT) -> list[d
 
 
 def worked(reasoning: str, answer: str) -> list[dict[str, str]]:
-    """A worked answer in the form of SYSTEM_PROMPT, as the chat message that `LeanSFTTrainer` learns: a `completion`."""
+    """A worked answer in the form of SYSTEM_PROMPT, as the chat messages that `LeanSFTTrainer` learns."""
     text = f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>"
     return [{"role": "assistant", "content": text}]
 
