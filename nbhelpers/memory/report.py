@@ -22,9 +22,13 @@ class Setting:
     max_completion_length: int
     rows: int
     optimizer: str = "adamw_8bit"
+    method: str = "grpo"
 
     def __str__(self) -> str:
         adapter = f"LoRA {self.lora_rank}" if self.lora_rank else "every weight trained"
+        if self.method == "sft":
+            length = self.max_prompt_length + self.max_completion_length
+            return f"{self.quantization} · {adapter} · {self.rows} texts of {length} tokens"
         return (
             f"{self.quantization} · {adapter} · {self.rows} x ({self.max_prompt_length} + "
             f"{self.max_completion_length}) tokens in groups of {self.num_generations}"
@@ -74,7 +78,8 @@ class Plan:
         group = self.largest_group or "none"
         largest = [
             f"The largest part is {self.dominates}; what is kept for the backward only takes what room is left.",
-            f"Longest context that fits: {context}. Largest group written at once to the end: {group}.",
+            f"Longest context that fits: {context}."
+            + (f" Largest group written at once to the end: {group}." if self.generation else ""),
         ]
         if self.fits:
             layers = len(self.micro_batches) * self.preset.architecture.num_hidden_layers
