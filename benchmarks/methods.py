@@ -37,7 +37,7 @@ RESULT = "methods"
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """Names in nbhelpers, and what is set otherwise than in the notebooks: everywhere, and in the real one."""
+    """Names in nbhelpers, and what is set otherwise than in the quickstart, and than in the real notebook."""
 
     config: str
     trainer: str
@@ -48,11 +48,13 @@ class Method:
 
 
 TEXTS = 800  # that a method which learns from texts gets
+SHORT = {"max_steps": 60, "per_device_train_batch_size": 16}  # 960 texts
+OF_TEXTS = {"learning_rate": 1e-4, "per_device_train_batch_size": 16}
 OF_REWARDS = ("reward_funcs", "engine", "tags", "stop_when")
 METHODS = {
     "grpo": Method("LeanGRPOConfig", "LeanGRPOTrainer"),
     "rloo": Method("LeanRLOOConfig", "LeanRLOOTrainer"),
-    "sft": Method("LeanSFTConfig", "LeanSFTTrainer", texts=True, without=OF_REWARDS),
+    "sft": Method("LeanSFTConfig", "LeanSFTTrainer", SHORT, OF_TEXTS, texts=True, without=OF_REWARDS),
 }
 
 
@@ -66,7 +68,7 @@ def take(name: str, questions: str | None = None) -> None:
     method = METHODS[name]
     config, trainer = getattr(nbhelpers, method.config), getattr(nbhelpers, method.trainer)
     fields = {field.name for field in dataclasses.fields(config) if field.init}
-    changes = method.changes | (method.real_changes if questions else {})
+    changes = method.real_changes if questions else method.changes
 
     def configured(**arguments: Any) -> Any:
         return config(**{key: value for key, value in arguments.items() if key in fields} | changes)

@@ -23,13 +23,13 @@ from torch import Tensor
 
 from nbhelpers.grpo import leave_one_out
 
-from . import losses, settings
+from . import losses
 from .config import LeanGRPOConfig
 from .hooks import Hooks
 from .trainer import LeanGRPOTrainer
 
 GRPO_ONLY = {field.name for field in fields(trl.GRPOConfig)} - {field.name for field in fields(trl.RLOOConfig)}
-NOT_SERVED = ("tools", "rollout_func", "environment_factory")  # of LeanGRPOTrainer's arguments; TRL's has none either
+NOT_SERVED = ("lean", "tools", "rollout_func", "environment_factory")  # of LeanGRPOTrainer's arguments
 
 
 @dataclass
@@ -55,9 +55,6 @@ class LeanRLOOConfig(LeanGRPOConfig):
             if vars(self)[name] != own[name]:
                 raise ValueError(f"{name}={vars(self)[name]!r}: RLOO has no such setting. Leave it out, or take "
                                  "LeanGRPOTrainer")  # fmt: skip
-        if self.reward_clip_range is not None and not _ordered(self.reward_clip_range):
-            raise ValueError(f"reward_clip_range={self.reward_clip_range!r}: it must be None or two numbers, the lower "
-                             "first")  # fmt: skip
         super().__post_init__()
 
     @classmethod
@@ -70,11 +67,6 @@ class LeanRLOOConfig(LeanGRPOConfig):
         made = cls(args.output_dir)
         vars(made).update(vars(args))  # as TRL has read them
         return made
-
-
-def _ordered(limits: Any) -> bool:
-    numbers = isinstance(limits, (list, tuple)) and len(limits) == 2 and all(map(settings.number(-1e30, 1e30), limits))
-    return numbers and limits[0] < limits[1]
 
 
 class RLOOHooks(Hooks):
@@ -141,10 +133,9 @@ class LeanRLOOTrainer(LeanGRPOTrainer, RLOOHooks):
         *rest: Any,
         **more: Any,
     ):
-        for name in ("lean", *NOT_SERVED):
+        for name in NOT_SERVED:
             if more.get(name) not in (None, True):
-                raise ValueError(f"{name}={more[name]!r}: LeanRLOOTrainer does not serve it. Leave it out, or take "
-                                 f"{'trl.RLOOTrainer' if name == 'lean' else 'LeanGRPOTrainer'}")  # fmt: skip
+                raise ValueError(f"{name}={more[name]!r}: LeanRLOOTrainer does not serve it. Leave it out")
         args = LeanRLOOConfig("runs/rloo") if args is None else LeanRLOOConfig.of(args)
         super().__init__(model, reward_funcs, args, *rest, **more)
 
@@ -157,8 +148,3 @@ class LeanRLOOTrainer(LeanGRPOTrainer, RLOOHooks):
         return replace(
             super().settings(), loss_type="grpo", importance_sampling_level="completion", beta=0.0, correction=None
         )
-
-    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
-        if "pixel_values" in inputs:
-            raise ValueError("LeanRLOOTrainer does not serve images: leave them out, or take trl.RLOOTrainer")
-        return super()._compute_loss(model, inputs)

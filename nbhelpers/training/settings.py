@@ -92,6 +92,11 @@ def _weights(value: Any) -> bool:
     return is_list and all(map(number(-LARGEST, LARGEST), value)) and any(value)
 
 
+def _limits(value: Any) -> bool:
+    is_pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_finite, value))
+    return is_pair and value[0] < value[1]
+
+
 SETTINGS = (
     # the update
     Setting("learning_rate", _positive, _POSITIVE, "At 0 nothing is learned; a LoRA often takes 1e-5 to 1e-4."),
@@ -129,6 +134,7 @@ SETTINGS = (
     Setting("reward_weights", optional(_weights), f"None or a list of numbers from {-LARGEST:g} to {LARGEST:g}, one "
             "for each reward function and not all 0", "None weighs them all alike."),
     one_of("multi_objective_aggregation", _SUMS),
+    Setting("reward_clip_range", optional(_limits), "None or two numbers, the lower first"),
     Setting("reward_seconds", number(0, 1e6, above=True), "a number of seconds above 0, up to 1e6", "For one call of a "
             "reward function, which is cut off then; 300 is usual."),
     # the answers
