@@ -122,19 +122,20 @@ class LeanSFTTrainer(ResumeHooks, StepHooks, trl.SFTTrainer):
         self._say_what_is_cut()
         self._panels()
 
+    def _lengths(self) -> list[int]:
+        """Tokens of each of the first texts."""
+        count = STREAMED if isinstance(self.train_dataset, IterableDataset) else SAMPLE
+        return [len(row["input_ids"]) for row in islice(self.train_dataset, count)]
+
     def _say_what_is_cut(self) -> None:
         """ValueError if no token counts; a line if texts are as long as they may be: their ends were cut off."""
-        if isinstance(self.train_dataset, IterableDataset):
-            return
-        if not len(self.train_dataset):
-            raise ValueError(f"no text has a token to learn within max_length={self.args.max_length}: raise it, or "
-                             "shorten the prompts")  # fmt: skip
-        if self.args.max_length is None or self.args.packing:
-            return
-        long = sum(len(ids) >= self.args.max_length for ids in self.train_dataset["input_ids"])
+        lengths, most = self._lengths(), self.args.max_length
+        if not lengths:
+            raise ValueError(f"no text has a token to learn within max_length={most}: raise it, or shorten the prompts")
+        long = 0 if most is None or self.args.packing else sum(length >= most for length in lengths)
         if long:
-            print(f"{long} of {len(self.train_dataset)} texts reach max_length={self.args.max_length} tokens: what is "
-                  "behind it is cut off, and with it where they end. Raise it, or leave them out.")  # fmt: skip
+            print(f"{long} of {len(lengths)} texts reach max_length={most} tokens: what is behind it is cut off, and "
+                  "with it where they end. Raise it, or leave them out.")  # fmt: skip
 
     def _asked_of_trl(self) -> dict[str, bool]:
         return {
@@ -146,9 +147,7 @@ class LeanSFTTrainer(ResumeHooks, StepHooks, trl.SFTTrainer):
         }
 
     def _longest_row(self) -> tuple[int, int, int]:
-        count = STREAMED if isinstance(self.train_dataset, IterableDataset) else SAMPLE
-        longest = max((len(row["input_ids"]) for row in islice(self.train_dataset, count)), default=2)
-        return 1, 1, max(1, longest - 1)
+        return 1, 1, max(1, max(self._lengths()) - 1)
 
     def _write_state(self, position: Position) -> None:
         super()._write_state(position)
