@@ -28,6 +28,8 @@ _MODULES = {room: room for room in _ROOMS} | {  # and the modules inside a room 
     "replay": "panel.replay",
 }
 _NAMES = {"LeanGRPOConfig": "training.config", "LeanGRPOTrainer": "training.trainer"}
+_NAMES |= {"LeanRLOOConfig": "training.rloo", "LeanRLOOTrainer": "training.rloo"}
+_NAMES |= {"LeanSFTConfig": "training.config", "LeanSFTTrainer": "training.sft"}
 _NAMES |= {"StopWhen": "training.stop_when"}
 __all__ = [*_MODULES, *_NAMES]
 

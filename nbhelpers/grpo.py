@@ -42,6 +42,26 @@ def group_advantages(rewards: torch.Tensor, num_generations: int, scale: bool = 
     return advantages.view(-1)
 
 
+def leave_one_out(rewards: torch.Tensor, num_generations: int, normalize: bool = False) -> torch.Tensor:
+    """RLOO's advantages (arXiv:2402.14740): a reward less the mean of the rewards of the group's other completions.
+
+    Args:
+        rewards (`Tensor`): float [B], NaN where none applied; groups stand side by side.
+        num_generations (`int`): G, completions of each prompt.
+        normalize (`bool`): Take the mean of all advantages off, and divide by their standard deviation + 1e-4.
+
+    Returns:
+        `Tensor`: float [B], 0 where there is no reward and where no other completion of the group has one.
+    """
+    groups = rewards.view(-1, num_generations)
+    others = (~groups.isnan()).sum(1, keepdim=True) - 1
+    advantages = (groups - (groups.nansum(1, keepdim=True) - groups) / others).view(-1)
+    known = advantages[advantages.isfinite()]
+    if normalize and len(known) > 1:
+        advantages = (advantages - known.mean()) / (known.std() + 1e-4)
+    return advantages.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
 def total_rewards(rewards: torch.Tensor) -> torch.Tensor:
     """float [B, functions] -> [B]: the sum of the functions that applied; NaN in a row where none did."""
     return rewards.nansum(1).masked_fill(rewards.isnan().all(1), torch.nan)
@@ -67,24 +87,27 @@ def ratio(
 ) -> torch.Tensor:
     """Probability of what was sampled, under the model now over the model that sampled it.
 
-    exp(logps - old_logps), token by token (in arXiv:2402.03300, equation 3), or its geometric mean over a completion's
-    tokens (GSPO, arXiv:2507.18071).
+    exp(logps - old_logps), token by token (in arXiv:2402.03300, equation 3), its geometric mean over a completion's
+    tokens (GSPO, arXiv:2507.18071), or its product over them (RLOO, arXiv:2402.14740).
 
     Args:
         logps (`Tensor`), old_logps (`Tensor`): float [B, T], log-probability of each token of each completion.
         mask (`Tensor`): [B, T], 1 where a token belongs to the completion.
-        importance_sampling_level (`str`): "token", or "sequence" for GSPO.
+        importance_sampling_level (`str`): "token", "sequence" for GSPO, or "completion" for RLOO.
 
     Returns:
-        `Tensor`: float [B, T], or [B, 1] at the sequence level.
+        `Tensor`: float [B, T], or [B, 1] for a whole completion.
 
     Raises ValueError for another level.
     """
     log_ratio = logps - old_logps
     if importance_sampling_level == "sequence":
         log_ratio = ((log_ratio * mask).sum(-1) / mask.sum(-1).clamp(min=1)).unsqueeze(-1)
+    elif importance_sampling_level == "completion":
+        log_ratio = (log_ratio * mask).sum(-1, keepdim=True)
     elif importance_sampling_level != "token":
-        raise ValueError(f"importance_sampling_level must be 'token' or 'sequence', not {importance_sampling_level!r}")
+        raise ValueError("importance_sampling_level must be 'token', 'sequence' or 'completion', not "
+                         f"{importance_sampling_level!r}")  # fmt: skip
     return log_ratio.exp()
 
 

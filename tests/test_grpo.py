@@ -156,5 +156,5 @@ def test_unknown_names_are_refused():
         grpo.loss(ONES, torch.ones(2), ONES, loss_type="ppo")
     with pytest.raises(ValueError, match="max_completion_length"):
         grpo.loss(ONES, torch.ones(2), ONES, loss_type="dr_grpo")
-    with pytest.raises(ValueError, match="'token' or 'sequence'"):
+    with pytest.raises(ValueError, match="'token', 'sequence' or 'completion'"):
         grpo.ratio(ONES, ONES, ONES, "group")

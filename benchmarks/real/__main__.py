@@ -44,6 +44,7 @@ def rows_of(report: dict[str, Any], label: str) -> list[common.Row]:
     for name, unit in (("seconds", "s"), ("steps", "steps"), ("peak_driver", "GB"), ("stopped_at", "steps")):
         if report.get(name) is not None:
             rows.append(common.row(f"{label}/{name}", "ours", round(report[name], 3), unit, **report["settings"]))
+    rows.append(common.row(f"{label}/curve", "ours", report["steps"], "steps", points=report["curve"]))
     for i, probe in enumerate(report["probes"]):
         rows.append(common.row(f"{label}/probe_{i}", "ours", float(probe["right_after"]), "1 = right", **probe))
     return rows

@@ -51,6 +51,8 @@ measure.report(JOB, BEFORE, AFTER, TIMER, trainer, live, before, after, tasks.PR
 def notebook(job: dict[str, Any]) -> str:
     """The script of one run."""
     parts = [f"import json\nJOB = json.loads({json.dumps(json.dumps(job))})", CARD]
+    if job.get("method"):
+        parts.append('from benchmarks import methods\nmethods.take(JOB["method"], JOB["questions"])')
     seen = set()
     for tags, source in common.code_cells(NOTEBOOK):
         parts.append(source)

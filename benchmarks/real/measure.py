@@ -140,14 +140,25 @@ def report(
     steps = trainer.state.global_step
     settings = {
         "learning_rate": trainer.args.learning_rate, "lora_rank": preset.lora_rank, "quantization": preset.quantization,
-        "dynamic_sampling": trainer.args.dynamic_sampling, "max_completion_length": preset.max_completion_length,
+        "dynamic_sampling": vars(trainer.args).get("dynamic_sampling", 0),  # not every method has it
+        "max_completion_length": preset.max_completion_length,
     }  # fmt: skip
     found = {
         "shares": shares, "seconds": timer.seconds, "peak_driver": timer.peak, "steps": steps, "settings": settings,
         "stopped_at": steps if steps < trainer.args.max_steps else None, "probes": probes,
+        "curve": curve(live.history),
         "live": live.save(Path(job["folder"]) / "live.json", preset.title).read_text(),
     }  # fmt: skip
     Path(job["folder"], "report.json").write_text(json.dumps(found))
+
+
+def curve(history: list[dict[str, Any]]) -> list[list[float | None]]:
+    """[step, reward, loss, right] of each logged step of `Live.history`; None for what a method does not log."""
+
+    def rounded(value: float | None) -> float | None:
+        return None if value is None else round(value, 4)
+
+    return [[row["step"], *(rounded(row.get(name)) for name in ("reward", "loss", "right"))] for row in history]
 
 
 def prompts(job: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ __all__ = ["CONTEXT_GB", "FRAGMENTED", "CannotFit", "Plan", "Reserved", "Room", 
            "kv_budget", "kv_bytes_per_token", "plan", "sliders", "step_budget", "that_fit",
            "vllm_kv_budget"]  # fmt: skip
 
+METHODS = ("grpo", "rloo", "sft")  # whose step is planned; SFT writes nothing
 T4_GB = 15.0  # a T4, where no card is given and none is here
 
 
@@ -46,6 +47,7 @@ def plan(
     optimizer: str = "adamw_8bit",
     budget_gb: float | None = None,
     attention: str | None = None,
+    method: str = "grpo",
 ) -> Plan:
     """What training `preset` takes on a card. What is not given is the preset's own for that card (`Preset.on_card`).
 
@@ -64,23 +66,28 @@ def plan(
         budget_gb (`float`, *optional*): What torch may allocate in all, GB, if the run gets a limit.
         attention (`str`, *optional*): "flash", or "efficient" as on a T4; None: what the card here has, or what a card
             of that size is likely to have.
+        method (`str`): One of METHODS.
 
-    Raises ValueError for another optimizer, and for an unknown preset's name.
+    Raises ValueError for another optimizer or method, and for an unknown preset's name.
     """
     if optimizer not in ("adamw_8bit", "adamw"):
         raise ValueError(f'optimizer is "adamw_8bit" or "adamw", not {optimizer!r}')
     preset = presets.get(preset) if isinstance(preset, str) else preset
     card_gb = card_gb or _card_here()[0] or T4_GB
     preset = preset.on_card(card_gb)
-    group = num_generations or preset.num_generations
+    if method not in METHODS:
+        raise ValueError(f"method is one of {', '.join(METHODS)}, not {method!r}")
+    answers = num_generations or preset.num_generations
+    group = 1 if method == "sft" else answers
     setting = Setting(
         quantization or preset.quantization,
         preset.lora_rank if lora_rank is None else lora_rank,
         group,
         max_prompt_length or preset.max_prompt_length,
         max_completion_length or preset.max_completion_length,
-        rows or group,
+        rows or answers,
         optimizer,
+        method,
     )
 
     card = _Card(preset, card_gb, budget_gb, attention or _backend(card_gb))
@@ -185,7 +192,9 @@ class _Card:
         return self.generates(s) and self.cost(s).least([row]) <= self.room(s)
 
     def rows_that_fit(self, s: Setting) -> int:
-        """Completions of full length that the graph engine writes at the same time."""
+        """Completions of full length that the graph engine writes at the same time; of texts, all."""
+        if s.method == "sft":
+            return s.rows
         token = self.cost(s).kv(1, self.preset.architecture.num_hidden_layers)
         return rows_that_fit(
             kv_budget(max(0.0, min(self.left(s)))), s.max_prompt_length + s.max_completion_length, token
@@ -199,9 +208,13 @@ class _Card:
 
     def generating(self, s: Setting) -> dict[str, float]:
         """Bytes by part while as many completions as fit are written; one, if none fits."""
+        if s.method == "sft":
+            return {}
         return self._held(s) | self._generation_work(s)
 
     def _generation_work(self, s: Setting) -> dict[str, float]:
+        if s.method == "sft":
+            return {}
         cost, rows = self.cost(s), min(max(1, self.rows_that_fit(s)), s.rows)
         slot = slot_tokens(s.max_prompt_length + s.max_completion_length)
         cache = cost.kv(rows * slot, self.preset.architecture.num_hidden_layers)
@@ -249,7 +262,7 @@ def _changed(setting: Setting) -> Iterator[Setting]:
             length = max(1, int(setting.max_completion_length * share))
             for fewer in (1, 2, 4):
                 for rank in {setting.lora_rank, min(setting.lora_rank, 16), min(setting.lora_rank, 8)}:
-                    group = max(2, setting.num_generations // fewer)
+                    group = max(min(2, setting.num_generations), setting.num_generations // fewer)
                     changed = replace(
                         setting, quantization=q, max_completion_length=length,
                         num_generations=group, rows=max(group, setting.rows // fewer // group * group), lora_rank=rank,

@@ -22,9 +22,13 @@ class Setting:
     max_completion_length: int
     rows: int
     optimizer: str = "adamw_8bit"
+    method: str = "grpo"
 
     def __str__(self) -> str:
         adapter = f"LoRA {self.lora_rank}" if self.lora_rank else "every weight trained"
+        if self.method == "sft":
+            length = self.max_prompt_length + self.max_completion_length
+            return f"{self.quantization} · {adapter} · {self.rows} texts of {length} tokens"
         return (
             f"{self.quantization} · {adapter} · {self.rows} x ({self.max_prompt_length} + "
             f"{self.max_completion_length}) tokens in groups of {self.num_generations}"
@@ -74,7 +78,8 @@ class Plan:
         group = self.largest_group or "none"
         largest = [
             f"The largest part: {self.dominates}. (What is kept for the backward takes only the room that is left.)",
-            f"Longest prompt and answer that fit: {context}. Answers of this length written at the same time: {group}.",
+            f"Longest prompt and answer that fit: {context}."
+            + (f" Answers of this length written at the same time: {group}." if self.generation else ""),
         ]
         if self.fits:
             layers = len(self.micro_batches) * self.preset.architecture.num_hidden_layers

@@ -38,7 +38,7 @@ RECORDED_PAIRS = 12  # of best and worst answers, over a run
 
 
 class Live(display.View, TrainerCallback):
-    """One updating output for a GRPO run: pass it to a trainer as `callbacks=[live]`. After a closed tab, `live` in a
+    """One updating output for a run: pass it to a trainer as `callbacks=[live]`. After a closed tab, `live` in a
     new cell shows all of it there, and goes on there.
 
     Args:
@@ -109,7 +109,7 @@ class Live(display.View, TrainerCallback):
         """Start afresh, after a resume with the steps that TRL's log still has."""
         if not state.is_world_process_zero:
             return
-        self.history = [history.row_of(log) for log in state.log_history if "reward" in log]
+        self.history = [history.row_of(log) for log in state.log_history if history.is_step(log)]
         self.samples, self.pair, self._pairs, self.ended, self.handles = [], [], {}, None, []
         self.probed = {0: self.probes} if self.probes else {}
         self.total_steps = self._wanted_steps or state.max_steps
@@ -178,7 +178,7 @@ class Live(display.View, TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Take in a logged step, and show it."""
-        if not state.is_world_process_zero or logs is None or "reward" not in logs:
+        if not state.is_world_process_zero or logs is None or not history.is_step(logs):
             return  # the last log of a run holds its run time, not a step
         now = time.monotonic()
         row = history.row_of({**logs, "step": state.global_step})

@@ -29,8 +29,14 @@ LETTERS = 50  # of a legend fit above one plot
 LONGEST_NAME = 34  # letters of it in a legend
 
 
+def learns_texts(history: list[dict]) -> bool:
+    """Whether it is a run without rewards, which has a loss to watch."""
+    return bool(history) and not any(row["rewards"] or row["reward"] is not None for row in history)
+
+
 def curves_of(history: list[dict]) -> dict[str, dict[str, list]]:
-    """{plot: {curve: its values, None where there is none}}: only what was logged, but the reward always.
+    """{plot: {curve: its values, None where there is none}}: only what was logged, but the reward always;
+    without rewards the loss.
 
     Args:
         history (`list[dict]`): As in `Live.history`.
@@ -59,10 +65,12 @@ def curves_of(history: list[dict]) -> dict[str, dict[str, list]]:
         "tokens / s": {"prompts and answers": column("speed")},
         "KL to the start": {"KL": column("kl")},
     }
+    if learns_texts(history):
+        plots = {"loss": {"nats a token": column("loss")}, "tokens / s": plots["tokens / s"]}
     logged = {}
     for label, curves in plots.items():
         known = {name: values for name, values in curves.items() if any(value is not None for value in values)}
-        if known or label == "reward":
+        if known or label in ("reward", "loss"):
             logged[label] = known
     return logged
 

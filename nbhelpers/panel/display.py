@@ -69,6 +69,7 @@ class View:
         by_function = ", ".join(f"{name} {self._said(_reward_of(name))}" for name in row["rewards"])
         reward = self._said(lambda row: row["reward"])
         parts = [f"reward {reward}" + (f" ({by_function})" if len(row["rewards"]) > 1 else "")]
+        parts = [] if curves.learns_texts(self.history) else parts
         parts += [f"{name} {value}" for name, value in self._shares(row)]
         parts += ["THE REWARD IS GAMED"] if row.get("gaming") else []
         parts += [f"memory {pieces.memory_text(row['memory'])}"] if row["memory"] else []
@@ -224,7 +225,8 @@ class View:
 
     def _numbers_html(self, words: str) -> str:
         row = self.history[-1]
-        numbers = [("reward", self._said(lambda row: row["reward"])), *self._shares(row)]
+        reward = [] if curves.learns_texts(self.history) else [("reward", self._said(lambda row: row["reward"]))]
+        numbers = [*reward, *self._shares(row)]
         values = [cell(value, f"{CELL};font-size:115%") for _, value in numbers]
         names = [name for name, _ in numbers]
         several = self.ended is not None and len(self.history) > 1

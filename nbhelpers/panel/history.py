@@ -34,6 +34,11 @@ METRICS = {
 }
 
 
+def is_step(log: dict) -> bool:
+    """Whether it is a step's: with a reward, or of a method that learns from texts with a loss alone."""
+    return "reward" in log or "loss" in log
+
+
 def row_of(log: dict) -> dict:
     """One entry of `Live.history` from one log of TRL's; what is not in it is None or empty, for the panel to fill in.
 

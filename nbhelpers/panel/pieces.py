@@ -15,7 +15,7 @@ HELP = {
     "right": "share of answers that are right in whatever form, paid or not",
     "alike": "share of the other answers that have three words of one in a row: near 100 % all are the same",
     "replaced": "share of groups without a signal in whose place other questions were asked",
-    "loss": "of GRPO: near 0 by construction when each rollout serves one update; watch the reward",
+    "loss": "of texts, nats a token; with rewards near 0 by construction when each rollout serves one update",
     "gradient": "the length of the gradient before it is cut to max_grad_norm",
     "format": "share of answers that have exactly the wanted form",
     "length": "mean number of tokens of an answer",

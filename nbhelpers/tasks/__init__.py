@@ -11,9 +11,11 @@ from .decimal_pairs import (
     PROBE_ANSWER,
     PROBES,
     as_version,
+    by_place,
     decimal_number,
     decimal_pair,
     decimals,
+    in_order,
     is_held_out,
     place_value,
     version_rule,
@@ -23,10 +25,10 @@ from .mixing import mix
 from .own_data import from_data, from_file
 from .problems import word_problems
 from .reasoning_sets import reasoning
-from .task import SYSTEM_PROMPT, Task, messages
+from .task import SYSTEM_PROMPT, Task, messages, worked
 
 __all__ = [
-    "BIGGER", "PROBES", "PROBE_ANSWER", "SYSTEM_PROMPT", "Task", "as_version", "countdown", "decimal_number",
-    "decimal_pair", "decimals", "from_data", "from_file", "gsm8k", "is_held_out", "messages", "mix", "place_value",
-    "reasoning", "version_rule", "word_problems",
+    "BIGGER", "PROBES", "PROBE_ANSWER", "SYSTEM_PROMPT", "Task", "as_version", "by_place", "countdown",
+    "decimal_number", "decimal_pair", "decimals", "from_data", "from_file", "gsm8k", "in_order", "is_held_out",
+    "messages", "mix", "place_value", "reasoning", "version_rule", "word_problems", "worked",
 ]  # fmt: skip

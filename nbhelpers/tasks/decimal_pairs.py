@@ -4,7 +4,7 @@ import hashlib
 import random
 from decimal import Decimal
 
-from .task import SYSTEM_PROMPT, Task, messages
+from .task import SYSTEM_PROMPT, Task, messages, worked
 
 BIGGER = (
     "Which is bigger? {a} or {b}?",
@@ -16,6 +16,7 @@ BIGGER = (
 # Asked before and after training, always with the same prompt and the same decoding.
 PROBES = ("Which is bigger? 9.11 or 9.9?", "Which is bigger, 9.11 or 9.9?", "Is 9.9 or 9.11 the greater number?")
 PROBE_ANSWER = "9.9"
+PLACES = ("tenths", "hundredths", "thousandths")
 
 
 def is_held_out(number: str) -> bool:
@@ -41,6 +42,23 @@ def version_rule(a: str, b: str) -> str:
 def place_value(a: str, b: str) -> str:
     """The bigger of two decimals."""
     return max(a, b, key=Decimal)
+
+
+def in_order(a: str, b: str) -> str:
+    """Two whole numbers with the sign between them: '1 < 9'."""
+    return f"{a} {'<' if int(a) < int(b) else '>' if int(a) > int(b) else '='} {b}"
+
+
+def by_place(a: str, b: str) -> str:
+    """'Place by place: 9 = 9, tenths 1 < 9.' A missing digit counts as 0; it stops at the first difference."""
+    (a_whole, a_right), (b_whole, b_right) = a.split("."), b.split(".")
+    steps = [in_order(a_whole, b_whole)]
+    for i, place in enumerate(PLACES):
+        if "=" not in steps[-1]:
+            break
+        digits = (right[i] if i < len(right) else "0" for right in (a_right, b_right))
+        steps.append(f"{place} {in_order(*digits)}")
+    return f"Place by place: {', '.join(steps)}."
 
 
 def decimal_number(rng: random.Random, held_out: bool, whole: int | None = None) -> str:
@@ -76,6 +94,7 @@ def decimals(
     tricky_share: float = 0.8,
     seed: int = 0,
     system_prompt: str | None = SYSTEM_PROMPT,
+    texts: bool = False,
 ) -> Task:
     """Which of two decimals is bigger, from 9.11 and 9.9 to 47.083 and 47.3.
 
@@ -87,6 +106,8 @@ def decimals(
         tricky_share (`float`): Of the training pairs, from 0 to 1.
         seed (`int`): The same seed makes the same rows.
         system_prompt (`str`, *optional*): Stands before each question. None for no system message.
+        texts (`bool`): Training rows have a `completion` too, place by place in the form of SYSTEM_PROMPT, for
+            LeanSFTTrainer.
     """
     from datasets import Dataset
 
@@ -95,7 +116,13 @@ def decimals(
     def row(a: str, b: str) -> dict:
         return {"prompt": messages(rng.choice(BIGGER).format(a=a, b=b), system_prompt), "answer": place_value(a, b)}
 
-    train = [row(*decimal_pair(rng, held_out=False, tricky=rng.random() < tricky_share)) for _ in range(n_train)]
+    train = []
+    for _ in range(n_train):
+        a, b = decimal_pair(rng, held_out=False, tricky=rng.random() < tricky_share)
+        train.append(row(a, b))
+        if texts:
+            best = place_value(a, b)
+            train[-1]["completion"] = worked(f"{by_place(a, b)} So {best} is bigger.", best)
     pairs: dict[tuple[str, str], None] = {}  # a dict, not a set: the order must be the same in every process
     while len(pairs) < n_test:
         pairs[decimal_pair(rng, held_out=True, tricky=True)] = None

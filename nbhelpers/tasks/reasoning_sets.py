@@ -1,10 +1,12 @@
 """The reasoning data sets that people use, as prompts with answers that can be checked: a table and one reader.
 
-GRPO needs no reasoning to copy, so of each row only the question and the final answer are taken. The columns and
+GRPO needs no reasoning to copy: of each row the question and the final answer are taken, and for a cold start
+(LeanSFTTrainer) the reasoning too. The columns and
 configs in the table are those of the data sets' cards; read here were rows of the same schemas that the project wrote
 itself. The real sets on the hub have not been run.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _USER, _ASSISTANT = ("user", "human"), ("assistant", "gpt")
+_MARKS = re.compile(
+    r"(?:\s*(?:</?think>|<\|(?:begin|end)_of_(?:thought|solution)\|>))+\s*"
+)  # the form has tags of its own
 _UNKNOWN = ("proof", "notfound")  # what NuminaMath, and so its heirs, write where there is no final answer
 
 
@@ -32,24 +37,31 @@ class ReasoningSet:
     config: str | None
     question: str  # column; of a chat the user's turn
     answer: tuple[str, ...]  # columns, the first that has an answer counts; of a chat the assistant's turn
+    text: tuple[str, ...]  # columns of the reasoning, one after another; of a chat the assistant's turn
     boxed: bool  # whether the answer is the last \boxed{...} of the text, or the whole of it
     instruction: str = ""  # what the set puts before each question and the system prompt says here
 
 
 SETS = {
-    "limo": ReasoningSet("GAIR/LIMO", None, "question", ("answer",), False),
-    "openr1-math": ReasoningSet("open-r1/OpenR1-Math-220k", "default", "problem", ("answer",), False),
+    "limo": ReasoningSet("GAIR/LIMO", None, "question", ("answer",), ("solution",), False),
+    "openr1-math": ReasoningSet("open-r1/OpenR1-Math-220k", "default", "problem", ("answer",), ("messages",), False),
     "openthoughts": ReasoningSet(
-        "open-thoughts/OpenThoughts-114k", "metadata", "problem", ("ground_truth_solution", "deepseek_solution"), True
+        "open-thoughts/OpenThoughts-114k", "metadata", "problem", ("ground_truth_solution", "deepseek_solution"),
+        ("deepseek_reasoning", "deepseek_solution"), True,
     ),
     "bespoke-stratos": ReasoningSet(
-        "bespokelabs/Bespoke-Stratos-17k", None, "conversations", ("conversations",), True,
+        "bespokelabs/Bespoke-Stratos-17k", None, "conversations", ("conversations",), ("conversations",), True,
         instruction=r"Return your final response within \boxed{}.",
     ),
-    "deepscaler": ReasoningSet("agentica-org/DeepScaleR-Preview-Dataset", None, "problem", ("answer",), False),
-    "dolphin-r1": ReasoningSet("cognitivecomputations/dolphin-r1", "reasoning-deepseek", "messages", ("answer",), True),
+    "deepscaler": ReasoningSet(
+        "agentica-org/DeepScaleR-Preview-Dataset", None, "problem", ("answer",), ("solution",), False
+    ),
+    "dolphin-r1": ReasoningSet(
+        "cognitivecomputations/dolphin-r1", "reasoning-deepseek", "messages", ("answer",), ("reasoning",), True
+    ),
     "r1-distill": ReasoningSet(
-        "ServiceNow-AI/R1-Distill-SFT", "v0", "problem", ("solution", "reannotated_assistant_content"), True
+        "ServiceNow-AI/R1-Distill-SFT", "v0", "problem", ("solution", "reannotated_assistant_content"),
+        ("reannotated_assistant_content",), True,
     ),
 }  # fmt: skip
 
@@ -65,6 +77,7 @@ def reasoning(
     max_prompt_length: int | None = None,
     test_share: float = 0.2,
     chat_template_kwargs: dict[str, Any] | None = None,
+    texts: bool = False,
 ) -> Task:
     r"""The first `n` usable questions of a reasoning data set, a share of them held out by hash of the question.
 
@@ -83,6 +96,8 @@ def reasoning(
         test_share (`float`): Held out, from 0 to 1.
         chat_template_kwargs (`dict`, *optional*): What the chat template is given besides, where prompts are measured;
             that of the run (GRPOConfig).
+        texts (`bool`): Rows have a `completion` too, the set's reasoning in the form of SYSTEM_PROMPT, for
+            LeanSFTTrainer; those without any are left out.
 
     Raises ValueError if there is no such name, for a missing column (with those that there are) or fewer than two
     usable rows, and ConnectionError if the hub is out of reach.
@@ -91,10 +106,11 @@ def reasoning(
         raise ValueError(f"there is no reasoning set {name!r}; there are {', '.join(SETS)}")
     spec = SETS[name]
     place = spec.hub_id if source is None else source
-    opened = open_source(place, (spec.question, *spec.answer), config=spec.config, stream=n is not None)
+    columns = dict.fromkeys((spec.question, *spec.answer, *(spec.text if texts else ())))
+    opened = open_source(place, tuple(columns), config=spec.config, stream=n is not None)
 
-    def read(row: dict) -> tuple[str, str]:
-        return _read(row, spec)
+    def read(row: dict) -> tuple[str, ...]:
+        return (*_read(row, spec), _reasoning(row, spec)) if texts else _read(row, spec)
 
     rows, dropped = collect(
         opened, read, tokenizer=tokenizer, system_prompt=system_prompt, max_prompt_length=max_prompt_length, n=n,
@@ -111,6 +127,13 @@ def _read(row: dict, spec: ReasoningSet) -> tuple[str, str]:
         if answer and answer.lower() not in _UNKNOWN:
             return question, answer
     raise Unusable(rf"no \boxed{{...}} in its {' or '.join(spec.answer)}" if spec.boxed else "no answer to check")
+
+
+def _reasoning(row: dict, spec: ReasoningSet) -> str:
+    parts = [_MARKS.sub("\n\n", _turn(row[column], _ASSISTANT, column)).strip() for column in spec.text]
+    if not all(parts):
+        raise Unusable(f"no text in its {' or '.join(spec.text)}")
+    return "\n\n".join(parts)
 
 
 def _turn(cell: object, roles: tuple[str, ...], column: str) -> str:

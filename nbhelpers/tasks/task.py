@@ -92,9 +92,15 @@ def messages(question: str, system_prompt: str | None = SYSTEM_PROMPT) -> list[d
     return [*system, {"role": "user", "content": question}]
 
 
+def worked(reasoning: str, answer: str) -> list[dict[str, str]]:
+    """A worked answer in the form of SYSTEM_PROMPT, as the chat messages that `LeanSFTTrainer` learns."""
+    text = f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>"
+    return [{"role": "assistant", "content": text}]
+
+
 def collect(
     source: Source,
-    read: Callable[[dict], tuple[str, str]],
+    read: Callable[[dict], tuple[str, ...]],
     *,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     system_prompt: str | None = SYSTEM_PROMPT,
@@ -107,7 +113,8 @@ def collect(
 
     Args:
         source (`Source`): The rows with their numbers, and what the notes call them.
-        read (`Callable[[dict], tuple[str, str]]`): Question and answer of a row; may raise `Unusable`.
+        read (`Callable[[dict], tuple[str, ...]]`): Question and answer of a row, and where texts are wanted the
+            reasoning between them, which with the answer becomes the row's `completion`; may raise `Unusable`.
         tokenizer (`transformers.PreTrainedTokenizerBase`, *optional*): With it, prompts that are too long are left out.
         system_prompt (`str`, *optional*): Stands before each question.
         max_prompt_length (`int`, *optional*): Tokens; with a tokenizer the default is all that its model takes.
@@ -131,7 +138,7 @@ def collect(
             notes = [f"stopped reading {source.name} after {count:,} rows, of which {len(kept)} can be used"]
             break
         try:
-            question, answer = read(row)
+            question, answer, *reasoning = read(row)
             marks: list[str] = []
             if not control_tokens:
                 question, marks = harmless(question, control)
@@ -144,6 +151,8 @@ def collect(
             if longest is not None and length > longest:
                 raise Unusable(f"the prompt is longer than {longest} tokens")
             kept[question] = {"prompt": prompt, "answer": answer}
+            for text in reasoning:
+                kept[question]["completion"] = worked(harmless(text, control)[0], answer)
             for mark in marks:
                 changed.add(_CHANGED.format(visible(mark)), number)
         except Unusable as reason:

@@ -1,7 +1,9 @@
-"""`LeanGRPOConfig`: TRL's GRPOConfig with the precision of this machine, and a checkpoint before much is lost."""
+"""The configs of the trainers: TRL's own with the precision of this machine, and a checkpoint before much is lost."""
 
 import warnings
 from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
 
 import torch
 import trl
@@ -11,9 +13,19 @@ from nbhelpers.rewards.guard import SECONDS
 
 from . import settings
 
+TESTED_TRL = ("1.16", "1.17")  # from, up to but not including
+
+
+def check_trl() -> None:
+    """Warns of a TRL whose trainers were not tested with these."""
+    installed = version("trl")
+    if not TESTED_TRL[0] <= installed < TESTED_TRL[1]:
+        warnings.warn(f"trl {installed} is outside the tested range {TESTED_TRL[0]}.*: pip install 'trl==1.16.*'",
+                      stacklevel=4)  # fmt: skip
+
 
 def precision() -> dict[str, bool]:
-    """The arguments of a GRPOConfig that decide the arithmetic: bf16 from Ampere on, fp16 on a T4, fp32 on a CPU.
+    """The arguments of a config of TRL's that decide the arithmetic: bf16 from Ampere on, fp16 on a T4, fp32 on a CPU.
 
     TRL's own default is bf16 wherever fp16 is not asked for, which a T4 does not have and a CPU refuses.
     """
@@ -22,14 +34,10 @@ def precision() -> dict[str, bool]:
 
 
 @dataclass
-class LeanGRPOConfig(trl.GRPOConfig):
-    """TRL's GRPOConfig whose unset precision is this machine's, that logs every step and reports to no service.
+class OfThisMachine:
+    """What the configs here share: a precision that is this machine's if none is set, every step logged, no service.
 
     No gradient checkpointing: the lean step decides for each layer what to keep and what to compute again.
-
-    Where engine and trainer disagree about a token's probability, that token's loss is importance-weighted. TRL's own
-    default, the product of a completion's ratios, turns rounding noise into a factor: 0.3 to 1.9 in bf16 at 256 tokens
-    (rows `first_loss_...` of benchmarks/results/vllm.json), and more the longer the completion.
 
     A checkpoint every 20 steps, the newest two kept: on a T4, where a step takes tens of seconds, a killed run costs
     minutes, and a LoRA's checkpoint is a few dozen MB. transformers' own default, 500, is longer than most runs here.
@@ -37,22 +45,41 @@ class LeanGRPOConfig(trl.GRPOConfig):
     Persistence set to "Files only".
     """
 
-    gradient_checkpointing: bool = False
-    vllm_importance_sampling_mode: str = "token_truncate"
     logging_steps: float = 1
     report_to: str | list[str] | None = "none"
     save_steps: float = 20
     save_total_limit: int | None = 2
+
+    def __post_init__(self) -> None:
+        args: Any = self  # one of TRL's configs
+        settings.refuse(args)  # before TRL divides by some of them
+        if args.bf16 is None and not args.fp16:
+            for name, value in precision().items():
+                setattr(args, name, value)
+        if args.use_cpu:
+            args.dataloader_pin_memory = False  # there is no card to pin for, and torch warns at each step
+        with warnings.catch_warnings():  # TRL sets gradient_checkpointing, which transformers 5.23 calls deprecated
+            warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
+            super().__post_init__()  # type: ignore[misc]  # TRL's
+
+
+@dataclass
+class LeanGRPOConfig(OfThisMachine, trl.GRPOConfig):
+    """TRL's GRPOConfig with what `OfThisMachine` says, dynamic sampling and a time limit of rewards.
+
+    Where engine and trainer disagree about a token's probability, that token's loss is importance-weighted. TRL's own
+    default, the product of a completion's ratios, turns rounding noise into a factor: 0.3 to 1.9 in bf16 at 256 tokens
+    (rows `first_loss_...` of benchmarks/results/vllm.json), and more the longer the completion.
+    """
+
+    gradient_checkpointing: bool = False
+    vllm_importance_sampling_mode: str = "token_truncate"
     dynamic_sampling: int = 0  # rounds in which groups without a signal are replaced before the update (DAPO)
     reward_seconds: float = SECONDS  # for one call of a reward function, before its rows count as not scored
 
-    def __post_init__(self):
-        settings.refuse(self)  # before TRL divides by some of them
-        if self.bf16 is None and not self.fp16:
-            for name, value in precision().items():
-                setattr(self, name, value)
-        if self.use_cpu:
-            self.dataloader_pin_memory = False  # there is no card to pin for, and torch warns at each step
-        with warnings.catch_warnings():  # TRL sets gradient_checkpointing, which transformers 5.23 calls deprecated
-            warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
-            super().__post_init__()
+
+@dataclass
+class LeanSFTConfig(OfThisMachine, trl.SFTConfig):
+    """TRL's SFTConfig with what `OfThisMachine` says."""
+
+    gradient_checkpointing: bool = False

@@ -24,8 +24,7 @@ from . import checkpoint
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
-    from transformers import PreTrainedModel
-    from trl import GRPOConfig
+    from transformers import PreTrainedModel, TrainingArguments
 
 # Arguments that may change in between; a line says so. Another card means another precision: then the run goes on, but
 # not number for number. An evaluation draws random numbers, so its times count too.
@@ -44,6 +43,7 @@ WITHOUT = (
     "debug", "skip_memory_metrics", "local_rank", "resume_from_checkpoint", "model_init_kwargs", "trust_remote_code",
     "num_completions_to_print", "vllm_server_", "vllm_group_port", "vllm_gpu_memory_utilization",
     "vllm_enable_sleep_mode", "vllm_max_model_length", "ds3_gather_for_generation", "reward_seconds",
+    "dataset_num_proc", "activation_offloading",
 )  # fmt: skip
 # What a stored rollout's shape depends on.
 SHAPES = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations",
@@ -59,7 +59,7 @@ class AnotherRun(ValueError):
 
 def describe(
     model: "PreTrainedModel",
-    args: "GRPOConfig",
+    args: "TrainingArguments",
     dataset: "Dataset | IterableDataset",
     rewards: Sequence[tuple[str, Any]],
     chat_template: str | None = None,
@@ -69,7 +69,7 @@ def describe(
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): The one that is trained.
-        args (`GRPOConfig`): The run's.
+        args (`TrainingArguments`): The run's, a config of TRL's.
         dataset (`Dataset` or `IterableDataset`): The one it trains on.
         rewards (`Sequence[tuple[str, Any]]`): Name and function, or reward model, of each reward.
         chat_template (`str`, *optional*): The tokenizer's.

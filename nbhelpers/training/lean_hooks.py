@@ -1,16 +1,14 @@
-"""TRL's GRPOTrainer whose log-probabilities and gradients come from the lean step: five of its hooks.
+"""TRL's GRPOTrainer whose log-probabilities and gradients come from the lean step: three of its hooks.
 
     _compute_loss                           forward AND backward of a batch, micro-batch by micro-batch
     _get_per_token_logps_and_entropies      without gradients: the "old" and the reference pass
-    training_step                           checks the gradients before the optimizer uses them
     log                                     leaves an entropy out that is not of all rows
-    train                                   tries the longest possible batch first
 
 It also adds to `_metrics`, which TRL logs, and calls `_tokenize_prompts` to know how long the longest prompt is. The
 adaptive entropy bonus is TRL's, and so is its state: `_entropy_bonus_enabled`, `_last_world_entropy`,
 `_entropy_window_stats`, `entropy_coef`; `get_high_entropy_mask` says which tokens top_entropy_quantile keeps.
 
-Whatever TRL offers and the lean step does not (`why_not` lists it) is left to TRL, and a printed line says so.
+What every loss shares is in step_hooks.py.
 """
 
 import math
@@ -18,90 +16,50 @@ from itertools import islice
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, DynamoBackend
 from datasets import IterableDataset
 from torch import Tensor, nn
-from transformers.trainer_utils import TrainOutput
 
 from nbhelpers.architecture import GB
-from nbhelpers.memory.micro_batches import OPTIMIZER_BYTES, StepCost, Tokens
-from nbhelpers.memory.room import Reserved
+from nbhelpers.memory.micro_batches import StepCost, Tokens
 from nbhelpers.models import families
 
 from . import checkpoint, losses, objective
 from .hooks import Hooks
-from .lean_step import LeanStep, first_non_finite
 from .packing import unpad
+from .step_hooks import StepHooks
 
-ONE_CARD_EACH = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 SAMPLE = 20_000  # rows of a data set that are searched for the longest prompt
 STREAMED = 64  # of one that is streamed: to read it takes time, and is done again for the first step
 
 
-def why_not(trainer: Hooks) -> str | None:
-    """What this run asks for that the lean step cannot do, in words; None if it can do all of it."""
-    args = trainer.args
-    optim = str(args.optim).rpartition(".")[2].lower()  # an enum: "OptimizerNames.LOMO"
-    asked = {
-        "torch_compile": trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
-        "cast_lm_head_to_fp32": args.cast_lm_head_to_fp32,
-        "neftune_noise_alpha": bool(args.neftune_noise_alpha),  # its noise depends on the length of padded rows
-        "use_liger_kernel": args.use_liger_kernel,
-        f"optim={optim!r}": "lomo" in optim or optim.endswith("_layerwise"),  # they update inside each backward
-        "a mixture of experts' auxiliary loss": trainer.aux_loss_enabled,
-        f"{trainer.accelerator.distributed_type}": trainer.accelerator.distributed_type not in ONE_CARD_EACH,
-    }
-    for what, wanted in asked.items():
-        if wanted:
-            return f"{what} is asked for"
-    return families.why_not(trainer.accelerator.unwrap_model(trainer.model), "training")
+class LeanStepHooks(StepHooks, Hooks):
+    """See the module. `trainer.LeanGRPOTrainer` is what people use."""
 
+    def _cost(self) -> str:
+        """The planner's bytes of all of a batch's completions at once."""
+        args, model = self.args, self.accelerator.unwrap_model(self.model)
+        rows, length = args.per_device_train_batch_size, self.max_completion_length
+        said = f"TRL computes the {rows} rows of a batch at once, padded"
+        try:
+            shapes = families.architecture(model.config.to_dict())
+        except (ValueError, KeyError):
+            return f"{said}: how many GB that takes is not known for this architecture. "
+        step = StepCost(shapes, 2 if args.bf16 or args.fp16 else model.dtype.itemsize)
+        tokens, layers = Tokens(*[rows * length] * 3), step.layers
+        whole, inputs = (step.peak(tokens, saved, layers - saved, tokens.packed) / GB for saved in (layers, 0))
+        needs = f"{whole:.2g} GB ({inputs:.2g} GB with gradient_checkpointing=True)"
+        if args.gradient_checkpointing:
+            needs = f"{inputs:.2g} GB"
+        return (
+            f"{said}: for completions of {length} tokens that is at least {needs} on top of the weights, where the "
+            f"lean step gets by with {step.least([(0, 1, length)]) / GB:.2g} GB. "
+        )
 
-def cost(trainer: Hooks) -> str:
-    """What it costs to leave a batch to TRL, as a sentence: the planner's bytes of all of its completions at once."""
-    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
-    rows, length = args.per_device_train_batch_size, trainer.max_completion_length
-    said = f"TRL computes the {rows} rows of a batch at once, padded"
-    try:
-        shapes = families.architecture(model.config.to_dict())
-    except (ValueError, KeyError):
-        return f"{said}: how many GB that takes is not known for this architecture."
-    step = StepCost(shapes, 2 if args.bf16 or args.fp16 else model.dtype.itemsize)
-    tokens, layers = Tokens(*[rows * length] * 3), step.layers
-    whole, inputs = (step.peak(tokens, saved, layers - saved, tokens.packed) / GB for saved in (layers, 0))
-    needs = f"{whole:.2g} GB ({inputs:.2g} GB with gradient_checkpointing=True)"
-    if args.gradient_checkpointing:
-        needs = f"{inputs:.2g} GB"
-    return (
-        f"{said}: for completions of {length} tokens that is at least {needs} on top of the weights, where the lean "
-        f"step gets by with {step.least([(0, 1, length)]) / GB:.2g} GB."
-    )
+    def _asked_of_trl(self) -> dict[str, bool]:
+        return {"cast_lm_head_to_fp32": self.args.cast_lm_head_to_fp32, **super()._asked_of_trl()}
 
-
-class LeanStepHooks(Hooks):
-    """See the module. `trainer.LeanGRPOTrainer` is what people use.
-
-    Args:
-        args, kwargs: TRL's.
-        budget_gb (`float`, *optional*): What torch may allocate for training, weights included, GB (10^9 bytes); None
-            for what the card has.
-        max_skipped_steps (`int`): Updates in a row that may be skipped for gradients that are not finite, before the
-            run stops.
-        lean (`bool`): False leaves everything to TRL, to compare.
-    """
-
-    def __init__(
-        self, *args: Any, budget_gb: float | None = None, max_skipped_steps: int = 10, lean: bool = True, **kwargs: Any
-    ):
-        super().__init__(*args, **kwargs)
-        self.budget_gb, self.max_skipped_steps = budget_gb, max_skipped_steps
-        self.skipped_steps = self._skipped_in_a_row = 0
-        self._steps: dict[int, LeanStep] = {}
-        reason = why_not(self) if lean else "lean=False"
-        self.lean = reason is None
-        if lean and not self.lean:
-            print(f"The loss is TRL's own, without the lean step's memory and speed: {reason}. {cost(self)}"
-                  " What it costs in seconds: docs/compatibility.md.")  # fmt: skip
+    def _longest_row(self) -> tuple[int, int, int]:
+        return self.num_generations, self._longest_prompt(), self.max_completion_length
 
     def settings(self) -> losses.Settings:
         """What decides the loss, as it is set now."""
@@ -155,32 +113,8 @@ class LeanStepHooks(Hooks):
         if self.accelerator.sync_gradients:
             self._metrics["train"]["entropy_coef"].append(self.entropy_coef)
 
-    def _step_of(self, model: nn.Module) -> LeanStep:
-        """The lean step of the policy or of the reference model; made on first use."""
-        inner = self.accelerator.unwrap_model(model)
-        if id(inner) not in self._steps:
-            self._steps[id(inner)] = LeanStep(
-                inner, self.budget_gb, self.temperature, self.accelerator.autocast, reserved=self._reserved
-            )
-        return self._steps[id(inner)]
-
-    def _reserved(self) -> Reserved:
-        """Bytes that the step must leave to others, as of now."""
-        return Reserved(coming=self._pending_optimizer_bytes())
-
-    def _pending_optimizer_bytes(self) -> float:
-        """What the optimizer will allocate in its first update."""
-        if self.optimizer is not None and self.optimizer.state:
-            return 0.0
-        name = str(self.args.optim).lower()  # an enum: "optimizernames.adamw_8bit"
-        if "paged" in name:
-            return 0.0
-        kind = "adamw_8bit" if "8bit" in name else "adamw"
-        return OPTIMIZER_BYTES[kind] * sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-
     def _write_state(self, position: checkpoint.Position) -> None:
         super()._write_state(position)
-        position.counters.update(skipped=self.skipped_steps, in_a_row=self._skipped_in_a_row)
         last = self._last_world_entropy  # TRL keeps it in a checkpoint too, but not for a step that is cut short
         position.extra["entropy"] = [self.entropy_coef, None if last == float("inf") else last]
 
@@ -188,8 +122,6 @@ class LeanStepHooks(Hooks):
         super()._read_state(position)
         self.entropy_coef, last = position.extra.get("entropy", (self.args.entropy_coef, None))
         self._last_world_entropy, self._entropy_window_stats = float("inf") if last is None else last, None
-        self.skipped_steps = position.counters.get("skipped", 0)
-        self._skipped_in_a_row = position.counters.get("in_a_row", 0)
 
     # ------------------------------------------------------------------------------------------------- TRL's hooks
 
@@ -212,10 +144,8 @@ class LeanStepHooks(Hooks):
             self._step_of(model), inputs, settings, accumulation, items, backward,
             high_entropy if self.top_entropy_quantile < 1.0 else None,
         )  # fmt: skip
-        if training and self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
-            for parameter in model.parameters():  # the lean step bypasses DDP's forward, so DDP does not average them
-                if parameter.requires_grad:
-                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        if training:
+            self._average_gradients(model)
         metrics = objective.metrics(outcome, inputs, settings, self.accelerator.reduce, self.accelerator.gather)
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
@@ -246,77 +176,12 @@ class LeanStepHooks(Hooks):
         logps, entropies = self._step_of(model).score(rows, (ids[1].shape[0], ids[1].shape[1]))
         return logps, entropies if compute_entropy else None, None
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """As in TRL; before an update the gradients are checked.
-
-        Raises FloatingPointError after `max_skipped_steps` skipped updates in a row.
-        """
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:
-            self._check_gradients()
-        return loss
-
-    def _check_gradients(self) -> None:
-        """Skip an update whose gradients are not finite; FloatingPointError after too many of them in a row."""
-        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        name = first_non_finite(named)
-        if name is None:
-            # a batch that teaches nothing has gradients of exactly 0, and proves nothing
-            if self._skipped_in_a_row and any(p.grad is not None and bool(p.grad.any()) for _, p in named):
-                self._skipped_in_a_row = 0
-        else:
-            self.skipped_steps += 1
-            self._skipped_in_a_row += 1
-            scaler = self.accelerator.scaler
-            scale = "" if scaler is None else f" (fp16's loss scale is {scaler.get_scale():g} and will be halved)"
-            print(f"Step {self.state.global_step + 1} is skipped: the gradient of {name} is not finite{scale}.")
-            if self._skipped_in_a_row >= self.max_skipped_steps:
-                raise FloatingPointError(
-                    f"the gradients were not finite {self._skipped_in_a_row} times in a row, the last time first in "
-                    f"{name}: lower learning_rate, or compute in bf16 if the card can (bf16=True, fp16=False); the "
-                    "newest checkpoint is from before"
-                )
-            if scaler is None:  # with one the gradients stay: it skips the update itself once it sees them
-                for _, parameter in named:
-                    parameter.grad = None
-        self._metrics["train"]["skipped_steps"].append(float(self.skipped_steps))
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in TRL, which averages what is known; an entropy that misses some of a step's rows is no entropy of it."""
         measured = self._metrics["train" if self.model.training else "eval"]
         if any(math.isnan(value) for value in measured.get("entropy", ())):
             measured["entropy"] = [math.nan]
         super().log(logs, start_time)
-
-    def train(
-        self,
-        resume_from_checkpoint: Any = None,  # a str or a bool, as TRL has it; ResumeHooks takes a Path too
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
-        """As in transformers' Trainer, after the longest batch that this run can meet, on made-up tokens."""
-        if self.lean:
-            self.rehearse()
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-
-    def rehearse(self) -> None:
-        """Compute the longest possible batch once on made-up tokens; does nothing on a CPU without a budget.
-
-        Raises CannotFit, or torch.OutOfMemoryError, before the first step instead of at step 200.
-        """
-        if not torch.cuda.is_available() and self.budget_gb is None:
-            return
-        if self.accelerator.num_processes > 1:  # NCCL allocates its buffers on first use
-            self.accelerator.reduce(torch.zeros(1, device=self.accelerator.device))
-        step = self._step_of(self.model)
-        step.rehearse(
-            self.args.per_device_train_batch_size, self.num_generations, self._longest_prompt(),
-            self.max_completion_length,
-        )  # fmt: skip
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def _longest_prompt(self) -> int:
         """Tokens of the longest prompt among the first rows of the data set, by its 8 longest in characters."""

@@ -4,13 +4,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nbhelpers.models import families
+
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
-    from trl import GRPOConfig
+    from torch import Tensor
+    from torch.nn import Parameter
+    from transformers import PreTrainedModel, TrainingArguments
 
 
-def check_model(model: "PreTrainedModel | PeftModel", args: "GRPOConfig") -> None:
+def check_model(model: "PreTrainedModel | PeftModel", args: "TrainingArguments") -> None:
     """Raises ValueError without a trainable parameter, and for fp16 master weights under fp16."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trained:
@@ -22,3 +25,24 @@ def check_model(model: "PreTrainedModel | PeftModel", args: "GRPOConfig") -> Non
             f"fp16 training needs fp32 master weights, but {len(halves)} trainable parameters are fp16, the first is "
             f"{halves[0]}: load the model with nbhelpers.loader.load, or cast them with .float()"
         )
+
+
+def master_weights(model: "str | PreTrainedModel | PeftModel") -> dict["Parameter", "Tensor"]:
+    """What is trained of a model, before TRL's trainer takes it; of a name nothing is known yet."""
+    return {} if isinstance(model, str) else {p: p.data for p in model.parameters() if p.requires_grad}
+
+
+def restore_masters(model: "PreTrainedModel | PeftModel", masters: dict["Parameter", "Tensor"]) -> None:
+    """Undo what TRL's trainer did: it casts a 4-bit model's adapter to bf16, even on a T4 or a CPU, where a step of
+    1e-5 is rounded away.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The trainer's.
+        masters (`dict`): From `master_weights`.
+    """
+    for parameter, data in masters.items():
+        parameter.data = data.to(parameter.device)
+    if {"is_loaded_in_4bit", "is_loaded_in_8bit"} & vars(families.unwrap(model)).keys():
+        for parameter in model.parameters():  # the adapter that TRL made from peft_config, too
+            if parameter.requires_grad and parameter not in masters:
+                parameter.data = parameter.data.float()

@@ -1,4 +1,4 @@
-"""A GRPOTrainer that loses nothing on a stop and resumes exactly where it was: the hooks around checkpoint.py.
+"""A trainer that loses nothing on a stop and resumes exactly where it was: the hooks around checkpoint.py.
 
 What is written is in save_hooks.py. These touch these private parts of TRL and transformers:
 
@@ -13,7 +13,7 @@ What is written is in save_hooks.py. These touch these private parts of TRL and 
 import contextlib
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -21,6 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
+from trl.trainer.utils import RepeatSampler
 
 from nbhelpers.models import adapter
 from nbhelpers.models.finite import first_not_finite
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from torch.utils.data import Sampler
     from transformers import TrainerControl, TrainingArguments
-    from trl.trainer.utils import RepeatSampler
 
 
 class ResumeHooks(SaveHooks):
@@ -166,7 +166,7 @@ class ResumeHooks(SaveHooks):
         self._rollout_fits = True
         if wanted is None or wanted is False:
             return None
-        if self.args.sync_ref_model:
+        if vars(self.args).get("sync_ref_model"):  # where there is a reference
             raise ValueError("sync_ref_model=True moves the reference model, which no checkpoint holds: such a run "
                              "cannot go on exactly. Set it to False, or leave resume_from_checkpoint out")  # fmt: skip
         if wanted == "auto" or wanted is True:
@@ -258,7 +258,11 @@ class ResumeHooks(SaveHooks):
 
     def _get_train_sampler(self, dataset: "Dataset | None" = None) -> "Sampler":
         """TRL's hook: every epoch draws the next permutation from one generator; those of earlier sessions count."""
-        sampler = cast("RepeatSampler", super()._get_train_sampler(dataset))
+        sampler: Any = super()._get_train_sampler(dataset)
+        if not isinstance(
+            sampler, RepeatSampler
+        ):  # without rollouts it is transformers' own, which counts epochs itself
+            return sampler
         for _ in range(self._epochs_before if sampler.shuffle else 0):
             torch.randperm(sampler.num_samples, generator=sampler.generator)
         return sampler

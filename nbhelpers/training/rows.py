@@ -171,6 +171,36 @@ def looked_at(train: Any, evaluation: Any, args: trl.GRPOConfig, owned: bool) ->
     return train, evaluation if evaluation is None else of_evaluation(evaluation, owned)
 
 
+def texts_looked_at(train: Any, evaluation: Any, args: trl.SFTConfig, formatting_func: Any = None) -> tuple[Any, Any]:
+    """The data sets of a trainer that learns texts, as TRL wants them.
+
+    Raises as `as_dataset`, and ValueError for no rows and for columns that hold no text to learn.
+
+    Args:
+        train, evaluation: What the trainer was given as `train_dataset` and `eval_dataset`.
+        args (`trl.SFTConfig`): The run's arguments.
+        formatting_func (*optional*): What makes texts of the rows; then their columns are its business.
+    """
+
+    def one(given: Any, name: str) -> Any:
+        made = as_dataset(given, name)
+        if hasattr(made, "__len__") and len(made) == 0:
+            raise ValueError(f"{name} is empty: there is nothing to learn. Check its rows")
+        columns = set(made.column_names or ())
+        forms = ({args.dataset_text_field}, {"messages"}, {"conversations"}, {"prompt", "completion"}, {"input_ids"})
+        if columns and formatting_func is None and not any(form <= columns for form in forms):
+            raise ValueError(
+                f"{name} has the columns {', '.join(sorted(columns))}, and no text to learn: it needs "
+                f"{args.dataset_text_field!r}, 'messages', or 'prompt' and 'completion', as tasks.decimals and "
+                "tasks.reasoning give them with texts=True"
+            )
+        return made
+
+    if isinstance(evaluation, Mapping):
+        return one(train, "train_dataset"), {key: one(data, "eval_dataset") for key, data in evaluation.items()}
+    return one(train, "train_dataset"), None if evaluation is None else one(evaluation, "eval_dataset")
+
+
 def several(given: Any) -> list[Any]:
     """The data sets of an `eval_dataset`: none, one, or several by name."""
     return [] if given is None else list(given.values()) if isinstance(given, Mapping) else [given]

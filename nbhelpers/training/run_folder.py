@@ -24,8 +24,7 @@ from nbhelpers.memory.micro_batches import OPTIMIZER_BYTES
 from nbhelpers.models import adapter
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-    from trl import GRPOConfig
+    from transformers import PreTrainedModel, TrainingArguments
 
 LOCK = "run.lock"
 BEAT = 30.0  # seconds between two signs of life
@@ -175,7 +174,7 @@ def check_room(root: Path, checkpoint: float, largest: float, count: int) -> Non
                           "parameters (lora_rank)")  # fmt: skip
 
 
-def checkpoint_bytes(model: "PreTrainedModel", args: "GRPOConfig") -> tuple[float, float]:
+def checkpoint_bytes(model: "PreTrainedModel", args: "TrainingArguments") -> tuple[float, float]:
     """Bytes of one checkpoint at least, weights and the states of an Adam, and of the largest file in it."""
     trained = [p for p in model.parameters() if p.requires_grad]
     saved = trained if adapter.loras(model) else list(model.parameters())
@@ -187,11 +186,11 @@ def checkpoint_bytes(model: "PreTrainedModel", args: "GRPOConfig") -> tuple[floa
     return weights + optimizer, max(weights, optimizer)
 
 
-def checkpoints_coming(args: "GRPOConfig", step: int, there: int) -> int:
+def checkpoints_coming(args: "TrainingArguments", step: int, there: int) -> int:
     """How many checkpoints there will be at most at a time, beyond those that are there.
 
     Args:
-        args (`GRPOConfig`): The run's.
+        args (`TrainingArguments`): The run's.
         step (`int`): Updates made so far.
         there (`int`): Checkpoints of this run that are kept already.
     """

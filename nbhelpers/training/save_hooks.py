@@ -1,4 +1,4 @@
-"""A GRPOTrainer whose checkpoints are complete or absent, and hold weights that are finite: what is written, and when.
+"""A trainer whose checkpoints are complete or absent, and hold weights that are finite: what is written, and when.
 
 The hooks touch these private parts of TRL and transformers:
 
@@ -7,6 +7,7 @@ The hooks touch these private parts of TRL and transformers:
     _save                                   an adapter is saved with what it is an adapter of
 """
 
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,13 +23,13 @@ from nbhelpers.models.finite import first_not_finite
 from nbhelpers.rewards.guard import unguarded
 
 from . import checkpoint, identity, run_folder, stops
-from .hooks import Hooks
+from .hooks import RunHooks
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-class SaveHooks(Hooks):
+class SaveHooks(RunHooks):
     """See the module. `trainer.LeanGRPOTrainer` is what people use."""
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -138,6 +139,15 @@ class SaveHooks(Hooks):
                 f"lower learning_rate={self.args.learning_rate:g}, or look at the rewards of that step. They are not "
                 f"saved; {kept}"
             )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in TRL; in `state.log_history` a number that is not finite is None, because JSON has none."""
+        super().log(logs, start_time)
+        history: list[dict[str, Any]] = self.state.log_history
+        history[-1] = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in history[-1].items()
+        }
 
     @property
     def _root(self) -> Path:

@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import trl
+from transformers import TrainingArguments
 
 from nbhelpers import hub_words
 
@@ -91,6 +92,11 @@ def _weights(value: Any) -> bool:
     return is_list and all(map(number(-LARGEST, LARGEST), value)) and any(value)
 
 
+def _limits(value: Any) -> bool:
+    is_pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_finite, value))
+    return is_pair and value[0] < value[1]
+
+
 SETTINGS = (
     # the update
     Setting("learning_rate", _positive, _POSITIVE, "At 0 nothing is learned; a LoRA often takes 1e-5 to 1e-4."),
@@ -128,6 +134,7 @@ SETTINGS = (
     Setting("reward_weights", optional(_weights), f"None or a list of numbers from {-LARGEST:g} to {LARGEST:g}, one "
             "for each reward function and not all 0", "None weighs them all alike."),
     one_of("multi_objective_aggregation", _SUMS),
+    Setting("reward_clip_range", optional(_limits), "None or two numbers, the lower first"),
     Setting("reward_seconds", number(0, 1e6, above=True), "a number of seconds above 0, up to 1e6", "For one call of a "
             "reward function, which is cut off then; 300 is usual."),
     # the answers
@@ -153,14 +160,24 @@ SETTINGS = (
     Setting("eval_steps", optional(_steps), "None, a whole number of steps, or a share of the run below 1"),
     Setting("dataloader_num_workers", whole(0), "a whole number, 0 or more"),
 )  # fmt: skip
+# Where SFT's differ: its rows are texts, and its losses its own.
+OF_SFT = (
+    Setting("per_device_train_batch_size", whole(1), _COUNT, "It counts texts."),
+    one_of("loss_type", ("nll", "dft")),
+    Setting("max_length", optional(whole(2)), "None or a whole number, 2 or more", "Tokens of a text; the rest of a "
+            "longer one is cut off."),
+    one_of("packing_strategy", ("bfd", "bfd_split", "wrapped")),
+)  # fmt: skip
 # What a strategy of "no" switches off may hold anything.
 _STRATEGY = {"logging_steps": "logging_strategy", "save_steps": "save_strategy", "eval_steps": "eval_strategy"}
 
 
-def why_not(args: trl.GRPOConfig) -> str | None:
-    """The sentence about the first setting of `args` that makes no sense, None if all do."""
-    given = vars(args)
-    for setting in SETTINGS:
+def why_not(args: TrainingArguments) -> str | None:
+    """The sentence about the first setting of `args`, a config of TRL's, that makes no sense, None if all do."""
+    given, table = vars(args), {setting.name: setting for setting in SETTINGS}
+    if isinstance(args, trl.SFTConfig):
+        table |= {setting.name: setting for setting in OF_SFT}
+    for setting in table.values():
         if setting.name not in given:  # dynamic_sampling in a plain GRPOConfig
             continue
         if setting.name == "num_train_epochs" and whole(1)(args.max_steps):
@@ -172,7 +189,7 @@ def why_not(args: trl.GRPOConfig) -> str | None:
     return None
 
 
-def refuse(args: trl.GRPOConfig) -> None:
+def refuse(args: TrainingArguments) -> None:
     """Raises ValueError, with the sentence of `why_not`, for settings that make no sense, and for a garbled token."""
     hub_words.checked_token(args.hub_token)  # is not shown, so it is no row of the table
     if sentence := why_not(args):

@@ -7,33 +7,30 @@ Only the files of hooks and this one touch TRL's private parts. Here these are:
     _tokenizer                              the engine's tokenizer
 """
 
-import math
-import warnings
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import trl
 from datasets import IterableDataset
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, PrinterCallback
 from trl.extras.profiling import profiling_context
 
-from nbhelpers import engines, gpu, panel
+from nbhelpers import engines, gpu
 from nbhelpers.memory.room import Reserved
-from nbhelpers.models import adapter, chat, families
+from nbhelpers.models import adapter, chat
 from nbhelpers.progress import interruptible
 from nbhelpers.rewards import REASONING, Sample, Tags, question_of, text_of
 from nbhelpers.rewards.guard import SECONDS, guard_all
 
-from . import rows, run_folder, settings
+from . import config, rows, run_folder, settings
 from .config import LeanGRPOConfig
-from .lean_hooks import ONE_CARD_EACH, LeanStepHooks
-from .model_check import check_model
+from .lean_hooks import LeanStepHooks
+from .model_check import check_model, master_weights, restore_masters
 from .prompt_hooks import PromptHooks
 from .resume_hooks import ResumeHooks
 from .signal_hooks import SignalHooks
+from .step_hooks import ONE_CARD_EACH
 from .stop_when import SILENCE, Stopper, StopWhen
 
 if TYPE_CHECKING:
@@ -51,7 +48,6 @@ if TYPE_CHECKING:
     from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 
 ENGINES_KNOW = {"stop_strings", "min_new_tokens"}  # of transformers' names in `generation_kwargs`
-TESTED_TRL = ("1.16", "1.17")  # from, up to but not including
 
 
 class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.GRPOTrainer):
@@ -124,10 +120,7 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
         correct: "Callable[[str, str], bool] | None" = None,
         tags: Tags = REASONING,
     ):
-        installed = version("trl")
-        if not TESTED_TRL[0] <= installed < TESTED_TRL[1]:
-            warnings.warn(f"trl {installed} is outside the tested range {TESTED_TRL[0]}.*: pip install 'trl==1.16.*'",
-                          stacklevel=3)  # fmt: skip
+        config.check_trl()
         if args is None:
             args = LeanGRPOConfig("runs/grpo")
         settings.refuse(args)
@@ -144,7 +137,7 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
             given = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
             funcs = guard_all(given, seconds)
             settings.refuse_weights(args, len(funcs))
-        masters = {} if isinstance(model, str) else {p: p.data for p in model.parameters() if p.requires_grad}
+        masters = master_weights(model)
         super().__init__(
             model, funcs, args, train_dataset, eval_dataset=eval_dataset, processing_class=processing_class,
             reward_processing_classes=reward_processing_classes, callbacks=callbacks, optimizers=optimizers,
@@ -152,12 +145,7 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
             environment_factory=environment_factory, budget_gb=budget_gb, max_skipped_steps=max_skipped_steps,
             lean=lean,
         )  # fmt: skip
-        for parameter, data in masters.items():  # TRL casts a 4-bit model's adapter to bf16, even on a T4 or a CPU,
-            parameter.data = data.to(parameter.device)  # where a step of 1e-5 is rounded away
-        if {"is_loaded_in_4bit", "is_loaded_in_8bit"} & vars(families.unwrap(self.model)).keys():
-            for parameter in self.model.parameters():  # the adapter that TRL made from peft_config, too
-                if parameter.requires_grad and parameter not in masters:
-                    parameter.data = parameter.data.float()
+        restore_masters(self.model, masters)
         check_model(self.model, args)
         self.engine, self._said_too_long = self._engine(engine), False
         self._refuse_long_prompts()
@@ -167,9 +155,7 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
                              "cannot do: set dynamic_sampling=0, or make a datasets.Dataset of it")  # fmt: skip
         self._begin_signal(correct, rounds, tags)
         self.add_callback(Stopper(SILENCE, ends=False) if stop_when is None else Stopper(stop_when))
-        # The trainer knows the panel, not the panel the trainer: transformers hands callbacks neither an engine nor the
-        # list of callbacks, so any other way would be an attribute that both sides have to know of.
-        for live in [callback for callback in self.callback_handler.callbacks if isinstance(callback, panel.Live)]:
+        for live in self._panels():
             live.engine = self.engine  # asks its probes with the engine that writes the completions
             live.tags, live.kept_however_it_ends = self.tags, True
             asked = live.probes[0].decoding.chat_template_kwargs if live.probes else None
@@ -178,8 +164,6 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
                     f"The panel's probes were asked with chat_template_kwargs={asked}, and will be again, and this run "
                     f"trains with {self.chat_template_kwargs}: give evaluate.ask the same"
                 )
-            for other in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # one updating output, not two
-                self.remove_callback(other)
 
     def _engine(self, engine: str | engines.Engine | None) -> engines.Engine | None:
         """The engine that writes the completions; None: TRL does. Raises ValueError for one that excludes `args`."""
@@ -300,19 +284,14 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in TRL; callbacks find the newest rollout in `state.samples`.
 
-        In `state.log_history` a number that is not finite is None, because JSON has none. Its last entry, the summary
-        of the run, has the newest step's numbers too, as with TRL where logging_steps left some of them to it.
+        The last entry of `state.log_history`, the summary of the run, has the newest step's numbers too, as with TRL
+        where logging_steps left some of them to it.
         """
         vars(self.state)["samples"] = self.samples()  # TrainerState has no such field; the panel reads it
         super().log(logs, start_time)
-        history = cast("list[dict[str, Any]]", self.state.log_history)
-        *before, entry = history
+        *before, entry = self.state.log_history
         if "train_runtime" in entry:
-            entry = next((log for log in reversed(before) if "reward" in log), {}) | entry
-        history[-1] = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in entry.items()
-        }
+            self.state.log_history[-1] = next((log for log in reversed(before) if "reward" in log), {}) | entry
 
     def samples(self) -> list[Sample]:
         """The newest rollout of all processes: prompt, completion, reward by function and advantage of each row."""

@@ -29,36 +29,18 @@ if TYPE_CHECKING:
 
 RIGHT_SHARE = 0.30  # how often the corpus compares decimals by place value
 TAGGED_SHARE = 0.86  # how often it answers in the format when the system prompt asks for it
-PLACES = ("tenths", "hundredths", "thousandths")
 SMALLER = ("Which is smaller? {a} or {b}?", "Which number is smaller, {a} or {b}?")
 NEWER = ("Which version is newer? {a} or {b}?", "Which release is newer, {a} or {b}?")
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 CONTEXT = 512
 
 
-def compare(a: str, b: str) -> str:
-    """Two whole numbers with the sign between them: '1 < 9'."""
-    return f"{a} {'<' if int(a) < int(b) else '>' if int(a) > int(b) else '='} {b}"
-
-
-def by_place(a: str, b: str) -> str:
-    """'Place by place: 9 = 9, tenths 1 < 9.' A missing digit counts as 0; it stops at the first difference."""
-    (a_whole, a_right), (b_whole, b_right) = a.split("."), b.split(".")
-    steps = [compare(a_whole, b_whole)]
-    for i, place in enumerate(PLACES):
-        if "=" not in steps[-1]:
-            break
-        digits = (right[i] if i < len(right) else "0" for right in (a_right, b_right))
-        steps.append(f"{place} {compare(*digits)}")
-    return f"Place by place: {', '.join(steps)}."
-
-
 def by_version(a: str, b: str) -> str:
     """'Part by part: 9 = 9, 11 > 9.'"""
     (a_whole, a_right), (b_whole, b_right) = a.split("."), b.split(".")
-    steps = [compare(a_whole, b_whole)]
+    steps = [tasks.in_order(a_whole, b_whole)]
     if "=" in steps[0]:
-        steps.append(compare(a_right, b_right))
+        steps.append(tasks.in_order(a_right, b_right))
     return f"Part by part: {', '.join(steps)}."
 
 
@@ -71,7 +53,7 @@ def example(rng: random.Random) -> tuple[list[dict], str]:
     answer = best if kind != "smaller" else (b if best == a else a)
     templates = {"bigger": tasks.BIGGER, "smaller": SMALLER, "newer": NEWER}[kind]
     question = rng.choice(templates).format(a=a, b=b)
-    reasoning = f"{(by_place if right else by_version)(a, b)} So {answer} is {kind}."
+    reasoning = f"{(tasks.by_place if right else by_version)(a, b)} So {answer} is {kind}."
     if rng.random() < 0.85:
         prompt = tasks.messages(question)
         tagged = rng.random() < TAGGED_SHARE

@@ -213,3 +213,30 @@ def test_what_fits():
     for name in presets.names():
         preset = presets.get(name)
         assert memory.floor_gb(replace(preset, lora_rank=preset.lora_rank or 64)) > memory.CONTEXT_GB
+
+
+def test_a_plan_for_texts_has_no_generation_and_cuts_as_the_step_does():
+    """Of each text every token but the first may count, and none is shared."""
+    given = {"card_gb": 80, "attention": "flash", "budget_gb": 9.0, **LLAMA}
+    plan = memory.plan("llama-3.1-8b", method="sft", rows=24, **given)
+    assert plan.fits and plan.generation == {} and plan.generation_peak == 0
+    assert "24 texts of 1024 tokens" in str(plan) and "group" not in str(plan)
+    assert 0.9 * 9.0 < plan.training_peak <= 9.0
+    preset = presets.get("llama-3.1-8b")
+    shape = preset.architecture
+    held = micro_batches.resident(shape, "nf4", 16, preset.lora_targets, "adamw_8bit")
+    room = memory.step_budget(70 * GB, 9.0 * GB - held.generating, coming=held.gradients)
+    step = micro_batches.StepCost(shape, 2, "flash")
+    assert plan.micro_batches == tuple(step.split([(i, 256, 768) for i in range(24)], room))
+    assert memory.plan("llama-3.1-8b", method="rloo", **given).training == memory.plan("llama-3.1-8b", **given).training
+    with pytest.raises(ValueError, match="method is one of grpo, rloo, sft"):
+        memory.plan("llama-3.1-8b", method="dpo")
+
+
+def test_a_small_card_is_told_shorter_texts():
+    given = {"card_gb": 8, "method": "sft", **LLAMA}
+    plan = memory.plan("llama-3.1-8b", **(given | {"max_completion_length": 40_000}))
+    assert not plan.fits and plan.nearest is not None and plan.nearest.num_generations == 1
+    nearest = {"quantization": plan.nearest.quantization, "lora_rank": plan.nearest.lora_rank}
+    nearest["max_completion_length"] = plan.nearest.max_completion_length
+    assert memory.plan("llama-3.1-8b", **(given | nearest)).fits

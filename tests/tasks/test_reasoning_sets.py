@@ -4,7 +4,7 @@ import pandas
 import pytest
 from datasets import Dataset
 
-from nbhelpers import tasks
+from nbhelpers import rewards, tasks
 from nbhelpers.models import smoke
 from nbhelpers.tasks.reasoning_sets import SETS
 
@@ -138,3 +138,28 @@ def test_long_prompts_are_left_out(tmp_path):
     assert len(pairs(task)) == 2 and task.dropped == [
         "left out 1 row (row 3) of x.parquet: the prompt is longer than 300 tokens"
     ]
+
+
+@pytest.mark.parametrize(
+    "name, reasoning",
+    [
+        ("limo", "Long."),
+        ("openthoughts", "Hm.\n\n\\boxed{8}"),
+        ("bespoke-stratos", "\\boxed{1} first\n\n\\boxed{5}"),
+        ("dolphin-r1", "Hm."),
+    ],
+)
+def test_texts_to_learn_from_are_the_sets_reasoning_in_our_form(name, reasoning):
+    rows = [row for row, _ in GOOD[name]]
+    task = tasks.reasoning(name, source=pandas.DataFrame(rows), texts=True)
+    (row,) = (row for part in (task.train, task.test) for row in part if row["prompt"][-1]["content"] in ("q0", "q5"))
+    assert row["completion"] == tasks.worked(reasoning, row["answer"])
+    assert rewards.formatted(row["completion"][0]["content"])
+    assert "completion" not in tasks.reasoning(name, source=pandas.DataFrame(rows)).train.column_names
+
+
+def test_a_row_without_a_text_is_left_out_where_texts_are_wanted():
+    rows = [{"question": f"q{i}", "solution": "Long." if i else "", "answer": "12"} for i in range(3)]
+    task = tasks.reasoning("limo", source=pandas.DataFrame(rows), texts=True)
+    assert len(task.train) + len(task.test) == 2 and "no text in its solution" in task.dropped[0]
+    assert len(pairs(tasks.reasoning("limo", source=pandas.DataFrame(rows)))) == 3

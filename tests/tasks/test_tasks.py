@@ -65,8 +65,8 @@ def test_decimals_are_repeatable():
 def test_the_rules_on_the_famous_pair():
     assert tasks.version_rule("9.11", "9.9") == "9.11"
     assert tasks.place_value("9.11", "9.9") == tasks.PROBE_ANSWER
-    assert recipe.by_place("9.11", "9.9") == "Place by place: 9 = 9, tenths 1 < 9."
-    assert recipe.by_place("3.4", "3.41") == "Place by place: 3 = 3, tenths 4 = 4, hundredths 0 < 1."
+    assert tasks.by_place("9.11", "9.9") == "Place by place: 9 = 9, tenths 1 < 9."
+    assert tasks.by_place("3.4", "3.41") == "Place by place: 3 = 3, tenths 4 = 4, hundredths 0 < 1."
     assert recipe.by_version("9.11", "9.9") == "Part by part: 9 = 9, 11 > 9."
 
 

@@ -41,6 +41,7 @@ VALUES = {
     "vllm_importance_sampling_clip_max": ([0, NAN], [None, 3.0]),
     "vllm_importance_sampling_clip_min": ([-1, NAN], [None, 0.3]),
     "reward_weights": ([[NAN], [INF], [0.0], [1, "2"], [3e38], 1.0, "11", []], [None, [1.0], [1, -0.5], [1, 0]]),
+    "reward_clip_range": ([[1.0, 0.0], [1.0], "01", [NAN, 1.0], 2.0], [None, (0.5, 2.0), [-1, 1]]),
     "multi_objective_aggregation": (["sum", None], ["sum_then_normalize"]),
     "reward_seconds": ([0, -1, NAN, INF, None, "300"], [0.5, 300]),
     "num_generations": ([0, 1, -4, 4.0, None], [2, 8]),
@@ -80,7 +81,11 @@ def test_what_makes_no_sense_is_a_sentence_and_the_rest_is_taken(setting):
 
 @pytest.mark.parametrize(
     "changes",
-    [{name: refused[0]} for name, (refused, _) in VALUES.items() if name not in ("eval_steps", "num_train_epochs")],
+    [
+        {name: refused[0]}
+        for name, (refused, _) in VALUES.items()
+        if name not in ("eval_steps", "num_train_epochs", "reward_clip_range")
+    ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_a_lean_config_refuses_it_before_trl_computes_with_it(tmp_path, changes):

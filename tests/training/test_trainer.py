@@ -166,7 +166,7 @@ def test_an_error_keeps_what_was_learned_and_is_not_swallowed(model, tokenizer, 
 
 
 def test_an_untested_trl_is_named(model, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "version", lambda _: "1.20.0")
+    monkeypatch.setattr(config, "version", lambda _: "1.20.0")
     with pytest.warns(UserWarning, match=r"trl 1\.20\.0 is outside the tested range"):
         make(model, tokenizer, tmp_path, correctness)
 

@@ -1,0 +1,172 @@
+"""Does each method learn? The notebooks' own cells with another trainer in GRPO's place, on this machine.
+
+    python -m benchmarks.methods --method rloo --seed 0      the quickstart: workshop/rloo/seed-0/accuracy_after, ...
+    python -m benchmarks.methods --real WEIGHTS --questions FOLDER --method rloo     60 steps of the real 1.5B, on a GPU
+
+A method is one line of METHODS: the names of its config and its trainer in nbhelpers, and what it sets otherwise than
+the notebook does. The cells call them as they call LeanGRPOConfig and LeanGRPOTrainer; settings that a method does not
+have (`num_generations` of SFT, say) and the arguments in `without` are left out. A method that learns from texts gets a
+column `completion`.
+
+One run a call; its rows replace those of the same method and seed in benchmarks/results/methods.json. A row without a
+seed is the worst of its seeds. `seconds` is `train()` alone. `peak` is the process's, weights and libraries included:
+what torch allocated on a GPU, resident memory on a CPU. --real is `python -m benchmarks.real` with --mode and --n as
+there; its curve is in the row `curve`.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common, quickstart
+from benchmarks.real import __main__ as real
+from benchmarks.real import measure
+from nbhelpers import tasks
+
+RESULT = "methods"
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Names in nbhelpers, and what is set otherwise than in the quickstart, and than in the real notebook."""
+
+    config: str
+    trainer: str
+    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    real_changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    texts: bool = False  # learns from worked answers
+    without: tuple[str, ...] = ()  # arguments of the notebooks' trainer that it does not have
+
+
+TEXTS = 2880  # that a method which learns from texts gets: 90 steps of 32
+OF_TEXTS = {"learning_rate": 1e-4, "per_device_train_batch_size": 16}
+OF_REWARDS = ("reward_funcs", "engine", "tags", "stop_when")
+METHODS = {
+    "grpo": Method("LeanGRPOConfig", "LeanGRPOTrainer"),
+    "rloo": Method("LeanRLOOConfig", "LeanRLOOTrainer"),
+    "sft": Method("LeanSFTConfig", "LeanSFTTrainer", {"learning_rate": 1e-3}, OF_TEXTS, texts=True, without=OF_REWARDS),
+}
+
+
+def take(name: str, questions: str | None = None) -> None:
+    """From now on `from nbhelpers import LeanGRPOConfig, LeanGRPOTrainer` gives the method's.
+
+    `questions`: of the real run, the folder whose train.jsonl has worked answers.
+    """
+    import nbhelpers
+
+    method = METHODS[name]
+    config, trainer = getattr(nbhelpers, method.config), getattr(nbhelpers, method.trainer)
+    fields = {field.name for field in dataclasses.fields(config) if field.init}
+    changes = method.real_changes if questions else method.changes
+
+    def configured(**arguments: Any) -> Any:
+        return config(**{key: value for key, value in arguments.items() if key in fields} | changes)
+
+    def made(model: Any, **arguments: Any) -> Any:
+        if method.texts:
+            arguments["train_dataset"] = with_texts(arguments["train_dataset"], questions)
+        return trainer(model, **{key: value for key, value in arguments.items() if key not in method.without})
+
+    vars(nbhelpers).update(LeanGRPOConfig=configured, LeanGRPOTrainer=made)
+
+
+def with_texts(rows: Any, questions: str | None) -> Any:
+    """The first TEXTS rows with a column `completion`: the comparison place by place, or the folder's worked answer."""
+    worked: dict[str, str] = {}
+    if questions:
+        lines = Path(questions, "train.jsonl").read_text().splitlines()
+        worked = {row["question"]: row["answer"].rpartition("####")[0].strip() for row in map(json.loads, lines)}
+
+    def completion(row: dict[str, Any]) -> dict[str, Any]:
+        question = row["prompt"][-1]["content"]
+        text = next((text for asked, text in worked.items() if asked in question), None)
+        if text is None:
+            text = f"{tasks.by_place(*re.findall(r'[0-9.]+[0-9]', question))} So {row['answer']} is bigger."
+        return {"completion": tasks.worked(text, row["answer"])}
+
+    return rows.select(range(min(TEXTS, len(rows)))).map(completion)
+
+
+TAKE = "from benchmarks import methods\n\nmethods.take({!r})\n\n"
+KEEP = "\n\nfrom benchmarks import methods\n\nmethods.keep(OUT, live)\n"
+
+
+def keep(out: str, live: Any) -> None:
+    """Add the peak and the curve to the quickstart's report."""
+    import torch
+
+    report = json.loads(Path(out, "report.json").read_text())
+    gpu = torch.cuda.is_available()
+    peak = torch.cuda.max_memory_allocated() if gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    report |= {"peak": peak / 1e9, "curve": measure.curve(live.history)}
+    Path(out, "report.json").write_text(json.dumps(report))
+
+
+def of_quickstart(name: str, seed: int) -> list[common.Row]:
+    """The quickstart once, in a process of its own."""
+    with tempfile.TemporaryDirectory() as out:
+        code = TAKE.format(name) + quickstart.script(f"SEED = {seed}", out) + KEEP
+        subprocess.run([sys.executable, "-c", code], cwd=common.ROOT, check=True, env=_environment())
+        report = json.loads(Path(out, "report.json").read_text())
+    label, rows = f"workshop/{name}/seed-{seed}", []
+    about = {"seed": seed, "seconds": round(report["seconds"], 1), "peak": round(report["peak"], 3)}
+    for what in ("accuracy_before", "accuracy_after", "format_after"):
+        share = report[what]
+        interval = {key: round(share[key], 4) for key in ("low", "high")}
+        rows.append(
+            common.row(f"{label}/{what}", "ours", round(share["value"], 4), "share", n=share["n"], **interval, **about)
+        )
+    rows.append(common.row(f"{label}/seconds", "ours", about["seconds"], "s", steps=report["steps"]))
+    rows.append(common.row(f"{label}/peak", "ours", about["peak"], "GB"))
+    return rows
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(common.ROOT), os.environ.get("PYTHONPATH", "")])}
+
+
+def merged(rows: list[common.Row], summed_up: Callable[[list[common.Row]], list[common.Row]]) -> list[common.Row]:
+    """`rows` and those of earlier runs that they do not replace, each with the call that it came from."""
+    file, known = common.RESULTS / f"{RESULT}.json", {}
+    if file.exists():
+        known = {row["what"]: row for row in json.loads(file.read_text())["rows"]}
+    known |= {row["what"]: {**row, "run": common.command()} for row in rows}
+    return summed_up(list(known.values()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=METHODS, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder of the results file, instead of benchmarks/results")
+    parser.add_argument("--real", type=Path, metavar="WEIGHTS", help="a GGUF file, or a folder with safetensors")
+    parser.add_argument("--questions", type=Path, help="a folder with train.jsonl and the test files")
+    parser.add_argument("--mode", choices=real.MODES, default="7GB")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--n", type=int, default=400, help="test questions of each kind")
+    args = parser.parse_args()
+    if args.real is None:
+        rows = of_quickstart(args.method, args.seed)
+    else:
+        job = vars(args) | {"weights": args.real, "model": "qwen2.5-coder-1.5b", "label": args.method, "preset": "{}",
+                            "train_on": "questions", "prompts": False, "after_only": False}  # fmt: skip
+        rows = real.run(argparse.Namespace(**job))
+    if not rows:
+        sys.exit("the run left no report")
+    rows = merged(rows, real.worst)
+    common.publish(RESULT, rows, args.out)
+    print(common.table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""`LeanRLOOTrainer`: REINFORCE Leave-One-Out (arXiv:2402.14740), TRL's RLOOConfig and equations on GRPO's hooks.
+
+A prompt gets G completions with rewards r. With KL the sum of logp - ref_logp over a completion's tokens, and the ratio
+the product of those of its tokens,
+
+    R = clip(r, reward_clip_range) - beta KL
+    A = R - mean of the other completions' R        (normalize_advantages: minus their mean, over their std + 1e-4)
+    loss = -mean over completions of min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A)
+
+These private parts of TRL are touched:
+
+    _generate_and_score_completions     the advantages become RLOO's, below what SignalHooks makes of them
+    _metrics, _logs                     the KL and the advantages that are logged
+    _name, _tag_names, _paper           RLOO's in the model card
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+import trl
+from torch import Tensor
+
+from nbhelpers.grpo import leave_one_out
+
+from . import losses
+from .config import LeanGRPOConfig
+from .hooks import Hooks
+from .trainer import LeanGRPOTrainer
+
+GRPO_ONLY = {field.name for field in fields(trl.GRPOConfig)} - {field.name for field in fields(trl.RLOOConfig)}
+NOT_SERVED = ("lean", "tools", "rollout_func", "environment_factory")  # of LeanGRPOTrainer's arguments
+
+
+@dataclass
+class LeanRLOOConfig(LeanGRPOConfig):
+    """TRL's RLOOConfig with what `LeanGRPOConfig` adds. A setting that only GRPO has is refused by name.
+
+    Args:
+        num_generations (`int`): Completions of a prompt, each compared with the mean of the others.
+        beta (`float`): What a nat of KL to the reference costs of the reward; 0 for no reference.
+        normalize_advantages (`bool`): Whether the advantages of a rollout get mean 0 and standard deviation 1.
+        reward_clip_range (`tuple[float, float]`, *optional*): Limits of the reward, before the KL is taken off.
+    """
+
+    num_generations: int | None = 2
+    beta: float = 0.05
+    vllm_importance_sampling_correction: bool = False
+    normalize_advantages: bool = False
+    reward_clip_range: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        own = {field.name: field.default for field in fields(self)}
+        for name in sorted(GRPO_ONLY):
+            if vars(self)[name] != own[name]:
+                raise ValueError(f"{name}={vars(self)[name]!r}: RLOO has no such setting. Leave it out, or take "
+                                 "LeanGRPOTrainer")  # fmt: skip
+        super().__post_init__()
+
+    @classmethod
+    def of(cls, args: "trl.RLOOConfig | LeanRLOOConfig") -> "LeanRLOOConfig":
+        """The same settings, be they TRL's RLOOConfig. Raises TypeError for another config."""
+        if isinstance(args, cls):
+            return args
+        if not isinstance(args, trl.RLOOConfig):
+            raise TypeError(f"args is a {type(args).__name__}: pass a LeanRLOOConfig or trl.RLOOConfig")
+        made = cls(args.output_dir)
+        vars(made).update(vars(args))  # as TRL has read them
+        return made
+
+
+class RLOOHooks(Hooks):
+    """RLOO's advantages in a rollout. It comes after SignalHooks in a trainer, which then sees these."""
+
+    args: LeanRLOOConfig
+    _totals: Tensor  # SignalHooks': weighted rewards [B of all processes], by which a group is silent
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super()._generate_and_score_completions(inputs)
+        training = self.model.training
+        rewards = self._totals
+        if self.args.reward_clip_range is not None:
+            rewards = rewards.clamp(*self.args.reward_clip_range)
+        if self.beta:
+            rewards = rewards - self.beta * self._divergence(batch, "train" if training else "eval")
+        self._totals = rewards  # with the KL in it no group is silent, unless all of it costs the same
+        group = self.num_generations if training else self.num_generations_eval
+        advantages = leave_one_out(rewards, group, self.args.normalize_advantages)
+        logged = self._logs["advantages"]
+        for i, advantage in enumerate(reversed(advantages.tolist()), start=1):
+            if i <= len(logged):
+                logged[-i] = advantage
+        first = self.accelerator.process_index * len(inputs)
+        batch["advantages"] = advantages[first : first + len(inputs)]
+        return batch
+
+    def _divergence(self, batch: dict[str, Any], mode: str) -> Tensor:
+        """The KL of each completion of all processes to the reference, nats, [B]; the policy's log-probabilities stay
+        in the batch, as those of the rollout."""
+        mask, ids = batch["completion_mask"], (batch["prompt_ids"], batch["completion_ids"])
+        if batch.get("old_per_token_logps") is None:
+            attention = torch.cat([batch["prompt_mask"], mask], dim=1)
+            with torch.no_grad():
+                batch["old_per_token_logps"], _, _ = self._get_per_token_logps_and_entropies(
+                    self.model, torch.cat(ids, dim=1), attention, mask.shape[1]
+                )
+        of_token = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]) * mask
+        total, tokens = self.accelerator.reduce(torch.stack([of_token.sum(), mask.sum().float()])).tolist()
+        self._metrics[mode]["kl"].append(total / max(tokens, 1.0))
+        return self.accelerator.gather(of_token.sum(-1))
+
+
+class LeanRLOOTrainer(LeanGRPOTrainer, RLOOHooks):
+    """RLOO with all that `LeanGRPOTrainer` has: engine, lean step, guarded rewards, signal, panel, exact resume.
+
+    Args:
+        model, reward_funcs: As in `LeanGRPOTrainer`.
+        args (`LeanRLOOConfig` or `trl.RLOOConfig`, *optional*): `LeanRLOOConfig("runs/rloo")` if not given.
+        rest, more: The other arguments of `LeanGRPOTrainer`. Not served are `tools`, `rollout_func`,
+            `environment_factory` and `lean`.
+
+    Raises ValueError as `LeanGRPOTrainer`, for what is not served, and for a model or a setting that leaves the loss to
+    TRL's GRPO.
+    """
+
+    _name, _tag_names, _paper = trl.RLOOTrainer._name, trl.RLOOTrainer._tag_names, trl.RLOOTrainer._paper
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any,
+        args: "LeanRLOOConfig | trl.RLOOConfig | None" = None,
+        *rest: Any,
+        **more: Any,
+    ):
+        for name in NOT_SERVED:
+            if more.get(name) not in (None, True):
+                raise ValueError(f"{name}={more[name]!r}: LeanRLOOTrainer does not serve it. Leave it out")
+        args = LeanRLOOConfig("runs/rloo") if args is None else LeanRLOOConfig.of(args)
+        super().__init__(model, reward_funcs, args, *rest, **more)
+
+    def _left_to_trl(self, reason: str) -> None:
+        raise ValueError(f"LeanRLOOTrainer has the lean step's loss alone, and {reason}: leave that out, or take "
+                         "trl.RLOOTrainer")  # fmt: skip
+
+    def settings(self) -> losses.Settings:
+        """GRPO's loss, with the ratio of whole completions and averaged over them; the KL is in the reward."""
+        return replace(
+            super().settings(), loss_type="grpo", importance_sampling_level="completion", beta=0.0, correction=None
+        )
