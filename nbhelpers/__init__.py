@@ -28,6 +28,8 @@ _MODULES = {room: room for room in _ROOMS} | {  # and the modules inside a room 
     "replay": "panel.replay",
 }
 _NAMES = {"LeanGRPOConfig": "training.config", "LeanGRPOTrainer": "training.trainer"}
+_NAMES |= {name: "training.methods.online_dpo" for name in ("LeanOnlineDPOConfig", "LeanOnlineDPOTrainer")}
+_NAMES |= {name: "training.methods.ppo" for name in ("LeanPPOConfig", "LeanPPOTrainer")}
 _NAMES |= {"StopWhen": "training.stop_when"}
 __all__ = [*_MODULES, *_NAMES]
 
