@@ -90,10 +90,10 @@ def from_trl(args: Any) -> LeanOnlineDPOConfig:
         raise TypeError(f"args is a {type(args).__name__}: online DPO takes a LeanOnlineDPOConfig, or TRL's "
                         "OnlineDPOConfig")  # fmt: skip
     settings.only(args, METHOD, {"reward_model_path": (None,), "max_length": (512,)})
-    plain = type(args)(args.output_dir)  # what was not set takes this package's default
+    plain = type(args)(args.output_dir, use_cpu=True, bf16=True)  # what was not set takes this package's default
     changed = {field.name for field in fields(args) if getattr(args, field.name) != getattr(plain, field.name)}
     own = {field.name for field in fields(LeanOnlineDPOConfig) if field.init}
-    values = {name: getattr(args, name) for name in changed & own}
+    values = {name: getattr(args, name) for name in changed & own} | {"use_cpu": args.use_cpu}
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
         values[name] = 2 * getattr(args, name)
     return LeanOnlineDPOConfig(args.output_dir, **values | {"max_new_tokens": args.max_new_tokens})

@@ -1,0 +1,65 @@
+"""Runs of Online DPO and PPO that are killed go on bit for bit, the value head too; engines and the planner know them."""
+
+import signal
+import subprocess
+
+import method_cases
+import pytest
+from method_cases import workshop
+from resume_cases import At, curve, same, weights
+
+from nbhelpers import memory, panel
+from nbhelpers.training import checkpoint
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Weights and curves of runs that nobody stopped."""
+    ends = {}
+    for kind in method_cases.KINDS:
+        run = workshop(kind, tmp_path_factory.mktemp(kind))
+        run.train()
+        ends[kind] = weights(run), curve(run)
+    return ends
+
+
+@pytest.mark.parametrize("kind", method_cases.KINDS)
+def test_a_killed_run_goes_on_bit_for_bit(kind, tmp_path, whole, warm):
+    """From step 3: for PPO in the middle of a rollout that is used four times."""
+    command = [*warm, method_cases.__file__, kind, str(tmp_path)]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert out.returncode == -signal.SIGKILL, out.stdout[-2000:] + out.stderr[-2000:]
+    assert checkpoint.newest(tmp_path).name == "checkpoint-3"
+    again = workshop(kind, tmp_path)
+    assert again.train(resume_from_checkpoint="auto").global_step == 7
+    assert same(weights(again), whole[kind][0]) and curve(again) == whole[kind][1]
+    assert ("value_head.weight" in weights(again)) == (kind == "ppo")
+
+
+@pytest.mark.parametrize("kind", method_cases.KINDS)
+def test_an_interrupted_run_goes_on_with_the_panel(kind, tmp_path, whole):
+    run = workshop(kind, tmp_path, At(5, KeyboardInterrupt, "on_step_begin"), panel.Live())
+    assert run.train().metrics == {"interrupted": True}
+    again = workshop(kind, tmp_path, panel.Live())
+    again.train(resume_from_checkpoint="auto")
+    assert same(weights(again), whole[kind][0])
+    assert again.state.samples and again.state.samples[0].rewards.keys() == {"nines"}
+    finished = workshop(kind, tmp_path)  # has the finished run's weights, and its values
+    finished.train(resume_from_checkpoint="auto")
+    assert same(weights(finished), whole[kind][0])
+
+
+def test_the_planner_knows_the_methods():
+    """Online DPO makes two answers; PPO's value head reads the scored tokens in 32 bits."""
+    grpo, dpo, ppo = (memory.plan("qwen2.5-1.5b", 15, method=name) for name in ("grpo", "online_dpo", "ppo"))
+    assert dpo.setting.num_generations == dpo.setting.rows == 2 and dpo.training_peak < grpo.training_peak
+    same_rows = memory.plan("qwen2.5-1.5b", 15, method="ppo", num_generations=grpo.setting.num_generations, budget_gb=3)
+    tight = memory.plan("qwen2.5-1.5b", 15, budget_gb=3)
+    assert same_rows.training["adapters"] > tight.training["adapters"] and ppo.fits
+    with pytest.raises(ValueError, match="method is one of grpo, "):
+        memory.plan("qwen2.5-1.5b", 15, method="dpo")
+
+
+def test_a_1b_learns_from_pairs_in_5_gb():
+    plan = memory.plan("llama-3.2-1b", 15, method="online_dpo")
+    assert plan.fits and max(plan.training_peak, plan.generation_peak) + memory.CONTEXT_GB < 5
