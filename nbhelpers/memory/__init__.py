@@ -27,6 +27,7 @@ from .room import CONTEXT_GB, FRAGMENTED, Reserved, Room, kv_budget, step_budget
 __all__ = ["CONTEXT_GB", "FRAGMENTED", "CannotFit", "Plan", "Reserved", "Room", "Setting", "can_train", "floor_gb",
            "kv_budget", "kv_bytes_per_token", "plan", "step_budget", "that_fit", "vllm_kv_budget"]  # fmt: skip
 
+METHODS = ("grpo", "online_dpo", "ppo")  # whose step is planned; Online DPO writes pairs, PPO has a value head
 T4_GB = 15.0  # a T4, where no card is given and none is here
 
 
@@ -42,6 +43,7 @@ def plan(
     optimizer: str = "adamw_8bit",
     budget_gb: float | None = None,
     attention: str | None = None,
+    method: str = "grpo",
 ) -> Plan:
     """What training `preset` takes on a card. What is not given is the preset's own for that card (`Preset.on_card`).
 
@@ -60,15 +62,18 @@ def plan(
         budget_gb (`float`, *optional*): What torch may allocate in all, GB, if the run gets a limit.
         attention (`str`, *optional*): "flash", or "efficient" as on a T4; None: what the card here has, or what a card
             of that size is likely to have.
+        method (`str`): One of METHODS.
 
-    Raises ValueError for another optimizer, and for an unknown preset's name.
+    Raises ValueError for another optimizer or method, and for an unknown preset's name.
     """
     if optimizer not in ("adamw_8bit", "adamw"):
         raise ValueError(f'optimizer is "adamw_8bit" or "adamw", not {optimizer!r}')
     preset = presets.get(preset) if isinstance(preset, str) else preset
     card_gb = card_gb or _card_here()[0] or T4_GB
     preset = preset.on_card(card_gb)
-    group = num_generations or preset.num_generations
+    if method not in METHODS:
+        raise ValueError(f"method is one of {', '.join(METHODS)}, not {method!r}")
+    group = num_generations or (preset.num_generations if method == "grpo" else 2)
     setting = Setting(
         quantization or preset.quantization,
         preset.lora_rank if lora_rank is None else lora_rank,
@@ -77,6 +82,7 @@ def plan(
         max_completion_length or preset.max_completion_length,
         rows or group,
         optimizer,
+        method,
     )
 
     card = _Card(preset, card_gb, budget_gb, attention or _backend(card_gb))
@@ -151,7 +157,8 @@ class _Card:
         preset, dropped = self.preset, 0
         if preset.lora_dropout and s.lora_rank:
             dropped = sum(m.in_features for m in preset.architecture.linears() if m.name in preset.lora_targets)
-        return StepCost(preset.architecture, 4 if s.lora_rank == 0 else 2, self.backend, dropped)
+        width = 4 if s.lora_rank == 0 else 2
+        return StepCost(preset.architecture, width, self.backend, dropped, valued=s.method == "ppo")
 
     def left(self, s: Setting) -> tuple[float, float]:
         """(bytes that the card has left between the halves of a step, bytes that the budget has left): see Room."""

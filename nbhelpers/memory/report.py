@@ -22,6 +22,7 @@ class Setting:
     max_completion_length: int
     rows: int
     optimizer: str = "adamw_8bit"
+    method: str = "grpo"
 
     def __str__(self) -> str:
         adapter = f"LoRA {self.lora_rank}" if self.lora_rank else "every weight trained"

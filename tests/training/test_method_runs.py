@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+from pathlib import Path
 
 import method_cases
 import pytest
@@ -9,6 +10,7 @@ from method_cases import workshop
 from resume_cases import At, curve, same, weights
 
 from nbhelpers import memory, panel
+from nbhelpers.memory.micro_batches import StepCost, Tokens
 from nbhelpers.training import checkpoint
 
 
@@ -26,8 +28,8 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("kind", method_cases.KINDS)
 def test_a_killed_run_goes_on_bit_for_bit(kind, tmp_path, whole, warm):
     """From step 3: for PPO in the middle of a rollout that is used four times."""
-    command = [*warm, method_cases.__file__, kind, str(tmp_path)]
-    out = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    command, here = [*warm, "-m", "method_cases", kind, str(tmp_path)], Path(method_cases.__file__).parent
+    out = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=200)
     assert out.returncode == -signal.SIGKILL, out.stdout[-2000:] + out.stderr[-2000:]
     assert checkpoint.newest(tmp_path).name == "checkpoint-3"
     again = workshop(kind, tmp_path)
@@ -43,7 +45,8 @@ def test_an_interrupted_run_goes_on_with_the_panel(kind, tmp_path, whole):
     again = workshop(kind, tmp_path, panel.Live())
     again.train(resume_from_checkpoint="auto")
     assert same(weights(again), whole[kind][0])
-    assert again.state.samples and again.state.samples[0].rewards.keys() == {"nines"}
+    if kind == "dpo":  # PPO's last rollout is of before
+        assert again.state.samples and again.state.samples[0].rewards.keys() == {"nines"}
     finished = workshop(kind, tmp_path)  # has the finished run's weights, and its values
     finished.train(resume_from_checkpoint="auto")
     assert same(weights(finished), whole[kind][0])
@@ -53,9 +56,9 @@ def test_the_planner_knows_the_methods():
     """Online DPO makes two answers; PPO's value head reads the scored tokens in 32 bits."""
     grpo, dpo, ppo = (memory.plan("qwen2.5-1.5b", 15, method=name) for name in ("grpo", "online_dpo", "ppo"))
     assert dpo.setting.num_generations == dpo.setting.rows == 2 and dpo.training_peak < grpo.training_peak
-    same_rows = memory.plan("qwen2.5-1.5b", 15, method="ppo", num_generations=grpo.setting.num_generations, budget_gb=3)
-    tight = memory.plan("qwen2.5-1.5b", 15, budget_gb=3)
-    assert same_rows.training["adapters"] > tight.training["adapters"] and ppo.fits
+    tokens, shapes = Tokens(1000, 500, 1000), grpo.preset.architecture
+    more = StepCost(shapes, valued=True).head(tokens) - StepCost(shapes).head(tokens)
+    assert more == 2 * 4 * 500 * shapes.hidden_size and ppo.fits
     with pytest.raises(ValueError, match="method is one of grpo, "):
         memory.plan("qwen2.5-1.5b", 15, method="dpo")
 
