@@ -144,17 +144,6 @@ SETTINGS = (
     Setting("min_p", optional(number(0, 1)), f"None or {_SHARE}"),
     Setting("repetition_penalty", _positive, _POSITIVE, "1 changes nothing."),
     Setting("dynamic_sampling", whole(0), "a whole number, 0 or more", "Rounds in which silent groups are replaced."),
-    # Online DPO and PPO
-    Setting("missing_eos_penalty", optional(_positive), "None or a finite number above 0",
-            "It is taken off the reward of an answer that does not end."),
-    Setting("num_ppo_epochs", whole(1), _COUNT, "Passes over each rollout; 4 is usual."),
-    Setting("num_mini_batches", whole(1), _COUNT, "Updates in each pass."),
-    Setting("kl_coef", _not_negative, _NOT_NEGATIVE, "Below 0 the model would be paid for leaving its reference."),
-    Setting("cliprange", number(0), "a number, 0 or more", "0.2 is usual."),
-    Setting("cliprange_value", number(0), "a number, 0 or more", "0.2 is usual."),
-    Setting("vf_coef", _not_negative, _NOT_NEGATIVE, "0.1 is usual."),
-    Setting("gamma", number(0, 1), _SHARE, "1 discounts nothing."),
-    Setting("lam", number(0, 1), _SHARE, "0.95 is usual."),
     # the run
     Setting("seed", whole(0, 2**32 - 1), "a whole number from 0 to 4294967295"),
     Setting("data_seed", optional(whole(0, 2**32 - 1)), "None or a whole number from 0 to 4294967295"),
@@ -183,9 +172,13 @@ def why_not(args: trl.GRPOConfig) -> str | None:
     return None
 
 
-def only(args: trl.GRPOConfig, method: str, allowed: dict[str, tuple[Any, ...]]) -> None:
-    """Raises ValueError for a setting of GRPO's that `method` does not have, unless it is one of the values allowed."""
-    for name, values in allowed.items():
+def refuse_for(method: str, args: Any, own: Sequence[Setting], only: dict[str, tuple[Any, ...]]) -> None:
+    """Raises ValueError for a setting of `method`'s own, in rows as above, that makes no sense, and for one of GRPO's
+    that the method does not have, unless it is one of the values in `only`."""
+    for setting in own:
+        if sentence := setting.why_not(getattr(args, setting.name)):
+            raise ValueError(sentence)
+    for name, values in only.items():
         if getattr(args, name) not in values:
             raise ValueError(f"{name}={getattr(args, name)!r} is not served with {method}: leave it at {values[0]!r}")
 

@@ -1,4 +1,4 @@
-"""Runs of Online DPO and PPO that are killed go on bit for bit, the value head too; engines and the planner know them."""
+"""Runs of Online DPO and PPO that are killed go on bit for bit, the value head too; the planner knows them."""
 
 import signal
 import subprocess

@@ -73,13 +73,13 @@ def test_the_reference_is_the_base_without_its_adapter(tmp_path):
     one = tiny("dpo", tmp_path, model)
     batch = rollout(one)
     assert list(one.model.peft_config) == ["default"] and one.ref_model is None
-    logps = one._scored(batch, reference=False)
+    logps = one._scored(batch)[0]
     with one.model.disable_adapter():
         ids = torch.cat((batch["prompt_ids"], batch["completion_ids"]), 1)
         mask = torch.cat((batch["prompt_mask"], batch["completion_mask"]), 1)
         base = one.model(ids, attention_mask=mask).logits.log_softmax(-1)[:, -7:-1]
     base = base.gather(2, batch["completion_ids"].unsqueeze(2)).squeeze(2) * batch["completion_mask"]
-    assert torch.allclose(one._scored(batch, reference=True), base, atol=1e-5)
+    assert torch.allclose(one._reference(batch), base, atol=1e-5)
     assert not torch.allclose(logps, base, atol=1e-2)
 
 

@@ -66,10 +66,10 @@ class InDouble:
         self.advantages = [(a - flat.mean()) / flat.std() for a in advantages]
         self.old = old
 
-    def loss(self, cliprange, cliprange_value, vf_coef, kept=range(len(ANSWERS))):
-        """The mean over all tokens of the answers kept."""
+    def loss(self, cliprange, cliprange_value, vf_coef):
+        """The mean over all tokens."""
         policy, value = [], []
-        for i in kept:
+        for i in range(len(ANSWERS)):
             logps, values = self.of_answer(i)
             old_logps, old_values = self.old[i]
             ratio, a = (logps - old_logps).exp(), self.advantages[i]
@@ -157,7 +157,7 @@ def test_the_value_head_is_no_part_of_what_is_taken_away(tmp_path):
     model, tokenizer = loader.load("workshop", lora_rank=4, quantization="none", progress=False)
     args = LeanPPOConfig(str(tmp_path / "run"), per_device_train_batch_size=2, use_cpu=True, disable_tqdm=True)
     rows = [{"prompt": "a"}, {"prompt": "b"}]
-    one = LeanPPOTrainer(model, [lambda completions, **_: [0.0 for _ in completions]], args, rows, processing_class=tokenizer)
+    one = LeanPPOTrainer(model, [scored], args, rows, processing_class=tokenizer)
     torch.nn.init.ones_(head_of(one).weight)
     one._save_final()
     export.save(model, tokenizer, tmp_path / "adapter")

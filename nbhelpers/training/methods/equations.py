@@ -15,30 +15,17 @@ DPO_LOSSES = ("sigmoid", "ipo")
 
 
 def dpo_loss(margins: Tensor, beta: float, loss_type: str = "sigmoid") -> Tensor:
-    """The loss of each pair: -log sigmoid(beta m), or (m - 1 / (2 beta))^2 with "ipo".
+    """The loss of each pair, float [P]: -log sigmoid(beta m), or (m - 1 / (2 beta))^2 with "ipo".
 
     Args:
         margins (`Tensor`): float [P], m = log p(chosen) / p_ref(chosen) - log p(rejected) / p_ref(rejected), of whole
             completions (arXiv:2305.18290, equation 7).
-        beta (`float`): Above 0: how much leaving the reference costs; IPO's tau.
+        beta (`float`): Above 0, the price of leaving the reference; IPO's tau.
         loss_type (`str`): One of DPO_LOSSES.
-
-    Returns float [P].
     """
     if loss_type == "ipo":
         return (margins - 1 / (2 * beta)) ** 2
     return -torch.nn.functional.logsigmoid(beta * margins)
-
-
-def dpo_slope(margins: Tensor, beta: float, loss_type: str = "sigmoid") -> Tensor:
-    """d loss / d margin of each pair, float [P]; arguments as in `dpo_loss`.
-
-    The gradient of a pair's loss is this times that of log p(chosen) - log p(rejected): what a policy gradient with
-    advantages of minus this and plus this gives.
-    """
-    if loss_type == "ipo":
-        return 2 * (margins - 1 / (2 * beta))
-    return -beta * torch.sigmoid(-beta * margins)
 
 
 def token_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor | None, mask: Tensor, kl_coef: float) -> Tensor:
@@ -54,9 +41,8 @@ def token_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor | None, mask:
     Returns float [B, T], 0 where the mask is 0.
     """
     rewards = torch.zeros_like(logps) if ref_logps is None else -kl_coef * (logps - ref_logps)
-    rewards = torch.where(mask.bool(), rewards, 0.0)
     last = (mask.sum(1, keepdim=True) - 1).clamp(min=0).long()
-    return rewards.scatter_add(1, last, scores.unsqueeze(1).to(rewards.dtype)) * mask
+    return torch.where(mask.bool(), rewards.scatter_add(1, last, scores.unsqueeze(1).to(rewards.dtype)), 0.0)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
@@ -83,12 +69,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     """(x - mean) / sqrt(variance + 1e-8) over all that the mask marks, the variance with Bessel's correction.
 
-    Args:
-        x (`Tensor`): float [B, T].
-        mask (`Tensor`): [B, T].
-        shift_mean (`bool`): False adds the mean again, as for rewards, whose sign means something.
-
-    Returns float [B, T], 0 where the mask is 0.
+    `x` is float [B, T], as the result, which is 0 where `mask` [B, T] is. shift_mean=False adds the mean again, as for
+    rewards, whose sign means something.
     """
     count = mask.sum()
     mean = (x * mask).sum() / count.clamp(min=1)
@@ -98,16 +80,10 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float = 0.2) -> Tensor:
-    """Half the square of the error, the larger one of the value and of the value kept near the old one.
+    """1/2 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2), as in arXiv:2403.17031, section 2.
 
-    1/2 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2), as in arXiv:1909.08593's code (arXiv:2403.17031, 2.2).
-
-    Args:
-        values (`Tensor`): float, with gradient.
-        old_values (`Tensor`), returns (`Tensor`): float, of the same shape: those at the rollout.
-        cliprange_value (`float`): c.
-
-    Returns float of that shape.
+    `values`, with gradient, `old_values` and `returns`, those of the rollout, are float of one shape, as the result;
+    `cliprange_value` is c.
     """
     near = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
     return 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)
