@@ -209,8 +209,7 @@ class _BatchLoss:
             weight = grpo.engine_correction(of_rollout, sampled, mask, self.mode, *limits)
             self.correction[rows, : weight.shape[1]] = weight
         advantages = self.advantages[rows]
-        if advantages.dim() == 2:
-            advantages = advantages[:, :length]
+        advantages = advantages[:, :length] if advantages.dim() == 2 else advantages
         counts = None if self.counts is None else self.counts[rows, :length]
         if settings.off_policy_mask_threshold is not None:
             drawn = of_rollout if sampled is None else sampled
@@ -292,7 +291,7 @@ def metrics(
         )
         logs["vespo/phi_seq_mean"] = mean(phi)
     if outcome.value_loss is not None:
-        logs["loss/value_avg"] = gather(outcome.value_loss).mean().item()
+        logs["value_loss"] = gather(outcome.value_loss).mean().item()
     if settings.entropy_bonus:
         logs["policy_loss"] = gather(outcome.policy_loss).nanmean().item()
 

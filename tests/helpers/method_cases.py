@@ -43,7 +43,7 @@ def tiny(kind, folder, model=None, reward=scored, engine=None, **changes):
     """A trainer of a tiny model whose rollouts are ANSWERS."""
     config, trainer = KINDS[kind]
     settings = {"max_steps": 1, "per_device_train_batch_size": 6, "max_completion_length": 6, **QUIET, **changes}
-    options = {name: settings.pop(name) for name in ("judge", "tools") if name in settings}
+    options = {name: settings.pop(name) for name in ("judge", "tools", "eval_dataset") if name in settings}
     rows = [{"prompt": prompt} for prompt in PROMPTS]
     return trainer(
         make_model("qwen2") if model is None else model, None if "judge" in options else [reward],

@@ -1,5 +1,6 @@
 """Runs of Online DPO and PPO that are killed go on bit for bit, the value head too; the planner knows them."""
 
+import math
 import signal
 import subprocess
 from pathlib import Path
@@ -50,6 +51,18 @@ def test_an_interrupted_run_goes_on_with_the_panel(kind, tmp_path, whole):
     finished = workshop(kind, tmp_path)  # has the finished run's weights, and its values
     finished.train(resume_from_checkpoint="auto")
     assert same(weights(finished), whole[kind][0])
+
+
+@pytest.mark.parametrize("kind", method_cases.KINDS)
+def test_an_evaluation_has_the_methods_loss(kind, tmp_path):
+    one = method_cases.tiny(
+        kind, tmp_path, eval_dataset=[{"prompt": prompt} for prompt in method_cases.PROMPTS],
+        per_device_eval_batch_size=6, eval_strategy="steps", eval_steps=1,
+    )  # fmt: skip
+    one.train()
+    log = next(log for log in one.state.log_history if "eval_loss" in log)
+    assert log["eval_reward"] == pytest.approx(5 / 6) and math.isfinite(log["eval_loss"])
+    assert f"eval_{'rewards/margins' if kind == 'dpo' else 'objective/kl'}" in log
 
 
 def test_the_planner_knows_the_methods():

@@ -7,6 +7,7 @@ The hooks touch these private parts of TRL:
 
     _generate_and_score_completions         advantages become slopes
     _compute_loss                           reports the loss of the pairs
+    _name, _tag_names, _paper               what the README of a checkpoint says
 """
 
 from collections.abc import Callable, Sequence
@@ -109,19 +110,15 @@ def as_reward(judge: Judge) -> Callable[..., list[float]]:
 
 
 class LeanOnlineDPOTrainer(RolloutTrainer):
-    """Online DPO (arXiv:2402.04792) on LeanGRPOTrainer's engine, step, checkpoints and panel; loss and gradient are
-    those of TRL's OnlineDPOTrainer.
+    """Online DPO (arXiv:2402.04792) with LeanGRPOTrainer's arguments; loss and gradient are TRL's OnlineDPOTrainer's.
 
     The reference is the base without its adapter, so there is no second copy. Two answers of equal reward are a tie:
     the pair adds nothing to the loss, whose mean is over all pairs, and is counted in `frac_reward_zero_std`;
     `dynamic_sampling` draws others in its place. The log has TRL's names: logps/chosen, rewards/margins, objective/kl.
 
     Args:
-        model (`str`, `PreTrainedModel` or `PeftModel`): With an adapter.
-        reward_funcs (`RewardFunc` or `list[RewardFunc]`, *optional*): As in LeanGRPOTrainer; the answer with the larger
-            sum is the chosen one.
+        reward_funcs (*optional*): As in LeanGRPOTrainer; the answer with the larger sum is the chosen one.
         args (`LeanOnlineDPOConfig` or TRL's `OnlineDPOConfig`, *optional*): `LeanOnlineDPOConfig("runs/online_dpo")`.
-        more, options: LeanGRPOTrainer's, in its order.
         judge (`Callable`, *optional*): In place of reward_funcs: judge(prompts, pairs), prompts as in the data set,
             pairs of texts, returns for each pair the place of the better answer, 0 or 1, or -1 for neither. It is
             guarded as a reward function is.
@@ -130,6 +127,7 @@ class LeanOnlineDPOTrainer(RolloutTrainer):
     """
 
     args: LeanOnlineDPOConfig
+    _name, _tag_names, _paper = "Online DPO", ["trl", "online-dpo"], {}
 
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: Any = None, *more: Any, judge: Judge | None = None,

@@ -4,9 +4,10 @@ The value head reads the last hidden states that the step computes anyway, and i
 What a token was better than the value expected is its advantage, and with one advantage for each token GRPO's clipped
 loss is PPO's.
 
-The hooks touch this private part of TRL:
+The hooks touch these private parts of TRL:
 
     _generate_and_score_completions         values, rewards of tokens, advantages and returns of a rollout
+    _name, _tag_names, _paper               what the README of a checkpoint says
 """
 
 from dataclasses import dataclass
@@ -76,23 +77,18 @@ class LeanPPOConfig(LeanGRPOConfig):
 
 
 class LeanPPOTrainer(RolloutTrainer):
-    """PPO (arXiv:1707.06347) on LeanGRPOTrainer's engine, step, checkpoints and panel.
+    """PPO (arXiv:1707.06347) with LeanGRPOTrainer's arguments; `args` is `LeanPPOConfig("runs/ppo")` if not given.
 
     The value of the text before each token is a linear function, in fp32, of the last hidden state there; it starts at
     0. It is trained with the adapter, saved in checkpoints and resumed with them, and is no part of what `save_model`
     and `export` write. An answer that no reward function scored takes no loss.
-
-    Args:
-        model (`str`, `PreTrainedModel` or `PeftModel`): With an adapter.
-        reward_funcs (`RewardFunc` or `list[RewardFunc]`): As in LeanGRPOTrainer; an answer's score is their sum.
-        args (`LeanPPOConfig`, *optional*): `LeanPPOConfig("runs/ppo")` if not given.
-        more, options: LeanGRPOTrainer's, in its order.
 
     Raises TypeError for another config, ValueError for what is not served, by its name.
     """
 
     advantage_dims = 2
     args: LeanPPOConfig
+    _name, _tag_names, _paper = "PPO", ["trl", "ppo"], {}
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *more: Any, **options: Any):
         args = LeanPPOConfig("runs/ppo") if args is None else args
