@@ -1,4 +1,4 @@
-"""Whole steps of Online DPO and PPO: answers, reference, values, loss, gradient and update, at the planner's own setting.
+"""Whole steps of Online DPO and PPO: answers, reference, values, loss, gradient and update.
 
 Random weights and a tokenizer of bytes: an answer hardly ever ends, so all are as long as they may be.
 """
