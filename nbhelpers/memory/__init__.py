@@ -73,7 +73,7 @@ def plan(
     preset = preset.on_card(card_gb)
     if method not in METHODS:
         raise ValueError(f"method is one of {', '.join(METHODS)}, not {method!r}")
-    group = num_generations or (preset.num_generations if method == "grpo" else 2)
+    group = num_generations or (2 if method in ("online_dpo", "ppo") else preset.num_generations)
     setting = Setting(
         quantization or preset.quantization,
         preset.lora_rank if lora_rank is None else lora_rank,

@@ -38,7 +38,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "loss_type": ("bnpo",), "beta": (0.0,), "dynamic_sampling": (0,), "importance_sampling_level": ("token",),
     "off_policy_mask_threshold": (None,), "multi_objective_aggregation": ("sum_then_normalize",),
     "sync_ref_model": (False,), "steps_per_generation": (None,), "generation_batch_size": (None,),
-    "num_iterations": (1,), "epsilon": (0.2,), "epsilon_high": (None,),
+    "num_iterations": (1,), "epsilon": (0.2,), "epsilon_high": (None,), "scale_rewards": ("group", True),
 }  # fmt: skip
 
 
@@ -67,6 +67,7 @@ class LeanPPOConfig(LeanGRPOConfig):
     lam: float = 0.95
     whiten_rewards: bool = False
     missing_eos_penalty: float | None = None
+    disable_dropout: bool = True  # old and new log-probabilities would differ by it
 
     def __post_init__(self):
         settings.refuse_for(METHOD, self, OWN, ONLY)
