@@ -191,7 +191,7 @@ def token_loss(
 
     Args:
         logps (`Tensor`): float [B, T] with gradient.
-        advantages (`Tensor`): float [B].
+        advantages (`Tensor`): float [B], or [B, T] with one for each token.
         mask (`Tensor`): [B, T], 1 on the completion's tokens.
         old_logps (`Tensor`, *optional*): float [B, T], logps when the completions were sampled. None: equal to logps,
             i.e. one update per rollout.
@@ -213,7 +213,7 @@ def token_loss(
     old_logps = logps.detach() if old_logps is None else old_logps
     r = ratio(logps, old_logps, mask, importance_sampling_level)
     high = epsilon if epsilon_high is None else epsilon_high
-    a = advantages.unsqueeze(1)
+    a = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
     limited = r if delta is None else r.clamp(max=delta)
     per_token = -torch.min(limited * a, r.clamp(1 - epsilon, 1 + high) * a)
     if correction is not None:

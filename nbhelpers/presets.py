@@ -219,6 +219,14 @@ _TABLE = {
             notebook=False, lora_rank=16, lora_alpha=16, learning_rate=5e-6, cards=_CARDS_THINKING_7B,
         ),
         Preset(
+            "llama-3.2-1b", "Llama 3.2 1B Instruct", "meta-llama/Llama-3.2-1B-Instruct",
+            _llama3(
+                hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+                num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+            ),
+            gated=True, notebook=False, cards=_CARDS_SMALL,
+        ),
+        Preset(
             "llama-3.2-3b", "Llama 3.2 3B Instruct", "meta-llama/Llama-3.2-3B-Instruct",
             _llama3(
                 hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,

@@ -4,6 +4,7 @@
     python -m benchmarks.step --only qwen2.5-1.5b llama-3.1-8b --minutes 9 --out runs/a    two calls, and then one file
     python -m benchmarks.step --only phi-4 --minutes 9 --out runs/b
     python -m benchmarks.step --join runs/a/step.json runs/b/step.json
+    python -m benchmarks.step --only llama-3.2-1b --jobs online_dpo ppo --out runs/methods    whole steps of those
     python -m benchmarks.step --quick              tiny shapes on a CPU: does the script run at all?
 
 Random weights at the presets' real shapes, made and quantised to NF4 on the card; LoRA of rank 16 on all linear layers,
@@ -26,7 +27,7 @@ from pathlib import Path
 
 from benchmarks import common, harness
 
-from . import cases, check, trl
+from . import cases, check, methods, trl
 
 KINDS = {
     "check": check.check,
@@ -35,6 +36,8 @@ KINDS = {
     "groups": cases.groups,
     "trl": trl.measure,
     "t4": cases.t4,
+    "online_dpo": methods.step,
+    "ppo": methods.step,
 }
 ENVIRONMENT = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -45,7 +48,8 @@ def jobs(args: argparse.Namespace) -> list[tuple[str, str]]:
     if args.first or args.quick:
         return [(names[0], kind) for kind in args.jobs or (("check", "errors", "ours") if args.first else KINDS)]
     kinds = args.jobs or [kind for kind in KINDS if kind != "check"]
-    only = {"errors": "qwen2.5-1.5b", "groups": "llama-3.1-8b"}  # made for one preset each
+    # made for one preset each
+    only = {"errors": "qwen2.5-1.5b", "groups": "llama-3.1-8b", "online_dpo": "llama-3.2-1b", "ppo": "llama-3.2-1b"}
     return [(name, kind) for kind in kinds for name in names if only.get(kind, name) == name or args.jobs]
 
 

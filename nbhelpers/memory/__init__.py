@@ -31,7 +31,9 @@ __all__ = ["CONTEXT_GB", "FRAGMENTED", "CannotFit", "Plan", "Reserved", "Room", 
            "kv_budget", "kv_bytes_per_token", "plan", "sliders", "step_budget", "that_fit",
            "vllm_kv_budget"]  # fmt: skip
 
-METHODS = ("grpo", "rloo", "sft")  # whose step is planned; SFT writes nothing
+# whose step is planned: SFT writes nothing, Online DPO writes pairs, PPO has a value head
+METHODS = ("grpo", "rloo", "sft", "online_dpo", "ppo")
+GROUPS = {"online_dpo": 2, "ppo": 2}  # answers to a question, where they are not the preset's
 T4_GB = 15.0  # a T4, where no card is given and none is here
 
 
@@ -77,7 +79,7 @@ def plan(
     preset = preset.on_card(card_gb)
     if method not in METHODS:
         raise ValueError(f"method is one of {', '.join(METHODS)}, not {method!r}")
-    answers = num_generations or preset.num_generations
+    answers = num_generations or GROUPS.get(method, preset.num_generations)
     group = 1 if method == "sft" else answers
     setting = Setting(
         quantization or preset.quantization,
@@ -174,7 +176,8 @@ class _Card:
         preset, dropped = self.preset, 0
         if preset.lora_dropout and s.lora_rank:
             dropped = sum(m.in_features for m in preset.architecture.linears() if m.name in preset.lora_targets)
-        return StepCost(preset.architecture, 4 if s.lora_rank == 0 else 2, self.backend, dropped)
+        width = 4 if s.lora_rank == 0 else 2
+        return StepCost(preset.architecture, width, self.backend, dropped, valued=s.method == "ppo")
 
     def left(self, s: Setting) -> tuple[float, float]:
         """(bytes that the card has left between the halves of a step, bytes that the budget has left): see Room."""

@@ -77,12 +77,14 @@ class StepCost:
         width (`int`): Bytes of an activation's number, 2 or 4.
         attention (`str`): The backend, "flash", "efficient" or "rows" (see training/packed_attention.py).
         dropped (`int`): Features that go through LoRA's dropout in a layer, over all of its linear layers.
+        valued (`bool`): A value head reads what the head reads, in fp32.
     """
 
     architecture: Architecture
     width: int = 2
     attention: str = "flash"
     dropped: int = 0
+    valued: bool = False
 
     @property
     def layers(self) -> int:
@@ -148,7 +150,9 @@ class StepCost:
         """Last layer's output, the scored tokens, normed, their gradients, and the buffer for logits."""
         logits = min(gpu.LOGITS_BYTES, t.scored * self.architecture.vocab_size * self.width)
         wide = (self.hidden(t.packed) + self.hidden(t.scored)) * 4 // self.width  # summed in fp32 on the way back
-        return self.hidden(t.packed) + max(3 * self.hidden(t.scored) + logits, 2 * self.hidden(t.scored) + wide)
+        values = 2 * t.scored * self.architecture.hidden_size * 4 if self.valued else 0  # its input, and the gradient
+        own = max(3 * self.hidden(t.scored) + logits, 2 * self.hidden(t.scored) + wide)
+        return self.hidden(t.packed) + values + own
 
     def saved(self, t: Tokens) -> int:
         """A layer whose backward needs nothing computed again: input, its attention, sum, gate and up."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 REFERENCE = "ref"  # TRL's name of the frozen copy that the KL term is measured against
+VALUE_HEAD = "value_head"  # PPO's, on peft's wrapper: no part of the base, nor of what is saved of the adapter
 WEIGHTS = "adapter_model.safetensors"
 # Fields of an adapter's config that do not change what it computes
 _WITHOUT_EFFECT = frozenset((
@@ -127,7 +128,7 @@ def why_not_saved(model: "PeftModel") -> str | None:
     config = model.peft_config[active[0]]
     if (why := tuners.why_not_rebuilt(config)) is not None:
         return f"{why}, so it could not be loaded again as it is: {instead}"
-    lost = [name for name in beside(model) if f".{REFERENCE}." not in name]
+    lost = [name for name in beside(model) if f".{REFERENCE}." not in name and not name.startswith(f"{VALUE_HEAD}.")]
     if lost:
         return (
             f"{len(lost)} tensors are trained that are not part of the adapter, the first is {lost[0]}: export.merged "
@@ -160,7 +161,9 @@ def beside(model: "PeftModel") -> dict[str, Tensor]:
 
 
 def drop_reference(model: nn.Module) -> None:
-    """Take the frozen copy off that an earlier trainer left on `model`: the next one makes its own."""
+    """Take off `model` the frozen copy and the value head that an earlier trainer left: the next one makes its own."""
+    if VALUE_HEAD in model._modules:
+        delattr(model, VALUE_HEAD)
     names = loras(model)
     if REFERENCE in names and peft_model(model).active_adapters != [REFERENCE]:
         peft_model(model).delete_adapter(REFERENCE)

@@ -60,6 +60,8 @@ class LayerwiseDecoder:
         self.embedding: Tensor = next(self.embed.parameters())
         self.device = self.embedding.device
         self.store = Checkpoints(self.device)
+        self.value_head: nn.Module | None = None  # from hidden states fp32 [S, H] to [S, 1], PPO's
+        self.values: Tensor | None = None  # what it gave to the newest scored tokens, fp32 [S]
 
     # ------------------------------------------------------------------------------------------ halves of a layer
     # A layer is Any here: nn.Module does not know what models/patch.py gave it.
@@ -119,11 +121,14 @@ class LayerwiseDecoder:
     def logps(self, x: Tensor, packed: Packed, temperature: float, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy [S] fp32 of the scored tokens, from the last layer's output [1, T, H]."""
         scored = take(x.flatten(0, 1), packed.source)
-        bias, state = self.head.bias, None
+        normed, bias, state = self.norm(scored), self.head.bias, None
+        if self.value_head is not None:
+            with _plain(self.device):
+                self.values = self.value_head(normed.float()).squeeze(-1)
         if type(self.head) is not nn.Linear:
             state = self.head.weight.quant_state
         return kernels.linear_logprob(
-            self.norm(scored), self.head.weight, packed.target, quant_state=state, bias=bias, temperature=temperature,
+            normed, self.head.weight, packed.target, quant_state=state, bias=bias, temperature=temperature,
             entropy=True, entropy_grad=entropy_grad,
         )  # fmt: skip
 

@@ -61,6 +61,8 @@ class LeanStepHooks(StepHooks, Hooks):
     def _longest_row(self) -> tuple[int, int, int]:
         return self.num_generations, self._longest_prompt(), self.max_completion_length
 
+    advantage_dims = 1  # one for each completion; 2: one for each token, as PPO has them
+
     def settings(self) -> losses.Settings:
         """What decides the loss, as it is set now."""
         args = self.args
@@ -83,6 +85,10 @@ class LeanStepHooks(StepHooks, Hooks):
             correction_min=args.vllm_importance_sampling_clip_min,
             correction_max=args.vllm_importance_sampling_clip_max,
         )
+
+    def _value_loss(self, inputs: dict[str, Any]) -> objective.ValueLoss | None:
+        """What this batch's loss has beside the policy's; nothing but PPO's has any."""
+        return None
 
     def _entropy_coef(self) -> float:
         """The factor of the entropy bonus in this batch: 0 if the entropy was above its target in the last update."""
@@ -126,7 +132,7 @@ class LeanStepHooks(StepHooks, Hooks):
     # ------------------------------------------------------------------------------------------------- TRL's hooks
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        if not self.lean or "pixel_values" in inputs or inputs["advantages"].dim() != 1:
+        if not self.lean or "pixel_values" in inputs or inputs["advantages"].dim() != self.advantage_dims:
             return super()._compute_loss(model, inputs)
         training = self.model.training
         mode = "train" if training else "eval"
@@ -142,7 +148,7 @@ class LeanStepHooks(StepHooks, Hooks):
 
         outcome = objective.run(
             self._step_of(model), inputs, settings, accumulation, items, backward,
-            high_entropy if self.top_entropy_quantile < 1.0 else None,
+            high_entropy if self.top_entropy_quantile < 1.0 else None, self._value_loss(inputs) if training else None,
         )  # fmt: skip
         if training:
             self._average_gradients(model)

@@ -12,6 +12,7 @@ by its share of the whole (grpo.token_weights). A group's prompt is computed onc
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -87,6 +88,11 @@ class LeanStep:
             # the kernels' buffer is allocated now, so that it counts as taken when the room is measured
             scratch((scratch_bytes(self.cost.architecture, dtype.itemsize) // dtype.itemsize, 1), dtype, self.device)
         self.micro_batches: list[MicroBatch] = []  # of the newest batch, to look at
+        self.values: Tensor | None = None  # of the tokens of the newest `score`, fp32 [B, T]; with a value head
+
+    def put_value_head(self, head: nn.Module) -> None:
+        """Let `head`, [S, H] fp32 to [S, 1], read the hidden states of scored tokens: `values`, `decoder.values`."""
+        self.decoder.value_head, self.cost = head, replace(self.cost, valued=True)
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -179,12 +185,15 @@ class LeanStep:
         Raises ValueError for a hook that would not be called.
         """
         self._refuse_hooks()
-        logps, entropies = (torch.zeros(shape, device=self.device) for _ in range(2))
+        logps, entropies, given = (torch.zeros(shape, device=self.device) for _ in range(3))
         for rows, tile in self._forward_batches(batch.rows, self.available()):
             packed = pack(batch, rows, self.device, self.share_prompts)
             values = self.decoder.score(packed, self.temperature, tile)
             for padded, value in zip((logps, entropies), values, strict=True):
                 padded[packed.number, packed.column] = value
+            if self.decoder.values is not None:
+                given[packed.number, packed.column] = self.decoder.values
+        self.values = None if self.decoder.value_head is None else given
         return logps, entropies
 
     def _forward_batches(self, rows: list[Row], room: float) -> Iterator[tuple[list[Row], int]]:

@@ -23,6 +23,7 @@ from .losses import Settings
 from .packing import Packed, Rows, unpad
 
 HighEntropy = Callable[[Tensor, Tensor], Tensor]  # (entropies, mask) [B, T] -> bool [B, T], as TRL's trainer gives it
+ValueLoss = Callable[[Packed, Tensor], Tensor]  # (micro-batch, weights [S] of its tokens) -> scalar, PPO's
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Outcome:
     old_logps: Tensor  # [B, T] fp32
     correction: Tensor | None  # fp32 [B, T], or [B, 1] with one weight per completion
     seconds: float
+    value_loss: Tensor | None = None  # of the loss, before it is divided for gradient accumulation
 
 
 def run(
@@ -49,6 +51,7 @@ def run(
     num_items: Tensor | float | None = None,
     backward: Callable[[Tensor], Any] | None = None,
     high_entropy: HighEntropy | None = None,
+    value_loss: ValueLoss | None = None,
 ) -> Outcome:
     """The loss of a batch (losses.py has its equations) and, with `backward`, its gradients in the parameters' `.grad`.
 
@@ -72,15 +75,17 @@ def run(
         backward (`Callable`, *optional*): Called with each micro-batch's scalar, e.g. accelerator.backward. None: no
             gradients.
         high_entropy (`Callable`, *optional*): Which tokens count, those with the highest entropies; None: all do.
+        value_loss (`Callable`, *optional*): What a micro-batch adds to the loss beside the policy; with `backward`.
 
     Raises CannotFit if not even one completion fits.
     """
     mask = acts = loss_mask(batch)
     if high_entropy is not None:
-        rows, shape = _unpadded(batch, mask), (mask.shape[0], mask.shape[1])
+        rows, shape = unpadded(batch, mask), (mask.shape[0], mask.shape[1])
         acts = mask * high_entropy(step.retried(lambda: step.score(rows, shape)[1], learns=False), mask)
     return step.retried(
-        lambda: _run(step, batch, settings, mask, acts, accumulation, num_items, backward), learns=backward is not None
+        lambda: _run(step, batch, settings, mask, acts, accumulation, num_items, backward, value_loss),
+        learns=backward is not None,
     )
 
 
@@ -93,20 +98,21 @@ def _run(
     accumulation: float,
     num_items: Tensor | float | None,
     backward: Callable[[Tensor], Any] | None,
+    value_loss: ValueLoss | None,
 ) -> Outcome:
     start = time.perf_counter()
     # Stage 1: weights of the tokens, and rows with a gradient
     advantages = batch["advantages"]
     divisor = 1.0 if settings.loss_type in losses.BY_ITEMS else accumulation
     weights = losses.token_weights(mask, settings, num_items) / divisor
-    every = backward is None or bool(settings.beta or settings.entropy_bonus)
-    keep = torch.ones_like(advantages, dtype=torch.bool) if every else advantages != 0
+    every = backward is None or value_loss is not None or bool(settings.beta or settings.entropy_bonus)
+    keep = torch.ones(len(mask), dtype=torch.bool, device=mask.device) if every else advantages != 0
 
     # Stage 2: no padding
-    rows = _unpadded(batch, mask, keep)
+    rows = unpadded(batch, mask, keep)
 
     # Stage 3: forward and backward
-    loss = _BatchLoss(batch, settings, mask, weights, acts, accumulation)
+    loss = _BatchLoss(batch, settings, mask, weights, acts, accumulation, value_loss)
     if backward is None:
         loss.logps, loss.entropies = step.score(rows, (mask.shape[0], mask.shape[1]))
         loss.of_rows(torch.arange(len(mask), device=mask.device), loss.logps, loss.entropies)
@@ -116,12 +122,13 @@ def _run(
     old_logps = loss.logps if loss.old is None else loss.old
     scored = mask * keep.unsqueeze(1)
     return Outcome(
-        loss.total - loss.bonus, loss.total * divisor, loss.logps, loss.entropies, mask, acts, scored, old_logps,
-        loss.correction, seconds,
+        loss.total - loss.bonus + loss.of_values, loss.total * divisor, loss.logps, loss.entropies, mask, acts, scored,
+        old_logps, loss.correction, seconds, None if value_loss is None else loss.of_values * divisor,
     )  # fmt: skip
 
 
-def _unpadded(batch: dict[str, Any], mask: Tensor, keep: Tensor | None = None) -> Rows:
+def unpadded(batch: dict[str, Any], mask: Tensor, keep: Tensor | None = None) -> Rows:
+    """The rows of TRL's batch on the host; `mask` [B, T] has 1 on what is scored, `keep` bool [B] on rows to take."""
     prompts, completions = (
         (batch["prompt_ids"], batch["prompt_mask"]),
         (batch["completion_ids"], batch["completion_mask"]),
@@ -145,12 +152,14 @@ class _BatchLoss:
         weights (`Tensor`): fp32 [B, T], what each token's loss is multiplied by (losses.token_weights).
         acts (`Tensor`): [B, T], 1 on the tokens whose policy term and entropy bonus count.
         accumulation (`float`): What the mean entropy is divided by.
+        value_loss (`Callable`, *optional*): As in `run`.
     """
 
     def __init__(
         self, batch: dict[str, Any], settings: Settings, mask: Tensor, weights: Tensor, acts: Tensor,
-        accumulation: float,
+        accumulation: float, value_loss: ValueLoss | None = None,
     ):  # fmt: skip
+        self.value_loss = value_loss
         self.settings, self.mask, self.weights = settings, mask, weights
         self.counts = None if acts is mask else acts
         self.bonus_weights = settings.entropy_coef * acts / acts.sum().clamp(min=1) / accumulation
@@ -159,7 +168,7 @@ class _BatchLoss:
         self.ref: Tensor | None = batch.get("ref_per_token_logps")
         self.sampled: Tensor | None = batch.get("sampling_per_token_logps")
         device = self.mask.device
-        self.total, self.bonus = torch.zeros(2, device=device).unbind()
+        self.total, self.bonus, self.of_values = torch.zeros(3, device=device).unbind()
         self.logps = torch.zeros(self.mask.shape, device=device) if self.old is None else self.old.float().clone()
         self.entropies = torch.zeros_like(self.logps)
         self.correction: Tensor | None = batch.get("importance_sampling_ratio")
@@ -176,7 +185,12 @@ class _BatchLoss:
         rows, local = packed.number.unique(return_inverse=True)
         padded = torch.zeros(len(rows), int(packed.column.max()) + 1, device=logps.device)
         place = local, packed.column
-        return self.of_rows(rows, padded.index_put(place, logps), padded.index_put(place, entropies))
+        loss = self.of_rows(rows, padded.index_put(place, logps), padded.index_put(place, entropies))
+        if self.value_loss is None:
+            return loss
+        of_values = self.value_loss(packed, self.weights[packed.number, packed.column])
+        self.of_values.add_(of_values.detach())
+        return loss + of_values
 
     def of_rows(self, rows: Tensor, logps: Tensor, entropies: Tensor) -> Tensor:
         """What the rows int64 [n] of the batch add to the loss, from their padded logps and entropies [n, T'].
@@ -195,6 +209,7 @@ class _BatchLoss:
             weight = grpo.engine_correction(of_rollout, sampled, mask, self.mode, *limits)
             self.correction[rows, : weight.shape[1]] = weight
         advantages = self.advantages[rows]
+        advantages = advantages[:, :length] if advantages.dim() == 2 else advantages
         counts = None if self.counts is None else self.counts[rows, :length]
         if settings.off_policy_mask_threshold is not None:
             drawn = of_rollout if sampled is None else sampled
@@ -233,7 +248,8 @@ def metrics(
     often, whatever its rows are like.
     """
     mask, level = outcome.mask, settings.importance_sampling_level
-    advantages = batch["advantages"].unsqueeze(1)
+    advantages = batch["advantages"]
+    advantages = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
 
     def mean(x: Tensor, over: Tensor | None = None) -> float:
         """Over all tokens of all processes, or those that `over` marks; over rows where there is one number per row."""
@@ -274,6 +290,8 @@ def metrics(
             outcome.logps - outcome.old_logps, batch["advantages"], mask, settings, outcome.correction
         )
         logs["vespo/phi_seq_mean"] = mean(phi)
+    if outcome.value_loss is not None:
+        logs["value_loss"] = gather(outcome.value_loss).mean().item()
     if settings.entropy_bonus:
         logs["policy_loss"] = gather(outcome.policy_loss).nanmean().item()
 

@@ -189,6 +189,17 @@ def why_not(args: TrainingArguments) -> str | None:
     return None
 
 
+def refuse_for(method: str, args: Any, own: Sequence[Setting], only: dict[str, tuple[Any, ...]]) -> None:
+    """Raises ValueError for a setting of `method`'s own, in rows as above, that makes no sense, and for one of GRPO's
+    that the method does not have, unless it is one of the values in `only`."""
+    for setting in own:
+        if sentence := setting.why_not(getattr(args, setting.name)):
+            raise ValueError(sentence)
+    for name, values in only.items():
+        if getattr(args, name) not in values:
+            raise ValueError(f"{name}={getattr(args, name)!r} is not served with {method}: leave it at {values[0]!r}")
+
+
 def refuse(args: TrainingArguments) -> None:
     """Raises ValueError, with the sentence of `why_not`, for settings that make no sense, and for a garbled token."""
     hub_words.checked_token(args.hub_token)  # is not shown, so it is no row of the table
