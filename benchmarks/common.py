@@ -91,7 +91,7 @@ def join(
     makes what is written of all rows."""
     rows: dict[tuple[str, str], Row] = {}
     before = RESULTS / f"{name}.json"
-    for file in ((before, *files) if before.exists() else files):
+    for file in (before, *files) if before.exists() else files:
         document = json.loads(file.read_text())
         run = f"{document['date']}, {document['command']}"
         rows |= {(row["what"], row["who"]): {"run": run, **row} for row in document["rows"]}

@@ -1,15 +1,17 @@
-"""What fits: whole GRPO steps of large models and 128K tokens, each in a process that may take so many GB in all.
+"""What fits: whole GRPO steps of large models, of models trained whole, and 128K tokens, each under a cap of GB.
 
     python -m benchmarks.step.sizes                              every case, one after the other
     python -m benchmarks.step.sizes --only 32b 70b --minutes 9 --out runs/a
     python -m benchmarks.step.sizes --join runs/a/sizes.json runs/b/sizes.json
     python -m benchmarks.step.sizes --smoke                      tiny shapes on a CPU: does every case run to its end?
 
-Random weights at the presets' real shapes, made on the card layer by layer. A case is a process of its own with a time
-limit: one that fails takes no other with it, and the rows that it wrote before count.
+Random weights at the presets' real shapes, made on the card layer by layer. A case is a process of its own, with a cap
+for all that it takes of the card and a time limit: one that fails takes no other with it, and the rows that it wrote
+before count.
 
-step_peak_driver: what the driver says is taken at most over three steps, context included, GB of 10^9 bytes. train_peak:
-torch's allocations. `planned`: what memory.plan says of the same thing, and `off` how far the measured value is from it.
+step_peak_driver: what the driver says is taken at most over three steps, context included, GB of 10^9 bytes.
+train_peak: torch's allocations. `planned`: what memory.plan says of the same thing; `off`: how far the measured value
+is from it.
 """
 
 import argparse
@@ -50,6 +52,7 @@ class Case:
         label (`str`): In the rows' names: "1K".
         cap (`float`): GB of the whole process.
         tokens (`int`): Of a prompt and its completion.
+        whole (`bool`): Every weight is trained, in bf16; else NF4 and a LoRA of rank 16.
         seconds (`float`): After that it is killed.
     """
 
@@ -58,12 +61,15 @@ class Case:
     label: str
     cap: float
     tokens: int = 1024
+    whole: bool = False
     seconds: float = 560
 
 
 CASES = {
     "32b": Case("qwen2.5-32b", "steps", "1K", 24),
     "70b": Case("llama-3.3-70b", "steps", "1K", 48),
+    "3b-whole": Case("qwen2.5-3b", "steps", "whole", 24, whole=True),
+    "1.5b-whole": Case("qwen2.5-1.5b", "steps", "whole", 12, whole=True),
     "128k-train": Case("llama-3.1-8b", "train", "128K", 48, 2**17),
     "128k-decode": Case("llama-3.1-8b", "decode", "128K", 48, 2**17),
 }
@@ -82,6 +88,8 @@ class Capped(cases.Job):
     def __init__(self, case: Case, file: str, smoke: bool, rows: int):
         super().__init__(case.preset, case.kind, file, smoke, 0.0, [])
         self.case, self.smoke, self.rows = case, smoke, rows
+        if case.whole:
+            self.rank, self.dtype = 0, torch.bfloat16
         self.prompt = 24 if smoke else PROMPT
         self.tokens = {"steps": 32}.get(case.kind, 256) if smoke else case.tokens
         self.budget: float | None = None  # GB that torch may give out
@@ -94,7 +102,9 @@ class Capped(cases.Job):
     def made(self) -> random_model.Model:
         """The model with its random weights on the device, and nothing else there."""
         start = time.perf_counter()
-        model = random_model.make(self.architecture, self.device, self.dtype, self.rank)
+        model = random_model.make(self.architecture, self.device, self.dtype, self.rank, not self.case.whole)
+        if self.case.whole:
+            model.requires_grad_(True)
         if self.cuda:
             torch.cuda.empty_cache()
         print(f"  {self.name}: built in {time.perf_counter() - start:.1f} s, {harness.driver_gb():.2f} GB", flush=True)
@@ -105,7 +115,7 @@ class Capped(cases.Job):
         return memory.plan(
             self.preset, card_gb=self.case.cap, num_generations=rows, max_prompt_length=self.prompt,
             max_completion_length=self.tokens - self.prompt, lora_rank=self.rank, quantization="nf4", rows=rows,
-            budget_gb=self.budget, attention="flash",
+            budget_gb=self.budget, attention="flash", train="all" if self.case.whole else None,
         )  # fmt: skip
 
     def against(self, what: str, measured: float, planned: float, **more: Any) -> None:
@@ -123,6 +133,7 @@ def steps(job: Capped) -> None:
     model = job.made()
     settings, parts, times = workload(job.smoke, job.tokens, job.rows)
     with tempfile.TemporaryDirectory() as folder, harness.peak_driver() as peak:
+        settings |= {"optim": "adamw_8bit"} if job.case.whole else {}  # rounded_adam.py's, on a CPU too
         args = LeanGRPOConfig(folder, max_steps=STEPS, **settings)
         trainer = LeanGRPOTrainer(model, args=args, engine="graph", budget_gb=job.budget, **parts)
         generated, trained = watch(trainer.engine, "generate"), watch(trainer, "compute_loss")

@@ -49,6 +49,7 @@ class Request:
 def resolve(
     preset_or_id: Preset | str | Path,
     *,
+    train: str | None = None,
     quantization: str | None = None,
     lora_rank: int | None = None,
     lora_alpha: int | None = None,
@@ -65,6 +66,8 @@ def resolve(
     of; FileNotFoundError for an adapter's folder or a choice's file that is not complete.
     """
     adapter = _adapter_folder(preset_or_id)
+    if train is not None:
+        lora_rank, quantization = _whole(train, lora_rank, quantization, adapter)
     if adapter is not None:
         own = vars(read_config(adapter))  # what cannot be built is refused before anything is downloaded
         given = {"r": lora_rank, "lora_alpha": lora_alpha, "target_modules": lora_targets and set(_names(lora_targets))}
@@ -101,9 +104,22 @@ def resolve(
         lora_dropout=dropout,
         lora_targets=default.lora_targets if lora_targets is None else _names(lora_targets),
         device=device,
-        weight_dtype=dtype or (torch.float32 if rank == 0 else compute),
+        # fp16 has no gradient scaling for weights in 16 bits
+        weight_dtype=dtype or (torch.float32 if rank == 0 and (train is None or compute == torch.float16) else compute),
         dtype=compute,
     )
+
+
+def _whole(train: str, rank: int | None, quantization: str | None, adapter: Path | None) -> tuple[int, str]:
+    """(lora_rank, quantization) of a model whose every weight is trained. ValueError for what contradicts it."""
+    if train != "all":
+        raise ValueError(f'train={train!r}: it is "all", for every weight; leave it out for an adapter')
+    if adapter is not None:
+        raise ValueError(f'train="all" and the adapter in {adapter} exclude each other: export.merged makes a model of '
+                         "both, whose every weight can be trained")  # fmt: skip
+    if rank or quantization not in (None, "none"):
+        raise ValueError('train="all" has no adapter and no weights in 4 bits: leave lora_rank and quantization out')
+    return 0, "none"
 
 
 def _names(targets: Iterable[str] | str) -> tuple[str, ...]:

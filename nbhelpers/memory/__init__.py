@@ -42,6 +42,7 @@ def plan(
     optimizer: str = "adamw_8bit",
     budget_gb: float | None = None,
     attention: str | None = None,
+    train: str | None = None,
 ) -> Plan:
     """What training `preset` takes on a card. What is not given is the preset's own for that card (`Preset.on_card`).
 
@@ -52,7 +53,7 @@ def plan(
         num_generations (`int`, *optional*): Completions of a group.
         max_prompt_length (`int`, *optional*): Tokens.
         max_completion_length (`int`, *optional*): Tokens.
-        lora_rank (`int`, *optional*): 0: every weight is trained.
+        lora_rank (`int`, *optional*): 0: every weight is trained, in fp32.
         quantization (`str`, *optional*): "dynamic", "nf4" or "none".
         rows (`int`, *optional*): Completions generated and trained on at once, a multiple of num_generations; None is
             one group.
@@ -60,6 +61,7 @@ def plan(
         budget_gb (`float`, *optional*): What torch may allocate in all, GB, if the run gets a limit.
         attention (`str`, *optional*): "flash", or "efficient" as on a T4; None: what the card here has, or what a card
             of that size is likely to have.
+        train (`str`, *optional*): "all": every weight is trained in 16 bits, as by `loader.load(..., train="all")`.
 
     Raises ValueError for another optimizer, and for an unknown preset's name.
     """
@@ -69,14 +71,16 @@ def plan(
     card_gb = card_gb or _card_here()[0] or T4_GB
     preset = preset.on_card(card_gb)
     group = num_generations or preset.num_generations
+    whole = train == "all"
     setting = Setting(
-        quantization or preset.quantization,
-        preset.lora_rank if lora_rank is None else lora_rank,
+        "none" if whole else quantization or preset.quantization,
+        0 if whole else preset.lora_rank if lora_rank is None else lora_rank,
         group,
         max_prompt_length or preset.max_prompt_length,
         max_completion_length or preset.max_completion_length,
         rows or group,
         optimizer,
+        2 if whole else 4,
     )
 
     card = _Card(preset, card_gb, budget_gb, attention or _backend(card_gb))
@@ -145,13 +149,15 @@ class _Card:
 
     def resident(self, s: Setting) -> Resident:
         targets = self.preset.lora_targets
-        return resident(self.preset.architecture, s.quantization, s.lora_rank, targets, s.optimizer)
+        return resident(self.preset.architecture, s.quantization, s.lora_rank, targets, s.optimizer,
+                        trained_width=s.trained_width)  # fmt: skip
 
     def cost(self, s: Setting) -> StepCost:
         preset, dropped = self.preset, 0
         if preset.lora_dropout and s.lora_rank:
             dropped = sum(m.in_features for m in preset.architecture.linears() if m.name in preset.lora_targets)
-        return StepCost(preset.architecture, 4 if s.lora_rank == 0 else 2, self.backend, dropped)
+        width = s.trained_width if s.lora_rank == 0 else 2
+        return StepCost(preset.architecture, width, self.backend, dropped, s.lora_rank == 0)
 
     def left(self, s: Setting) -> tuple[float, float]:
         """(bytes that the card has left between the halves of a step, bytes that the budget has left): see Room."""
@@ -166,7 +172,7 @@ class _Card:
     def fits(self, s: Setting) -> bool:
         """Whether a completion can be generated and trained on: then any number of them can, one after another."""
         row = (0, s.max_prompt_length, s.max_completion_length)
-        return self.generates(s) and self.cost(s).least([row]) <= self.room(s)
+        return self.generates(s) and self.cost(s).least([row], self.resident(s).gradients) <= self.room(s)
 
     def rows_that_fit(self, s: Setting) -> int:
         """Completions of full length that the graph engine writes at the same time."""
@@ -202,15 +208,16 @@ class _Card:
         rows = [(i // s.num_generations, s.max_prompt_length, s.max_completion_length) for i in range(s.rows)]
         micro_batches: tuple[MicroBatch, ...] = ()
         try:
-            micro_batches = tuple(cost.split(rows, self.room(s)))
+            micro_batches = tuple(cost.split(rows, self.room(s), fresh=self.resident(s).gradients))
             most = max(micro_batches, key=lambda batch: batch.peak)
             saved = most.saved * cost.saved(most.tokens) + most.on_device * cost.hidden(most.tokens.packed)
             peak, head = most.peak, cost.head(most.tokens)
         except CannotFit:
             saved = 0
-            peak, head = cost.least(rows[:1]), cost.head(count(rows[:1]))
+            peak, head = cost.least(rows[:1], self.resident(s).gradients), cost.head(count(rows[:1]))
         parts = self._held(s)
-        parts["adapters"] += self.resident(s).gradients
+        gradients = "adapters" if s.lora_rank else "gradients"
+        parts[gradients] = parts.get(gradients, 0) + self.resident(s).gradients
         parts["kept for backward"] = saved
         parts["logits" if saved + head >= peak / 1.03 else "layer work"] = peak - saved
         return parts, micro_batches

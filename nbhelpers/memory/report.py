@@ -7,8 +7,8 @@ from nbhelpers.presets import Preset
 from .kv import MAX_ROWS
 from .micro_batches import MicroBatch
 
-ORDER = ("weights", "adapters", "optimizer", "dense scratch", "KV cache", "kept for backward", "layer work", "logits",
-         "CUDA context")  # fmt: skip
+ORDER = ("weights", "adapters", "gradients", "optimizer", "dense scratch", "KV cache", "kept for backward",
+         "layer work", "logits", "CUDA context")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,11 @@ class Setting:
     max_completion_length: int
     rows: int
     optimizer: str = "adamw_8bit"
+    trained_width: int = 4  # bytes of a weight where every weight is trained
 
     def __str__(self) -> str:
-        adapter = f"LoRA {self.lora_rank}" if self.lora_rank else "every weight trained"
+        whole = f"every weight trained in {8 * self.trained_width} bits"
+        adapter = f"LoRA {self.lora_rank}" if self.lora_rank else whole
         return (
             f"{self.quantization} · {adapter} · {self.rows} x ({self.max_prompt_length} + "
             f"{self.max_completion_length}) tokens in groups of {self.num_generations}"

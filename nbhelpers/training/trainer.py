@@ -34,6 +34,7 @@ from .prompt_hooks import PromptHooks
 from .resume_hooks import ResumeHooks
 from .signal_hooks import SignalHooks
 from .stop_when import SILENCE, Stopper, StopWhen
+from .whole_hooks import WholeHooks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,7 +54,7 @@ ENGINES_KNOW = {"stop_strings", "min_new_tokens"}  # of transformers' names in `
 TESTED_TRL = ("1.16", "1.17")  # from, up to but not including
 
 
-class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.GRPOTrainer):
+class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, WholeHooks, trl.GRPOTrainer):
     """TRL's GRPOTrainer, made for one small machine. These things differ:
 
     - the precision is this machine's when `args` is a `LeanGRPOConfig` (or None);
@@ -61,6 +62,7 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
       that takes longer than `args.reward_seconds` costs one batch's rows of that function, not the run;
     - `state.samples` holds the newest rollout as `Sample`s, for callbacks such as `panel.Live`;
     - log-probabilities and gradients come from the lean step (`lean_step.LeanStep`);
+    - weights that are trained in bf16 themselves (`loader.load(..., train="all")`) are rounded by chance;
     - completions are written by an engine from the weights that are trained, and end with a stop string too
       (`generation_kwargs={"stop_strings": [...]}`);
     - a prompt that ends with an assistant message is continued there; what is rewarded is what the model wrote;

@@ -145,7 +145,8 @@ def test_the_step_cuts_as_the_planner_said():
     model = Qwen2ForCausalLM(Qwen2Config(**{k: v for k, v in a.config().items() if k != "model_type"}))
     one = lean_step.LeanStep(model, budget_gb=2e-4)
     rows = [lean_step.Row(i, 0, 10, 30) for i in range(8)]
-    wanted = micro_batches.StepCost(a, 4, "rows").split([(0, 10, 30)] * 8, 2e-4 * GB)
+    cost = micro_batches.StepCost(a, 4, "rows", whole=True)  # every weight of this model is trained
+    wanted = cost.split([(0, 10, 30)] * 8, 2e-4 * GB, fresh=4 * a.parameters())
     assert one.plan(rows) == wanted and len(wanted) > 1
 
 
@@ -215,3 +216,25 @@ def test_what_fits():
     for name in presets.names():
         preset = presets.get(name)
         assert memory.floor_gb(replace(preset, lora_rank=preset.lora_rank or 64)) > memory.CONTEXT_GB
+
+
+def test_every_weight_in_16_bits_takes_six_bytes_a_weight():
+    setting = {"max_prompt_length": 256, "max_completion_length": 768, "attention": "flash"}
+    plan = memory.plan("qwen2.5-3b", card_gb=24, train="all", **setting)
+    numbers = presets.get("qwen2.5-3b").architecture.parameters()
+    assert plan.fits and "every weight trained in 16 bits" in str(plan)
+    assert plan.training["weights"] == plan.training["gradients"] == pytest.approx(2 * numbers / GB)
+    assert plan.training["optimizer"] == pytest.approx(2.04 * numbers / GB) and "gradients" not in plan.generation
+    wide = memory.plan("qwen2.5-3b", card_gb=24, lora_rank=0, quantization="none", **setting)
+    assert not wide.fits and "in 32 bits" in str(wide) and wide.training["weights"] == 2 * plan.training["weights"]
+    small = memory.plan("qwen2.5-1.5b", card_gb=12, train="all", num_generations=8, **setting)
+    assert small.fits and sum(small.training.values()) < 12
+
+
+def test_a_trained_heads_gradient_counts_unless_those_of_the_layers_are_put_aside_and_not_there_yet():
+    a = presets.get("qwen2.5-1.5b").architecture
+    cost, tokens = micro_batches.StepCost(a, whole=True), micro_batches.Tokens(1000, 900, 1000)
+    head = 6 * a.vocab_size * a.hidden_size
+    frozen = micro_batches.StepCost(a).peak(tokens, 0, 0, 1024)
+    assert cost.peak(tokens, 0, 0, 1024) > frozen + 0.7 * head
+    assert cost.peak(tokens, 0, 0, 1024, fresh=2 * a.parameters()) < frozen + 0.2 * head
