@@ -1,4 +1,4 @@
-"""What fits: whole GRPO steps of large models, of models trained whole, and 128K tokens, each under a cap of GB.
+"""What fits: whole GRPO steps of large, whole and swapped models, and 128K tokens, each under a cap of GB.
 
     python -m benchmarks.step.sizes                              every case, one after the other
     python -m benchmarks.step.sizes --only 32b 70b --minutes 9 --out runs/a
@@ -11,7 +11,7 @@ before count.
 
 step_peak_driver: what the driver says is taken at most over three steps, context included, GB of 10^9 bytes.
 train_peak: torch's allocations. `planned`: what memory.plan says of the same thing; `off`: how far the measured value
-is from it.
+is from it. moved: what a step copied to the card for layers that wait on the host.
 """
 
 import argparse
@@ -31,6 +31,8 @@ from benchmarks import common, harness, random_model
 from benchmarks.engines.grpo import KEPT, logged, watch, workload
 from benchmarks.harness import GB
 from nbhelpers import memory
+from nbhelpers.memory.swapping import PCIE_GB_S
+from nbhelpers.models import swap
 from nbhelpers.models.finite import first_not_finite
 
 from . import cases
@@ -53,6 +55,7 @@ class Case:
         cap (`float`): GB of the whole process.
         tokens (`int`): Of a prompt and its completion.
         whole (`bool`): Every weight is trained, in bf16; else NF4 and a LoRA of rank 16.
+        swap (`bool`): Layers that do not fit wait on the host, as many as the plan says.
         seconds (`float`): After that it is killed.
     """
 
@@ -62,6 +65,7 @@ class Case:
     cap: float
     tokens: int = 1024
     whole: bool = False
+    swap: bool = False
     seconds: float = 560
 
 
@@ -70,6 +74,7 @@ CASES = {
     "70b": Case("llama-3.3-70b", "steps", "1K", 48),
     "3b-whole": Case("qwen2.5-3b", "steps", "whole", 24, whole=True),
     "1.5b-whole": Case("qwen2.5-1.5b", "steps", "whole", 12, whole=True),
+    "8b-swap": Case("llama-3.1-8b", "steps", "swap", 6, swap=True),
     "128k-train": Case("llama-3.1-8b", "train", "128K", 48, 2**17),
     "128k-decode": Case("llama-3.1-8b", "decode", "128K", 48, 2**17),
 }
@@ -102,7 +107,12 @@ class Capped(cases.Job):
     def made(self) -> random_model.Model:
         """The model with its random weights on the device, and nothing else there."""
         start = time.perf_counter()
-        model = random_model.make(self.architecture, self.device, self.dtype, self.rank, not self.case.whole)
+        swapped = 0
+        if self.case.swap:
+            swapped = 2 if self.smoke else self.plan(self.rows).setting.swapped
+        model = random_model.make(
+            self.architecture, self.device, self.dtype, self.rank, not self.case.whole, swapped
+        )  # fmt: skip
         if self.case.whole:
             model.requires_grad_(True)
         if self.cuda:
@@ -115,7 +125,7 @@ class Capped(cases.Job):
         return memory.plan(
             self.preset, card_gb=self.case.cap, num_generations=rows, max_prompt_length=self.prompt,
             max_completion_length=self.tokens - self.prompt, lora_rank=self.rank, quantization="nf4", rows=rows,
-            budget_gb=self.budget, attention="flash", train="all" if self.case.whole else None,
+            budget_gb=self.budget, attention="flash", train="all" if self.case.whole else None, swap=self.case.swap,
         )  # fmt: skip
 
     def against(self, what: str, measured: float, planned: float, **more: Any) -> None:
@@ -144,7 +154,12 @@ def steps(job: Capped) -> None:
     written |= {"generating_s": round(generated[-1], 2), "training_s": round(trained[-1], 2)}
     job.row(f"{job.case.label}/step_time", "ours", statistics.median(times[1:]), "s", first_s=round(times[0], 1),
             cap=job.case.cap, **written)  # fmt: skip
-    plan = job.plan(job.rows)
+    plan, swapped = job.plan(job.rows), swap.of(model)
+    if swapped is not None:
+        seconds = plan.swap_gb / PCIE_GB_S
+        job.row(f"{job.case.label}/moved", "ours", swapped.moved / STEPS / GB, "GB", layers=swapped.count,
+                host_gb=round(swapped.host_bytes / GB, 2), planned=round(plan.swap_gb, 1),
+                planned_s=round(seconds, 1))  # fmt: skip
     halves = {"generating": sum(plan.generation.values()), "training": sum(plan.training.values())}
     job.against("step_peak_driver", peak[0], max(halves.values()), rows=job.rows, finite=bad is None)
 

@@ -42,6 +42,7 @@ def load(
     kernels: bool = True,
     calibration: list[Prompt] | Choice | Path | None = None,
     budget: float = 0.10,
+    budget_gb: float | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     token: str | None = None,
@@ -68,6 +69,9 @@ def load(
             of messages) to measure with, or a Choice or the Path of its file to repeat. None: a dozen built-in word
             problems.
         budget (`float`): For "dynamic": extra bytes as a share of the model's size in NF4.
+        budget_gb (`float`, *optional*): GB of the card that the run may take in all, by the plan of the preset's own
+            lengths for such a card. Layers that do not fit wait in pinned host memory (models/swap.py), which a line
+            says; `memory.plan(preset, budget_gb, swap=True)` says what that costs. Give the trainer its budget_gb too.
         device (`torch.device` or `str`, *optional*): None is the GPU if there is one, else the CPU.
         dtype (`torch.dtype`, *optional*): To compute in; None is bfloat16 where the card has it, float16 below, float32
             on a CPU.
@@ -84,7 +88,7 @@ def load(
     request = resolve(
         preset_or_id, train=train, quantization=quantization, lora_rank=lora_rank, lora_alpha=lora_alpha,
         lora_dropout=lora_dropout, lora_targets=lora_targets, calibration=calibration, budget=budget, device=device,
-        dtype=dtype,
+        dtype=dtype, budget_gb=budget_gb,
     )  # fmt: skip
     model, tokenizer = build(request, token=token, progress=progress)
     return dress(model, request, kernels=kernels, started=started), tokenizer

@@ -44,6 +44,7 @@ class Request:
     device: torch.device
     weight_dtype: torch.dtype  # of what is not quantised
     dtype: torch.dtype  # to compute in
+    budget_gb: float | None = None  # of the card, for the whole run; None: all that it has
 
 
 def resolve(
@@ -59,6 +60,7 @@ def resolve(
     budget: float = 0.10,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    budget_gb: float | None = None,
 ) -> Request:
     """The arguments of `load`, each None replaced by what the adapter's folder, the preset or `Defaults` says.
 
@@ -107,6 +109,7 @@ def resolve(
         # fp16 has no gradient scaling for weights in 16 bits
         weight_dtype=dtype or (torch.float32 if rank == 0 and (train is None or compute == torch.float16) else compute),
         dtype=compute,
+        budget_gb=budget_gb,
     )
 
 

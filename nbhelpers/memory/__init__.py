@@ -23,9 +23,11 @@ from .kv import kv_bytes_per_token, prefill_tokens, rows_that_fit, slot_tokens
 from .micro_batches import CannotFit, MicroBatch, Resident, StepCost, Tokens, count, largest, resident
 from .report import Plan, Setting
 from .room import CONTEXT_GB, FRAGMENTED, Reserved, Room, kv_budget, step_budget, vllm_kv_budget
+from .swapping import freed_bytes, moved_bytes
 
 __all__ = ["CONTEXT_GB", "FRAGMENTED", "CannotFit", "Plan", "Reserved", "Room", "Setting", "can_train", "floor_gb",
-           "kv_budget", "kv_bytes_per_token", "plan", "step_budget", "that_fit", "vllm_kv_budget"]  # fmt: skip
+           "freed_bytes", "kv_budget", "kv_bytes_per_token", "plan", "step_budget", "that_fit",
+           "vllm_kv_budget"]  # fmt: skip
 
 T4_GB = 15.0  # a T4, where no card is given and none is here
 
@@ -43,6 +45,7 @@ def plan(
     budget_gb: float | None = None,
     attention: str | None = None,
     train: str | None = None,
+    swap: bool = False,
 ) -> Plan:
     """What training `preset` takes on a card. What is not given is the preset's own for that card (`Preset.on_card`).
 
@@ -61,6 +64,7 @@ def plan(
         budget_gb (`float`, *optional*): What torch may allocate in all, GB, if the run gets a limit.
         attention (`str`, *optional*): "flash", or "efficient" as on a T4; None: what the card here has, or what a card
             of that size is likely to have.
+        swap (`bool`): Let as many layers wait on the host as it takes, see models/swap.py.
         train (`str`, *optional*): "all": every weight is trained in 16 bits, as by `loader.load(..., train="all")`.
 
     Raises ValueError for another optimizer, and for an unknown preset's name.
@@ -84,6 +88,8 @@ def plan(
     )
 
     card = _Card(preset, card_gb, budget_gb, attention or _backend(card_gb))
+    if swap:
+        setting = replace(setting, swapped=card.layers_to_swap(setting))
     training, micro_batches = card.training(setting)
     affordable = card.rows_that_fit(setting)
     fits = bool(micro_batches) and card.generates(setting)
@@ -101,6 +107,7 @@ def plan(
         longest_context=longest if longest >= shortest else 0,
         largest_group=affordable if affordable > 1 and card.fits(setting) else 0,
         nearest=nearest,
+        swap_gb=card.swap_bytes(setting, len(micro_batches)) / GB,
         instead=() if fits or nearest else that_fit(card_gb),
     )  # fmt: skip
 
@@ -149,8 +156,24 @@ class _Card:
 
     def resident(self, s: Setting) -> Resident:
         targets = self.preset.lora_targets
-        return resident(self.preset.architecture, s.quantization, s.lora_rank, targets, s.optimizer,
-                        trained_width=s.trained_width)  # fmt: skip
+        a = self.preset.architecture
+        fixed = resident(a, s.quantization, s.lora_rank, targets, s.optimizer, trained_width=s.trained_width)
+        return replace(fixed, weights=fixed.weights - freed_bytes(a, s.quantization, s.swapped))
+
+    def layers_to_swap(self, s: Setting) -> int:
+        """How many layers have to wait on the host for anything to fit, chosen so that a step copies little:
+        with more of them more completions are written at once. 0 if nothing helps, or every weight is trained."""
+        layers = self.preset.architecture.num_hidden_layers if s.lora_rank else 0
+        fewest = largest(lambda n: not self.fits(replace(s, swapped=n)), 0, layers) + 1
+        enough = range(fewest, layers + 1)
+        return min(enough, key=lambda n: self.swap_bytes(replace(s, swapped=n), 1), default=0)
+
+    def swap_bytes(self, s: Setting, micro_batches: int) -> int:
+        """What a step copies to the card for layers that wait on the host: the walks of all tokens, one after another,
+        and of each micro-batch, forward and backward."""
+        stages = ceil(s.rows / max(1, min(self.rows_that_fit(s), s.rows)))
+        walks = stages * s.max_completion_length + 2 * micro_batches
+        return moved_bytes(self.preset.architecture, s.quantization, s.swapped, walks)
 
     def cost(self, s: Setting) -> StepCost:
         preset, dropped = self.preset, 0

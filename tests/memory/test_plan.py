@@ -238,3 +238,19 @@ def test_a_trained_heads_gradient_counts_unless_those_of_the_layers_are_put_asid
     frozen = micro_batches.StepCost(a).peak(tokens, 0, 0, 1024)
     assert cost.peak(tokens, 0, 0, 1024) > frozen + 0.7 * head
     assert cost.peak(tokens, 0, 0, 1024, fresh=2 * a.parameters()) < frozen + 0.2 * head
+
+
+def test_layers_wait_on_the_host_where_nothing_else_fits():
+    assert not memory.plan("llama-3.1-8b", card_gb=5, **LLAMA).fits
+    plan = memory.plan("llama-3.1-8b", card_gb=5, swap=True, **LLAMA)
+    n, a = plan.setting.swapped, plan.preset.architecture
+    each = sum(m.out_features * m.in_features for m in a.linears()) / 2 / GB
+    assert plan.fits and 2 < n <= 32 and f"{n} layers wait on the host" in str(plan)
+    without = memory.plan("llama-3.1-8b", card_gb=80, **LLAMA)
+    assert plan.training["weights"] == pytest.approx(without.training["weights"] - (n - 2) * each)
+    stages = -(-plan.setting.rows // plan.at_once)
+    assert plan.swap_gb == pytest.approx(n * each * (768 * stages + 2 * len(plan.micro_batches)))
+    assert "GB go over PCIe in a step" in str(plan)
+    enough = memory.plan("llama-3.1-8b", card_gb=24, swap=True, **LLAMA)
+    assert enough.setting.swapped == enough.swap_gb == 0 and "PCIe" not in str(enough)
+    assert not memory.plan("qwen2.5-3b", card_gb=8, train="all", swap=True).setting.swapped  # nothing is frozen
