@@ -16,6 +16,7 @@ is from it. moved: what a step copied to the card for layers that wait on the ho
 
 import argparse
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -149,7 +150,9 @@ def steps(job: Capped) -> None:
         generated, trained = watch(trainer.engine, "generate"), watch(trainer, "compute_loss")
         trainer.train()
     bad = first_not_finite((n, p) for n, p in model.named_parameters() if p.requires_grad)
-    written: dict[str, Any] = {"rows": job.rows, "steps": len(times), "finite": bad is None}
+    numbers = [float(log[name]) for log in trainer.state.log_history if "loss" in log for name in ("loss", "grad_norm")]
+    finite = bad is None and all(map(math.isfinite, numbers))
+    written: dict[str, Any] = {"rows": job.rows, "steps": len(times), "finite": finite}
     written |= logged(trainer.state.log_history[-2], KEPT)  # -1: the whole run's
     written |= {"generating_s": round(generated[-1], 2), "training_s": round(trained[-1], 2)}
     job.row(f"{job.case.label}/step_time", "ours", statistics.median(times[1:]), "s", first_s=round(times[0], 1),
@@ -161,7 +164,7 @@ def steps(job: Capped) -> None:
                 host_gb=round(swapped.host_bytes / GB, 2), planned=round(plan.swap_gb, 1),
                 planned_s=round(seconds, 1))  # fmt: skip
     halves = {"generating": sum(plan.generation.values()), "training": sum(plan.training.values())}
-    job.against("step_peak_driver", peak[0], max(halves.values()), rows=job.rows, finite=bad is None)
+    job.against("step_peak_driver", peak[0], max(halves.values()), rows=job.rows, finite=finite)
 
 
 def train(job: Capped) -> None:

@@ -173,10 +173,11 @@ class LeanStepHooks(Hooks):
         if self.optimizer is not None and self.optimizer.state:
             return 0.0
         name = str(self.args.optim).lower()  # an enum: "optimizernames.adamw_8bit"
-        if "paged" in name:
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if "paged" in name and all(p.dtype != torch.bfloat16 for p in trained):  # whole_hooks.py's is not paged
             return 0.0
         kind = "adamw_8bit" if "8bit" in name else "adamw"
-        return OPTIMIZER_BYTES[kind] * sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return OPTIMIZER_BYTES[kind] * sum(p.numel() for p in trained)
 
     def _write_state(self, position: checkpoint.Position) -> None:
         super()._write_state(position)
