@@ -67,10 +67,12 @@ def plan(
         swap (`bool`): Let as many layers wait on the host as it takes, see models/swap.py.
         train (`str`, *optional*): "all": every weight is trained in 16 bits, as by `loader.load(..., train="all")`.
 
-    Raises ValueError for another optimizer, and for an unknown preset's name.
+    Raises ValueError for another optimizer or train, and for an unknown preset's name.
     """
     if optimizer not in ("adamw_8bit", "adamw"):
         raise ValueError(f'optimizer is "adamw_8bit" or "adamw", not {optimizer!r}')
+    if train not in (None, "all"):
+        raise ValueError(f'train={train!r}: it is "all", for every weight; leave it out for an adapter')
     preset = presets.get(preset) if isinstance(preset, str) else preset
     card_gb = card_gb or _card_here()[0] or T4_GB
     preset = preset.on_card(card_gb)

@@ -107,6 +107,8 @@ def test_text_and_html_say_the_same():
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="adamw_8bit"):
         memory.plan("phi-4", optimizer="sgd")
+    with pytest.raises(ValueError, match="train='every'"):
+        memory.plan("phi-4", train="every")
     with pytest.raises(ValueError, match=r"presets\.get"):
         memory.plan("phi-5")
 
