@@ -90,7 +90,8 @@ def join(
     `folder`. Each row says in `run` which call it came from; host, date and command are the last file's. `summed_up`
     makes what is written of all rows."""
     rows: dict[tuple[str, str], Row] = {}
-    for file in (RESULTS / f"{name}.json", *files):
+    before = RESULTS / f"{name}.json"
+    for file in (before, *files) if before.exists() else files:
         document = json.loads(file.read_text())
         run = f"{document['date']}, {document['command']}"
         rows |= {(row["what"], row["who"]): {"run": run, **row} for row in document["rows"]}

@@ -8,12 +8,15 @@ import torch
 from torch import nn
 
 from nbhelpers.architecture import Architecture
-from nbhelpers.models import adapter, quantize, smoke
+from nbhelpers.models import adapter, quantize, smoke, swap
 
 Model = Any  # a transformers model, or peft's wrapper around one: what their attributes are is not written down
 
 
-def make(shape: Architecture, device: torch.device, dtype: torch.dtype, rank: int = 16, quantise: bool = True) -> Model:
+def make(
+    shape: Architecture, device: torch.device, dtype: torch.dtype, rank: int = 16, quantise: bool = True,
+    swapped: int = 0,
+) -> Model:  # fmt: skip
     """A model in eval mode: NF4 with double quantisation, and a LoRA on all linear layers whose B is not zero.
 
     Args:
@@ -22,6 +25,7 @@ def make(shape: Architecture, device: torch.device, dtype: torch.dtype, rank: in
         dtype (`torch.dtype`): Of what is not quantised.
         rank (`int`): Of the LoRA; 0: none, and no peft around the model.
         quantise (`bool`): `False` leaves all weights in `dtype`.
+        swapped (`int`): So many layers wait on the host, see models/swap.py.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -35,13 +39,18 @@ def make(shape: Architecture, device: torch.device, dtype: torch.dtype, rank: in
     four_bits = list(quantize.linears(model)) if quantise else []
     for name in four_bits:
         model.set_submodule(name, quantize.empty_linear4bit(model.get_submodule(name), dtype))
+    waiting = {id(module) for layer in model.model.layers[:swapped] for module in layer.modules()}
     for module in list(model.modules()):
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta and not (module is model.get_output_embeddings() and config.tie_word_embeddings):
                 _fill(module, leaf, parameter, device, dtype)
+                if id(module) in waiting and isinstance(module, nn.Linear) and leaf == "weight":
+                    module.weight.data = module.weight.data.cpu()  # so that they are never all on the card
         for key, buffer in module.named_buffers(recurse=False):
             module._buffers[key] = buffer.to(device)
     model.tie_weights()
+    if swapped:
+        swap.attach(model, swapped, device)
     if quantise:
         model.is_loaded_in_4bit, model.quantization_method = True, QuantizationMethod.BITS_AND_BYTES
     if not rank:

@@ -119,6 +119,10 @@ _QWEN25_7B = _qwen25(
     hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
     num_key_value_heads=4, head_dim=128, vocab_size=152064, tie_word_embeddings=False,
 )  # fmt: skip
+_QWEN25_32B = _qwen25(
+    hidden_size=5120, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=40,
+    num_key_value_heads=8, head_dim=128, vocab_size=152064, tie_word_embeddings=False,
+)  # fmt: skip
 # a 7B or 8B in NF4 with an adapter of rank 16 leaves a T4 enough for 768 tokens; the 16-bit layers of "dynamic" wait
 # for 24 GB
 _CARDS_SMALL = _cards(
@@ -149,6 +153,28 @@ _CARDS_THINKING_7B = _cards(
     gb15={"quantization": "nf4"},
     gb24={"max_completion_length": 3072},
     gb40={"max_completion_length": 4096, "lora_rank": 32, "lora_alpha": 32},
+)
+# from 14B on no card of 12 GB or less is left room for more than a short completion
+_CARDS_14B = _cards(
+    gb12={"quantization": "nf4", "num_generations": 4, "max_completion_length": 256, "lora_rank": 8, "lora_alpha": 8},
+    gb15={"quantization": "nf4", "max_completion_length": 512},
+    gb24={},
+    gb40={"max_completion_length": 2048, "lora_rank": 32, "lora_alpha": 32},
+)
+_CARDS_32B = _cards(
+    gb24={"quantization": "nf4", "lora_rank": 8, "lora_alpha": 8},
+    gb40={"quantization": "nf4", "max_completion_length": 2048},
+    gb80={"max_completion_length": 4096, "lora_rank": 32, "lora_alpha": 32},
+)
+_CARDS_THINKING_32B = _cards(
+    gb24={"quantization": "nf4", "num_generations": 4, "max_completion_length": 1024, "lora_rank": 8, "lora_alpha": 8},
+    gb40={"quantization": "nf4", "max_completion_length": 3072},
+    gb80={"max_completion_length": 4096, "lora_rank": 32, "lora_alpha": 32},
+)
+_CARDS_70B = _cards(
+    gb48={"quantization": "nf4"},
+    gb80={"quantization": "nf4", "max_completion_length": 2048, "lora_rank": 32, "lora_alpha": 32},
+    gb140={"max_completion_length": 4096, "lora_rank": 32, "lora_alpha": 32},
 )
 _thinking = partial(Preset, system_prompt=BOXED_PROMPT, tags=THINK, temperature=0.6, max_completion_length=2048)
 _TABLE = {
@@ -185,6 +211,15 @@ _TABLE = {
         Preset(
             "qwen2.5-7b", "Qwen2.5 7B Instruct", "Qwen/Qwen2.5-7B-Instruct", _QWEN25_7B,
             lora_rank=16, lora_alpha=16, learning_rate=5e-6, cards=_CARDS_7B,
+        ),
+        Preset(
+            "qwen2.5-14b", "Qwen2.5 14B Instruct", "Qwen/Qwen2.5-14B-Instruct",
+            replace(_QWEN25_32B, intermediate_size=13824, num_hidden_layers=48),
+            lora_rank=16, lora_alpha=16, learning_rate=5e-6, cards=_CARDS_14B,
+        ),
+        Preset(
+            "qwen2.5-32b", "Qwen2.5 32B Instruct", "Qwen/Qwen2.5-32B-Instruct", _QWEN25_32B,
+            lora_rank=16, lora_alpha=16, learning_rate=5e-6, cards=_CARDS_32B,
         ),
         _thinking(
             "qwen3-0.6b", "Qwen3 0.6B", "Qwen/Qwen3-0.6B",
@@ -243,6 +278,14 @@ _TABLE = {
             gated=True, lora_rank=16, lora_alpha=16, learning_rate=5e-6, cards=_CARDS_7B,
         ),
         Preset(
+            "llama-3.3-70b", "Llama 3.3 70B Instruct", "meta-llama/Llama-3.3-70B-Instruct",
+            _llama3(
+                hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+                num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
+            ),
+            gated=True, lora_rank=16, lora_alpha=16, learning_rate=5e-6, cards=_CARDS_70B,
+        ),
+        Preset(
             "mistral-7b", "Mistral 7B Instruct v0.3", "mistralai/Mistral-7B-Instruct-v0.3",
             Architecture(
                 families.MISTRAL, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
@@ -270,6 +313,11 @@ _TABLE = {
             "r1-distill-qwen-7b", "DeepSeek R1 Distill Qwen 7B", "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
             replace(_QWEN25_7B, rope_theta=10000.0, max_position_embeddings=131072),
             lora_rank=16, lora_alpha=16, learning_rate=5e-6, cards=_CARDS_THINKING_7B,
+        ),
+        _thinking(
+            "r1-distill-qwen-32b", "DeepSeek R1 Distill Qwen 32B", "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B",
+            replace(_QWEN25_32B, max_position_embeddings=131072, rms_norm_eps=1e-5),
+            lora_rank=16, lora_alpha=16, learning_rate=5e-6, cards=_CARDS_THINKING_32B,
         ),
     )
 }  # fmt: skip

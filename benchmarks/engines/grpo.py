@@ -43,12 +43,13 @@ def logged(log: dict[str, float], names: dict[str, str]) -> dict[str, float]:
     return {name: round(float(log[key]), 4) for key, name in names.items() if key in log}
 
 
-def workload(quick: bool, context: int) -> tuple[dict[str, Any], dict[str, Any], list[float]]:
-    """The workload of the GRPO steps, ours and the peer's alike: 8 completions of one prompt of 256 tokens a step.
+def workload(quick: bool, context: int, rows: int = 8) -> tuple[dict[str, Any], dict[str, Any], list[float]]:
+    """The workload of the GRPO steps, ours and the peer's alike: completions of one prompt of 256 tokens.
 
     Args:
         quick (`bool`): 24 + 8 tokens instead.
         context (`int`): Tokens of a prompt and its completion together.
+        rows (`int`): Completions of a step.
 
     Returns arguments for a GRPOConfig, arguments for a GRPOTrainer, and the seconds of each step so far.
     """
@@ -70,7 +71,7 @@ def workload(quick: bool, context: int) -> tuple[dict[str, Any], dict[str, Any],
 
     prompt, completion = (24, 8) if quick else (256, context - 256)
     settings = {
-        "per_device_train_batch_size": 8, "num_generations": 8, "max_completion_length": completion,
+        "per_device_train_batch_size": rows, "num_generations": rows, "max_completion_length": completion,
         "learning_rate": 1e-5, "optim": "adamw_8bit" if torch.cuda.is_available() else "adamw_torch",
         "save_strategy": "no", "disable_tqdm": True,
     }  # fmt: skip

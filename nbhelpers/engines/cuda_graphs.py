@@ -101,7 +101,7 @@ class ModelRunner:
         their copies are only enqueued when this returns: record an event and wait for it before reading them.
         """
         self.tick.zero_()
-        captures = self.captures and not self.decoder.hooked  # a replayed graph calls no hook
+        captures = self.captures and not self.decoder.eager
         if captures and batch not in self._graphs:
             try:
                 self._graphs[batch] = self._capture(batch)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nbhelpers import kernels
 from nbhelpers.kernels import HeadNorms, Projection
-from nbhelpers.models import families
+from nbhelpers.models import families, swap
 from nbhelpers.models.projection import projection, watched
 
 
@@ -122,7 +122,9 @@ class Decoder:
         # of one token's activations at their largest, in the MLP: gate and up, and four hidden states
         self.token_bytes: int = self.dtype.itemsize * (2 * config.intermediate_size + 4 * config.hidden_size)
         self.vocabulary: int = self.embedding.shape[0]
-        self.hooked: bool = families.hooked_linears(model)
+        self.swapped = swap.of(model)
+        # whether a step has to be launched kernel by kernel: a replayed CUDA graph calls no hook, and waits for no copy
+        self.eager: bool = families.hooked_linears(model) or self.swapped is not None
 
     def addresses(self) -> tuple:
         """Changes when a graph captured before is no longer this model: other tensors, another adapter or scale."""
@@ -146,6 +148,8 @@ class Decoder:
         x = F.embedding(tokens, self.embedding)
         tables = self.rotary(x, positions)
         for i, layer in enumerate(self.layers):
+            if self.swapped is not None:
+                self.swapped.need(i, (i + 1) % len(self.layers))
             q, k, v = self._heads(layer.qkv(_normed(layer.norm, x)))
             (y,) = layer.out(attend(i, q, k, v, tables, layer.window, layer.head_norms))
             x, y = kernels.rms_norm(y, layer.mlp_norm.weight, layer.mlp_norm.variance_epsilon, x)

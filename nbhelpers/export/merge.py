@@ -16,7 +16,7 @@ from torch import nn
 
 from nbhelpers.loader import hub
 from nbhelpers.loader.shards import Shards
-from nbhelpers.models import adapter, quantize
+from nbhelpers.models import adapter, quantize, swap
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -98,6 +98,7 @@ class Merged:
     @torch.no_grad()
     def read(self, name: str) -> torch.Tensor:
         """A tensor in fp32 on the CPU, of its own memory."""
+        swap.bring(self._parameters[name])
         tensor = self._original(name)
         if tensor is None:
             parameter = self._parameters[name]

@@ -35,6 +35,7 @@ __all__ = ["keep", "load", "load_adapter", "save_adapter"]
 def load(
     preset_or_id: Preset | str | Path,
     *,
+    train: str | None = None,
     quantization: str | None = None,
     lora_rank: int | None = None,
     lora_alpha: int | None = None,
@@ -43,6 +44,7 @@ def load(
     kernels: bool = True,
     calibration: list[Prompt] | Choice | Path | None = None,
     budget: float = 0.10,
+    budget_gb: float | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     token: str | None = None,
@@ -53,6 +55,9 @@ def load(
     Args:
         preset_or_id (`Preset`, `str` or `Path`): A preset or its name, a hub id ("owner/model"), a folder, a GGUF file
             or any part of a split one, or a folder that `save_adapter` or `keep` wrote.
+        train (`str`, *optional*): "all": every weight, in bf16 and without a copy in fp32 (training/rounded_adam.py);
+            with optim="adamw_8bit" that is 6 bytes a weight in all. On a card without bf16, and on a CPU, in fp32.
+            None: an adapter, or what lora_rank says.
         quantization (`str`, *optional*): "nf4", "dynamic" (NF4 with the worst layers in 16 bits, see `quantize`) or
             "none"; None is the preset's, "nf4" without a preset. A checkpoint that bitsandbytes quantised loads as it
             is.
@@ -60,13 +65,15 @@ def load(
             layers, one name or "all-linear", *optional*): A new adapter; None is the preset's (rank 16, alpha 16, no
             dropout, all linear layers without a preset). A saved one is built as it was, with its own tokenizer, and
             takes lora_dropout alone. Its numbers are fp32. lora_rank=0 with quantization="none" trains every weight
-            instead, in fp32 unless `dtype` says otherwise: in bf16 a step of 1e-5 is rounded away, and fp16 has no
-            gradient scaling.
+            instead, in fp32 unless `dtype` says otherwise.
         kernels (`bool`): Whether to use the fused kernels of `patch`.
         calibration (`list[str | list[dict]]`, `Choice` or `Path`, *optional*): For "dynamic": prompts (texts or lists
             of messages) to measure with, or a Choice or the Path of its file to repeat. None: a dozen built-in word
             problems.
         budget (`float`): For "dynamic": extra bytes as a share of the model's size in NF4.
+        budget_gb (`float`, *optional*): GB of the card that the run may take in all, by the plan of the preset's own
+            lengths for such a card. Layers that do not fit wait in pinned host memory (models/swap.py), which a line
+            says; `memory.plan(preset, budget_gb, swap=True)` says what that costs. Give the trainer its budget_gb too.
         device (`torch.device` or `str`, *optional*): None is the GPU if there is one, else the CPU.
         dtype (`torch.dtype`, *optional*): To compute in; None is bfloat16 where the card has it, float16 below, float32
             on a CPU.
@@ -81,8 +88,9 @@ def load(
     """
     started = time.perf_counter()
     request = resolve(
-        preset_or_id, quantization=quantization, lora_rank=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
-        lora_targets=lora_targets, calibration=calibration, budget=budget, device=device, dtype=dtype,
+        preset_or_id, train=train, quantization=quantization, lora_rank=lora_rank, lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout, lora_targets=lora_targets, calibration=calibration, budget=budget, device=device,
+        dtype=dtype, budget_gb=budget_gb,
     )  # fmt: skip
     model, tokenizer = build(request, token=token, progress=progress)
     return dress(model, request, kernels=kernels, started=started), tokenizer

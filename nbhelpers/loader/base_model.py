@@ -8,8 +8,9 @@ from tqdm.auto import tqdm
 
 from nbhelpers import gpu, host, memory
 from nbhelpers.architecture import GB
-from nbhelpers.models import chat, families, quantize
+from nbhelpers.models import chat, families, quantize, swap
 from nbhelpers.models.adapter import Base, keep_base, refuse_other, rows_of
+from nbhelpers.presets import Preset
 
 from . import calibration, hub, stream
 from .request import Request
@@ -31,6 +32,8 @@ def build(
     """
     source = hub.locate(request.model, token)
     request = _accepted(request, source)
+    swapped = layers_to_swap(request, source)
+    check_room(source, request.quantization, request.device, request.weight_dtype, swapped)
     source.model_config()  # names a config without sense, over which loading the tokenizer would stumble
     tokenizer = source.tokenizer()
     if request.adapter is not None and (request.adapter / TOKENIZER_CONFIG_FILE).exists():
@@ -42,7 +45,10 @@ def build(
         stream.swap_linears(model, shards, request.dtype, request.choice)
     silent = not progress or shards.nbytes < SMALL
     with tqdm(total=shards.nbytes, unit="B", unit_scale=True, desc=source.id, disable=silent) as bar:
-        stream.fill(model, shards, request.device, request.weight_dtype, request.dtype, bar.update)
+        stream.fill(model, shards, request.device, request.weight_dtype, request.dtype, bar.update, swapped)
+    if swapped:
+        waiting = swap.attach(model, swapped, request.device).host_bytes / GB
+        print(f"{swapped} of {model.config.num_hidden_layers} layers wait in host memory, {waiting:.2f} GB")
     choice = request.choice
     if request.quantization == "dynamic" and choice is None:
         choice = _choose(model, shards, tokenizer, request)
@@ -70,8 +76,29 @@ def _accepted(request: Request, source: hub.Source) -> Request:
         request = replace(request, quantization="nf4")
     if request.quantization != "none":
         host.require("bitsandbytes")
-    check_room(source, request.quantization, request.device, request.weight_dtype)
     return request
+
+
+def layers_to_swap(request: Request, source: hub.Source) -> int:
+    """How many layers have to wait on the host for the run to stay within `request.budget_gb`.
+
+    Raises host.CannotRun if even all of them are too few, ValueError for a model whose bytes cannot be counted and for
+    one whose layers are still to be measured.
+    """
+    if request.budget_gb is None:
+        return 0
+    preset = request.model
+    if not isinstance(preset, Preset):
+        preset = Preset(source.id, source.id, source.id, families.architecture(source.config))
+    plan = memory.plan(preset, request.budget_gb, quantization=request.quantization, lora_rank=request.lora_rank,
+                       swap=True)  # fmt: skip
+    if not plan.fits:
+        raise host.CannotRun(f"budget_gb={request.budget_gb:g} is too little for {source.id}, even with its layers in "
+                             f"host memory: {plan.verdict()[0]}")  # fmt: skip
+    if plan.setting.swapped and request.quantization == "dynamic" and request.choice is None:
+        raise ValueError(f"within budget_gb={request.budget_gb:g} layers have to wait on the host, where dynamic 4-bit "
+                         'cannot measure them: take quantization="nf4", or give calibration= a Choice')  # fmt: skip
+    return plan.setting.swapped
 
 
 def refuse_unknown_tokens(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> None:
@@ -94,7 +121,9 @@ def refuse_unknown_tokens(tokenizer: "PreTrainedTokenizerBase", model: "PreTrain
         print(f"the embedding has no row for {named}: a text with it cannot be read")
 
 
-def check_room(source: hub.Source, quantization: str, device: torch.device, weight_dtype: torch.dtype) -> None:
+def check_room(
+    source: hub.Source, quantization: str, device: torch.device, weight_dtype: torch.dtype, swapped: int = 0
+) -> None:
     """Compare what the config says the model needs with what is free; on a CPU only warn that 4 bits are slow there.
 
     Args:
@@ -102,6 +131,7 @@ def check_room(source: hub.Source, quantization: str, device: torch.device, weig
         quantization (`str`): "nf4", "dynamic" or "none".
         device (`torch.device`): Where the model is to be.
         weight_dtype (`torch.dtype`): Of what is not quantised.
+        swapped (`int`): Layers that wait on the host.
 
     Raises host.CannotRun if the card has too little free memory.
     """
@@ -121,6 +151,7 @@ def check_room(source: hub.Source, quantization: str, device: torch.device, weig
     index = device.index or 0
     card, free = gpu.cards()[index], gpu.free_bytes(index)
     needed = architecture.weight_bytes(quantization, weight_dtype.itemsize) + architecture.largest_tensor_bytes()
+    needed -= memory.freed_bytes(architecture, quantization, swapped)
     if needed > free:
         raise host.CannotRun(
             f"{source.id} needs {needed / GB:.1f} GB to load as {quantization} and the {card.name} has "

@@ -11,7 +11,7 @@ import torch
 
 from nbhelpers import host
 from nbhelpers.architecture import GB
-from nbhelpers.models import adapter, families, model_folder, quantize
+from nbhelpers.models import adapter, families, model_folder, quantize, swap
 from nbhelpers.progress import interruptible
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def keep(model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBa
     model_folder.not_the_base(inner, folder)
 
     def stored(name: str) -> dict[str, torch.Tensor]:
+        swap.bring(tensors[name])
         part = {name: tensors[name].detach()}
         if name in states:
             part |= {f"{name}.{key}": value for key, value in states[name].as_dict(packed=True).items()}

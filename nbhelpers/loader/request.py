@@ -44,11 +44,13 @@ class Request:
     device: torch.device
     weight_dtype: torch.dtype  # of what is not quantised
     dtype: torch.dtype  # to compute in
+    budget_gb: float | None = None  # of the card, for the whole run; None: all that it has
 
 
 def resolve(
     preset_or_id: Preset | str | Path,
     *,
+    train: str | None = None,
     quantization: str | None = None,
     lora_rank: int | None = None,
     lora_alpha: int | None = None,
@@ -58,6 +60,7 @@ def resolve(
     budget: float = 0.10,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    budget_gb: float | None = None,
 ) -> Request:
     """The arguments of `load`, each None replaced by what the adapter's folder, the preset or `Defaults` says.
 
@@ -65,6 +68,8 @@ def resolve(
     of; FileNotFoundError for an adapter's folder or a choice's file that is not complete.
     """
     adapter = _adapter_folder(preset_or_id)
+    if train is not None:
+        lora_rank, quantization = _whole(train, lora_rank, quantization, adapter)
     if adapter is not None:
         own = vars(read_config(adapter))  # what cannot be built is refused before anything is downloaded
         given = {"r": lora_rank, "lora_alpha": lora_alpha, "target_modules": lora_targets and set(_names(lora_targets))}
@@ -101,9 +106,23 @@ def resolve(
         lora_dropout=dropout,
         lora_targets=default.lora_targets if lora_targets is None else _names(lora_targets),
         device=device,
-        weight_dtype=dtype or (torch.float32 if rank == 0 else compute),
+        # fp16 has no gradient scaling for weights in 16 bits
+        weight_dtype=dtype or (torch.float32 if rank == 0 and (train is None or compute == torch.float16) else compute),
         dtype=compute,
+        budget_gb=budget_gb,
     )
+
+
+def _whole(train: str, rank: int | None, quantization: str | None, adapter: Path | None) -> tuple[int, str]:
+    """(lora_rank, quantization) of a model whose every weight is trained. ValueError for what contradicts it."""
+    if train != "all":
+        raise ValueError(f'train={train!r}: it is "all", for every weight; leave it out for an adapter')
+    if adapter is not None:
+        raise ValueError(f'train="all" and the adapter in {adapter} exclude each other: export.merged makes a model of '
+                         "both, whose every weight can be trained")  # fmt: skip
+    if rank or quantization not in (None, "none"):
+        raise ValueError('train="all" has no adapter and no weights in 4 bits: leave lora_rank and quantization out')
+    return 0, "none"
 
 
 def _names(targets: Iterable[str] | str) -> tuple[str, ...]:

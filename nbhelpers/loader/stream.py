@@ -81,6 +81,7 @@ def fill(
     weight_dtype: torch.dtype,
     dtype: torch.dtype,
     progress: Callable[[int], object],
+    swapped: int = 0,
 ) -> None:
     """Read every tensor of `shards` into `model`.
 
@@ -91,6 +92,7 @@ def fill(
         weight_dtype (`torch.dtype`): Of what is not quantised.
         dtype (`torch.dtype`): What quantised layers compute in.
         progress (`Callable[[int], object]`): Called before each tensor with its bytes in the checkpoint.
+        swapped (`int`): The matrices of so many layers go back to the host, quantised, for models/swap.py to take.
 
     Raises ValueError for a tensor of the wrong shape, one that is missing, one that the config has no place for, and
     one that holds NaN or infinity.
@@ -98,6 +100,8 @@ def fill(
     tied = _tied_head(model)
     wanted = dict(model.named_parameters(remove_duplicate=False))
     filled, unused = set(), []
+    layers = model.model.layers[:swapped] if swapped else ()
+    waiting = {module for layer in layers for module in layer.modules() if isinstance(module, nn.Linear)}
     for name, entry in shards.entries.items():
         progress(entry.nbytes)
         owner, _, leaf = name.rpartition(".")
@@ -109,10 +113,9 @@ def fill(
         linear4bit = module if leaf == "weight" and quantize.is_nf4(module) else None
         if linear4bit is not None and f"{name}.absmax" in shards.entries:
             quantize.fill(linear4bit, _packed(shards, name, device, dtype))
-            continue
-        if tuple(wanted[name].shape) != entry.shape:
+        elif tuple(wanted[name].shape) != entry.shape:
             raise ValueError(f"{entry.file.name}: {name} is {entry.shape}, the config says {tuple(wanted[name].shape)}")
-        if linear4bit is not None:
+        elif linear4bit is not None:
             tensor = shards.read(name).to(device)
             refuse_non_finite(tensor, f"{name} in {entry.file.name}")
             quantize.fill(linear4bit, quantize.pack(tensor, dtype))
@@ -120,6 +123,9 @@ def fill(
             tensor = shards.read(name, weight_dtype).to(device, copy=True)  # converts on the host
             refuse_non_finite(tensor, f"{name} in {entry.file.name}")
             setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+        if leaf == "weight" and module in waiting:
+            parameter = cast(nn.Linear, module).weight
+            parameter.data = parameter.data.cpu()
     _refuse_without_place(model, unused)
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta and name not in filled]

@@ -26,9 +26,10 @@ from .kv import kv_bytes_per_token, prefill_tokens, rows_that_fit, slot_tokens
 from .micro_batches import CannotFit, MicroBatch, Resident, StepCost, Tokens, count, largest, resident
 from .report import Plan, Setting
 from .room import CONTEXT_GB, FRAGMENTED, Reserved, Room, kv_budget, step_budget, vllm_kv_budget
+from .swapping import freed_bytes, moved_bytes
 
 __all__ = ["CONTEXT_GB", "FRAGMENTED", "CannotFit", "Plan", "Reserved", "Room", "Setting", "can_train", "floor_gb",
-           "kv_budget", "kv_bytes_per_token", "plan", "sliders", "step_budget", "that_fit",
+           "freed_bytes", "kv_budget", "kv_bytes_per_token", "plan", "sliders", "step_budget", "that_fit",
            "vllm_kv_budget"]  # fmt: skip
 
 # whose step is planned: SFT writes nothing, Online DPO writes pairs, PPO has a value head
@@ -50,6 +51,8 @@ def plan(
     budget_gb: float | None = None,
     attention: str | None = None,
     method: str = "grpo",
+    train: str | None = None,
+    swap: bool = False,
 ) -> Plan:
     """What training `preset` takes on a card. What is not given is the preset's own for that card (`Preset.on_card`).
 
@@ -60,7 +63,7 @@ def plan(
         num_generations (`int`, *optional*): Completions of a group.
         max_prompt_length (`int`, *optional*): Tokens.
         max_completion_length (`int`, *optional*): Tokens.
-        lora_rank (`int`, *optional*): 0: every weight is trained.
+        lora_rank (`int`, *optional*): 0: every weight is trained, in fp32.
         quantization (`str`, *optional*): "dynamic", "nf4" or "none".
         rows (`int`, *optional*): Completions generated and trained on at once, a multiple of num_generations; None is
             one group.
@@ -68,12 +71,16 @@ def plan(
         budget_gb (`float`, *optional*): What torch may allocate in all, GB, if the run gets a limit.
         attention (`str`, *optional*): "flash", or "efficient" as on a T4; None: what the card here has, or what a card
             of that size is likely to have.
+        swap (`bool`): Let as many layers wait on the host as it takes, see models/swap.py.
+        train (`str`, *optional*): "all": every weight is trained in 16 bits, as by `loader.load(..., train="all")`.
         method (`str`): One of METHODS.
 
-    Raises ValueError for another optimizer or method, and for an unknown preset's name.
+    Raises ValueError for another optimizer, train or method, and for an unknown preset's name.
     """
     if optimizer not in ("adamw_8bit", "adamw"):
         raise ValueError(f'optimizer is "adamw_8bit" or "adamw", not {optimizer!r}')
+    if train not in (None, "all"):
+        raise ValueError(f'train={train!r}: it is "all", for every weight; leave it out for an adapter')
     preset = presets.get(preset) if isinstance(preset, str) else preset
     card_gb = card_gb or _card_here()[0] or T4_GB
     preset = preset.on_card(card_gb)
@@ -81,18 +88,22 @@ def plan(
         raise ValueError(f"method is one of {', '.join(METHODS)}, not {method!r}")
     answers = num_generations or GROUPS.get(method, preset.num_generations)
     group = 1 if method == "sft" else answers
+    whole = train == "all"
     setting = Setting(
-        quantization or preset.quantization,
-        preset.lora_rank if lora_rank is None else lora_rank,
+        "none" if whole else quantization or preset.quantization,
+        0 if whole else preset.lora_rank if lora_rank is None else lora_rank,
         group,
         max_prompt_length or preset.max_prompt_length,
         max_completion_length or preset.max_completion_length,
         rows or answers,
         optimizer,
         method,
+        2 if whole else 4,
     )
 
     card = _Card(preset, card_gb, budget_gb, attention or _backend(card_gb))
+    if swap:
+        setting = replace(setting, swapped=card.layers_to_swap(setting))
     training, micro_batches = card.training(setting)
     affordable = card.rows_that_fit(setting)
     fits = bool(micro_batches) and card.generates(setting)
@@ -110,6 +121,7 @@ def plan(
         longest_context=longest if longest >= shortest else 0,
         largest_group=affordable if affordable > 1 and card.fits(setting) else 0,
         nearest=nearest,
+        swap_gb=card.swap_bytes(setting, len(micro_batches)) / GB,
         instead=() if fits or nearest else that_fit(card_gb),
     )  # fmt: skip
 
@@ -170,14 +182,31 @@ class _Card:
 
     def resident(self, s: Setting) -> Resident:
         targets = self.preset.lora_targets
-        return resident(self.preset.architecture, s.quantization, s.lora_rank, targets, s.optimizer)
+        a = self.preset.architecture
+        fixed = resident(a, s.quantization, s.lora_rank, targets, s.optimizer, trained_width=s.trained_width)
+        return replace(fixed, weights=fixed.weights - freed_bytes(a, s.quantization, s.swapped))
+
+    def layers_to_swap(self, s: Setting) -> int:
+        """How many layers have to wait on the host for anything to fit, chosen so that a step copies little:
+        with more of them more completions are written at once. 0 if nothing helps, or every weight is trained."""
+        layers = self.preset.architecture.num_hidden_layers if s.lora_rank else 0
+        fewest = largest(lambda n: not self.fits(replace(s, swapped=n)), 0, layers) + 1
+        enough = range(fewest, layers + 1)
+        return min(enough, key=lambda n: self.swap_bytes(replace(s, swapped=n), 1), default=0)
+
+    def swap_bytes(self, s: Setting, micro_batches: int) -> int:
+        """What a step copies to the card for layers that wait on the host: the walks of all tokens, one after another,
+        and of each micro-batch, forward and backward."""
+        stages = ceil(s.rows / max(1, min(self.rows_that_fit(s), s.rows)))
+        walks = stages * s.max_completion_length + 2 * micro_batches
+        return moved_bytes(self.preset.architecture, s.quantization, s.swapped, walks)
 
     def cost(self, s: Setting) -> StepCost:
         preset, dropped = self.preset, 0
         if preset.lora_dropout and s.lora_rank:
             dropped = sum(m.in_features for m in preset.architecture.linears() if m.name in preset.lora_targets)
-        width = 4 if s.lora_rank == 0 else 2
-        return StepCost(preset.architecture, width, self.backend, dropped, valued=s.method == "ppo")
+        width = s.trained_width if s.lora_rank == 0 else 2
+        return StepCost(preset.architecture, width, self.backend, dropped, s.method == "ppo", s.lora_rank == 0)
 
     def left(self, s: Setting) -> tuple[float, float]:
         """(bytes that the card has left between the halves of a step, bytes that the budget has left): see Room."""
@@ -192,7 +221,7 @@ class _Card:
     def fits(self, s: Setting) -> bool:
         """Whether a completion can be generated and trained on: then any number of them can, one after another."""
         row = (0, s.max_prompt_length, s.max_completion_length)
-        return self.generates(s) and self.cost(s).least([row]) <= self.room(s)
+        return self.generates(s) and self.cost(s).least([row], self.resident(s).gradients) <= self.room(s)
 
     def rows_that_fit(self, s: Setting) -> int:
         """Completions of full length that the graph engine writes at the same time; of texts, all."""
@@ -234,15 +263,16 @@ class _Card:
         rows = [(i // s.num_generations, s.max_prompt_length, s.max_completion_length) for i in range(s.rows)]
         micro_batches: tuple[MicroBatch, ...] = ()
         try:
-            micro_batches = tuple(cost.split(rows, self.room(s)))
+            micro_batches = tuple(cost.split(rows, self.room(s), fresh=self.resident(s).gradients))
             most = max(micro_batches, key=lambda batch: batch.peak)
             saved = most.saved * cost.saved(most.tokens) + most.on_device * cost.hidden(most.tokens.packed)
             peak, head = most.peak, cost.head(most.tokens)
         except CannotFit:
             saved = 0
-            peak, head = cost.least(rows[:1]), cost.head(count(rows[:1]))
+            peak, head = cost.least(rows[:1], self.resident(s).gradients), cost.head(count(rows[:1]))
         parts = self._held(s)
-        parts["adapters"] += self.resident(s).gradients
+        gradients = "adapters" if s.lora_rank else "gradients"
+        parts[gradients] = parts.get(gradients, 0) + self.resident(s).gradients
         parts["kept for backward"] = saved
         parts["logits" if saved + head >= peak / 1.03 else "layer work"] = peak - saved
         return parts, micro_batches

@@ -78,6 +78,8 @@ class StepCost:
         attention (`str`): The backend, "flash", "efficient" or "rows" (see training/packed_attention.py).
         dropped (`int`): Features that go through LoRA's dropout in a layer, over all of its linear layers.
         valued (`bool`): A value head reads what the head reads, in fp32.
+        whole (`bool`): Every weight is trained: the inputs of all linear layers are saved too, and gradients of weights
+            are made before they are added up.
     """
 
     architecture: Architecture
@@ -85,6 +87,7 @@ class StepCost:
     attention: str = "flash"
     dropped: int = 0
     valued: bool = False
+    whole: bool = False
 
     @property
     def layers(self) -> int:
@@ -110,6 +113,20 @@ class StepCost:
     def dropout(self, tokens: int) -> int:
         """What LoRA's dropout saves of a layer: its input and its output for A, in fp32, and the mask, in bytes."""
         return 9 * self.dropped * tokens
+
+    def inputs(self, tokens: int) -> int:
+        """Of linear layers that are trained: two normed hidden states and the MLP's product, in one layer."""
+        return (2 * self.hidden(tokens) + self.inner(tokens)) if self.whole else 0
+
+    def head_gradient(self) -> int:
+        """[V, H] of a head that is trained: summed in fp32, then in its own dtype."""
+        a = self.architecture
+        return a.vocab_size * a.hidden_size * (4 + self.width) if self.whole else 0
+
+    def weight_gradient(self) -> int:
+        """Of the largest linear layer, before it is added to what is there."""
+        a = self.architecture
+        return a.hidden_size * a.intermediate_size * self.width if self.whole else 0
 
     def _expanded(self, keys: int) -> int:
         """K and V, or their gradients, with as many heads as Q; nothing where they have as many anyway."""
@@ -137,13 +154,14 @@ class StepCost:
 
     def recompute_attention(self, t: Tokens) -> int:
         """Backward through a layer's attention: input, gradient of the sum, what was saved, scratch."""
-        dropout = self.dropout(t.packed)
+        dropout = self.dropout(t.packed) + self.inputs(t.packed) + self.weight_gradient()
         return 2 * self.hidden(t.packed) + self._attention_saved(t) + self._attention_scratch(t) + dropout
 
     def recompute_mlp(self, t: Tokens, tile: int) -> int:
         """Backward through a layer's MLP, before that: input, incoming gradient, attention's output, a tile's work."""
         tile = min(tile, t.packed)
         work = 3 * self.inner(tile) + 4 * self.hidden(tile) + self.dropout(tile)
+        work += self.inputs(tile) + self.weight_gradient()
         return 3 * self.hidden(t.packed) + self._attention_saved(t) + self.dropout(t.packed) + work
 
     def head(self, t: Tokens) -> int:
@@ -156,12 +174,12 @@ class StepCost:
 
     def saved(self, t: Tokens) -> int:
         """A layer whose backward needs nothing computed again: input, its attention, sum, gate and up."""
-        own = 2 * self.hidden(t.packed) + 2 * self.inner(t.packed) + self.dropout(t.packed)
+        own = 2 * self.hidden(t.packed) + 2 * self.inner(t.packed) + self.dropout(t.packed) + self.inputs(t.packed)
         return self._attention_saved(t) + own
 
     def saved_backward(self, t: Tokens) -> int:
         """On top of the saved tensors, while such a layer goes backward: the gradients alive in it."""
-        mlp = self.inner(t.packed) + 2 * self.hidden(t.packed)
+        mlp = self.inner(t.packed) + 2 * self.hidden(t.packed) + self.weight_gradient()
         return self.hidden(t.packed) + max(mlp, self._attention_scratch(t) + self.hidden(t.packed))
 
     def forward(self, t: Tokens, tile: int = TILES[0]) -> int:
@@ -170,10 +188,13 @@ class StepCost:
         attention = 3 * self.hidden(t.packed) + self._attention_saved(t)
         return max(attention, 4 * self.hidden(t.packed) + 3 * self.inner(tile), self.head(t))
 
-    def peak(self, t: Tokens, saved: int, on_device: int, tile: int) -> int:
-        """The most bytes alive at once, on top of weights, adapters and optimizer, in these states of the layers."""
+    def peak(self, t: Tokens, saved: int, on_device: int, tile: int, fresh: int = 0) -> int:
+        """The most bytes alive at once, on top of weights, adapters and optimizer, in these states of the layers.
+
+        fresh: bytes of gradients that are put aside and that no layer has made yet when the head makes its own.
+        """
         held = saved * self.saved(t) + on_device * self.hidden(t.packed)
-        moments = [self.head(t) + held]
+        moments = [self.head(t) + held + max(0, self.head_gradient() - fresh)]
         if saved:
             moments.append(self.saved_backward(t) + held)
         if saved < self.layers:
@@ -183,29 +204,29 @@ class StepCost:
                 moments.append(again + 2 * self.hidden(t.packed))  # the next layer's input is being prefetched
         return round(max(moments) * SLACK)
 
-    def micro_batch(self, rows: tuple[int, ...], t: Tokens, room: float) -> MicroBatch | None:
+    def micro_batch(self, rows: tuple[int, ...], t: Tokens, room: float, fresh: int = 0) -> MicroBatch | None:
         """How these rows run within `room` bytes: as many layers saved as fit, then as many inputs on the device.
 
         None if they cannot.
         """
-        if (peak := self.peak(t, self.layers, 0, t.packed)) <= room:
+        if (peak := self.peak(t, self.layers, 0, t.packed, fresh)) <= room:
             return MicroBatch(rows, t, self.layers, 0, t.packed, peak)
         for tile in (t.packed, *(tile for tile in TILES if tile < t.packed)):
-            if self.peak(t, 0, 0, tile) <= room:
+            if self.peak(t, 0, 0, tile, fresh) <= room:
                 break
         else:
             return None
-        saved = largest(lambda n: self.peak(t, n, 0, tile) <= room, 1, self.layers - 1)
-        on_device = largest(lambda n: self.peak(t, saved, n, tile) <= room, 1, self.layers - saved)
-        return MicroBatch(rows, t, saved, on_device, tile, self.peak(t, saved, on_device, tile))
+        saved = largest(lambda n: self.peak(t, n, 0, tile, fresh) <= room, 1, self.layers - 1)
+        on_device = largest(lambda n: self.peak(t, saved, n, tile, fresh) <= room, 1, self.layers - saved)
+        return MicroBatch(rows, t, saved, on_device, tile, self.peak(t, saved, on_device, tile, fresh))
 
     def time(self, batch: MicroBatch) -> float:
         """In tokens times layers: forward, backward, and what is computed again."""
         again = RECOMPUTED * (self.layers - batch.saved)
         return (batch.tokens.packed + FIXED_TOKENS) * (2 * self.layers + again)
 
-    def split(self, rows: list[Lengths], room: float, share: bool = True) -> list[MicroBatch]:
-        """The fastest way to run `rows` within `room` bytes of work.
+    def split(self, rows: list[Lengths], room: float, share: bool = True, fresh: int = 0) -> list[MicroBatch]:
+        """The fastest way to run `rows` within `room` bytes of work; `fresh` as for `peak`, if it is one piece.
 
         Rows of a prompt stay together as far as they can. Raises CannotFit if not even one row fits.
         """
@@ -216,7 +237,8 @@ class StepCost:
         for pieces in _piece_counts(len(rows)):
             cut = []
             for chosen in _cut(order, lengths, pieces):
-                batch = self.micro_batch(tuple(chosen), count([rows[i] for i in chosen], share), room)
+                tokens = count([rows[i] for i in chosen], share)
+                batch = self.micro_batch(tuple(chosen), tokens, room, fresh if pieces == 1 else 0)
                 if batch is None:
                     break
                 cut.append(batch)
@@ -233,10 +255,10 @@ class StepCost:
             )
         return best
 
-    def least(self, rows: list[Lengths]) -> int:
-        """Bytes below which these rows cannot run together."""
+    def least(self, rows: list[Lengths], fresh: int = 0) -> int:
+        """Bytes below which these rows cannot run together; `fresh` as for `peak`."""
         tokens = count(rows)
-        return min(self.peak(tokens, 0, 0, tile) for tile in (tokens.packed, TILES[-1]))
+        return min(self.peak(tokens, 0, 0, tile, fresh) for tile in (tokens.packed, TILES[-1]))
 
 
 def largest(fits: Callable[[int], bool], low: int, high: int) -> int:
@@ -272,7 +294,7 @@ class Resident:
     """Bytes that are on the card all the time. Sources: Architecture counts, bitsandbytes for 8-bit Adam."""
 
     weights: int
-    adapters: int  # fp32; with every weight trained, 0: they are the weights
+    adapters: int  # fp32; 0 where every weight is trained
     gradients: int  # freed by the update: while an engine generates they are not there
     optimizer: int
     scratch: int  # the one buffer for dequantised weights
@@ -303,22 +325,29 @@ OPTIMIZER_BYTES = {"adamw_8bit": 2.04, "adamw": 8.0}
 
 
 def resident(
-    a: Architecture, quantization: str, rank: int, targets: tuple[str, ...] | None, optimizer: str, width: int = 2
+    a: Architecture,
+    quantization: str,
+    rank: int,
+    targets: tuple[str, ...] | None,
+    optimizer: str,
+    width: int = 2,
+    trained_width: int = 4,
 ) -> Resident:
     """What a model with an adapter keeps on the card.
 
     Args:
         a (`Architecture`): The model's shapes.
         quantization (`str`): "dynamic", "nf4" or "none".
-        rank (`int`): Of the LoRA; 0: every weight is trained, in fp32.
+        rank (`int`): Of the LoRA; 0: every weight is trained.
         targets (`tuple[str, ...]`, *optional*): The layers with a LoRA; None: all linear ones.
         optimizer (`str`): A key of OPTIMIZER_BYTES.
         width (`int`): Bytes of a frozen 16- or 32-bit number.
+        trained_width (`int`): Bytes of a weight where every weight is trained.
     """
     state = OPTIMIZER_BYTES[optimizer]
     if rank == 0:
         numbers = a.parameters()
-        return Resident(4 * numbers, 0, 4 * numbers, round(state * numbers), 0)
+        return Resident(trained_width * numbers, 0, trained_width * numbers, round(state * numbers), 0)
     numbers = a.lora_parameters(rank, targets)
     scratch = 0 if quantization == "none" else scratch_bytes(a, width)
     return Resident(a.weight_bytes(quantization, width), 4 * numbers, 4 * numbers, round(state * numbers), scratch)

@@ -6,9 +6,10 @@ from nbhelpers.presets import Preset
 
 from .kv import MAX_ROWS
 from .micro_batches import MicroBatch
+from .swapping import PCIE_GB_S
 
-ORDER = ("weights", "adapters", "optimizer", "dense scratch", "KV cache", "kept for backward", "layer work", "logits",
-         "CUDA context")  # fmt: skip
+ORDER = ("weights", "adapters", "gradients", "optimizer", "dense scratch", "KV cache", "kept for backward",
+         "layer work", "logits", "CUDA context")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,18 @@ class Setting:
     rows: int
     optimizer: str = "adamw_8bit"
     method: str = "grpo"
+    trained_width: int = 4  # bytes of a weight where every weight is trained
+    swapped: int = 0  # decoder layers that wait on the host
 
     def __str__(self) -> str:
-        adapter = f"LoRA {self.lora_rank}" if self.lora_rank else "every weight trained"
+        whole = f"every weight trained in {8 * self.trained_width} bits"
+        adapter = f"LoRA {self.lora_rank}" if self.lora_rank else whole
+        waiting = f" · {self.swapped} layers wait on the host" if self.swapped else ""
         if self.method == "sft":
             length = self.max_prompt_length + self.max_completion_length
-            return f"{self.quantization} · {adapter} · {self.rows} texts of {length} tokens"
+            return f"{self.quantization} · {adapter}{waiting} · {self.rows} texts of {length} tokens"
         return (
-            f"{self.quantization} · {adapter} · {self.rows} x ({self.max_prompt_length} + "
+            f"{self.quantization} · {adapter}{waiting} · {self.rows} x ({self.max_prompt_length} + "
             f"{self.max_completion_length}) tokens in groups of {self.num_generations}"
         )
 
@@ -54,6 +59,7 @@ class Plan:
     longest_context: int  # tokens of prompt and completion, 0 if none fits; completions one after another if need be
     largest_group: int  # completions of this length that the graph engine writes at the same time; 0 if it is below 2
     nearest: Setting | None  # what to change to, if this does not fit
+    swap_gb: float  # what a step copies to the card for layers that wait on the host, GB; 0 without any
     instead: tuple[str, ...]  # presets that fit this card, if no setting of this one does
 
     @property
@@ -89,7 +95,11 @@ class Plan:
             stages = ""
             if self.at_once < min(self.setting.rows, MAX_ROWS):
                 stages = f" Completions are written together while short, {self.at_once} at a time at the end."
-            return [f"It fits. The batch goes through in {pieces}, {how}.{stages}", *largest]
+            swap = [] if not self.swap_gb else [
+                f"{self.setting.swapped} layers wait on the host: {self.swap_gb:,.0f} GB go over PCIe in a step, about "
+                f"{self.swap_gb / PCIE_GB_S:,.0f} s at {PCIE_GB_S} GB/s, for completions that are all of full length."
+            ]  # fmt: skip
+            return [f"It fits. The batch goes through in {pieces}, {how}.{stages}", *swap, *largest]
         if self.nearest is not None:
             return [f"It does NOT fit. The nearest that does: {self.nearest}.", *largest]
         names = ", ".join(self.instead) or "none"

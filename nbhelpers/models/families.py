@@ -264,7 +264,11 @@ def _why_not_train(model: "nn.Module", family: Family, inner: "PreTrainedModel")
 # their parts. A hook on the latter would not run: what is trained, or what writes, would be another model.
 
 # transformers' own: the embedding's output gets to require a gradient, an output is copied where that is asked for
-HARMLESS = ("transformers.modeling_utils", "transformers.utils.output_capturing")
+HARMLESS = (
+    "transformers.modeling_utils",
+    "transformers.utils.output_capturing",
+    "nbhelpers.models.swap",
+)  # its hook does what a walk does itself
 NEFTUNE = "transformers.integrations.neftune"  # noise on the embedding, but not in evaluation mode
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from nbhelpers import kernels
-from nbhelpers.models import families, patch, projection
+from nbhelpers.models import families, patch, projection, swap
 
 from .offload import Checkpoints
 from .packed_attention import attend
@@ -59,7 +59,7 @@ class LayerwiseDecoder:
         self.backend, self.autocast = backend, autocast
         self.embedding: Tensor = next(self.embed.parameters())
         self.device = self.embedding.device
-        self.store = Checkpoints(self.device)
+        self.store, self.swapped = Checkpoints(self.device), swap.of(model)
         self.value_head: nn.Module | None = None  # from hidden states fp32 [S, H] to [S, 1], PPO's
         self.values: Tensor | None = None  # what it gave to the newest scored tokens, fp32 [S]
 
@@ -137,7 +137,8 @@ class LayerwiseDecoder:
         """`logps` of packed tokens, without gradients; nothing is saved."""
         with self._arithmetic():
             x, cos_sin = self.start(packed)
-            for layer in self.layers:
+            for number, layer in enumerate(self.layers):
+                self._need(number, number + 1)
                 x = self._forward(layer, x, packed, cos_sin, tile)
             return self.logps(x, packed, temperature)
 
@@ -185,6 +186,7 @@ class LayerwiseDecoder:
         graphs: list[tuple[Tensor, Tensor]] = []
         random: list[list[Tensor]] = []  # states of the generators before each layer that is computed again
         for number, layer in enumerate(self.layers):
+            self._need(number, number + 1)
             if number >= first_saved:
                 leaf = x.detach().requires_grad_()
                 with torch.enable_grad(), self._arithmetic():
@@ -208,6 +210,7 @@ class LayerwiseDecoder:
         gradient = [_gradient_of(leaf)]  # a list, so that who takes it out can free it
         del leaf, value
         for number in range(last, -1, -1):
+            self._need(number, number - 1)
             if number >= first_saved:
                 leaf, y = graphs.pop()
                 self._differentiate(y, gradient.pop().to(y.dtype))
@@ -222,6 +225,11 @@ class LayerwiseDecoder:
                 del x
         if root is not None:
             self._differentiate(root, gradient.pop())
+
+    def _need(self, number: int, then: int) -> None:
+        """The layer's weights are on the device, and those of the next one on their way."""
+        if self.swapped is not None:
+            self.swapped.need(number, then)
 
     def _differentiate(self, root: Tensor | GradientEdge, gradient: Tensor) -> None:
         with _plain(self.device):

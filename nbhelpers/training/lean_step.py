@@ -78,7 +78,8 @@ class LeanStep:
         self.decoder = LayerwiseDecoder(model, backend, autocast)
         width = max(embedding.element_size(), dtype.itemsize)
         dropped = max(map(_dropped, self.decoder.layers))
-        self.cost = StepCost(families.architecture(model.config.to_dict()), width, backend, dropped)
+        whole = self.decoder.head.weight.requires_grad
+        self.cost = StepCost(families.architecture(model.config.to_dict()), width, backend, dropped, whole=whole)
         self.model = model
         self.temperature, self.share_prompts = temperature, share_prompts
         self.room = Room(self.device, budget_gb, reserved)
@@ -109,7 +110,11 @@ class LeanStep:
 
     def available(self) -> float:
         """Bytes that the work of a micro-batch may take, on top of what is allocated and of gradients to come."""
-        return self.room.for_step(sum(p.numel() * p.element_size() for p in self.trained if p.grad is None))
+        return self.room.for_step(self._coming())
+
+    def _coming(self) -> int:
+        """Bytes of gradients that are not there yet."""
+        return sum(p.numel() * p.element_size() for p in self.trained if p.grad is None)
 
     def retried(self, call: Callable[[], T], learns: bool = True) -> T:
         """call(); if memory runs out in it, it is called again with smaller micro-batches from then on.
@@ -137,7 +142,7 @@ class LeanStep:
 
     def plan(self, rows: list[Row]) -> list[MicroBatch]:
         """How these rows would be cut now. Raises CannotFit if not one of them fits."""
-        return self.cost.split(_lengths(rows), self.available(), self.share_prompts)
+        return self.cost.split(_lengths(rows), self.available(), self.share_prompts, self._coming())
 
     # -------------------------------------------------------------------------------------------------- the work
 

@@ -14,16 +14,17 @@ if TYPE_CHECKING:
 
 
 def check_model(model: "PreTrainedModel | PeftModel", args: "TrainingArguments") -> None:
-    """Raises ValueError without a trainable parameter, and for fp16 master weights under fp16."""
+    """Raises ValueError without a trainable parameter, and for 16-bit master weights under fp16."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trained:
         raise ValueError("no parameter of the model is trainable: load it with lora_rank > 0, or with lora_rank=0 and "
                          "quantization='none' to train all of it, or pass peft_config")  # fmt: skip
-    halves = [name for name, p in trained if p.dtype == torch.float16]
-    if args.fp16 and halves:
+    halves = [(name, p.dtype) for name, p in trained if p.dtype in (torch.float16, torch.bfloat16)]
+    if args.fp16 and halves:  # the gradients have its dtype, and cannot be scaled
+        name, dtype = halves[0]
         raise ValueError(
-            f"fp16 training needs fp32 master weights, but {len(halves)} trainable parameters are fp16, the first is "
-            f"{halves[0]}: load the model with nbhelpers.loader.load, or cast them with .float()"
+            f"fp16 training needs fp32 master weights, but {len(halves)} trainable parameters are {dtype}, the first "
+            f"is {name}: load the model with nbhelpers.loader.load, or cast them with .float()"
         )
 
 

@@ -31,6 +31,7 @@ from .model_check import check_model, master_weights, restore_masters
 from .packing import Packed, Row, Rows
 from .resume_hooks import ResumeHooks
 from .step_hooks import StepHooks
+from .whole_hooks import WholeHooks
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -67,7 +68,7 @@ def texts_of(batch: dict[str, Tensor]) -> Rows:
     return found
 
 
-class LeanSFTTrainer(ResumeHooks, StepHooks, trl.SFTTrainer):
+class LeanSFTTrainer(ResumeHooks, StepHooks, WholeHooks, trl.SFTTrainer):
     """TRL's SFTTrainer, made for one small machine: the lean step, checkpoints that are complete or absent, the panel.
 
     Args:

@@ -103,10 +103,11 @@ class StepHooks(RunHooks):
         if self.optimizer is not None and self.optimizer.state:
             return 0.0
         name = str(self.args.optim).lower()  # an enum: "optimizernames.adamw_8bit"
-        if "paged" in name:
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if "paged" in name and all(p.dtype != torch.bfloat16 for p in trained):  # whole_hooks.py's is not paged
             return 0.0
         kind = "adamw_8bit" if "8bit" in name else "adamw"
-        return OPTIMIZER_BYTES[kind] * sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return OPTIMIZER_BYTES[kind] * sum(p.numel() for p in trained)
 
     def _average_gradients(self, model: nn.Module) -> None:
         """Over all processes: the lean step bypasses DDP's forward, so DDP does not."""

@@ -32,6 +32,7 @@ from .resume_hooks import ResumeHooks
 from .signal_hooks import SignalHooks
 from .step_hooks import ONE_CARD_EACH
 from .stop_when import SILENCE, Stopper, StopWhen
+from .whole_hooks import WholeHooks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 ENGINES_KNOW = {"stop_strings", "min_new_tokens"}  # of transformers' names in `generation_kwargs`
 
 
-class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.GRPOTrainer):
+class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, WholeHooks, trl.GRPOTrainer):
     """TRL's GRPOTrainer, made for one small machine. These things differ:
 
     - the precision is this machine's when `args` is a `LeanGRPOConfig` (or None);
@@ -58,6 +59,7 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, trl.
       that takes longer than `args.reward_seconds` costs one batch's rows of that function, not the run;
     - `state.samples` holds the newest rollout as `Sample`s, for callbacks such as `panel.Live`;
     - log-probabilities and gradients come from the lean step (`lean_step.LeanStep`);
+    - weights that are trained in bf16 themselves (`loader.load(..., train="all")`) are rounded by chance;
     - completions are written by an engine from the weights that are trained, and end with a stop string too
       (`generation_kwargs={"stop_strings": [...]}`);
     - a prompt that ends with an assistant message is continued there; what is rewarded is what the model wrote;

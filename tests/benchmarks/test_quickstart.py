@@ -8,7 +8,7 @@ from datasets import Dataset
 from step_cases import make_model
 from tiny_model import tokenizer
 
-from benchmarks import quickstart
+from benchmarks import common, quickstart
 from nbhelpers import LeanGRPOConfig, LeanGRPOTrainer
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "quickstart.json"
@@ -39,3 +39,16 @@ def test_the_quickstart_is_right_and_spends_little():
     for seed in (0, 1, 2):
         assert rows[f"workshop/seed-{seed}/accuracy_after"] >= 0.98
         assert rows[f"workshop/seed-{seed}/generated"] <= 0.6 * WITH_8_QUESTIONS_A_STEP
+
+
+def test_whole_in_16_bits_stands_beside_the_same_seeds_in_fp32(monkeypatch):
+    asked = {}
+
+    def rows_of(name, parameters):
+        asked[name] = parameters
+        return [common.row(f"workshop/{name}/accuracy_after", "ours", 0.9, "share")]
+
+    monkeypatch.setattr(quickstart, "rows_of", rows_of)
+    *seeds, last = quickstart.whole()
+    assert len(seeds) == len(asked) == 3 and all("torch.bfloat16" in text for text in asked.values())
+    assert (last["what"], last["value"]) == ("workshop/whole/accuracy_after", 0.9) and last["fp32"] >= 0.98

@@ -10,7 +10,7 @@ from loader_cases import load
 from safetensors.torch import load_file, save_file
 
 from nbhelpers import loader, presets
-from nbhelpers.loader import calibration
+from nbhelpers.loader import calibration, request
 from nbhelpers.models import chat, quantize, smoke
 
 ARCHITECTURES = ("qwen2.5-1.5b", "llama-3.1-8b", "mistral-7b", "phi-4")
@@ -234,6 +234,20 @@ def test_every_weight_can_be_trained(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     assert torch.equal(logits(load(tmp_path, "none", lora_rank=0)), logits(model))
     assert {p.dtype for p in load(tmp_path, "none", lora_rank=0, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+def test_train_all_is_every_weight_in_the_dtype_that_the_card_computes_in(monkeypatch):
+    preset = presets.get("qwen2.5-1.5b")
+    assert {p.dtype for p in load(preset, None, train="all").parameters()} == {torch.float32}  # a CPU
+    resolved = request.resolve(preset, train="all")
+    assert (resolved.lora_rank, resolved.quantization) == (0, "none")
+    for card, wanted in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)):  # no gradient scaling
+        monkeypatch.setattr(request.gpu, "compute_dtype", lambda card=card: card)
+        assert request.resolve(preset, train="all", device="cuda").weight_dtype == wanted
+        assert request.resolve(preset, lora_rank=0, quantization="none", device="cuda").weight_dtype == torch.float32
+    for wrong in ({"train": "some"}, {"train": "all", "lora_rank": 8}, {"train": "all", "quantization": "nf4"}):
+        with pytest.raises(ValueError, match="train="):
+            request.resolve(preset, **wrong)
 
 
 def test_dynamic_on_the_workshop_model_is_never_worse():

@@ -26,7 +26,7 @@ from nbhelpers import gpu, host
 from nbhelpers.architecture import GB
 from nbhelpers.memory.kv import kv_bytes_per_token
 from nbhelpers.memory.room import Room, vllm_kv_budget
-from nbhelpers.models import families
+from nbhelpers.models import families, swap
 
 from ..base import LENGTH, STOP_STRING, Completion, Engine, Sampling, Writer, check, inference
 from ..cuda_graphs import BATCHES
@@ -204,8 +204,9 @@ class VLLMEngine(Engine):
 
 def why_not(model: "PreTrainedModel | PeftModel") -> str | None:
     """The reason why vLLM cannot be built on this model in this process, or None if it can."""
-    if (why := families.why_not(model, "generation")) is not None:
-        return why
+    why = families.why_not(model, "generation")
+    if why is not None or swap.of(model) is not None:
+        return why or "some of its layers wait on the host"
     inner = families.unwrap(model)
     dtypes = {p.dtype for name, p in inner.named_parameters() if "lora_" not in name and p.is_floating_point()}
     if len(dtypes) > 1 or not dtypes <= {torch.bfloat16, torch.float16}:
