@@ -8,7 +8,7 @@ import sys
 
 from nbhelpers.training.compatibility import ADAPTERS, ARGUMENTS, MEANING, Entry
 
-from .readme import MODELS, ROOT, Results, table
+from .tables import MODELS, ROOT, Results, table
 
 PAGE = ROOT / "docs" / "compatibility.md"
 

@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks.readme import ROOT, Results
+from benchmarks.tables import ROOT, Results
 from nbhelpers import memory
 from nbhelpers.lessons import drawings
 

@@ -45,15 +45,23 @@ class Method:
     real_changes: dict[str, Any] = dataclasses.field(default_factory=dict)
     texts: bool = False  # learns from worked answers
     without: tuple[str, ...] = ()  # arguments of the notebooks' trainer that it does not have
+    parameters: str = ""  # of the quickstart's first cell, set otherwise
 
 
 TEXTS = 2880  # that a method which learns from texts gets: 90 steps of 32
 OF_TEXTS = {"learning_rate": 1e-4, "per_device_train_batch_size": 16}
 OF_REWARDS = ("reward_funcs", "engine", "tags", "stop_when")
+# a reference and a value head need an adapter on the workshop model
+LORA = 'QUANTIZATION, LORA_RANK, LEARNING_RATE = "none", 16, 3e-3\nSTEPS = '
+PPO = {"num_generations": 2, "num_ppo_epochs": 2, "lam": 1.0, "kl_coef": 0.0, "learning_rate": 3e-3}
 METHODS = {
     "grpo": Method("LeanGRPOConfig", "LeanGRPOTrainer"),
     "rloo": Method("LeanRLOOConfig", "LeanRLOOTrainer"),
     "sft": Method("LeanSFTConfig", "LeanSFTTrainer", {"learning_rate": 1e-3}, OF_TEXTS, texts=True, without=OF_REWARDS),
+    "online_dpo": Method(
+        "LeanOnlineDPOConfig", "LeanOnlineDPOTrainer", {"num_generations": 2, "beta": 0.1}, parameters=LORA + "45"
+    ),
+    "ppo": Method("LeanPPOConfig", "LeanPPOTrainer", PPO, parameters=LORA + "120"),
 }
 
 
@@ -115,7 +123,7 @@ def keep(out: str, live: Any) -> None:
 def of_quickstart(name: str, seed: int) -> list[common.Row]:
     """The quickstart once, in a process of its own."""
     with tempfile.TemporaryDirectory() as out:
-        code = TAKE.format(name) + quickstart.script(f"SEED = {seed}", out) + KEEP
+        code = TAKE.format(name) + quickstart.script(f"SEED = {seed}\n{METHODS[name].parameters}", out) + KEEP
         subprocess.run([sys.executable, "-c", code], cwd=common.ROOT, check=True, env=_environment())
         report = json.loads(Path(out, "report.json").read_text())
     label, rows = f"workshop/{name}/seed-{seed}", []

@@ -6,56 +6,13 @@ python -m benchmarks.readme --check   # exit status 1 if that would change anyth
 
 import json
 import sys
-from pathlib import Path
 
 from nbhelpers import memory, presets
 from notebooks.build import MODELS as NOTEBOOKS
 from notebooks.build import badges
 
-ROOT = Path(__file__).parents[1]  # where this copy of it stands: a test puts it beside another README
-RESULTS = ROOT / "benchmarks" / "results"
-MODELS = {"qwen2.5-1.5b": "Qwen2.5-1.5B", "llama-3.1-8b": "Llama-3.1-8B", "phi-4": "Phi-4 14B"}
-
-
-class Results:
-    """One results file; `results("what", "who")` is a value, None where there is no such row."""
-
-    def __init__(self, name: str):
-        self.document = json.loads((RESULTS / f"{name}.json").read_text())
-        self.values = {(row["what"], row["who"]): row["value"] for row in self.document["rows"]}
-
-    def __call__(self, what: str, who: str = "ours") -> float | None:
-        return self.values.get((what, who))
-
-    def runs(self, *keys: tuple[str, str]) -> list[str]:
-        """The runs, "date, command", that rows (what, who) came from; without keys the file's own."""
-        own = f"{self.document['date']}, {self.document['command']}"
-        rows = [row for row in self.document["rows"] if (row["what"], row["who"]) in keys]
-        return sorted({row.get("run", own) for row in rows} or {own})
-
-    def where(self, *keys: tuple[str, str]) -> str:
-        """The machine, and the day of the first of those runs."""
-        host = self.document["host"]
-        machine = host.get("gpu") or f"{host['cores']} cores ({host['cpu']})"
-        return f"{machine}, {self.runs(*keys)[0][:10]}"
-
-    def source(self, *keys: tuple[str, str]) -> str:
-        """On what it was measured, with which versions, and by which calls."""
-        host = self.document["host"]
-        packages = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "vllm")
-        versions = ", ".join(f"{name} {host[name]}" for name in packages if name in host)
-        calls = ", ".join(f"`{run.partition(', ')[2]}`" for run in self.runs(*keys))
-        return f"Measured on {self.where(*keys)}; {versions}; {calls}."
-
-
-def table(header: list[str], rows: list[list[str]], words: int = 1) -> str:
-    """The first `words` columns hold words, the others numbers."""
-    lines = [header, ["---"] * words + ["---:"] * (len(header) - words), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def number(value: float | None, digits: int = 2, unit: str = "") -> str:
-    return "–" if value is None else f"{value:.{digits}f}{unit}"
+from .plots import plots
+from .tables import MODELS, ROOT, Results, number, table
 
 
 def ratio(ours: float | None, theirs: float | None) -> str:
@@ -199,16 +156,17 @@ def models() -> str:
     return f"{table(header, rows, words=3)}\n\nMeasured on {engines.where(*keys)}."
 
 
-def learned() -> str:
-    """What real weights learned from the model notebook, the worst of the seeds."""
+REAL_RUNS = (("t4", "as a T4: fp16, 15 GB"), ("7GB", "bf16, 7 GB"))
+
+
+def learned(model: str = "qwen2.5-coder-1.5b", runs: tuple[tuple[str, str], ...] = REAL_RUNS) -> str:
+    """What real weights learned from the model notebook, in each of the runs (name, title): the worst of the seeds."""
     results = Results("real")
-    model = "qwen2.5-coder-1.5b"
     kinds = (
         ("numbers", "word problems, other numbers"), ("templates", "word problems of other kinds"),
         ("own_templates", "stories of `tasks.word_problems`, held out"), ("decimals", "which decimal is bigger"),
         ("plain", "60 plain questions, for what was lost"),
     )  # fmt: skip
-    runs = (("t4", "as a T4: fp16, 15 GB"), ("7GB", "bf16, 7 GB"))
     header = ["right, in whatever form", *(title for _, title in runs)]
     keys = [(f"{model}/{run}/{name}_after", "ours") for run, _ in runs for name, _ in kinds]
 
@@ -283,6 +241,7 @@ def _minutes(seconds: float | None) -> str:
 TABLES = {
     "first": first,
     "learned": learned,
+    "too_small": lambda: learned("smollm2-135m", (("gpu", "SmolLM2-135M, bf16"),)),
     "lessons": lessons,
     "models": models,
     "peers": peers,
@@ -294,33 +253,6 @@ TABLES = {
     "whole": whole,
 }
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
-PLOTS = ROOT / "docs"
-
-
-def plots() -> None:
-    """docs/step_length.png and docs/step_groups.png: what the training half costs against length and group size."""
-    from matplotlib.figure import Figure
-
-    results = Results("step")
-    lengths = {"1K": 1024, "4K": 4096, "20K": 20480}
-    groups = (2, 4, 8, 16, 32)
-    for file, xs, label, keys in (
-        ("step_length", list(lengths.values()), "tokens of one completion and its prompt", list(lengths)),
-        ("step_groups", list(groups), "completions of one prompt, 1K tokens each", [f"1K/group-{g}" for g in groups]),
-    ):
-        figure = Figure(figsize=(9, 3.2), dpi=110, layout="constrained")
-        for axes, metric, unit in zip(figure.subplots(1, 2), ("train_peak", "train_time"), ("GB", "s"), strict=True):
-            for name, title in MODELS.items():
-                points = [(x, results(f"{name}/{key}/{metric}")) for x, key in zip(xs, keys, strict=True)]
-                points = [point for point in points if point[1] is not None]
-                if points:
-                    axes.plot(*zip(*points, strict=True), marker="o", label=title)
-            axes.set(xscale="log", xticks=xs, xlabel=label, ylabel=f"{metric.replace('_', ' ')}, {unit}", ylim=0)
-            axes.set_xticklabels(map(str, xs))
-            axes.minorticks_off()
-            axes.grid(alpha=0.3)
-        axes.legend()
-        figure.savefig(PLOTS / f"{file}.png", metadata={"Software": None})
 
 
 def render(text: str) -> str:
