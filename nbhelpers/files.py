@@ -76,6 +76,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 @contextmanager
 def whole_files(folder: Path) -> Iterator[Path]:
     """The same, but each file that was written replaces the one of its name in `folder`, and others there stay."""
+    folder = folder.absolute()  # "." has no name
     new = folder.with_name(f".{folder.name}-new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)

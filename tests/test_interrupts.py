@@ -136,3 +136,10 @@ def test_an_adapter_s_files_replace_those_of_their_names_at_the_end_alone(tmp_pa
         (new / "weights").write_text("new")
     assert {file.name: file.read_text() for file in (tmp_path / "a").iterdir()} == {"notes": "mine", "weights": "new"}
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_folder_of_this_process_can_be_written_into_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with files.whole_files(Path(".")) as new:
+        (new / "one").write_text("1")
+    assert [path.name for path in tmp_path.iterdir()] == ["one"] and (tmp_path / "one").read_text() == "1"

@@ -90,8 +90,9 @@ def layers_to_swap(request: Request, source: hub.Source) -> int:
     preset = request.model
     if not isinstance(preset, Preset):
         preset = Preset(source.id, source.id, source.id, families.architecture(source.config))
+    in_16_bits = not request.lora_rank and request.quantization == "none" and request.weight_dtype.itemsize == 2
     plan = memory.plan(preset, request.budget_gb, quantization=request.quantization, lora_rank=request.lora_rank,
-                       swap=True)  # fmt: skip
+                       train="all" if in_16_bits else None, swap=True)  # fmt: skip
     if not plan.fits:
         raise host.CannotRun(f"budget_gb={request.budget_gb:g} is too little for {source.id}, even with its layers in "
                              f"host memory: {plan.verdict()[0]}")  # fmt: skip

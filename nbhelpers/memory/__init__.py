@@ -23,8 +23,9 @@ from nbhelpers.presets import Preset
 
 from .by_hand import sliders_of
 from .kv import kv_bytes_per_token, prefill_tokens, rows_that_fit, slot_tokens
-from .micro_batches import CannotFit, MicroBatch, Resident, StepCost, Tokens, count, largest, resident
+from .micro_batches import CannotFit, MicroBatch, StepCost, Tokens, count, largest
 from .report import Plan, Setting
+from .residents import Resident, resident
 from .room import CONTEXT_GB, FRAGMENTED, Reserved, Room, kv_budget, step_budget, vllm_kv_budget
 from .swapping import freed_bytes, moved_bytes
 

@@ -93,14 +93,15 @@ class Swapped:
     def _copy(self, number: int) -> None:
         place, waiting = self._place(number), self.host[number]
         target = self.places[place][: len(waiting)]
-        self.holds[place], self.moved = number, self.moved + len(waiting)
+        self.holds[place] = None  # until it is done: Ctrl-C may fall in between, and the model is used again
         if self.copies is None:
             target.copy_(waiting)
-            return
-        self.copies.wait_stream(torch.cuda.current_stream(self.device))  # who used the place has been enqueued there
-        with torch.cuda.stream(self.copies):
-            target.copy_(waiting, non_blocking=True)
-            self.arrived[place] = self.copies.record_event()
+        else:
+            self.copies.wait_stream(torch.cuda.current_stream(self.device))  # who used the place is enqueued there
+            with torch.cuda.stream(self.copies):
+                target.copy_(waiting, non_blocking=True)
+                self.arrived[place] = self.copies.record_event()
+        self.holds[place], self.moved = number, self.moved + len(waiting)
 
 
 def _aligned(nbytes: int) -> int:
@@ -131,6 +132,11 @@ def _before(swapped: Swapped, number: int) -> Any:
 def of(model: nn.Module) -> Swapped | None:
     """What of this model, in peft's wrapper or not, waits on the host; None: nothing."""
     return vars(families.unwrap(model)).get(KEY)
+
+
+def waits(parameter: Tensor) -> bool:
+    """Whether the parameter's numbers wait on the host: where it points to, another layer's may be, or none yet."""
+    return KEY in vars(parameter)
 
 
 def bring(parameter: Tensor) -> None:

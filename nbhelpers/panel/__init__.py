@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 WORK = 20  # of this many seconds at most one goes into drawing
 LONGEST = 5.0  # seconds between two drawings, if there is a step to draw: longer looks frozen
 NEWEST_DRAWINGS = 3  # whose quickest says what one costs: a single slow one must not freeze the panel
+ASKED_TOKENS = 256  # of an answer to a person's question, in a run that writes none itself
 RECORDED_PAIRS = 12  # of best and worst answers, over a run
 
 
@@ -257,12 +258,16 @@ class Live(display.View, TrainerCallback):
         return path
 
     def _ask(self, question: str, step: int, args: Any, model: Any, tokenizer: Any, rows: Any) -> None:
-        """Put a person's question as the probes are put, or with the system message of the training rows."""
-        prompt = self.probes[0].messages if self.probes else next(iter(rows))["prompt"]
+        """Put a person's question as the probes are put, or with the system message of the training rows, if they have
+        prompts: texts that are learned are token ids by now."""
+        prompt = self.probes[0].messages if self.probes else next(iter(rows)).get("prompt", ())
         system = [message for message in prompt if isinstance(message, dict) and message["role"] == "system"]
         messages = [*system, {"role": "user", "content": question}]
         name = "auto" if self.engine is None else self.engine.name
-        decoding = self.probes[0].decoding if self.probes else Decoding(args.max_completion_length, 0.0, 0, 1, name)
+        if self.probes:
+            decoding = self.probes[0].decoding
+        else:
+            decoding = Decoding(vars(args).get("max_completion_length", ASKED_TOKENS), 0.0, 0, 1, name)
         empty = Answer(question, "", None, 0, True, "", decoding, messages=messages, tags=self.tags)
         try:
             (answer,) = evaluate.ask_again(model, tokenizer, [empty], self.engine, progress=False)

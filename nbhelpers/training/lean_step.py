@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from nbhelpers import kernels
-from nbhelpers.memory.micro_batches import TILES, CannotFit, Lengths, MicroBatch, StepCost, count, scratch_bytes
+from nbhelpers.memory.micro_batches import TILES, CannotFit, Lengths, MicroBatch, StepCost, count
+from nbhelpers.memory.residents import scratch_bytes
 from nbhelpers.memory.room import Reserved, Room
 from nbhelpers.models import families
 from nbhelpers.models.finite import first_not_finite

@@ -23,7 +23,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 from trl.trainer.utils import RepeatSampler
 
-from nbhelpers.models import adapter
+from nbhelpers.models import adapter, swap
 from nbhelpers.models.finite import first_not_finite
 from nbhelpers.progress import interruptible
 
@@ -128,7 +128,9 @@ class ResumeHooks(SaveHooks):
     def _check_start(self) -> None:
         """Refuse what would fail later: weights that are not finite, checkpoints for which there is no room."""
         model = self.accelerator.unwrap_model(self.model)
-        if self._saved is None and (name := first_not_finite(model.named_parameters())) is not None:
+        # what waits on the host was looked at when it was read
+        here = [(name, p) for name, p in model.named_parameters() if not swap.waits(p)]
+        if self._saved is None and (name := first_not_finite(here)) is not None:
             raise ValueError(f"{name} of the model is not finite (NaN or infinity) before the first step: nothing "
                              "could be learned with it. Load the model again, or another one")  # fmt: skip
         ours = [path for path in self._root.glob("checkpoint-*") if path.is_dir()]

@@ -68,17 +68,16 @@ class RoundedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient."""
+        """One update of every parameter that has a gradient. A group without any counts none, as in torch's AdamW."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         generator: torch.Generator | None = None
         for group in self.param_groups:
-            group["updates"] += 1
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
+            learning = [parameter for parameter in group["params"] if parameter.grad is not None]
+            group["updates"] += bool(learning)
+            for parameter in learning:
                 if generator is None:
                     generator = torch.Generator(parameter.device)
                     generator.manual_seed((self.seed * 1_000_003 + group["updates"]) % 2**63)
@@ -114,13 +113,14 @@ class RoundedAdamW(torch.optim.Optimizer):
         return {name: codes, f"{name}_scales": torch.zeros(-(-n // BLOCK), device=device)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which would cast the moments to the parameter's dtype."""
+        """As torch's, which would cast the moments to the parameter's dtype. Without moments, as accelerate hands it
+        over at the start, the state stays empty."""
         super().load_state_dict(state_dict)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
-            saved = state_dict["state"].get(number, {})
-            self.state[parameter] = {n: value.to(parameter.device, copy=True) for n, value in saved.items()}
+            if saved := state_dict["state"].get(number):
+                self.state[parameter] = {n: value.to(parameter.device, copy=True) for n, value in saved.items()}
 
 
 @cache

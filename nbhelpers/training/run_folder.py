@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbhelpers.architecture import GB
-from nbhelpers.memory.micro_batches import OPTIMIZER_BYTES
+from nbhelpers.memory.residents import OPTIMIZER_BYTES
 from nbhelpers.models import adapter
 
 if TYPE_CHECKING:

@@ -123,7 +123,8 @@ class LeanSFTTrainer(ResumeHooks, StepHooks, WholeHooks, trl.SFTTrainer):
         restore_masters(self.model, masters)
         check_model(self.model, args)
         self._say_what_is_cut()
-        self._panels()
+        for live in self._panels():
+            live.kept_however_it_ends = True
 
     def _lengths(self) -> list[int]:
         """Tokens of each of the first texts."""

@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType, DynamoBackend
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
-from nbhelpers.memory.micro_batches import OPTIMIZER_BYTES
+from nbhelpers.memory.residents import OPTIMIZER_BYTES
 from nbhelpers.memory.room import Reserved
 from nbhelpers.models import families
 

@@ -51,6 +51,9 @@ class WholeHooks(RunHooks):
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    """The norm of all gradients together, fp32: summed in fp32, where torch's clipping would round it to 16 bits."""
+    """The norm of all gradients together, fp32: summed in fp32, where torch's clipping would round it to 16 bits. 0
+    without any, as of a step that is skipped."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if not gradients:
+        return torch.zeros(())
     return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).norm()

@@ -59,7 +59,7 @@ def test_not_a_language_model(tmp_path, folder):
 
 def real_source(name: str) -> hub.Source:
     """A preset's real shapes without its weights."""
-    config = presets._TABLE[name].architecture.config()
+    config = presets.table.TABLE[name].architecture.config()
     return hub.Source(name, None, config)
 
 

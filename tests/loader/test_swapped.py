@@ -39,6 +39,11 @@ def test_as_many_layers_wait_as_the_plan_says(monkeypatch):
     assert asked(None) == asked(24) == 0
     assert 2 < asked(6) < asked(5) <= 32
     assert asked(5, model="some/model") > 2  # not a preset: by its config
+    # every weight in bf16 takes half of what it takes in fp32, and cannot wait
+    whole = {"preset": "qwen2.5-1.5b", "quantization": "none", "lora_rank": 0}
+    assert asked(12, **whole, weight_dtype=torch.bfloat16) == 0
+    with pytest.raises(host.CannotRun, match="budget_gb=12 is too little"):
+        asked(12, **whole, weight_dtype=torch.float32)
     with pytest.raises(host.CannotRun, match=r"budget_gb=2 is too little for some/model, even with its layers in host"):
         asked(2)
     with pytest.raises(ValueError, match='take quantization="nf4"'):

@@ -12,7 +12,7 @@ from nbhelpers import architecture, gpu, memory, presets
 from nbhelpers.architecture import GB
 from nbhelpers.engines import Sampling, graph
 from nbhelpers.engines.base import Writer
-from nbhelpers.memory import kv, micro_batches
+from nbhelpers.memory import kv, micro_batches, residents
 from nbhelpers.models import families
 from nbhelpers.training import lean_step
 
@@ -134,7 +134,7 @@ def test_the_sizes_of_the_kernels_buffers_are_the_kernels_own():
     assert (gpu.DEQUANTIZE_BYTES, gpu.LOGITS_BYTES) == (DENSE_BYTES, SCRATCH_BYTES)
     by_hand = {"qwen2.5-1.5b": 2 * 2 * 8960 * 1536, "llama-3.1-8b": 2 * 14336 * 4096, "phi-4": DENSE_BYTES}
     for name, size in by_hand.items():
-        assert micro_batches.scratch_bytes(presets.get(name).architecture) == size
+        assert residents.scratch_bytes(presets.get(name).architecture) == size
 
 
 def test_the_step_cuts_as_the_planner_said():
@@ -229,7 +229,7 @@ def test_a_plan_for_texts_has_no_generation_and_cuts_as_the_step_does():
     assert 0.9 * 9.0 < plan.training_peak <= 9.0
     preset = presets.get("llama-3.1-8b")
     shape = preset.architecture
-    held = micro_batches.resident(shape, "nf4", 16, preset.lora_targets, "adamw_8bit")
+    held = residents.resident(shape, "nf4", 16, preset.lora_targets, "adamw_8bit")
     room = memory.step_budget(70 * GB, 9.0 * GB - held.generating, coming=held.gradients)
     step = micro_batches.StepCost(shape, 2, "flash")
     assert plan.micro_batches == tuple(step.split([(i, 256, 768) for i in range(24)], room))

@@ -74,6 +74,25 @@ def test_each_layer_is_copied_once_for_each_use_and_the_next_one_ahead():
     assert swapped.holds == [0, 1] and swapped.moved == 4 * each
 
 
+def test_a_copy_that_was_cut_short_is_made_again(monkeypatch):
+    """Ctrl-C may fall between any two lines, and the next cell goes on with the same model."""
+    model = made(4)
+    swapped = swap.of(model)
+    swapped.need(2)
+    before, copy = swapped.places[0].clone(), torch.Tensor.copy_
+
+    def cut(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", cut)
+        with pytest.raises(KeyboardInterrupt):
+            swapped.need(0)
+    assert torch.Tensor.copy_ is copy and torch.equal(swapped.places[0], before)
+    swapped.need(0)
+    assert torch.equal(swapped.places[0][: len(swapped.host[0])], swapped.host[0])
+
+
 def test_addresses_never_change():
     model = made(4)
     before = [p.data_ptr() for p in model.parameters()]

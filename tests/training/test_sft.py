@@ -159,6 +159,31 @@ def test_the_panel_shows_the_loss_and_asks_its_probes(tmp_path, capsys):
     live.save(tmp_path / "run.json", "the workshop model")
 
 
+class Pressed(panel.Live):
+    """Asks a question in the second step, and stops after it, without a kernel to hear of it."""
+
+    def on_train_begin(self, *args, **kwargs):
+        super().on_train_begin(*args, **kwargs)
+        self.buttons = panel.Buttons()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        super().on_step_begin(args, state, control, **kwargs)
+        if state.global_step == 1:
+            self.buttons._question.value = "9.11 or 9.9?"
+            self.buttons._wish("ask")
+            self.buttons._wish("stop")
+
+
+def test_a_press_of_ask_and_of_stop_is_served(tmp_path):
+    """Its rows have no prompt, and its config no length of answers."""
+    tokenizer, live = AutoTokenizer.from_pretrained(WORKSHOP), Pressed()
+    model = AutoModelForCausalLM.from_pretrained(WORKSHOP, dtype=torch.float32)
+    one = make(LeanSFTTrainer, tmp_path, CHATS, model, tokenizer, lean={"callbacks": [live]})
+    assert one.train().metrics == {"interrupted": True} and one.state.global_step == 2
+    ((step, question, written),) = live.asked
+    assert step == 2 and question == "9.11 or 9.9?" and written
+
+
 def test_a_budget_cuts_the_batch_and_changes_nothing(tmp_path):
     whole = make(LeanSFTTrainer, tmp_path)
     step = whole._step_of(whole.model)

@@ -55,6 +55,32 @@ def test_the_clipping_is_that_of_fp32(tokenizer, tmp_path):
     assert {group["gradient_factor"] for group in run.optimizer.param_groups} == {0.25 / (norm.item() + 1e-6)}
 
 
+def test_an_update_without_gradients_is_skipped_and_counts_for_nothing(tokenizer, tmp_path):
+    """A step whose gradients are not finite loses them all, and transformers clips and steps all the same."""
+    run = run_of(tokenizer, tmp_path, max_steps=3)
+    before, left = weights(run), []
+    ours = run._check_gradients
+
+    def overflowed():
+        if run.state.global_step == 0:
+            next(p for p in run.model.parameters() if p.grad is not None).grad.fill_(torch.inf)
+        ours()
+        left.append(sum(p.grad is not None for p in run.model.parameters()))
+
+    run._check_gradients = overflowed
+    run.train()
+    assert left[0] == 0 and run.skipped_steps == 1
+    assert not same(weights(run), before), "the other two learned"
+    assert {group["updates"] for group in run.optimizer.param_groups} == {2}
+
+
+def test_the_optimizers_memory_counts_as_coming_until_its_first_update(tokenizer, tmp_path):
+    run = run_of(tokenizer, tmp_path)
+    coming = run._pending_optimizer_bytes()
+    run.optimizer = run.accelerator.prepare(run.create_optimizer())  # accelerate loads its empty state once
+    assert coming > 0 and run._pending_optimizer_bytes() == coming
+
+
 def test_fp32_weights_keep_their_optimizer_and_others_than_adamw_are_refused(tokenizer, tmp_path):
     assert not isinstance(run_of(tokenizer, tmp_path, dtype=torch.float32, optim="adamw_torch").create_optimizer(),
                           RoundedAdamW)  # fmt: skip
