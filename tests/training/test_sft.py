@@ -10,6 +10,7 @@ from step_cases import difference, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nbhelpers import LeanSFTConfig, LeanSFTTrainer, evaluate, panel, tasks
+from nbhelpers.models import lineage
 from nbhelpers.presets import WORKSHOP
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -112,6 +113,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
     again = make(LeanSFTTrainer, tmp_path / "broken", **changes)
     again.train(resume_from_checkpoint="auto")
     assert again.state.global_step == 8 and same(weights(whole), weights(again))
+    assert lineage.methods(again.model) == ["SFT"]
     logs = [[log.get("loss"), log.get("num_tokens")] for log in whole.state.log_history if "loss" in log]
     assert logs == [[log.get("loss"), log.get("num_tokens")] for log in again.state.log_history if "loss" in log]
     other = make(LeanSFTTrainer, tmp_path / "broken", PAIRS, **changes)
