@@ -34,8 +34,8 @@ class LeanPPOConfig(RolloutConfig):
 
     `kl_coef` is the price of a nat away from the base without its adapter (TRL's estimator "k1"), `cliprange` GRPO's
     epsilon, `vf_coef` the weight of the value loss, `cliprange_value` how far a value may move from the rollout's,
-    `gamma` and `lam` those of the advantages. Advantages are whitened, over each process's rollout; rewards too with
-    `whiten_rewards`.
+    `gamma` and `lam` those of the advantages. Advantages are whitened, over the rollout of all processes;
+    rewards too with `whiten_rewards`.
     """
 
     METHOD = "PPO"
@@ -116,9 +116,9 @@ class LeanPPOTrainer(RolloutTrainer):
         if ref is not None:
             self._log_mean("objective/kl", ((logps - ref) * mask).sum(1))
         if args.whiten_rewards:
-            rewards = whiten(rewards, counts, shift_mean=False)
+            rewards = whiten(rewards, counts, shift_mean=False, reduce=self.accelerator.reduce)
         advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
-        advantages = whiten(advantages, counts)
+        advantages = whiten(advantages, counts, reduce=self.accelerator.reduce)
         return batch | {
             "advantages": advantages,
             "returns": returns,
