@@ -102,19 +102,13 @@ class LeanSFTTrainer(ResumeHooks, StepHooks, WholeHooks, trl.SFTTrainer):
         config.check_trl()
         args = LeanSFTConfig("runs/sft") if args is None else args
         settings.refuse(args)
-        train_dataset, eval_dataset = rows.texts_looked_at(
-            train_dataset, eval_dataset, args.dataset_text_field, formatting_func is not None
-        )
+        data = rows.texts_looked_at(train_dataset, eval_dataset, args.dataset_text_field, formatting_func is not None)
         super().__init__(
-            model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            formatting_func=formatting_func,
-            **more,
+            model, args=args, train_dataset=data[0], eval_dataset=data[1], formatting_func=formatting_func, **more
         )
         self._say_what_is_cut()
-        self._panels()
+        for live in self._panels():
+            live.writes = False
 
     def _lengths(self) -> list[int]:
         """Tokens of each of the first texts."""
