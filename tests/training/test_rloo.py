@@ -109,6 +109,25 @@ def test_whole_runs_end_at_trls_weights(tmp_path, changes):
     assert difference(ends[1], ends[0]) < 1e-4
 
 
+def test_it_learns_what_is_rewarded(tmp_path):
+    """Capital letters, of which a random model writes some; all of its weights learn."""
+
+    def capitals(completions, **_):
+        return [sum(map(str.isupper, text)) / max(1, len(text)) for text in completions]
+
+    changes = {
+        "max_steps": 8, "per_device_train_batch_size": 32, "num_generations": 8, "max_completion_length": 4,
+        "beta": 0.0, "learning_rate": 3e-2, "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    one = LeanRLOOTrainer(
+        tiny_model.model(initializer_range=0.1), [capitals], LeanRLOOConfig(str(tmp_path), **SETTINGS | changes),
+        train_dataset=ROWS, processing_class=tiny_model.tokenizer(), engine="hf",
+    )  # fmt: skip
+    one.train()
+    rewards = [log["reward"] for log in one.state.log_history if "reward" in log]
+    assert rewards[0] < 0.5 and rewards[7] > rewards[0] + 0.3
+
+
 def test_leave_one_out_by_hand():
     rewards = torch.tensor([1.0, 0.0, 0.0, 4.0, torch.nan, 2.0, torch.nan, torch.nan, 3.0])
     got = leave_one_out(rewards, 3)
