@@ -48,7 +48,7 @@ def check(dataset: "Dataset | IterableDataset", name: str, owned: bool = False) 
     text and no messages, with its row.
     """
     if hasattr(dataset, "__len__") and len(dataset) == 0:
-        raise ValueError(f"{name} is empty: GRPO would stop at once and call it a success. Check the task's rows")
+        raise ValueError(f"{name} is empty: the run would stop at once and call it a success. Check the task's rows")
     columns = dataset.column_names
     if columns is not None and "prompt" not in columns and not owned:
         raise ValueError(f"{name} has the columns {', '.join(columns)} but no 'prompt': "
@@ -168,8 +168,8 @@ def looked_at(train: Any, evaluation: Any, args: trl.GRPOConfig, owned: bool) ->
         check(train, "train_dataset", owned)
         enough(train, args)
     elif not owned:
-        raise ValueError("`train_dataset` is required unless an `environment_factory` is provided: GRPO would stop at "
-                         "once and call it a success. Check the task's rows")  # fmt: skip
+        raise ValueError("`train_dataset` is required unless an `environment_factory` is provided: the run would stop "
+                         "at once and call it a success. Check the task's rows")  # fmt: skip
     return train, each(evaluation, "eval_dataset", partial(check, owned=owned))
 
 
