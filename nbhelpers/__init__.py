@@ -28,10 +28,8 @@ _MODULES = {room: room for room in _ROOMS} | {  # and the modules inside a room 
     "replay": "panel.replay",
 }
 _NAMES = {"LeanGRPOConfig": "training.config", "LeanGRPOTrainer": "training.trainer"}
-_NAMES |= {"LeanRLOOConfig": "training.rloo", "LeanRLOOTrainer": "training.rloo"}
-_NAMES |= {"LeanSFTConfig": "training.config", "LeanSFTTrainer": "training.sft"}
-_NAMES |= {name: "training.methods.online_dpo" for name in ("LeanOnlineDPOConfig", "LeanOnlineDPOTrainer")}
-_NAMES |= {name: "training.methods.ppo" for name in ("LeanPPOConfig", "LeanPPOTrainer")}
+for _method, _file in {"RLOO": "rloo", "SFT": "sft", "OnlineDPO": "online_dpo", "PPO": "ppo"}.items():
+    _NAMES |= {f"Lean{_method}{kind}": f"training.methods.{_file}" for kind in ("Config", "Trainer")}
 _NAMES |= {"StopWhen": "training.stop_when"}
 __all__ = [*_MODULES, *_NAMES]
 

@@ -10,6 +10,7 @@ processes that train together (torchrun) the first one writes, and the others re
 """
 
 import copy
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 from nbhelpers import files, host, hub_words
 from nbhelpers.architecture import GB
 from nbhelpers.loader.gguf import is_part_of
-from nbhelpers.models import adapter, model_folder
+from nbhelpers.models import adapter, lineage, model_folder
 from nbhelpers.presets import Preset
 from nbhelpers.progress import interruptible
 
@@ -33,19 +34,24 @@ _CONFIGS = ("config.json", "adapter_config.json")  # one of them is in every fol
 CARD = """---
 library_name: {library}
 tags:
-- grpo
-- reasoning
+{tags}- reasoning
 ---
 
 # {name}
 
-{what} {base}, trained with GRPO (Group Relative Policy Optimization, Shao et al. 2024, arXiv:2402.03300) by nbhelpers,
-TRL and PEFT.
+{what} {base}, trained {methods}by nbhelpers, TRL and PEFT.
 
 ```python
 {use}
 ```
 """
+METHODS = {  # by TRL's name
+    "GRPO": "GRPO (Group Relative Policy Optimization, Shao et al. 2024, arXiv:2402.03300)",
+    "Online DPO": "Online DPO (direct preference optimization from online pairs, Guo et al. 2024, arXiv:2402.04792)",
+    "PPO": "PPO (Proximal Policy Optimization, Schulman et al. 2017, arXiv:1707.06347)",
+    "RLOO": "RLOO (REINFORCE Leave-One-Out, Ahmadian et al. 2024, arXiv:2402.14740)",
+    "SFT": "SFT (supervised fine-tuning)",
+}
 
 
 @interruptible("the model was written", "what was there before is as it was, and nothing is half-written")
@@ -256,10 +262,20 @@ def push(folder: str | Path, repo_id: str, private: bool = True, token: str | No
 
 
 def _card(folder: Path, model: "PreTrainedModel | PeftModel", name: str, what: str, library: str, use: str) -> None:
-    """Write the README. Of a base that is a folder it has the last name only, because it may be published."""
+    """Write the README. Of a base that is a folder it has the last name only, because it may be published.
+
+    The methods are those of this session and of the adapter that was loaded, or of the checkpoint, where it is one.
+    """
     base = model_folder.base_id(model)
+    methods, manifest = lineage.methods(model), Path(base) / "manifest.json"
+    if not methods and manifest.is_file():  # a checkpoint of a run that trained all weights
+        methods = [json.loads(manifest.read_text())["run"]["fixed"]["method"]]
     base = Path(base).name if Path(base).is_absolute() or Path(base).exists() else base
-    (folder / "README.md").write_text(CARD.format(name=name, what=what, base=base, library=library, use=use))
+    told = f"with {', then '.join(METHODS.get(one, one) for one in methods)} " if methods else ""
+    tags = "".join(f"- {tag}\n" for tag in dict.fromkeys(one.lower().replace(" ", "-") for one in methods))
+    (folder / "README.md").write_text(
+        CARD.format(name=name, what=what, base=base, library=library, use=use, methods=told, tags=tags)
+    )
 
 
 def _load_line(folder: str | Path) -> str:

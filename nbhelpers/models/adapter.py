@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nbhelpers import files
 from nbhelpers.progress import interruptible
 
-from . import families, finite, quantize, tuners
+from . import families, finite, lineage, quantize, tuners
 from .quantize import Choice
 from .tuners import adapters as loras
 
@@ -107,7 +107,7 @@ def write_adapter(model: "PeftModel", folder: str | Path) -> None:
         for file in (folder / name).iterdir():
             shutil.move(file, folder / file.name)
         (folder / name).rmdir()
-    trained_with = asdict(base) | {"rows": rows_of(model)}
+    trained_with = asdict(base) | {"rows": rows_of(model), "methods": lineage.methods(model)}
     (folder / "base.json").write_text(json.dumps(trained_with, indent=1) + "\n")
     choice: Choice | None = vars(model.get_base_model())["nbhelpers_choice"]
     if choice is not None:
@@ -214,6 +214,7 @@ def load_adapter(model: nn.Module, folder: str | Path, dropout: float | None = N
     refuse_other(folder, base.id, base.config_hash, base.weights_hash)
     refuse_damaged(folder)
     saved, config = read_base(folder), read_config(folder)
+    lineage.read(model, folder / "base.json")
     if isinstance(model, PeftModel):
         (name,) = model.active_adapters
         _refuse_unlike(folder, config, model.peft_config[name])
@@ -307,7 +308,8 @@ def read_base(folder: Path) -> Base:
     for name in ("adapter_config.json", WEIGHTS, "base.json"):
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder} has no {name}: it is not a folder that loader.save_adapter wrote")
-    return Base(**json.loads((folder / "base.json").read_text()))
+    known = json.loads((folder / "base.json").read_text())
+    return Base(**{name: value for name, value in known.items() if name != "methods"})
 
 
 def read_choice(folder: Path) -> Choice | None:

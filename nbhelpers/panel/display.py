@@ -55,6 +55,7 @@ class View:
         self.attended = True  # False where no buttons can stand beside a run, which then tells of them
         self.ended: float | None = None
         self.first_step = 0
+        self.writes = True  # answers; False where it learns from texts alone
         self.handles: list[Any] = []  # IPython's, of the outputs that are updated
         self._cell: str | None = None  # in which they are
         self._figure: Figure | None = None
@@ -64,7 +65,7 @@ class View:
         """The newest step as one line of plain text; after the end, what changed from start to end."""
         note = [self.note] if self.note else []
         if not self.history:
-            return " · ".join([*note, f"step 0/{self.total_steps}: {_first()}"])
+            return " · ".join([*note, f"step 0/{self.total_steps}: {self._first()}"])
         row = self.history[-1]
         by_function = ", ".join(f"{name} {self._said(_reward_of(name))}" for name in row["rewards"])
         reward = self._said(lambda row: row["reward"])
@@ -216,12 +217,17 @@ class View:
         note = self.note and f"<p style='{NOTE}'><b>{html.escape(self.note)}</b></p>"
         if not self.history:
             since = "" if elapsed is None else f" · {duration(elapsed)}"
-            return framed(f"{note}<b>step 0/{self.total_steps}</b>: {_first()} …{since}{bar({COLORS[0]: 0.0})}")
+            return framed(f"{note}<b>step 0/{self.total_steps}</b>: {self._first()} …{since}{bar({COLORS[0]: 0.0})}")
         row = self.history[-1]
         share = min(1.0, row["step"] / max(1, self.total_steps))
         times = "".join(f" · {name} {value}" for name, value in self._times(elapsed or row["seconds"]))
         gamed = pieces.gaming_html(row.get("gaming", []))
         return framed(f"{note}{gamed}<b>{self._progress()}</b>{times}{bar({COLORS[0]: share})}")
+
+    def _first(self) -> str:
+        """What takes so long before the first step."""
+        does = "writes its first answers" if self.writes else "reads its first texts"
+        return f"{'compiling, then ' if gpu.card() else ''}the model {does}"
 
     def _numbers_html(self, words: str) -> str:
         row = self.history[-1]
@@ -241,8 +247,3 @@ class View:
 
 def _reward_of(name: str) -> Callable[[dict], float | None]:
     return lambda row: row["rewards"].get(name)
-
-
-def _first() -> str:
-    """What takes so long before the first step."""
-    return f"{'compiling, then ' if gpu.card() else ''}the model writes its first answers"

@@ -3,7 +3,7 @@
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import trl
@@ -45,6 +45,8 @@ class OfThisMachine:
     Persistence set to "Files only".
     """
 
+    OWN: ClassVar[tuple[settings.Setting, ...]] = ()  # rows as in settings.py, of a method's own settings
+
     logging_steps: float = 1
     report_to: str | list[str] | None = "none"
     save_steps: float = 20
@@ -52,7 +54,7 @@ class OfThisMachine:
 
     def __post_init__(self) -> None:
         args: Any = self  # one of TRL's configs
-        settings.refuse(args)  # before TRL divides by some of them
+        settings.refuse(args, self.OWN)  # before TRL divides by some of them
         if args.bf16 is None and not args.fp16:
             for name, value in precision().items():
                 setattr(args, name, value)
@@ -76,10 +78,3 @@ class LeanGRPOConfig(OfThisMachine, trl.GRPOConfig):
     vllm_importance_sampling_mode: str = "token_truncate"
     dynamic_sampling: int = 0  # rounds in which groups without a signal are replaced before the update (DAPO)
     reward_seconds: float = SECONDS  # for one call of a reward function, before its rows count as not scored
-
-
-@dataclass
-class LeanSFTConfig(OfThisMachine, trl.SFTConfig):
-    """TRL's SFTConfig with what `OfThisMachine` says."""
-
-    gradient_checkpointing: bool = False

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import trl
+from torch import Tensor
 from transformers import Trainer
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, PrinterCallback
 
@@ -89,3 +90,8 @@ class Hooks(RunHooks, trl.GRPOTrainer):
     def _steps_per_generation(self) -> int:
         assert self.args.steps_per_generation is not None  # GRPOConfig sets it where it was not given
         return self.args.steps_per_generation
+
+    def _own(self, rows: Tensor) -> Tensor:
+        """This process's part of something of all rows."""
+        count = len(rows) // self.accelerator.num_processes
+        return rows[self.accelerator.process_index * count :][:count]

@@ -12,11 +12,9 @@ What every loss shares is in step_hooks.py.
 """
 
 import math
-from itertools import islice
 from typing import Any
 
 import torch
-from datasets import IterableDataset
 from torch import Tensor, nn
 
 from nbhelpers.architecture import GB
@@ -27,9 +25,6 @@ from . import checkpoint, losses, objective
 from .hooks import Hooks
 from .packing import unpad
 from .step_hooks import StepHooks
-
-SAMPLE = 20_000  # rows of a data set that are searched for the longest prompt
-STREAMED = 64  # of one that is streamed: to read it takes time, and is done again for the first step
 
 
 class LeanStepHooks(StepHooks, Hooks):
@@ -191,7 +186,6 @@ class LeanStepHooks(StepHooks, Hooks):
 
     def _longest_prompt(self) -> int:
         """Tokens of the longest prompt among the first rows of the data set, by its 8 longest in characters."""
-        rows = islice(self.train_dataset, STREAMED if isinstance(self.train_dataset, IterableDataset) else SAMPLE)
-        prompts = [row["prompt"] for row in rows if "prompt" in row]  # an environment may ask instead
+        prompts = [row["prompt"] for row in self._first_rows() if "prompt" in row]  # an environment may ask instead
         longest = sorted(prompts, key=lambda prompt: len(str(prompt)))[-8:]
         return max(len(ids) for ids in self._tokenize_prompts(longest)[0]) if longest else 1

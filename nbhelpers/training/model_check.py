@@ -28,18 +28,11 @@ def check_model(model: "PreTrainedModel | PeftModel", args: "TrainingArguments")
         )
 
 
-def master_weights(model: "str | PreTrainedModel | PeftModel") -> dict["Parameter", "Tensor"]:
-    """What is trained of a model, before TRL's trainer takes it; of a name nothing is known yet."""
-    return {} if isinstance(model, str) else {p: p.data for p in model.parameters() if p.requires_grad}
-
-
 def restore_masters(model: "PreTrainedModel | PeftModel", masters: dict["Parameter", "Tensor"]) -> None:
     """Undo what TRL's trainer did: it casts a 4-bit model's adapter to bf16, even on a T4 or a CPU, where a step of
     1e-5 is rounded away.
 
-    Args:
-        model (`PreTrainedModel` or `PeftModel`): The trainer's.
-        masters (`dict`): From `master_weights`.
+    `model` is the trainer's, `masters` has what was trained of it before, each with its data then.
     """
     for parameter, data in masters.items():
         parameter.data = data.to(parameter.device)

@@ -23,7 +23,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 from trl.trainer.utils import RepeatSampler
 
-from nbhelpers.models import adapter, swap
+from nbhelpers.models import adapter, lineage, swap
 from nbhelpers.models.finite import first_not_finite
 from nbhelpers.progress import interruptible
 
@@ -213,6 +213,7 @@ class ResumeHooks(SaveHooks):
         if state.global_step < last or (self.args.max_steps <= 0 and self.args.num_train_epochs > state.epoch):
             return False
         self._load_from_checkpoint(str(folder))
+        lineage.note(self.model, self._name)
         self.state = state
         if self._evaluation_due:
             self._load_rng_state(str(folder))  # it was stopped in its last evaluation, which is made up for
@@ -261,9 +262,7 @@ class ResumeHooks(SaveHooks):
     def _get_train_sampler(self, dataset: "Dataset | None" = None) -> "Sampler":
         """TRL's hook: every epoch draws the next permutation from one generator; those of earlier sessions count."""
         sampler: Any = super()._get_train_sampler(dataset)
-        if not isinstance(
-            sampler, RepeatSampler
-        ):  # without rollouts it is transformers' own, which counts epochs itself
+        if not isinstance(sampler, RepeatSampler):  # of no rollouts: transformers' own, which counts epochs itself
             return sampler
         for _ in range(self._epochs_before if sampler.shuffle else 0):
             torch.randperm(sampler.num_samples, generator=sampler.generator)
@@ -285,4 +284,5 @@ class _KeepMark(TrainerCallback):
         self, args: "TrainingArguments", state: TrainerState, control: "TrainerControl", **kwargs: Any
     ) -> None:
         self.trainer._check_weights()
+        lineage.note(self.trainer.model, self.trainer._name)
         self.trainer._mark = self.trainer._position()

@@ -1,6 +1,7 @@
 """The rows that a trainer is given: what it cannot train on is refused with the row, before the first step."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import trl
@@ -47,7 +48,7 @@ def check(dataset: "Dataset | IterableDataset", name: str, owned: bool = False) 
     text and no messages, with its row.
     """
     if hasattr(dataset, "__len__") and len(dataset) == 0:
-        raise ValueError(f"{name} is empty: GRPO would stop at once and call it a success. Check the task's rows")
+        raise ValueError(f"{name} is empty: the run would stop at once and call it a success. Check the task's rows")
     columns = dataset.column_names
     if columns is not None and "prompt" not in columns and not owned:
         raise ValueError(f"{name} has the columns {', '.join(columns)} but no 'prompt': "
@@ -144,13 +145,14 @@ def _bytes(prompt: Any) -> int:
     return sum(8 + len(str(message.get("content", "")).encode(errors="replace")) for message in prompt)
 
 
-def of_evaluation(given: Any, owned: bool = False) -> Any:
-    """The trainer's `eval_dataset`, one or several by name, as `as_dataset` and `check` want it. Raises as they."""
+def each(given: Any, name: str, look: Callable[[Any, str], None]) -> Any:
+    """A trainer's data set, or several by name, or None, as `as_dataset` has it and after a `look` at it."""
     if isinstance(given, Mapping):
-        return {key: of_evaluation(one, owned) for key, one in given.items()}
-    made = as_dataset(given, "eval_dataset")
-    check(made, "eval_dataset", owned)
-    return made
+        return {key: each(one, name, look) for key, one in given.items()}
+    if given is not None:
+        given = as_dataset(given, name)
+        look(given, name)
+    return given
 
 
 def looked_at(train: Any, evaluation: Any, args: trl.GRPOConfig, owned: bool) -> tuple[Any, Any]:
@@ -166,39 +168,34 @@ def looked_at(train: Any, evaluation: Any, args: trl.GRPOConfig, owned: bool) ->
         check(train, "train_dataset", owned)
         enough(train, args)
     elif not owned:
-        raise ValueError("`train_dataset` is required unless an `environment_factory` is provided: GRPO would stop at "
-                         "once and call it a success. Check the task's rows")  # fmt: skip
-    return train, evaluation if evaluation is None else of_evaluation(evaluation, owned)
+        raise ValueError("`train_dataset` is required unless an `environment_factory` is provided: the run would stop "
+                         "at once and call it a success. Check the task's rows")  # fmt: skip
+    return train, each(evaluation, "eval_dataset", partial(check, owned=owned))
 
 
-def texts_looked_at(train: Any, evaluation: Any, args: trl.SFTConfig, formatting_func: Any = None) -> tuple[Any, Any]:
-    """The data sets of a trainer that learns texts, as TRL wants them.
+def texts_looked_at(train: Any, evaluation: Any, field: str, formatted: bool) -> tuple[Any, Any]:
+    """The data sets of a trainer that learns texts, from a column `field` or in TRL's other forms.
+
+    `formatted`: texts are made of the rows, whose columns are then nobody's business.
 
     Raises as `as_dataset`, and ValueError for no rows and for columns that hold no text to learn.
-
-    Args:
-        train, evaluation: What the trainer was given as `train_dataset` and `eval_dataset`.
-        args (`trl.SFTConfig`): The run's arguments.
-        formatting_func (*optional*): What makes texts of the rows; then their columns are its business.
     """
 
-    def one(given: Any, name: str) -> Any:
-        made = as_dataset(given, name)
-        if hasattr(made, "__len__") and len(made) == 0:
+    def look(data: "Dataset | IterableDataset", name: str) -> None:
+        if hasattr(data, "__len__") and len(data) == 0:
             raise ValueError(f"{name} is empty: there is nothing to learn. Check its rows")
-        columns = set(made.column_names or ())
-        forms = ({args.dataset_text_field}, {"messages"}, {"conversations"}, {"prompt", "completion"}, {"input_ids"})
-        if columns and formatting_func is None and not any(form <= columns for form in forms):
+        columns = set(data.column_names or ())
+        forms = ({field}, {"messages"}, {"conversations"}, {"prompt", "completion"}, {"input_ids"})
+        if columns and not formatted and not any(form <= columns for form in forms):
             raise ValueError(
-                f"{name} has the columns {', '.join(sorted(columns))}, and no text to learn: it needs "
-                f"{args.dataset_text_field!r}, 'messages', or 'prompt' and 'completion', as tasks.decimals and "
-                "tasks.reasoning give them with texts=True"
+                f"{name} has the columns {', '.join(sorted(columns))}, and no text to learn: it needs {field!r}, "
+                "'messages', or 'prompt' and 'completion', as tasks.decimals and tasks.reasoning give them with "
+                "texts=True"
             )
-        return made
 
-    if isinstance(evaluation, Mapping):
-        return one(train, "train_dataset"), {key: one(data, "eval_dataset") for key, data in evaluation.items()}
-    return one(train, "train_dataset"), None if evaluation is None else one(evaluation, "eval_dataset")
+    if train is None:
+        raise ValueError("train_dataset is missing: there is nothing to learn")
+    return each(train, "train_dataset", look), each(evaluation, "eval_dataset", look)
 
 
 def several(given: Any) -> list[Any]:

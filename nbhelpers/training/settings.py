@@ -17,6 +17,7 @@ from nbhelpers import hub_words
 
 from . import losses
 
+Values = dict[str, tuple[Any, ...]]  # of settings, by name, the usual one first
 LARGEST = 1e6  # of a reward's weight: float32 must hold the square of what it multiplies
 
 
@@ -135,6 +136,8 @@ SETTINGS = (
             "for each reward function and not all 0", "None weighs them all alike."),
     one_of("multi_objective_aggregation", _SUMS),
     Setting("reward_clip_range", optional(_limits), "None or two numbers, the lower first"),
+    Setting("missing_eos_penalty", optional(number(0, LARGEST, above=True)), "None or a number above 0", "It is taken "
+            "off the reward of an answer that was cut off."),
     Setting("reward_seconds", number(0, 1e6, above=True), "a number of seconds above 0, up to 1e6", "For one call of a "
             "reward function, which is cut off then; 300 is usual."),
     # the answers
@@ -172,11 +175,13 @@ OF_SFT = (
 _STRATEGY = {"logging_steps": "logging_strategy", "save_steps": "save_strategy", "eval_steps": "eval_strategy"}
 
 
-def why_not(args: TrainingArguments) -> str | None:
-    """The sentence about the first setting of `args`, a config of TRL's, that makes no sense, None if all do."""
-    given, table = vars(args), {setting.name: setting for setting in SETTINGS}
-    if isinstance(args, trl.SFTConfig):
-        table |= {setting.name: setting for setting in OF_SFT}
+def why_not(args: TrainingArguments, own: Sequence[Setting] = ()) -> str | None:
+    """The sentence about the first setting of `args`, a config of TRL's, that makes no sense, None if all do.
+
+    `own` are rows for what a method has by itself, or means by a name in the table.
+    """
+    rows = *SETTINGS, *(OF_SFT if isinstance(args, trl.SFTConfig) else own)
+    given, table = vars(args), {setting.name: setting for setting in rows}
     for setting in table.values():
         if setting.name not in given:  # dynamic_sampling in a plain GRPOConfig
             continue
@@ -189,21 +194,17 @@ def why_not(args: TrainingArguments) -> str | None:
     return None
 
 
-def refuse_for(method: str, args: Any, own: Sequence[Setting], only: dict[str, tuple[Any, ...]]) -> None:
-    """Raises ValueError for a setting of `method`'s own, in rows as above, that makes no sense, and for one of GRPO's
-    that the method does not have, unless it is one of the values in `only`."""
-    for setting in own:
-        if sentence := setting.why_not(getattr(args, setting.name)):
-            raise ValueError(sentence)
+def refuse_others(method: str, args: Any, only: Values) -> None:
+    """Raises ValueError for a setting that is none of the values which `only` has for it, the usual one first."""
     for name, values in only.items():
         if getattr(args, name) not in values:
             raise ValueError(f"{name}={getattr(args, name)!r} is not served with {method}: leave it at {values[0]!r}")
 
 
-def refuse(args: TrainingArguments) -> None:
+def refuse(args: TrainingArguments, own: Sequence[Setting] = ()) -> None:
     """Raises ValueError, with the sentence of `why_not`, for settings that make no sense, and for a garbled token."""
     hub_words.checked_token(args.hub_token)  # is not shown, so it is no row of the table
-    if sentence := why_not(args):
+    if sentence := why_not(args, own):
         raise ValueError(sentence)
 
 

@@ -137,11 +137,6 @@ class SignalHooks(Hooks):
 
     # ------------------------------------------------------------------------------------------ dynamic sampling
 
-    def _own(self, rows: Tensor) -> Tensor:
-        """This process's part of something of all rows."""
-        count = len(rows) // self.accelerator.num_processes
-        return rows[self.accelerator.process_index * count :][:count]
-
     def _with_signal(self, inputs: Inputs, batch: Batch, silent_rows: Tensor) -> Batch:
         """The rollout with its silent groups replaced, as far as `dynamic_sampling` rounds find better ones."""
         size, rounds = self.num_generations, self.dynamic_sampling

@@ -11,21 +11,29 @@ Whatever a trainer offers and the lean step does not (`_asked_of_trl` lists it) 
 so.
 """
 
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, DynamoBackend
+from datasets import IterableDataset
 from torch import Tensor, nn
+from transformers import TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from nbhelpers.memory.residents import OPTIMIZER_BYTES
 from nbhelpers.memory.room import Reserved
-from nbhelpers.models import families
+from nbhelpers.models import adapter, families
 
-from . import checkpoint
+from . import checkpoint, run_folder
 from .hooks import RunHooks
 from .lean_step import LeanStep, first_non_finite
+from .model_check import check_model, restore_masters
 
+SAMPLE = 20_000  # rows of a data set that are searched for the longest
+STREAMED = 64  # of one that is streamed: to read it takes time, and is done again for the first step
 ONE_CARD_EACH = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
@@ -33,7 +41,7 @@ class StepHooks(RunHooks):
     """See the module. The trainers are what people use.
 
     Args:
-        args, kwargs: TRL's.
+        model, more, args, peft_config, kwargs: TRL's.
         budget_gb (`float`, *optional*): What torch may allocate for training, weights included, GB (10^9 bytes); None
             for what the card has.
         max_skipped_steps (`int`): Updates in a row that may be skipped for gradients that are not finite, before the
@@ -44,9 +52,19 @@ class StepHooks(RunHooks):
     temperature: float = 1.0  # of the distribution that was sampled from
 
     def __init__(
-        self, *args: Any, budget_gb: float | None = None, max_skipped_steps: int = 10, lean: bool = True, **kwargs: Any
-    ):
-        super().__init__(*args, **kwargs)
+        self, model: Any, *more: Any, args: TrainingArguments, peft_config: Any = None, budget_gb: float | None = None,
+        max_skipped_steps: int = 10, lean: bool = True, **kwargs: Any,
+    ):  # fmt: skip
+        masters: dict[nn.Parameter, Tensor] = {}  # what is trained, before TRL takes it
+        if not isinstance(model, str):
+            if peft_config is None:  # what is adapted yet is frozen now
+                check_model(model, args)
+            adapter.drop_reference(model)  # of an earlier trainer: this cell is run again
+            masters = {p: p.data for p in model.parameters() if p.requires_grad}
+        run_folder.check_writable(Path(args.output_dir or "trainer_output"))  # before transformers makes it
+        super().__init__(model, *more, **kwargs | {"args": args, "peft_config": peft_config})
+        restore_masters(self.model, masters)
+        check_model(self.model, args)
         self.budget_gb, self.max_skipped_steps = budget_gb, max_skipped_steps
         self.skipped_steps = self._skipped_in_a_row = 0
         self._steps: dict[int, LeanStep] = {}
@@ -186,6 +204,10 @@ class StepHooks(RunHooks):
         step.rehearse(self.args.per_device_train_batch_size, *self._longest_row())
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _first_rows(self) -> Iterator[dict[str, Any]]:
+        """The rows that are searched for the longest."""
+        return islice(self.train_dataset, STREAMED if isinstance(self.train_dataset, IterableDataset) else SAMPLE)
 
     def _longest_row(self) -> tuple[int, int, int]:
         """Completions of a prompt, tokens of the longest prompt and of the longest completion that a step can meet."""

@@ -8,7 +8,6 @@ Only the files of hooks and this one touch TRL's private parts. Here these are:
 """
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,15 +17,14 @@ from trl.extras.profiling import profiling_context
 
 from nbhelpers import engines, gpu
 from nbhelpers.memory.room import Reserved
-from nbhelpers.models import adapter, chat
+from nbhelpers.models import chat
 from nbhelpers.progress import interruptible
 from nbhelpers.rewards import REASONING, Sample, Tags, question_of, text_of
 from nbhelpers.rewards.guard import SECONDS, guard_all
 
-from . import config, rows, run_folder, settings
+from . import config, rows, settings
 from .config import LeanGRPOConfig
 from .lean_hooks import LeanStepHooks
-from .model_check import check_model, master_weights, restore_masters
 from .prompt_hooks import PromptHooks
 from .resume_hooks import ResumeHooks
 from .signal_hooks import SignalHooks
@@ -128,27 +126,19 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, Whol
         settings.refuse(args)
         owned = environment_factory is not None
         train_dataset, eval_dataset = rows.looked_at(train_dataset, eval_dataset, args, owned)
-        if not isinstance(model, str):
-            if peft_config is None:  # what is adapted yet is frozen now
-                check_model(model, args)
-            adapter.drop_reference(model)  # of an earlier trainer: this cell is run again
-        run_folder.check_writable(Path(args.output_dir or "trainer_output"))  # before transformers makes it
         funcs = None
         if reward_funcs is not None:
             seconds = args.reward_seconds if isinstance(args, LeanGRPOConfig) else SECONDS
             given = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
             funcs = guard_all(given, seconds)
             settings.refuse_weights(args, len(funcs))
-        masters = master_weights(model)
         super().__init__(
-            model, funcs, args, train_dataset, eval_dataset=eval_dataset, processing_class=processing_class,
-            reward_processing_classes=reward_processing_classes, callbacks=callbacks, optimizers=optimizers,
-            quantization_config=quantization_config, peft_config=peft_config, tools=tools, rollout_func=rollout_func,
-            environment_factory=environment_factory, budget_gb=budget_gb, max_skipped_steps=max_skipped_steps,
-            lean=lean,
+            model, funcs, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            processing_class=processing_class, reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks, optimizers=optimizers, quantization_config=quantization_config,
+            peft_config=peft_config, tools=tools, rollout_func=rollout_func, environment_factory=environment_factory,
+            budget_gb=budget_gb, max_skipped_steps=max_skipped_steps, lean=lean,
         )  # fmt: skip
-        restore_masters(self.model, masters)
-        check_model(self.model, args)
         self.engine, self._said_too_long = self._engine(engine), False
         self._refuse_long_prompts()
         rounds = args.dynamic_sampling if isinstance(args, LeanGRPOConfig) else 0

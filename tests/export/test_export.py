@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from nbhelpers import export, loader
 from nbhelpers.export import merge
-from nbhelpers.models import model_folder, quantize
+from nbhelpers.models import lineage, model_folder, quantize
 
 # ---- adapter ----
 
@@ -35,6 +35,30 @@ def test_a_saved_adapter_comes_back_with_its_tokenizer_and_names_no_folder(base,
     with pytest.raises(OSError, match="disk is full"):
         export.save(model, tokenizer, out)
     assert (out / "base.json").exists() and [path.name for path in out.parent.iterdir()] == ["my-reasoner"]
+
+
+def test_the_card_names_the_methods_that_trained_it(base, tmp_path):
+    model, tokenizer = trained(base("qwen2"))
+    assert "trained by nbhelpers" in (export.save(model, tokenizer, tmp_path / "new") / "README.md").read_text()
+    for method in ("SFT", "RLOO", "RLOO"):
+        lineage.note(model, method)  # as a trainer does after each update
+    saved = export.save(model, tokenizer, tmp_path / "adapter")
+    again, _ = loader.load(saved, dtype=torch.float32, progress=False)  # another session
+    for folder in (saved, export.merged(again, tokenizer, tmp_path / "merged")):
+        card = (folder / "README.md").read_text()
+        assert "trained with SFT (supervised fine-tuning), then RLOO (" in card and "GRPO" not in card
+        assert "- sft\n- rloo\n" in card
+    known = json.loads((saved / "base.json").read_text())
+    del known["methods"]  # of an earlier version
+    (saved / "base.json").write_text(json.dumps(known))
+    assert lineage.methods(loader.load(saved, dtype=torch.float32, progress=False)[0]) == []
+
+
+def test_a_checkpoint_of_all_weights_names_its_method(base, tmp_path):
+    folder = base("qwen2")
+    (folder / "manifest.json").write_text(json.dumps({"run": {"fixed": {"method": "Online DPO"}}}))
+    model, tokenizer = loader.load(folder, quantization="none", lora_rank=0, dtype=torch.float32, progress=False)
+    assert "with Online DPO (" in (export.save(model, tokenizer, tmp_path / "out") / "README.md").read_text()
 
 
 def test_of_several_processes_the_first_one_writes(base, tmp_path, monkeypatch):

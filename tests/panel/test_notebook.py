@@ -80,6 +80,9 @@ def test_before_the_first_step_and_within_a_long_one_a_clock_goes(shown, clock, 
     ticker.tick()
     assert "the model writes its first answers … · 1:15" in shown[-1][2]["text/html"]
     assert "compiling" not in shown[-1][2]["text/html"]
+    live.writes = False  # as LeanSFTTrainer says
+    ticker.tick()
+    assert "the model reads its first texts … · 1:15" in shown[-1][2]["text/html"]
     monkeypatch.setattr("nbhelpers.gpu.card", lambda: object())
     ticker.tick()
     assert shown[-1][:2] == ("update", "head") and "compiling, then" in shown[-1][2]["text/html"]

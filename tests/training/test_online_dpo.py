@@ -150,7 +150,7 @@ def test_what_is_not_served_is_named(tmp_path, settings, message):
 @pytest.mark.parametrize("changes, message", [
     ({"judge": None}, "Pass either reward_funcs or judge"),
     ({"judge": 3}, "judge is a plain function"),
-    ({"tools": [len]}, "tools is not served"),
+    ({"tools": [len]}, "tools=.* is not served with online DPO"),
     ({"neftune_noise_alpha": 1.0}, "lean step alone"),
     ({"model": make_model("qwen2", lora=False)}, "without its adapter"),
 ])  # fmt: skip

@@ -9,6 +9,7 @@ from step_cases import ROWS, difference, make_batch, make_model
 
 from nbhelpers import LeanGRPOConfig, LeanRLOOConfig, LeanRLOOTrainer
 from nbhelpers.grpo import leave_one_out
+from nbhelpers.models import lineage
 from nbhelpers.training import rows as rows_module
 
 SETTINGS = dict(
@@ -108,6 +109,25 @@ def test_whole_runs_end_at_trls_weights(tmp_path, changes):
     assert difference(ends[1], ends[0]) < 1e-4
 
 
+def test_it_learns_what_is_rewarded(tmp_path):
+    """Capital letters, of which a random model writes some; all of its weights learn."""
+
+    def capitals(completions, **_):
+        return [sum(map(str.isupper, text)) / max(1, len(text)) for text in completions]
+
+    changes = {
+        "max_steps": 8, "per_device_train_batch_size": 32, "num_generations": 8, "max_completion_length": 4,
+        "beta": 0.0, "learning_rate": 3e-2, "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    one = LeanRLOOTrainer(
+        tiny_model.model(initializer_range=0.1), [capitals], LeanRLOOConfig(str(tmp_path), **SETTINGS | changes),
+        train_dataset=ROWS, processing_class=tiny_model.tokenizer(), engine="hf",
+    )  # fmt: skip
+    one.train()
+    rewards = [log["reward"] for log in one.state.log_history if "reward" in log]
+    assert rewards[0] < 0.5 and rewards[7] > rewards[0] + 0.3
+
+
 def test_leave_one_out_by_hand():
     rewards = torch.tensor([1.0, 0.0, 0.0, 4.0, torch.nan, 2.0, torch.nan, torch.nan, 3.0])
     got = leave_one_out(rewards, 3)
@@ -142,6 +162,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_no_other_methods_does(tmp_path):
     again = make(LeanRLOOTrainer, tmp_path / "broken", **changes)
     again.train(resume_from_checkpoint="auto")
     assert again.state.global_step == 4 and same(weights(whole), weights(again))
+    assert lineage.methods(again.model) == ["RLOO"]
     assert again._identity()["method"] == "RLOO"
     changes["beta"] = 0.0
     with pytest.raises(ValueError, match=r"beta: 0.05 there, 0.0 here"):
@@ -153,18 +174,18 @@ def test_what_rloo_has_not_is_refused_by_name(tmp_path):
         ("loss_type", "dr_grpo"), ("scale_rewards", "batch"), ("importance_sampling_level", "sequence"),
         ("delta", 2.0), ("entropy_coef", 0.1), ("cast_lm_head_to_fp32", True), ("top_entropy_quantile", 0.2),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=f"{name}=.*: RLOO has no such setting"):
+        with pytest.raises(ValueError, match=f"{name}=.* is not served with RLOO"):
             LeanRLOOConfig(str(tmp_path), **{name: value})
     for limits in ((1.0, 0.0), (1.0,), "0-1"):
         with pytest.raises(ValueError, match="reward_clip_range"):
             LeanRLOOConfig(str(tmp_path), reward_clip_range=limits)
     given = {"train_dataset": ROWS, "processing_class": tiny_model.tokenizer()}
     for name, value in (("tools", [print]), ("rollout_func", print), ("lean", False)):
-        with pytest.raises(ValueError, match=f"{name}=.*LeanRLOOTrainer does not serve it"):
+        with pytest.raises(ValueError, match=f"{name}=.* is not served with RLOO"):
             LeanRLOOTrainer(make_model(), letters, LeanRLOOConfig(str(tmp_path)), **given, **{name: value})
     with pytest.raises(TypeError, match=r"pass a LeanRLOOConfig or trl\.RLOOConfig"):
         LeanRLOOTrainer(make_model(), letters, LeanGRPOConfig(str(tmp_path)), **given)
-    with pytest.raises(ValueError, match=r"torch_compile is asked for: leave that out, or take trl\.RLOOTrainer"):
+    with pytest.raises(ValueError, match=r"RLOO runs through the lean step alone, and torch_compile is asked for"):
         make(LeanRLOOTrainer, tmp_path, torch_compile=True)
     with pytest.raises(ValueError, match="no step at all"):
         rows_module.enough(ROWS.select(range(1)), LeanRLOOConfig(str(tmp_path), **SETTINGS))

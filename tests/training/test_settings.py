@@ -42,6 +42,7 @@ VALUES = {
     "vllm_importance_sampling_clip_min": ([-1, NAN], [None, 0.3]),
     "reward_weights": ([[NAN], [INF], [0.0], [1, "2"], [3e38], 1.0, "11", []], [None, [1.0], [1, -0.5], [1, 0]]),
     "reward_clip_range": ([[1.0, 0.0], [1.0], "01", [NAN, 1.0], 2.0], [None, (0.5, 2.0), [-1, 1]]),
+    "missing_eos_penalty": ([0, -1.0, NAN, INF, "1"], [None, 0.5]),
     "multi_objective_aggregation": (["sum", None], ["sum_then_normalize"]),
     "reward_seconds": ([0, -1, NAN, INF, None, "300"], [0.5, 300]),
     "num_generations": ([0, 1, -4, 4.0, None], [2, 8]),
@@ -84,7 +85,7 @@ def test_what_makes_no_sense_is_a_sentence_and_the_rest_is_taken(setting):
     [
         {name: refused[0]}
         for name, (refused, _) in VALUES.items()
-        if name not in ("eval_steps", "num_train_epochs", "reward_clip_range")
+        if name not in ("eval_steps", "num_train_epochs", "reward_clip_range", "missing_eos_penalty")
     ],
     ids=lambda changes: next(iter(changes)),
 )

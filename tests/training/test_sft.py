@@ -10,6 +10,7 @@ from step_cases import difference, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nbhelpers import LeanSFTConfig, LeanSFTTrainer, evaluate, panel, tasks
+from nbhelpers.models import lineage
 from nbhelpers.presets import WORKSHOP
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -63,6 +64,29 @@ def test_loss_and_gradients_are_trls(tmp_path, data, changes, items):
     assert difference(got[2], wanted[2]) < 1e-5
 
 
+@pytest.mark.parametrize("changes", [{}, {"packing": True, "packing_strategy": "wrapped", "max_length": 24}])
+def test_of_a_chat_only_what_the_assistant_says_is_learned_as_trl_learns_it(tmp_path, changes):
+    tokenizer, roles = tiny_model.tokenizer(), ("user", "assistant", "user", "assistant")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}a:{% generation %}{{ m['content'] + '<|turn|>' }}"
+        "{% endgeneration %}{% else %}{{ 'u:' + m['content'] + '<|turn|>' }}{% endif %}{% endfor %}"
+    )
+    chats = Dataset.from_list([
+        {"messages": [{"role": role, "content": LETTERS[i + n : 2 * i + n + 3]} for n, role in enumerate(roles)]}
+        for i in range(8)
+    ])  # fmt: skip
+    made = [
+        make(cls, tmp_path, chats, tokenizer=tokenizer, assistant_only_loss=True, **changes)
+        for cls in (trl.SFTTrainer, LeanSFTTrainer)
+    ]
+    (loss, entropy, wanted), got = map(gradients, made)
+    assert got[0] == pytest.approx(loss, rel=1e-5) and got[1] == pytest.approx(entropy, rel=1e-4)
+    assert difference(got[2], wanted) < 1e-5
+    labels = [label for label in batch_of(made[1], 8)["labels"].flatten().tolist() if label != -100]
+    learned = tokenizer.decode(labels)
+    assert "bcd<|turn|>" in learned and ":" not in learned  # which stands behind each role
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_whole_runs_and_evaluations_end_where_trls_end(tmp_path, accumulation):
     ends = []
@@ -112,6 +136,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
     again = make(LeanSFTTrainer, tmp_path / "broken", **changes)
     again.train(resume_from_checkpoint="auto")
     assert again.state.global_step == 8 and same(weights(whole), weights(again))
+    assert lineage.methods(again.model) == ["SFT"]
     logs = [[log.get("loss"), log.get("num_tokens")] for log in whole.state.log_history if "loss" in log]
     assert logs == [[log.get("loss"), log.get("num_tokens")] for log in again.state.log_history if "loss" in log]
     other = make(LeanSFTTrainer, tmp_path / "broken", PAIRS, **changes)
@@ -149,6 +174,7 @@ def test_the_panel_shows_the_loss_and_asks_its_probes(tmp_path, capsys):
     before = evaluate.ask(model, tokenizer, tasks.PROBES[:1], max_new_tokens=8)
     live = panel.Live(probes=before, probe_every=2)
     one = make(LeanSFTTrainer, tmp_path, CHATS, model, tokenizer, lean={"callbacks": [live]}, learning_rate=1e-3)
+    assert "the model reads its first texts" in live.line()
     one.train()
     assert [row["step"] for row in live.history] == [1, 2, 3] and list(live.probed) == [0, 2]
     assert live.history[-1]["loss"] < live.history[0]["loss"]

@@ -8,6 +8,8 @@ generalized advantage estimation, arXiv:1506.02438; PPO on language models, arXi
 and constants are TRL's.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -66,15 +68,17 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     return advantages, advantages + values
 
 
-def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+def whiten(
+    x: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Callable[[Tensor], Tensor] = Tensor.clone
+) -> Tensor:
     """(x - mean) / sqrt(variance + 1e-8) over all that the mask marks, the variance with Bessel's correction.
 
     `x` is float [B, T], as the result, which is 0 where `mask` [B, T] is. shift_mean=False adds the mean again, as for
-    rewards, whose sign means something.
+    rewards, whose sign means something. `reduce` adds a tensor up over all processes, as accelerator.reduce.
     """
-    count = mask.sum()
-    mean = (x * mask).sum() / count.clamp(min=1)
-    variance = ((x - mean) ** 2 * mask).sum() / (count - 1).clamp(min=1)
+    total, count = reduce(torch.stack(((x * mask).sum(), mask.sum().to(x.dtype))))
+    mean = total / count.clamp(min=1)
+    variance = reduce(((x - mean) ** 2 * mask).sum()) / (count - 1).clamp(min=1)
     white = (x - mean) * torch.rsqrt(variance + 1e-8)
     return (white if shift_mean else white + mean) * mask
 

@@ -13,7 +13,7 @@ The hooks touch these private parts of TRL:
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,49 +22,46 @@ from nbhelpers.rewards import text_of
 from nbhelpers.rewards.guard import is_async, named
 
 from .. import losses, settings
-from ..config import LeanGRPOConfig
 from ..lean_step import LeanStep
 from ..signal_hooks import Batch, Inputs
 from .equations import DPO_LOSSES, dpo_loss
-from .rollouts import MISSING_EOS, RolloutTrainer
+from .rollouts import RolloutConfig, RolloutTrainer
 
 Judge = Callable[[list[Any], list[list[str]]], Sequence[int | None]]
-METHOD = "online DPO"
-BETA = settings.Setting("beta", settings.number(0, 1e6, above=True), "a number above 0", "0.1 is usual.")
-OWN = (MISSING_EOS, BETA, settings.one_of("loss_type", DPO_LOSSES))
-ONLY: dict[str, tuple[Any, ...]] = {
-    "num_generations": (2,), "num_generations_eval": (None, 2), "num_iterations": (1,),
-    "mask_truncated_completions": (False,), "importance_sampling_level": ("token",), "entropy_coef": (0.0,),
-    "use_adaptive_entropy": (False,), "top_entropy_quantile": (1.0,), "off_policy_mask_threshold": (None,),
-    "delta": (None,), "multi_objective_aggregation": ("sum_then_normalize",), "sync_ref_model": (False,),
-}  # fmt: skip
 
 
 @dataclass
-class LeanOnlineDPOConfig(LeanGRPOConfig):
+class LeanOnlineDPOConfig(RolloutConfig):
     """TRL's names for Online DPO on top of LeanGRPOConfig's.
 
     `per_device_train_batch_size` counts answers, as with GRPO: two for each prompt. `beta` is the price of leaving the
-    reference, `loss_type` "sigmoid" or "ipo", `missing_eos_penalty` what is taken off the reward of an answer that was
-    cut off; `max_new_tokens`, if given, is max_completion_length.
+    reference, `loss_type` "sigmoid" or "ipo"; `max_new_tokens`, if given, is max_completion_length.
     """
 
-    num_generations: int | None = 2
+    METHOD = "online DPO"
+    OWN = (
+        settings.Setting("beta", settings.number(0, 1e6, above=True), "a number above 0", "0.1 is usual."),
+        settings.one_of("loss_type", DPO_LOSSES),
+    )
+    ONLY: ClassVar[settings.Values] = {
+        "num_generations": (2,), "num_generations_eval": (None, 2), "num_iterations": (1,), "delta": (None,),
+        "mask_truncated_completions": (False,), "importance_sampling_level": ("token",), "entropy_coef": (0.0,),
+        "use_adaptive_entropy": (False,), "top_entropy_quantile": (1.0,), "off_policy_mask_threshold": (None,),
+        "multi_objective_aggregation": ("sum_then_normalize",), "sync_ref_model": (False,),
+    }  # fmt: skip
+
     beta: float = 0.1
     loss_type: str = "sigmoid"
     temperature: float = 0.9
     disable_dropout: bool = True
-    missing_eos_penalty: float | None = None
     max_new_tokens: int | None = None
 
-    def __post_init__(self):
-        settings.refuse_for(METHOD, self, OWN, ONLY)
+    def _as_grpo(self) -> None:
         if self.max_new_tokens is not None:
             self.max_completion_length = self.max_new_tokens
-        given = self.beta, self.loss_type
-        self.beta, self.loss_type = 0.0, "grpo"  # as GRPO's settings they would mean something else
+
+    def __post_init__(self) -> None:
         super().__post_init__()
-        self.beta, self.loss_type = given
         if self.steps_per_generation != self.gradient_accumulation_steps:
             raise ValueError("online DPO makes one update of each rollout: leave steps_per_generation and "
                              "generation_batch_size out, gradient_accumulation_steps sets both")  # fmt: skip
@@ -82,7 +79,7 @@ def from_trl(args: Any) -> LeanOnlineDPOConfig:
         return copy(args)
     if not any(kind.__name__ == "OnlineDPOConfig" for kind in type(args).__mro__):
         raise TypeError(f"args is a {type(args).__name__}: pass a LeanOnlineDPOConfig, or TRL's OnlineDPOConfig")
-    settings.refuse_for(METHOD, args, (), {"reward_model_path": (None,), "max_length": (512,)})
+    settings.refuse_others("online DPO", args, {"reward_model_path": (None,), "max_length": (512,)})
     plain = type(args)(args.output_dir, use_cpu=True, bf16=True)  # what was not set takes this package's default
     own = {field.name for field in fields(LeanOnlineDPOConfig) if field.init} & vars(args).keys()
     values = {name: getattr(args, name) for name in own if getattr(args, name) != getattr(plain, name)}
@@ -138,7 +135,7 @@ class LeanOnlineDPOTrainer(RolloutTrainer):
             raise ValueError("who says which answer is better? Pass either reward_funcs or judge")
         beta, kind = args.beta, args.loss_type
         args.beta, args.loss_type = 0.0, "grpo"  # TRL would keep a copy of the adapter as its reference
-        super().__init__(METHOD, model, reward_funcs if judge is None else as_reward(judge), args, *more, **options)
+        super().__init__(model, reward_funcs if judge is None else as_reward(judge), args, *more, **options)
         self.args.beta, self.args.loss_type = beta, kind
 
     def settings(self) -> losses.Settings:

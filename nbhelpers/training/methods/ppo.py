@@ -11,39 +11,22 @@ The hooks touch these private parts of TRL:
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from nbhelpers.models import adapter
 
 from .. import objective, settings
-from ..config import LeanGRPOConfig
 from ..lean_step import LeanStep
 from ..packing import Packed
 from ..signal_hooks import Batch, Inputs
 from .equations import gae, token_rewards, value_loss, whiten
-from .rollouts import MISSING_EOS, RolloutTrainer
-
-METHOD = "PPO"
-OWN = (
-    MISSING_EOS,
-    *(settings.Setting(name, settings.whole(1), "a whole number, 1 or more")
-      for name in ("num_ppo_epochs", "num_mini_batches")),
-    *(settings.Setting(name, settings.number(0, 1e6), "a number, 0 or more")
-      for name in ("kl_coef", "cliprange", "cliprange_value", "vf_coef")),
-    *(settings.Setting(name, settings.number(0, 1), "a number from 0 to 1") for name in ("gamma", "lam")),
-)  # fmt: skip
-ONLY: dict[str, tuple[Any, ...]] = {
-    "loss_type": ("bnpo",), "beta": (0.0,), "dynamic_sampling": (0,), "importance_sampling_level": ("token",),
-    "off_policy_mask_threshold": (None,), "multi_objective_aggregation": ("sum_then_normalize",),
-    "sync_ref_model": (False,), "steps_per_generation": (None,), "generation_batch_size": (None,),
-    "num_iterations": (1,), "epsilon": (0.2,), "epsilon_high": (None,), "scale_rewards": ("group", True),
-}  # fmt: skip
+from .rollouts import RolloutConfig, RolloutTrainer
 
 
 @dataclass
-class LeanPPOConfig(LeanGRPOConfig):
+class LeanPPOConfig(RolloutConfig):
     """TRL's names for PPO on top of LeanGRPOConfig's.
 
     A rollout is `num_mini_batches` times what an update takes, and is gone through `num_ppo_epochs` times in the same
@@ -51,11 +34,27 @@ class LeanPPOConfig(LeanGRPOConfig):
 
     `kl_coef` is the price of a nat away from the base without its adapter (TRL's estimator "k1"), `cliprange` GRPO's
     epsilon, `vf_coef` the weight of the value loss, `cliprange_value` how far a value may move from the rollout's,
-    `gamma` and `lam` those of the advantages. Advantages are whitened, over each process's rollout; rewards too with
-    `whiten_rewards`. `missing_eos_penalty` is taken off the reward of an answer that was cut off.
+    `gamma` and `lam` those of the advantages. Advantages are whitened, over the rollout of all processes;
+    rewards too with `whiten_rewards`.
     """
 
-    num_generations: int | None = 2
+    METHOD = "PPO"
+    OWN = tuple(
+        settings.Setting(name, allowed, wanted)
+        for names, allowed, wanted in (
+            ("num_ppo_epochs num_mini_batches", settings.whole(1), "a whole number, 1 or more"),
+            ("kl_coef cliprange cliprange_value vf_coef", settings.number(0, 1e6), "a number, 0 or more"),
+            ("gamma lam", settings.number(0, 1), "a number from 0 to 1"),
+        )
+        for name in names.split()
+    )
+    ONLY: ClassVar[settings.Values] = {
+        "loss_type": ("bnpo",), "beta": (0.0,), "dynamic_sampling": (0,), "importance_sampling_level": ("token",),
+        "off_policy_mask_threshold": (None,), "multi_objective_aggregation": ("sum_then_normalize",),
+        "sync_ref_model": (False,), "steps_per_generation": (None,), "generation_batch_size": (None,),
+        "num_iterations": (1,), "epsilon": (0.2,), "epsilon_high": (None,), "scale_rewards": ("group", True),
+    }  # fmt: skip
+
     loss_type: str = "bnpo"  # a mean over all tokens
     num_ppo_epochs: int = 4
     num_mini_batches: int = 1
@@ -66,15 +65,11 @@ class LeanPPOConfig(LeanGRPOConfig):
     gamma: float = 1.0
     lam: float = 0.95
     whiten_rewards: bool = False
-    missing_eos_penalty: float | None = None
     disable_dropout: bool = True  # old and new log-probabilities would differ by it
 
-    def __post_init__(self):
-        settings.refuse_for(METHOD, self, OWN, ONLY)
-        settings.refuse(self)  # before they are multiplied
+    def _as_grpo(self) -> None:
         self.num_iterations, self.epsilon = self.num_ppo_epochs, self.cliprange
         self.steps_per_generation = self.num_mini_batches * self.gradient_accumulation_steps
-        super().__post_init__()
 
 
 class LeanPPOTrainer(RolloutTrainer):
@@ -95,7 +90,7 @@ class LeanPPOTrainer(RolloutTrainer):
         args = LeanPPOConfig("runs/ppo") if args is None else args
         if not isinstance(args, LeanPPOConfig):
             raise TypeError(f"args is a {type(args).__name__}: PPO takes a LeanPPOConfig")
-        super().__init__(METHOD, model, reward_funcs, args, *more, **options)
+        super().__init__(model, reward_funcs, args, *more, **options)
         inner = self.accelerator.unwrap_model(self.model)
         self._value_head = nn.Linear(inner.config.get_text_config().hidden_size, 1, device=inner.device)
         for parameter in self._value_head.parameters():
@@ -121,9 +116,9 @@ class LeanPPOTrainer(RolloutTrainer):
         if ref is not None:
             self._log_mean("objective/kl", ((logps - ref) * mask).sum(1))
         if args.whiten_rewards:
-            rewards = whiten(rewards, counts, shift_mean=False)
+            rewards = whiten(rewards, counts, shift_mean=False, reduce=self.accelerator.reduce)
         advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
-        advantages = whiten(advantages, counts)
+        advantages = whiten(advantages, counts, reduce=self.accelerator.reduce)
         return batch | {
             "advantages": advantages,
             "returns": returns,

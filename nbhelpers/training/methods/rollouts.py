@@ -1,10 +1,11 @@
-"""What Online DPO and PPO have in common: LeanGRPOTrainer's rollouts, measured against the base without its adapter.
+"""What RLOO, Online DPO and PPO have in common: LeanGRPOTrainer's rollouts, and a loss that the lean step alone has.
 
 The hooks touch one private part of TRL: `_metrics`, the numbers that it logs.
 """
 
 from copy import copy
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,27 +13,51 @@ from trl.trainer.utils import use_adapter
 
 from nbhelpers.models import adapter
 
+from .. import settings
+from ..config import LeanGRPOConfig
 from ..objective import unpadded
-from ..settings import Setting, number, optional
 from ..trainer import LeanGRPOTrainer
 
-_PENALTY = optional(number(0, 1e6, above=True))
-MISSING_EOS = Setting("missing_eos_penalty", _PENALTY, "None or a number above 0", "It is taken off a reward.")
+
+@dataclass
+class RolloutConfig(LeanGRPOConfig):
+    """LeanGRPOConfig for another method. `missing_eos_penalty` is taken off the reward of an answer that was cut off.
+
+    A setting that is not among the values which `ONLY` has for it is refused by name, the usual one comes first.
+    """
+
+    METHOD: ClassVar[str]  # for the errors
+    ONLY: ClassVar[settings.Values] = {}
+
+    num_generations: int | None = 2
+    missing_eos_penalty: float | None = None
+
+    def __post_init__(self) -> None:
+        settings.refuse(self, self.OWN)
+        settings.refuse_others(self.METHOD, self, self.ONLY)
+        self._as_grpo()
+        super().__post_init__()
+
+    def _as_grpo(self) -> None:
+        """Set what GRPO knows by another name."""
 
 
 class RolloutTrainer(LeanGRPOTrainer):
-    """LeanGRPOTrainer for another method, which the errors call `method`; the other arguments are the same.
+    """LeanGRPOTrainer for the method that its config names; the other arguments are the same.
 
-    Raises ValueError for a model without an adapter, for what the lean step cannot do, for tools, `rollout_func` and
-    `environment_factory`, and as LeanGRPOTrainer does.
+    Raises ValueError for tools, `rollout_func`, `environment_factory`, no reward, and what the lean step cannot do; for
+    a model without an adapter where `against_base`; and as LeanGRPOTrainer does.
     """
 
-    def __init__(self, method: str, model: Any, reward_funcs: Any, args: Any, *more: Any, **options: Any):
-        for name in ("tools", "rollout_func", "environment_factory"):
-            if options.get(name):
-                raise ValueError(f"{name} is not served with {method}: one answer follows a prompt. Leave it out")
+    args: RolloutConfig
+    against_base = True  # the model is measured against itself without its adapter
+
+    def __init__(self, model: Any, reward_funcs: Any, args: Any, *more: Any, **options: Any):
+        for name in ("tools", "rollout_func", "environment_factory", "lean"):
+            if options.get(name) not in (None, True):
+                raise ValueError(f"{name}={options[name]!r} is not served with {args.METHOD}: leave it out")
         if reward_funcs is None:
-            raise ValueError(f"{method} needs reward_funcs, which say how good an answer is")
+            raise ValueError(f"{args.METHOD} needs reward_funcs, which say how good an answer is")
         funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
         penalty: float | None = args.missing_eos_penalty
 
@@ -48,12 +73,13 @@ class RolloutTrainer(LeanGRPOTrainer):
                 args = copy(args)
                 args.reward_weights = [*weights, 1.0]
         super().__init__(model, funcs, args, *more, **options)
-        if not self.lean:
-            raise ValueError(f"{method} runs through the lean step alone, and this model or these settings cannot (the "
-                             "line above says why): change that, or train with LeanGRPOTrainer")  # fmt: skip
-        if not adapter.loras(self.accelerator.unwrap_model(self.model)):
-            raise ValueError(f"{method} measures the model against itself without its adapter, and it has none: load "
-                             "it with lora_rank=16, or pass peft_config")  # fmt: skip
+        if self.against_base and not adapter.loras(self.accelerator.unwrap_model(self.model)):
+            raise ValueError(f"{args.METHOD} measures the model against itself without its adapter, and it has none: "
+                             "load it with lora_rank=16, or pass peft_config")  # fmt: skip
+
+    def _left_to_trl(self, reason: str) -> None:
+        raise ValueError(f"{self.args.METHOD} runs through the lean step alone, and {reason}: leave that out, or train "
+                         "with LeanGRPOTrainer")  # fmt: skip
 
     @torch.no_grad()
     def _scored(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:

@@ -15,7 +15,7 @@ These private parts of TRL are touched:
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import trl
@@ -23,17 +23,16 @@ from torch import Tensor
 
 from nbhelpers.grpo import leave_one_out
 
-from . import losses
-from .config import LeanGRPOConfig
-from .hooks import Hooks
-from .trainer import LeanGRPOTrainer
+from .. import losses, settings
+from ..config import LeanGRPOConfig
+from ..hooks import Hooks
+from .rollouts import RolloutConfig, RolloutTrainer
 
 GRPO_ONLY = {field.name for field in fields(trl.GRPOConfig)} - {field.name for field in fields(trl.RLOOConfig)}
-NOT_SERVED = ("lean", "tools", "rollout_func", "environment_factory")  # of LeanGRPOTrainer's arguments
 
 
 @dataclass
-class LeanRLOOConfig(LeanGRPOConfig):
+class LeanRLOOConfig(RolloutConfig):
     """TRL's RLOOConfig with what `LeanGRPOConfig` adds. A setting that only GRPO has is refused by name.
 
     Args:
@@ -43,22 +42,19 @@ class LeanRLOOConfig(LeanGRPOConfig):
         reward_clip_range (`tuple[float, float]`, *optional*): Limits of the reward, before the KL is taken off.
     """
 
-    num_generations: int | None = 2
+    METHOD = "RLOO"
+    ONLY: ClassVar[settings.Values] = {
+        **{one.name: (one.default,) for one in fields(LeanGRPOConfig) if one.name in GRPO_ONLY},
+        "vllm_importance_sampling_correction": (False,),
+    }
+
     beta: float = 0.05
     vllm_importance_sampling_correction: bool = False
     normalize_advantages: bool = False
     reward_clip_range: tuple[float, float] | None = None
 
-    def __post_init__(self) -> None:
-        own = {field.name: field.default for field in fields(self)}
-        for name in sorted(GRPO_ONLY):
-            if vars(self)[name] != own[name]:
-                raise ValueError(f"{name}={vars(self)[name]!r}: RLOO has no such setting. Leave it out, or take "
-                                 "LeanGRPOTrainer")  # fmt: skip
-        super().__post_init__()
-
     @classmethod
-    def of(cls, args: "trl.RLOOConfig | LeanRLOOConfig") -> "LeanRLOOConfig":
+    def of(cls, args: Any) -> "LeanRLOOConfig":
         """The same settings, be they TRL's RLOOConfig. Raises TypeError for another config."""
         if isinstance(args, cls):
             return args
@@ -74,74 +70,51 @@ class RLOOHooks(Hooks):
 
     args: LeanRLOOConfig
     _totals: Tensor  # SignalHooks': weighted rewards [B of all processes], by which a group is silent
+    _scored: Any  # RolloutTrainer's
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super()._generate_and_score_completions(inputs)
-        training = self.model.training
         rewards = self._totals
         if self.args.reward_clip_range is not None:
             rewards = rewards.clamp(*self.args.reward_clip_range)
         if self.beta:
-            rewards = rewards - self.beta * self._divergence(batch, "train" if training else "eval")
+            rewards = rewards - self.beta * self._divergence(batch)
         self._totals = rewards  # with the KL in it no group is silent, unless all of it costs the same
-        group = self.num_generations if training else self.num_generations_eval
+        group = self.num_generations if self.model.training else self.num_generations_eval
         advantages = leave_one_out(rewards, group, self.args.normalize_advantages)
-        logged = self._logs["advantages"]
-        for i, advantage in enumerate(reversed(advantages.tolist()), start=1):
-            if i <= len(logged):
-                logged[-i] = advantage
-        first = self.accelerator.process_index * len(inputs)
-        batch["advantages"] = advantages[first : first + len(inputs)]
+        logged = self._logs["advantages"]  # a deque: TRL's own make room for these
+        for _ in range(min(len(logged), len(advantages))):
+            logged.pop()
+        logged.extend(advantages.tolist())
+        batch["advantages"] = self._own(advantages)
         return batch
 
-    def _divergence(self, batch: dict[str, Any], mode: str) -> Tensor:
+    def _divergence(self, batch: dict[str, Any]) -> Tensor:
         """The KL of each completion of all processes to the reference, nats, [B]; the policy's log-probabilities stay
         in the batch, as those of the rollout."""
-        mask, ids = batch["completion_mask"], (batch["prompt_ids"], batch["completion_ids"])
         if batch.get("old_per_token_logps") is None:
-            attention = torch.cat([batch["prompt_mask"], mask], dim=1)
-            with torch.no_grad():
-                batch["old_per_token_logps"], _, _ = self._get_per_token_logps_and_entropies(
-                    self.model, torch.cat(ids, dim=1), attention, mask.shape[1]
-                )
+            batch["old_per_token_logps"], _ = self._scored(batch)
+        mask = batch["completion_mask"]
         of_token = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]) * mask
         total, tokens = self.accelerator.reduce(torch.stack([of_token.sum(), mask.sum().float()])).tolist()
-        self._metrics[mode]["kl"].append(total / max(tokens, 1.0))
+        self._metrics["train" if self.model.training else "eval"]["kl"].append(total / max(tokens, 1.0))
         return self.accelerator.gather(of_token.sum(-1))
 
 
-class LeanRLOOTrainer(LeanGRPOTrainer, RLOOHooks):
-    """RLOO with all that `LeanGRPOTrainer` has: engine, lean step, guarded rewards, signal, panel, exact resume.
+class LeanRLOOTrainer(RolloutTrainer, RLOOHooks):
+    """RLOO with all that `LeanGRPOTrainer` has, and its arguments; `args`, a `LeanRLOOConfig` or `trl.RLOOConfig`, is
+    `LeanRLOOConfig("runs/rloo")` if not given. The reference is TRL's.
 
-    Args:
-        model, reward_funcs: As in `LeanGRPOTrainer`.
-        args (`LeanRLOOConfig` or `trl.RLOOConfig`, *optional*): `LeanRLOOConfig("runs/rloo")` if not given.
-        rest, more: The other arguments of `LeanGRPOTrainer`. Not served are `tools`, `rollout_func`,
-            `environment_factory` and `lean`.
-
-    Raises ValueError as `LeanGRPOTrainer`, for what is not served, and for a model or a setting that leaves the loss to
-    TRL's GRPO.
+    Raises ValueError as `LeanGRPOTrainer`, and for what is not served, by its name.
     """
 
+    args: LeanRLOOConfig
+    against_base = False
     _name, _tag_names, _paper = trl.RLOOTrainer._name, trl.RLOOTrainer._tag_names, trl.RLOOTrainer._paper
 
-    def __init__(
-        self,
-        model: Any,
-        reward_funcs: Any,
-        args: "LeanRLOOConfig | trl.RLOOConfig | None" = None,
-        *rest: Any,
-        **more: Any,
-    ):
-        for name in NOT_SERVED:
-            if more.get(name) not in (None, True):
-                raise ValueError(f"{name}={more[name]!r}: LeanRLOOTrainer does not serve it. Leave it out")
+    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *more: Any, **options: Any):
         args = LeanRLOOConfig("runs/rloo") if args is None else LeanRLOOConfig.of(args)
-        super().__init__(model, reward_funcs, args, *rest, **more)
-
-    def _left_to_trl(self, reason: str) -> None:
-        raise ValueError(f"LeanRLOOTrainer has the lean step's loss alone, and {reason}: leave that out, or take "
-                         "trl.RLOOTrainer")  # fmt: skip
+        super().__init__(model, reward_funcs, args, *more, **options)
 
     def settings(self) -> losses.Settings:
         """GRPO's loss, with the ratio of whole completions and averaged over them; the KL is in the reward."""

@@ -11,33 +11,27 @@ parts here are `_total_train_tokens`, the tokens so far, and `_is_vision_dataset
 
 import time
 from collections.abc import Callable
-from itertools import islice
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import trl
-from datasets import IterableDataset
 from torch import Tensor, nn
 
 from nbhelpers.architecture import GB
-from nbhelpers.models import adapter
 from nbhelpers.progress import interruptible
 
-from . import config, rows, run_folder, settings
-from .checkpoint import Position
-from .config import LeanSFTConfig
-from .model_check import check_model, master_weights, restore_masters
-from .packing import Packed, Row, Rows
-from .resume_hooks import ResumeHooks
-from .step_hooks import StepHooks
-from .whole_hooks import WholeHooks
+from .. import config, rows, settings
+from ..checkpoint import Position
+from ..config import OfThisMachine
+from ..packing import Packed, Row, Rows
+from ..resume_hooks import ResumeHooks
+from ..step_hooks import StepHooks
+from ..whole_hooks import WholeHooks
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-
-SAMPLE, STREAMED = 20_000, 64  # texts that are searched for the longest one, of a data set and of a stream
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
 def texts_of(batch: dict[str, Tensor]) -> Rows:
@@ -68,6 +62,13 @@ def texts_of(batch: dict[str, Tensor]) -> Rows:
     return found
 
 
+@dataclass
+class LeanSFTConfig(OfThisMachine, trl.SFTConfig):
+    """TRL's SFTConfig with what `OfThisMachine` says."""
+
+    gradient_checkpointing: bool = False
+
+
 class LeanSFTTrainer(ResumeHooks, StepHooks, WholeHooks, trl.SFTTrainer):
     """TRL's SFTTrainer, made for one small machine: the lean step, checkpoints that are complete or absent, the panel.
 
@@ -76,9 +77,8 @@ class LeanSFTTrainer(ResumeHooks, StepHooks, WholeHooks, trl.SFTTrainer):
         args (`SFTConfig`, *optional*): `LeanSFTConfig("runs/sft")` if not given.
         train_dataset (`Dataset` or `IterableDataset`): TRL's forms: a column `text`, `messages`, or `prompt` and
             `completion`, as texts or chat messages, e.g. `tasks.decimals(texts=True).train`.
-        eval_dataset, processing_class, callbacks, peft_config, formatting_func (*optional*): As in TRL's SFTTrainer.
-        budget_gb (`float`, *optional*), max_skipped_steps (`int`), lean (`bool`): As in `LeanGRPOTrainer`.
-        more: The other arguments of TRL's SFTTrainer.
+        eval_dataset, formatting_func (*optional*): As in TRL's SFTTrainer.
+        more: The other arguments of TRL's SFTTrainer; `budget_gb`, `max_skipped_steps`, `lean` of `LeanGRPOTrainer`.
 
     What the lean step has not (`compute_loss_func`, label smoothing, images, ...) is left to TRL, and a line says so.
     Its head gives no logits, so `mean_token_accuracy` is not logged.
@@ -96,40 +96,23 @@ class LeanSFTTrainer(ResumeHooks, StepHooks, WholeHooks, trl.SFTTrainer):
         *,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: "PreTrainedTokenizerBase | None" = None,
-        callbacks: "list[TrainerCallback] | None" = None,
-        peft_config: "PeftConfig | None" = None,
         formatting_func: Callable[[dict], str] | None = None,
-        budget_gb: float | None = None,
-        max_skipped_steps: int = 10,
-        lean: bool = True,
         **more: Any,
     ):
         config.check_trl()
         args = LeanSFTConfig("runs/sft") if args is None else args
         settings.refuse(args)
-        train_dataset, eval_dataset = rows.texts_looked_at(train_dataset, eval_dataset, args, formatting_func)
-        if not isinstance(model, str):
-            if peft_config is None:
-                check_model(model, args)
-            adapter.drop_reference(model)
-        run_folder.check_writable(Path(args.output_dir or "trainer_output"))
-        masters = master_weights(model)
+        data = rows.texts_looked_at(train_dataset, eval_dataset, args.dataset_text_field, formatting_func is not None)
         super().__init__(
-            model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=processing_class,
-            callbacks=callbacks, peft_config=peft_config, formatting_func=formatting_func, budget_gb=budget_gb,
-            max_skipped_steps=max_skipped_steps, lean=lean, **more,
-        )  # fmt: skip
-        restore_masters(self.model, masters)
-        check_model(self.model, args)
+            model, args=args, train_dataset=data[0], eval_dataset=data[1], formatting_func=formatting_func, **more
+        )
         self._say_what_is_cut()
         for live in self._panels():
-            live.kept_however_it_ends = True
+            live.kept_however_it_ends, live.writes = True, False
 
     def _lengths(self) -> list[int]:
         """Tokens of each of the first texts."""
-        count = STREAMED if isinstance(self.train_dataset, IterableDataset) else SAMPLE
-        return [len(row["input_ids"]) for row in islice(self.train_dataset, count)]
+        return [len(row["input_ids"]) for row in self._first_rows()]
 
     def _say_what_is_cut(self) -> None:
         """ValueError if no token counts; a line if texts are as long as they may be: their ends were cut off."""
