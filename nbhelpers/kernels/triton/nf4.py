@@ -168,7 +168,8 @@ def few_rows(x: Tensor, quant_state: "QuantState") -> bool:
     if x.shape[0] <= FEW_ROWS:
         return True
     if not tensor_cores(x.device):
-        return _fused_on_turing(x, *quant_state.shape, multiprocessors(x.device), turing(x.device))
+        out, inside = quant_state.shape
+        return _fused_on_turing(x, out, inside, multiprocessors(x.device), turing(x.device))
     waves = quant_state.shape[0] / (64 * multiprocessors(x.device))
     return x.shape[0] <= FEW_ROWS_FILLED and waves / ceil(waves) >= FILLED
 
