@@ -57,6 +57,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
             ]
         },
         {"FAQ": "faq.md"},
+        {"More than one card": "outgrow.md"},
         {"How well, how fast": [{"Benchmarks": "benchmarks.md"}, {"Reliability": "reliability.md"},
                                 {"Compatibility": "compatibility.md"}]},
         {"API": [{"Overview": "api/index.md"}, *({name: f"api/{name}.md"} for name in _modules())]},

@@ -125,7 +125,7 @@ def check_fits(preset: "presets.Preset", total: float) -> None:
 
 def report(preset: "presets.Preset | None" = None) -> None:
     """Print GPU, memory, dtype, versions and place; with a preset, before them, whether it runs here, and behind them
-    how, and what fetching and loading it take.
+    how, how long a run takes, and what fetching and loading it take.
 
     Raises CannotRun when it cannot, with the remedy. Without a GPU a 4-bit preset is only warned about: it is
     hopelessly slow there, and it works.
@@ -149,6 +149,9 @@ def report(preset: "presets.Preset | None" = None) -> None:
         f"{chosen.num_generations} generations of {chosen.max_prompt_length} + {chosen.max_completion_length} tokens · "
         f"at least {memory.floor_gb(preset):.1f} GB"
     )
+    gb = card_gb()
+    if gb and not chosen.smoke and (time_taken := memory.plan(chosen, gb).time()):
+        print(time_taken)
     if fetch is not None:
         print(f"load: about {fetch.load_minutes} min, read at {LOAD_GB_S} GB/s and packed on the way")
         print(fetch)

@@ -27,7 +27,8 @@ from .micro_batches import CannotFit, MicroBatch, StepCost, Tokens, count, large
 from .report import Plan, Setting
 from .residents import Resident, resident
 from .room import CONTEXT_GB, FRAGMENTED, Reserved, Room, kv_budget, step_budget, vllm_kv_budget
-from .swapping import freed_bytes, moved_bytes
+from .seconds import card_of, of_a_step
+from .swapping import PCIE_GB_S, freed_bytes, moved_bytes
 
 __all__ = ["CONTEXT_GB", "FRAGMENTED", "CannotFit", "Plan", "Reserved", "Room", "Setting", "can_train", "floor_gb",
            "freed_bytes", "kv_budget", "kv_bytes_per_token", "plan", "sliders", "step_budget", "that_fit",
@@ -109,6 +110,10 @@ def plan(
     affordable = card.rows_that_fit(setting)
     fits = bool(micro_batches) and card.generates(setting)
     nearest = None if fits else next(filter(card.fits, _changed(setting)), None)
+    kind = card_of(card_gb, _name_here(card_gb))
+    groups = 1 if rows or method == "sft" else preset.questions_per_step
+    swap_gb = card.swap_bytes(setting, len(micro_batches)) / GB
+    seconds = of_a_step(preset.architecture, kind, setting, micro_batches, card.backend, affordable, groups)
 
     def with_context(tokens: int) -> Setting:
         return replace(setting, max_completion_length=tokens - setting.max_prompt_length)
@@ -122,7 +127,9 @@ def plan(
         longest_context=longest if longest >= shortest else 0,
         largest_group=affordable if affordable > 1 and card.fits(setting) else 0,
         nearest=nearest,
-        swap_gb=card.swap_bytes(setting, len(micro_batches)) / GB,
+        swap_gb=swap_gb,
+        step_seconds=seconds + groups * swap_gb / PCIE_GB_S if fits else None,
+        speed_of=kind.name,
         instead=() if fits or nearest else that_fit(card_gb),
     )  # fmt: skip
 
@@ -310,6 +317,13 @@ def _backend(card_gb: float, modern: bool | None = None) -> str:
     """Attention's backend on a card; modern: Ampere or newer, None: as the card here, if there is one, or by size."""
     modern = _card_here()[1] if modern is None else modern
     return "flash" if modern or (modern is None and card_gb > 16) else "efficient"
+
+
+def _name_here(card_gb: float) -> str:
+    """The name of this machine's card, if it is one of `card_gb` GB; else nothing."""
+    here = _card_here()[0]
+    card = gpu.card() if here and abs(here - card_gb) < 0.5 else None
+    return card.name if card else ""
 
 
 def _card_here() -> tuple[float | None, bool | None]:

@@ -60,6 +60,8 @@ class Plan:
     largest_group: int  # completions of this length that the graph engine writes at the same time; 0 if it is below 2
     nearest: Setting | None  # what to change to, if this does not fit
     swap_gb: float  # what a step copies to the card for layers that wait on the host, GB; 0 without any
+    step_seconds: float | None  # of a step with all questions of the preset, or of `rows`; None if it does not fit
+    speed_of: str  # the card whose data sheet that comes from
     instead: tuple[str, ...]  # presets that fit this card, if no setting of this one does
 
     @property
@@ -71,6 +73,21 @@ class Plan:
     def training_peak(self) -> float:
         """GB."""
         return sum(gb for name, gb in self.training.items() if name != "CUDA context")
+
+    @property
+    def hours(self) -> float | None:
+        """Of the preset's max_steps; None if it does not fit."""
+        return None if self.step_seconds is None else self.step_seconds * self.preset.max_steps / 3600
+
+    def time(self) -> str:
+        """How long it takes, as a sentence; empty if it does not fit."""
+        if self.step_seconds is None or self.hours is None:
+            return ""
+        full = "" if self.setting.method == "sft" else " with answers of full length"
+        return (
+            f"About {_rounded(self.step_seconds)} s a step, {_rounded(self.hours)} hours for {self.preset.max_steps} "
+            f"steps{full} (estimated for a card like the {self.speed_of})."
+        )
 
     @property
     def dominates(self) -> str:
@@ -99,7 +116,7 @@ class Plan:
                 f"{self.setting.swapped} layers wait on the host: {self.swap_gb:,.0f} GB go over PCIe in a step, about "
                 f"{self.swap_gb / PCIE_GB_S:,.0f} s at {PCIE_GB_S} GB/s, for completions that are all of full length."
             ]  # fmt: skip
-            return [f"It fits. The batch goes through in {pieces}, {how}.{stages}", *swap, *largest]
+            return [f"It fits. The batch goes through in {pieces}, {how}.{stages}", self.time(), *swap, *largest]
         if self.nearest is not None:
             return [f"It does NOT fit. The nearest that does: {self.nearest}.", *largest]
         names = ", ".join(self.instead) or "none"
@@ -146,3 +163,8 @@ class Plan:
         )
         table = f"<table><tr><th>GB</th><th>generating</th><th>training</th></tr>{rows}</table>"
         return f"<div>{head}{bars}{table}{'<br>'.join(others)}</div>"
+
+
+def _rounded(number: float) -> str:
+    """Two digits of it, as they are said: 0.031, 1.7, 12, 240."""
+    return f"{float(f'{number:.2g}'):,g}"

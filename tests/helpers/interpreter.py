@@ -1,7 +1,7 @@
 """How a Triton kernel is tested on a CPU: in Triton's interpreter, in a process of its own.
 
 The interpreter wants TRITON_INTERPRET=1 before `import triton`, for the whole process; compiling ahead of time
-(tests/kernels/test_compile.py) wants it unset. So a test file puts what needs the interpreter into classes with
+(benchmarks/kernels/ahead.py) wants it unset. So a test file puts what needs the interpreter into classes with
 `__test__ = interpreter.ON`, which an ordinary run does not collect, and has one test that runs those classes:
 
     import interpreter  # first: before anything that imports triton

@@ -1,5 +1,9 @@
 """NF4 dequantised: the reference against bitsandbytes, Triton's against the reference."""
 
+import ast
+from pathlib import Path
+from types import SimpleNamespace
+
 import interpreter  # first: before anything that imports triton
 import pytest
 import torch
@@ -75,3 +79,62 @@ class TestDequantize:
 @pytest.mark.skipif(interpreter.ON, reason="already inside")
 def test_in_the_interpreter():
     interpreter.run(__file__)
+
+
+class TestFewRowsBeforeAmpere:
+    """Which product a T4 takes: what is asked of the card is replaced, for there is none here."""
+
+    WIDTHS = (64, 128, 256, 512, 704, 896, 1024, 1536, 2048, 2560, 3584, 4096, 4864, 5120, 8960, 11008, 14336, 17920)
+    ROWS = (5, 7, 8, 9, 16, 17, 23, 24, 32, 33, 64, 65, 96, 97, 128, 129, 320, 321, 512)
+
+    @pytest.fixture
+    def takes(self, monkeypatch):
+        """takes(rows, out, inside, dtype, capability): whether bitsandbytes' fused product is taken."""
+        triton_nf4 = pytest.importorskip("nbhelpers.kernels.triton.nf4")
+        from nbhelpers.kernels.triton import common
+
+        def ask(rows, out, inside, dtype=torch.float16, capability=(7, 5)):
+            monkeypatch.setattr(common, "capability", lambda device: capability)
+            monkeypatch.setattr(triton_nf4, "multiprocessors", lambda device: 40)  # a T4's
+            x = SimpleNamespace(shape=(rows, inside), is_cuda=True, dtype=dtype, device=None)
+            return triton_nf4.few_rows(x, SimpleNamespace(shape=(out, inside)))
+
+        return ask
+
+    @pytest.mark.parametrize(
+        ("rows", "out", "inside", "fused"),
+        [
+            (17, 8960, 1536, True), (128, 8960, 1536, True), (129, 8960, 1536, False),  # Qwen2.5-1.5B's gate and up
+            (64, 1536, 8960, True), (65, 1536, 8960, False),  # its down
+            (64, 1536, 1536, True), (65, 1536, 1536, False), (64, 256, 1536, True),  # its q, o and k, v
+            (128, 14336, 4096, True), (64, 4096, 14336, True), (128, 4096, 14336, False),  # Llama-3.1-8B's MLP
+        ],
+    )  # fmt: skip
+    def test_of_a_models_shapes(self, takes, rows, out, inside, fused):
+        assert takes(rows, out, inside) == fused
+
+    @pytest.mark.parametrize(("dtype", "capability"), [(torch.bfloat16, (7, 5)), (torch.float16, (7, 0))])
+    def test_without_tensor_cores_for_it(self, takes, dtype, capability):
+        assert takes(7, 8960, 1536, dtype, capability) and not takes(8, 8960, 1536, dtype, capability)
+
+    def test_newer_cards_keep_their_measured_rule(self, takes):
+        assert not takes(33, 8960, 1536, torch.bfloat16, (9, 0))
+
+    def test_is_bitsandbytes_own_rule(self, takes):
+        rule = bitsandbytes_rule(processors=40, capability=(7, 5))
+        shapes = [(rows, out, inside) for rows in self.ROWS for out in self.WIDTHS for inside in self.WIDTHS]
+        differ = [shape for shape in shapes if takes(*shape) != rule(0, torch.float16, *shape)]
+        assert not differ, f"{len(differ)} of {len(shapes)}, such as (rows, out, in) {differ[:5]}"
+
+
+def bitsandbytes_rule(processors, capability):
+    """bitsandbytes' own choice, as a function of (device, dtype, rows, out, in): taken out of its source, for the
+    module around it loads on a GPU only."""
+    package = Path(pytest.importorskip("bitsandbytes").__file__).parent
+    module = ast.parse((package / "backends" / "cuda" / "ops.py").read_text())
+    own = next(node for node in module.body if getattr(node, "name", "") == "_gemm_4bit_use_custom_cuda")
+    own.decorator_list = []
+    names = {"torch": torch, "_GEMM_4BIT_CUSTOM_FLOOR_M": 4}
+    names["_gpu_dispatch_props"] = lambda index: (processors, *capability)
+    exec(compile(ast.Module([own], []), "bitsandbytes", "exec"), names)
+    return names["_gemm_4bit_use_custom_cuda"]

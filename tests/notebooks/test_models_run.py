@@ -7,6 +7,7 @@ import (`warm_python`); `make test` runs every notebook in a fresh one too.
 import json
 import re
 import signal
+import socket
 import subprocess
 from pathlib import Path
 
@@ -122,8 +123,8 @@ torch.serialization.register_package(0, lambda storage: None, lambda storage, at
 """
 
 
-def two_processes(python: list[str], folder: Path, out: str, steps: int) -> tuple[str, bytes]:
-    """Run a notebook as a script in two processes; what the first one said, and the adapter that it exported."""
+def as_script(folder: Path, out: str, steps: int, end: str = "") -> None:
+    """The notebook as script.py in `folder`, as nbconvert writes it, for `steps`, with `end` behind it."""
     code, _ = PythonExporter().from_filename(MODELS / "qwen2.5-1.5b.ipynb")
     rewards = "[lambda completions, **_: [len(str(text)) % 3.0 for text in completions]]"  # that differ in a group
     for old, new in (
@@ -132,7 +133,13 @@ def two_processes(python: list[str], folder: Path, out: str, steps: int) -> tupl
     ):  # fmt: skip
         assert code.count(old) == 1, old
         code = code.replace(old, new)
-    (folder / "script.py").write_text(CPU_0 + code)
+    folder.mkdir(exist_ok=True)
+    (folder / "script.py").write_text(CPU_0 + code + end)
+
+
+def two_processes(python: list[str], folder: Path, out: str, steps: int) -> tuple[str, bytes]:
+    """Run a notebook as a script in two processes; what the first one said, and the adapter that it exported."""
+    as_script(folder, out, steps)
     command = [*python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
                "--local-ranks-filter=0", "--no-python", *python, "script.py"]  # fmt: skip
     ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
@@ -146,3 +153,58 @@ def test_a_script_of_two_processes_goes_on_exactly(tmp_path, warm):
     assert said.count("Resuming from stopped/checkpoint-2, after step 2.") == 1, said
     _, whole = two_processes(warm, tmp_path, "whole", steps=4)
     assert begun != resumed == whole
+
+
+# what each rank holds in the end: docs/outgrow.md promises the same adapters on all of them
+ADAPTER = """
+import os
+from safetensors.torch import save_file
+trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+save_file(trained, f"rank-{os.environ['RANK']}.safetensors")
+print("PROCESSES", trainer.accelerator.num_processes, trainer.state.global_step)
+"""
+
+
+def launched(python: list[str], folder: Path, *options: str) -> subprocess.Popen:
+    """`accelerate launch` of script.py, as docs/outgrow.md has it; without a GPU its processes compute on CPUs."""
+    command = [
+        *python, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--mixed_precision=no",
+        "--dynamo_backend=no", "--num_cpu_threads_per_process=1", *options, "--no_python", *python, "script.py",
+    ]  # fmt: skip
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def same_adapter_everywhere(processes: list[subprocess.Popen], ranks: list[Path]) -> None:
+    said = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(said), "\n".join(text[-3000:] for text in said)
+    assert sum(text.count("PROCESSES 2 2") for text in said) == 2, said
+    first, second = (file.read_bytes() for file in ranks)
+    assert first == second and len(first) > 1000
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_script_under_accelerate_launch(tmp_path, warm):
+    """Both of Kaggle's T4s, from a cell; here two processes on the CPU."""
+    as_script(tmp_path, "out", 2, ADAPTER)
+    process = launched(warm, tmp_path, f"--main_process_port={free_port()}")
+    same_adapter_everywhere([process], [tmp_path / f"rank-{rank}.safetensors" for rank in range(2)])
+    assert (tmp_path / "out" / "reasoner" / "adapter_model.safetensors").exists()
+
+
+def test_a_script_under_accelerate_launch_on_two_machines(tmp_path, warm):
+    """Two launches with a folder each, as without a common disk; what is between them is the loopback."""
+    machines, port = [tmp_path / "first", tmp_path / "second"], free_port()
+    processes = []
+    for rank, folder in enumerate(machines):
+        as_script(folder, "out", 2, ADAPTER)
+        where = ("--num_machines=2", f"--machine_rank={rank}", "--main_process_ip=127.0.0.1")
+        processes.append(launched(warm, folder, *where, f"--main_process_port={port}"))
+    files = [folder / f"rank-{rank}.safetensors" for rank, folder in enumerate(machines)]
+    same_adapter_everywhere(processes, files)
+    assert (machines[0] / "out" / "reasoner" / "adapter_model.safetensors").exists()
+    assert not (machines[1] / "out" / "reasoner").exists(), "the first process exports"

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import ceil_div
+from .common import ceil_div, tensor_cores, turing
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -45,6 +45,10 @@ DEQUANTIZE_WITH = "triton"  # or "bitsandbytes"
 # memory. With more rows it wins where the output, 64 columns per multiprocessor, nearly fills its last wave, until its
 # tile of 32 rows is full.
 FEW_ROWS, FEW_ROWS_FILLED, FILLED = 4, 32, 0.8
+
+# A T4 has a fifteenth of that bandwidth, and writing the dense weight costs it far more: there the product is fused as
+# far as bitsandbytes' own rule for Turing says (`_fused_on_turing`), which was made by measurement on a T4.
+SMALL_WEIGHT = 4 * 2**20  # numbers
 
 BLOCKS = 64  # blocks of 64 weights that each program dequantises
 
@@ -163,8 +167,39 @@ def few_rows(x: Tensor, quant_state: "QuantState") -> bool:
         return False
     if x.shape[0] <= FEW_ROWS:
         return True
+    if not tensor_cores(x.device):
+        out, inside = quant_state.shape
+        return _fused_on_turing(x, out, inside, multiprocessors(x.device), turing(x.device))
     waves = quant_state.shape[0] / (64 * multiprocessors(x.device))
     return x.shape[0] <= FEW_ROWS_FILLED and waves / ceil(waves) >= FILLED
+
+
+def _fused_on_turing(x: Tensor, out: int, inside: int, processors: int, fused: bool) -> bool:
+    """Where bitsandbytes 0.50 itself takes its fused product before Ampere, for 5 rows or more: it depends on how often
+    the blocks of 64 columns of [rows, out] fill the card, and on the weight's shape. Beyond, its operator would write
+    the dense weight too, and ours does that faster.
+
+    Args:
+        x (`Tensor`): [rows, inside].
+        out (`int`), inside (`int`): The weight's shape.
+        processors (`int`): The card's multiprocessors.
+        fused (`bool`): Whether the card has tensor cores for fp16 (Turing); older ones have a product for 7 rows.
+    """
+    rows, columns = x.shape[0], ceil_div(out, 64)
+    if not fused or x.dtype != torch.float16 or inside % 64:
+        return rows < 8 and inside % 64 == 0
+    thrice = columns >= 3 * processors
+    if out * inside >= SMALL_WEIGHT:
+        most = (128 if inside < out else 64) if thrice else 64 if columns >= processors // 2 else 32
+    elif 2 * inside < out:  # short rows
+        most = 320 if thrice or inside < 704 else 64 if inside >= 1024 else 96
+    elif columns < processors and rows > 8:
+        most = 64
+    elif 4 * columns <= processors:
+        most = 32 if inside < out else 23
+    else:
+        most = 16 if 2 * columns <= processors else 0
+    return rows <= most
 
 
 def matmul_few_rows(x: Tensor, weight: Tensor, quant_state: "QuantState", bias: Tensor | None = None) -> Tensor:
