@@ -32,7 +32,7 @@ _NAMES |= {"LeanRLOOConfig": "training.rloo", "LeanRLOOTrainer": "training.rloo"
 _NAMES |= {"LeanSFTConfig": "training.config", "LeanSFTTrainer": "training.sft"}
 _NAMES |= {name: "training.methods.online_dpo" for name in ("LeanOnlineDPOConfig", "LeanOnlineDPOTrainer")}
 _NAMES |= {name: "training.methods.ppo" for name in ("LeanPPOConfig", "LeanPPOTrainer")}
-_NAMES |= {"StopWhen": "training.stop_when"}
+_NAMES |= {"StopWhen": "training.stop_when", "Stage": "training.stages"}
 __all__ = [*_MODULES, *_NAMES]
 
 
