@@ -30,7 +30,7 @@ _MODULES = {room: room for room in _ROOMS} | {  # and the modules inside a room 
 _NAMES = {"LeanGRPOConfig": "training.config", "LeanGRPOTrainer": "training.trainer"}
 for _method, _file in {"RLOO": "rloo", "SFT": "sft", "OnlineDPO": "online_dpo", "PPO": "ppo"}.items():
     _NAMES |= {f"Lean{_method}{kind}": f"training.methods.{_file}" for kind in ("Config", "Trainer")}
-_NAMES |= {"StopWhen": "training.stop_when"}
+_NAMES |= {"StopWhen": "training.stop_when", "Stage": "training.stages"}
 __all__ = [*_MODULES, *_NAMES]
 
 

@@ -3,6 +3,7 @@
     memory.plan(presets.get("llama-3.1-8b"), card_gb=15)         # the last line of a cell shows it as a table with bars
     print(memory.plan("phi-4", card_gb=15, num_generations=4))   # and as text
     memory.sliders(presets.get("phi-4"))                         # and moved by hand
+    print(memory.plan_stages("qwen2.5-1.5b", [8192, 16384, 24576], card_gb=24))  # a run whose answers get longer
     memory.floor_gb(presets.get("phi-4"))                        # the smallest card for which there is a plan
 
 The training half is cut by the step's own function (micro_batches.StepCost.split), keys and values get what the graph
@@ -11,10 +12,11 @@ GB is 10^9 bytes.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
+from typing import Any
 
 from nbhelpers import gpu, presets
 from nbhelpers.architecture import GB
@@ -24,15 +26,15 @@ from nbhelpers.presets import Preset
 from .by_hand import sliders_of
 from .kv import kv_bytes_per_token, prefill_tokens, rows_that_fit, slot_tokens
 from .micro_batches import CannotFit, MicroBatch, StepCost, Tokens, count, largest
-from .report import Plan, Setting
+from .report import Plan, Setting, StagePlans
 from .residents import Resident, resident
 from .room import CONTEXT_GB, FRAGMENTED, Reserved, Room, kv_budget, step_budget, vllm_kv_budget
 from .seconds import card_of, of_a_step
 from .swapping import PCIE_GB_S, freed_bytes, moved_bytes
 
-__all__ = ["CONTEXT_GB", "FRAGMENTED", "CannotFit", "Plan", "Reserved", "Room", "Setting", "can_train", "floor_gb",
-           "freed_bytes", "kv_budget", "kv_bytes_per_token", "plan", "sliders", "step_budget", "that_fit",
-           "vllm_kv_budget"]  # fmt: skip
+__all__ = ["CONTEXT_GB", "FRAGMENTED", "CannotFit", "Plan", "Reserved", "Room", "Setting", "StagePlans", "can_train",
+           "floor_gb", "freed_bytes", "kv_budget", "kv_bytes_per_token", "plan", "plan_stages", "sliders",
+           "step_budget", "that_fit", "vllm_kv_budget"]  # fmt: skip
 
 # whose step is planned: SFT writes nothing, Online DPO writes pairs, PPO has a value head
 METHODS = ("grpo", "rloo", "sft", "online_dpo", "ppo")
@@ -132,6 +134,20 @@ def plan(
         speed_of=kind.name,
         instead=() if fits or nearest else that_fit(card_gb),
     )  # fmt: skip
+
+
+def plan_stages(preset: Preset | str, lengths: Sequence[int], card_gb: float | None = None, **more: Any) -> StagePlans:
+    """The plan of each stage of a run with `LeanGRPOConfig(stages=...)`: what does not fit is known before the first.
+
+    Args:
+        preset (`Preset` or `str`), card_gb (`float`, *optional*), more: As for `plan`.
+        lengths (`Sequence[int]`): The stages' `max_completion_length`, tokens.
+
+    Raises ValueError without a length, and as `plan`.
+    """
+    if not lengths:
+        raise ValueError("lengths is empty: give each stage's max_completion_length")
+    return StagePlans(tuple(plan(preset, card_gb, max_completion_length=length, **more) for length in lengths))
 
 
 def sliders(preset: Preset | str, card_gb: float | None = None) -> HandsOn:

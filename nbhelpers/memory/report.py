@@ -168,3 +168,28 @@ class Plan:
 def _rounded(number: float) -> str:
     """Two digits of it, as they are said: 0.031, 1.7, 12, 240."""
     return f"{float(f'{number:.2g}'):,g}"
+
+
+@dataclass(frozen=True)
+class StagePlans:
+    """The plans of a run's stages, which differ in the length of a completion alone; `str` shows a line for each."""
+
+    plans: tuple[Plan, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether all of them do."""
+        return all(plan.fits for plan in self.plans)
+
+    def __str__(self) -> str:
+        first = self.plans[0]
+        head = f"{'tokens an answer':<18}{'generating, GB':>15}{'training, GB':>14}{'at once':>9}{'pieces':>8}"
+        lines = [f"{first.preset.title} on {first.card_gb:g} GB", head]
+        for plan in self.plans:
+            generating, training = sum(plan.generation.values()), sum(plan.training.values())
+            line = f"{plan.setting.max_completion_length:<18,}{generating:>15.2f}{training:>14.2f}"
+            lines.append(line + (f"{plan.at_once:>9}{len(plan.micro_batches):>8}" if plan.fits else "   does NOT fit"))
+        lines += [] if self.fits else next(plan.verdict()[:1] for plan in self.plans if not plan.fits)
+        return "\n".join(lines)
+
+    __repr__ = __str__

@@ -6,7 +6,8 @@ for "does not apply", for each completion. Model text is hostile: nothing here t
 what can take longer (`math_correctness`) is cut short from outside.
 
 The signature is in reward.py, how a completion is read in answers.py, penalties for language, length and repetition are
-in penalties.py, and checking.py tries rewards before any training; all of it can be imported from this package.
+in penalties.py, rewards for spelling and by a judge in prose.py, and checking.py tries rewards before any training; all
+of it can be imported from this package.
 """
 
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from .by_hand import playground
 from .checking import check
 from .countdown_rules import verify
 from .penalties import get_language_consistency, get_length_penalty, get_repetition_penalty
+from .prose import helpfulness, spelling
 from .reading import read, right
 from .reward import Reward
 from .sandbox import sandboxed
@@ -39,8 +41,9 @@ from .sandbox import sandboxed
 __all__ = [
     "REASONING", "TAGS", "THINK", "Reward", "Sample", "Tags", "check", "correctness", "countdown", "extract_answer",
     "extract_boxed", "form", "formatted", "get_language_consistency", "get_length_penalty", "get_repetition_penalty",
-    "in_form", "integer_answer", "is_correct", "math_correctness", "number_of", "playground", "question_of", "read",
-    "right", "same", "sandboxed", "soft_format", "strict_format", "tag_count", "text_of",
+    "helpfulness", "in_form", "integer_answer", "is_correct", "math_correctness", "number_of", "playground",
+    "question_of", "read", "right", "same", "sandboxed", "soft_format", "spelling", "strict_format", "tag_count",
+    "text_of",
 ]  # fmt: skip
 
 

@@ -24,7 +24,7 @@ SCRIPTS = {
 }
 REASONING_ENDS = ("</reasoning>", "</think>", "<answer>")
 _LETTERS = re.compile(r"[^\W\d_]+")
-_MARKUP = re.compile(r"\\[A-Za-z]+|</?[a-z]+>")  # \frac, <think>: letters, but of no language
+MARKUP = re.compile(r"\\[A-Za-z]+|</?[a-z]+>")  # \frac, <think>: letters, but of no language
 _SPACELESS = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff"  # Thai, kana, han: written without spaces
 _WORDS = re.compile(rf"[^\s{_SPACELESS}]+|[{_SPACELESS}]")
 
@@ -57,7 +57,7 @@ def get_language_consistency(*scripts: str) -> Reward:
     def score(text: str) -> float:
         for end in REASONING_ENDS:
             text = text.partition(end)[0]
-        letters = "".join(_LETTERS.findall(_MARKUP.sub(" ", text)))
+        letters = "".join(_LETTERS.findall(MARKUP.sub(" ", text)))
         return sum(map(len, wanted.findall(letters))) / len(letters) if letters else 0.0
 
     def language_consistency(completions: list, **_) -> list[float]:

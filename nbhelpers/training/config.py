@@ -12,6 +12,7 @@ from nbhelpers import gpu
 from nbhelpers.rewards.guard import SECONDS
 
 from . import settings
+from .stages import Stage
 
 TESTED_TRL = ("1.16", "1.17")  # from, up to but not including
 
@@ -67,7 +68,9 @@ class OfThisMachine:
 
 @dataclass
 class LeanGRPOConfig(OfThisMachine, trl.GRPOConfig):
-    """TRL's GRPOConfig with what `OfThisMachine` says, dynamic sampling and a time limit of rewards.
+    """TRL's GRPOConfig with what `OfThisMachine` says, dynamic sampling, stages and a time limit of rewards.
+
+    With `stages` the run begins with the first stage's `max_completion_length`.
 
     Where engine and trainer disagree about a token's probability, that token's loss is importance-weighted. TRL's own
     default, the product of a completion's ratios, turns rounding noise into a factor: 0.3 to 1.9 in bf16 at 256 tokens
@@ -78,3 +81,14 @@ class LeanGRPOConfig(OfThisMachine, trl.GRPOConfig):
     vllm_importance_sampling_mode: str = "token_truncate"
     dynamic_sampling: int = 0  # rounds in which groups without a signal are replaced before the update (DAPO)
     reward_seconds: float = SECONDS  # for one call of a reward function, before its rows count as not scored
+    stages: list[Stage] | None = None  # of the length of completions
+
+    def __post_init__(self) -> None:
+        settings.refuse(self)
+        if self.stages:
+            first = self.stages[0].max_completion_length
+            if self.max_completion_length not in (trl.GRPOConfig.max_completion_length, first):
+                raise ValueError(f"max_completion_length={self.max_completion_length}, and the first of the stages has "
+                                 f"{first}: leave max_completion_length out")  # fmt: skip
+            self.max_completion_length = first
+        super().__post_init__()

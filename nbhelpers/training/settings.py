@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from nbhelpers import hub_words
 
-from . import losses
+from . import losses, stages
 
 Values = dict[str, tuple[Any, ...]]  # of settings, by name, the usual one first
 LARGEST = 1e6  # of a reward's weight: float32 must hold the square of what it multiplies
@@ -154,6 +154,8 @@ SETTINGS = (
     Setting("min_p", optional(number(0, 1)), f"None or {_SHARE}"),
     Setting("repetition_penalty", _positive, _POSITIVE, "1 changes nothing."),
     Setting("dynamic_sampling", whole(0), "a whole number, 0 or more", "Rounds in which silent groups are replaced."),
+    Setting("stages", optional(stages.make_sense), "None or a list of Stage(max_completion_length), each but the last "
+            "with what ends it (steps, cut_off from 0 to 1, or plateau), and the last without"),
     # the run
     Setting("seed", whole(0, 2**32 - 1), "a whole number from 0 to 4294967295"),
     Setting("data_seed", optional(whole(0, 2**32 - 1)), "None or a whole number from 0 to 4294967295"),

@@ -28,6 +28,7 @@ from .lean_hooks import LeanStepHooks
 from .prompt_hooks import PromptHooks
 from .resume_hooks import ResumeHooks
 from .signal_hooks import SignalHooks
+from .stage_hooks import StageHooks
 from .step_hooks import ONE_CARD_EACH
 from .stop_when import SILENCE, Stopper, StopWhen
 from .whole_hooks import WholeHooks
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 ENGINES_KNOW = {"stop_strings", "min_new_tokens"}  # of transformers' names in `generation_kwargs`
 
 
-class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, WholeHooks, trl.GRPOTrainer):
+class LeanGRPOTrainer(StageHooks, SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, WholeHooks, trl.GRPOTrainer):
     """TRL's GRPOTrainer, made for one small machine. These things differ:
 
     - the precision is this machine's when `args` is a `LeanGRPOConfig` (or None);
@@ -66,6 +67,7 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, Whol
       `args.output_dir`; after an interrupt `train()` returns as if the run had ended, so the next cell works;
     - a group whose rewards are all equal has advantages of exactly 0, and is replaced where `args.dynamic_sampling`
       says so;
+    - completions may get longer in stages (`LeanGRPOConfig(stages=[...])`);
     - checkpoints are complete or absent, and `train(resume_from_checkpoint="auto")` resumes from the newest one as
       if nothing had happened: the same prompts, seeds and updates, in a later epoch and inside a rollout too.
 
@@ -139,6 +141,7 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, Whol
             peft_config=peft_config, tools=tools, rollout_func=rollout_func, environment_factory=environment_factory,
             budget_gb=budget_gb, max_skipped_steps=max_skipped_steps, lean=lean,
         )  # fmt: skip
+        self._begin_stages(args.stages or () if isinstance(args, LeanGRPOConfig) else ())
         self.engine, self._said_too_long = self._engine(engine), False
         self._refuse_long_prompts()
         rounds = args.dynamic_sampling if isinstance(args, LeanGRPOConfig) else 0
@@ -194,7 +197,7 @@ class LeanGRPOTrainer(SignalHooks, ResumeHooks, LeanStepHooks, PromptHooks, Whol
         sizes: dict[str, Any] = {}
         if engine == "vllm":  # allocates its memory once, at the start
             sizes["rows"] = args.per_device_train_batch_size * self._steps_per_generation
-            sizes["max_length"] = self._longest_prompt() + self.max_completion_length
+            sizes["max_length"] = sum(self._longest_row()[1:])
         chosen = engines.choose(engine, model, self._tokenizer, budget_gb=self.budget_gb, **sizes)
         if chosen.name != "vllm":
             gpu.grow_blocks()

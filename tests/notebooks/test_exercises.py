@@ -25,6 +25,7 @@ SHORT: dict[str, tuple[tuple[str, str], ...]] = {
         ("range(400)", "range(100)"), ("max_steps=30", "max_steps=1"),
         ("args.per_device_train_batch_size = 30,", "args.per_device_train_batch_size = 1,"),
     ),
+    "06_r1_recipe": (("STEPS = 40", "STEPS = 1"), ("n_test=256", "n_test=16")),
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from nbhelpers.rewards import (
     penalties,
     reward,
     soft_format,
+    spelling,
     strict_format,
     tag_count,
 )
@@ -164,7 +165,7 @@ HOSTILE = {
     "letters": "aé九",
 }
 FUNCS = [correctness, countdown, math_correctness, integer_answer, strict_format, soft_format, tag_count]
-FUNCS += [get_language_consistency("latin"), get_length_penalty(512, 128), get_repetition_penalty()]
+FUNCS += [get_language_consistency("latin"), get_length_penalty(512, 128), get_repetition_penalty(), spelling({"a"})]
 
 
 @pytest.mark.parametrize("unit", HOSTILE.values(), ids=HOSTILE.keys())

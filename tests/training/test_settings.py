@@ -7,6 +7,7 @@ import pytest
 import trl
 
 from nbhelpers.training import config, settings, trainer
+from nbhelpers.training.stages import Stage
 
 NAN, INF = math.nan, math.inf
 # setting: values that are refused, values that are taken
@@ -56,6 +57,22 @@ VALUES = {
     "min_p": ([-0.1, 1.1, NAN], [None, 0, 0.1]),
     "repetition_penalty": ([0, -1, NAN, INF], [1, 1.1]),
     "dynamic_sampling": ([-1, 0.5, None, True], [0, 2]),
+    "stages": (
+        [
+            [],
+            5,
+            [8],
+            [Stage(0)],
+            [Stage(8), Stage(9)],
+            [Stage(8, steps=1)],
+            [Stage(8, 0), Stage(9)],
+            [Stage(2.5)],
+            [Stage(8, cut_off=1.5), Stage(9)],
+            [Stage(8, cut_off=NAN), Stage(9)],
+            [Stage(8, plateau=0), Stage(9)],
+        ],
+        [None, [Stage(8)], [Stage(9, 2, 0.5, 3), Stage(8, cut_off=1), Stage(24576)]],
+    ),
     "seed": ([-1, 1.5, 2**32, None], [0, 42]),
     "data_seed": ([-1, 0.5], [None, 7]),
     "logging_steps": ([0, -1, 1.5, NAN, None], [1, 0.1, 20.0]),
