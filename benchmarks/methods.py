@@ -144,11 +144,13 @@ def _environment() -> dict[str, str]:
 
 
 def merged(rows: list[common.Row], summed_up: Callable[[list[common.Row]], list[common.Row]]) -> list[common.Row]:
-    """`rows` and those of earlier runs that they do not replace, each with the call that it came from."""
+    """`rows` and those of earlier runs that they do not replace, which say in `run` when and by which call."""
     file, known = common.RESULTS / f"{RESULT}.json", {}
     if file.exists():
-        known = {row["what"]: row for row in json.loads(file.read_text())["rows"]}
-    known |= {row["what"]: {**row, "run": common.command()} for row in rows}
+        document = json.loads(file.read_text())
+        run = f"{document['date']}, {document['command']}"
+        known = {row["what"]: {"run": run, **row} for row in document["rows"]}
+    known |= {row["what"]: row for row in rows}
     return summed_up(list(known.values()))
 
 
