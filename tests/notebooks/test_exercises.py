@@ -25,6 +25,9 @@ SHORT: dict[str, tuple[tuple[str, str], ...]] = {
         ("range(400)", "range(100)"), ("max_steps=30", "max_steps=1"),
         ("args.per_device_train_batch_size = 30,", "args.per_device_train_batch_size = 1,"),
     ),
+    "08_more_ways": (
+        ("preset.max_steps // 5", "1"), ("range(256)", "range(16)"), ('"max_steps": 5', '"max_steps": 1'),
+    ),
 }  # fmt: skip
 
 
