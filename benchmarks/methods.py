@@ -53,7 +53,8 @@ OF_TEXTS = {"learning_rate": 1e-4, "per_device_train_batch_size": 16}
 OF_REWARDS = ("reward_funcs", "engine", "tags", "stop_when")
 # a reference and a value head need an adapter on the workshop model
 LORA = 'QUANTIZATION, LORA_RANK, LEARNING_RATE = "none", 16, 3e-3\nSTEPS = '
-PPO = {"num_generations": 2, "num_ppo_epochs": 2, "lam": 1.0, "kl_coef": 0.0, "learning_rate": 3e-3}
+PPO = {"num_generations": 2, "num_ppo_epochs": 2, "lam": 1.0, "kl_coef": 0.0, "learning_rate": 3e-3,
+       "dynamic_sampling": 0}  # fmt: skip
 METHODS = {
     "grpo": Method("LeanGRPOConfig", "LeanGRPOTrainer"),
     "rloo": Method("LeanRLOOConfig", "LeanRLOOTrainer"),
@@ -61,7 +62,9 @@ METHODS = {
     "online_dpo": Method(
         "LeanOnlineDPOConfig", "LeanOnlineDPOTrainer", {"num_generations": 2, "beta": 0.1}, parameters=LORA + "45"
     ),
-    "ppo": Method("LeanPPOConfig", "LeanPPOTrainer", PPO, parameters=LORA + "120"),
+    "ppo": Method(
+        "LeanPPOConfig", "LeanPPOTrainer", PPO, {"num_generations": 2, "dynamic_sampling": 0}, parameters=LORA + "120"
+    ),
 }
 
 
@@ -144,11 +147,13 @@ def _environment() -> dict[str, str]:
 
 
 def merged(rows: list[common.Row], summed_up: Callable[[list[common.Row]], list[common.Row]]) -> list[common.Row]:
-    """`rows` and those of earlier runs that they do not replace, each with the call that it came from."""
+    """`rows` and those of earlier runs that they do not replace, which say in `run` when and by which call."""
     file, known = common.RESULTS / f"{RESULT}.json", {}
     if file.exists():
-        known = {row["what"]: row for row in json.loads(file.read_text())["rows"]}
-    known |= {row["what"]: {**row, "run": common.command()} for row in rows}
+        document = json.loads(file.read_text())
+        run = f"{document['date']}, {document['command']}"
+        known = {row["what"]: {"run": run, **row} for row in document["rows"]}
+    known |= {row["what"]: row for row in rows}
     return summed_up(list(known.values()))
 
 

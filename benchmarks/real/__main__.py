@@ -60,7 +60,7 @@ def worst(rows: list[common.Row]) -> list[common.Row]:
             seeds.setdefault(f"{head}/{tail.partition('/')[2]}", []).append(row)
     summary = []
     for what, several in seeds.items():
-        high_is_bad = what.endswith(("_before", "/seconds", "/peak_driver", "/steps"))
+        high_is_bad = what.endswith(("_before", "/seconds", "/peak", "/peak_driver", "/steps"))
         chosen = (max if high_is_bad else min)(several, key=lambda row: row["value"])
         summary.append(chosen | {"what": what, "of_seeds": len(several)})
     return summary + rest

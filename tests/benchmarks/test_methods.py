@@ -6,8 +6,9 @@ import pytest
 from datasets import Dataset
 
 import nbhelpers
-from benchmarks import methods
+from benchmarks import common, methods
 from benchmarks.real import cells
+from benchmarks.real.__main__ import worst
 from nbhelpers import rewards, tasks
 
 
@@ -39,3 +40,16 @@ def test_texts_are_worked_answers_of_both_kinds(tmp_path):
     assert "\n2+3=5\n" in texts[0] and "tenths 1 < 9. So 9.9 is bigger." in texts[1]
     code = cells.notebook({"method": "sft", "questions": str(tmp_path)})
     assert code.index("methods.take(") < code.index("LeanGRPOConfig")
+
+
+def test_rows_of_earlier_runs_keep_their_call_and_the_worst_peak_counts(tmp_path, monkeypatch):
+    def row(seed, value):
+        return {"what": f"workshop/ppo/seed-{seed}/peak", "who": "ours", "value": value, "unit": "GB"}
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    document = {"date": "2026-11-26 17:06 UTC", "command": "python -m benchmarks.methods", "rows": [row(0, 2.0)]}
+    (tmp_path / "methods.json").write_text(json.dumps(document))
+    rows = {row["what"]: row for row in methods.merged([row(1, 1.0)], worst)}
+    assert rows["workshop/ppo/seed-0/peak"]["run"] == "2026-11-26 17:06 UTC, python -m benchmarks.methods"
+    assert "run" not in rows["workshop/ppo/seed-1/peak"], "it is the file's own date and command"
+    assert rows["workshop/ppo/peak"]["value"] == 2.0 and rows["workshop/ppo/peak"]["of_seeds"] == 2

@@ -1,11 +1,15 @@
 """README.md and docs/benchmarks.md say what the results files say."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import readme
+import pytest
+
+from benchmarks import readme, tables
+from benchmarks.real import __main__ as real
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,6 +34,29 @@ def test_the_check_can_fail_on_either_page(tmp_path):
             (tmp_path / name).write_text(text.replace(right, wrong) if name == page else text)
         done = subprocess.run(check, cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (status, "")  # an error would exit with 1 as well
+
+
+def test_the_table_of_methods_shows_the_worst_of_the_seeds_and_a_dash_for_what_was_not_run(tmp_path, monkeypatch):
+    seeds = {0: (0.99, 20.0, 1.1), 1: (0.97, 30.0, 1.3)}  # right after, seconds, GB
+    rows = []
+    for seed, values in seeds.items():
+        for what, value in zip(("accuracy_after", "seconds", "peak"), values, strict=True):
+            rows.append({"what": f"workshop/rloo/seed-{seed}/{what}", "who": "ours", "value": value, "unit": ""})
+        rows.append({**rows[-1], "what": f"workshop/rloo/seed-{seed}/accuracy_before", "value": 0.324})
+    host = {"cores": 2, "cpu": "any"}
+    document = {"host": host, "date": "day", "command": "call", "rows": real.worst(rows)}
+    (tmp_path / "methods.json").write_text(json.dumps(document))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    lines = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in readme.methods().splitlines()}
+    assert lines["RLOO"][1:5] == ["32.4% → 97.0%", "2", "30", "1.30"]
+    assert lines["PPO"][1:5] == ["–"] * 4
+    assert float(lines["PPO"][5]) > float(lines["RLOO"][5]) > 4  # planned: the value head, and groups of two
+
+
+@pytest.mark.parametrize("file", sorted(tables.RESULTS.glob("*.json")), ids=lambda file: file.stem)
+def test_a_row_of_an_earlier_run_says_when_and_by_which_call(file):
+    runs = {row["run"] for row in json.loads(file.read_text())["rows"] if "run" in row}
+    assert [run for run in runs if not re.match(r"\d{4}-\d\d-\d\d [^,]*, ", run)] == []
 
 
 def test_no_comparison_quotes_what_is_to_be_measured_again(monkeypatch):

@@ -26,6 +26,9 @@ SHORT: dict[str, tuple[tuple[str, str], ...]] = {
         ("args.per_device_train_batch_size = 30,", "args.per_device_train_batch_size = 1,"),
     ),
     "06_r1_recipe": (("STEPS = 40", "STEPS = 1"), ("n_test=256", "n_test=16")),
+    "08_more_ways": (
+        ("preset.max_steps // 5", "1"), ("range(256)", "range(16)"), ('"max_steps": 5', '"max_steps": 1'),
+    ),
 }  # fmt: skip
 
 
