@@ -43,7 +43,7 @@ def test_the_journeys_name_files_that_are_there():
 def test_few_doors_at_the_top():
     assert len(list(house.PACKAGE.glob("*.py"))) <= 12
     assert len(house.rooms()) <= 25
-    assert sum(map(len, house.rooms_graph().values())) <= 90
+    assert sum(map(len, house.rooms_graph().values())) <= 96  # eleven of them are `progress`: what takes long says so
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(house.PACKAGE)))

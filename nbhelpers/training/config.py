@@ -84,7 +84,7 @@ class LeanGRPOConfig(OfThisMachine, trl.GRPOConfig):
     stages: list[Stage] | None = None  # of the length of completions
 
     def __post_init__(self) -> None:
-        settings.refuse(self)
+        settings.refuse(self, self.OWN)
         if self.stages:
             first = self.stages[0].max_completion_length
             if self.max_completion_length not in (trl.GRPOConfig.max_completion_length, first):

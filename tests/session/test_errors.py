@@ -35,7 +35,7 @@ CASES = {  # what a reader may do -> the sentence
     "from nbhelpers import host; host.require('nothing-like-it')": "nothing-like-it is not installed",
     "from nbhelpers import install; install._pip('install', '--no-index', 'not-there')": "pip cannot install this",
     "from nbhelpers.loader import hub; hub.find('./none')": "there is no folder ./none",
-    "from nbhelpers import export; export.push('none', 'me/x')": "none is no folder that export.save",
+    "from nbhelpers import export; export.push('none', 'me/x')": "none is not a folder that export.save",
     "from nbhelpers.rewards import guard\nguard.guard(lambda **_: 1.0)(prompts=['a'], completions=['b'])": "returned a",
     "from nbhelpers.panel import Live; Live().save('x.json', 'm')": "no step was logged yet",
     "from pathlib import Path; from nbhelpers.training import run_folder\n"
