@@ -285,4 +285,11 @@ class _KeepMark(TrainerCallback):
     ) -> None:
         self.trainer._check_weights()
         lineage.note(self.trainer.model, self.trainer._name)
-        self.trainer._mark = self.trainer._position()
+        # transformers decides on logging after this callback, by these numbers; a line that is missing never comes
+        logs = args.logging_strategy == "steps" and state.global_step % state.logging_steps == 0
+        if not logs and not (args.logging_first_step and state.global_step == 1):
+            self.trainer._mark = self.trainer._position()
+
+    def on_log(self, args: "TrainingArguments", state: TrainerState, control: "TrainerControl", **kwargs: Any) -> None:
+        if self.trainer._mark is None and state.global_step:  # not before: the step would be missing in the log
+            self.trainer._mark = self.trainer._position()

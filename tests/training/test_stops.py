@@ -140,6 +140,17 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(tokenizer, tmp_path, st
     assert evaluations(again) == evaluations(first) and len(evaluations(first)) >= 1
 
 
+@pytest.mark.parametrize("event", ["on_step_end", "on_log"])
+def test_a_step_that_is_not_logged_yet_is_not_saved_as_done(tokenizer, tmp_path, whole, event):
+    """Behind the trainer's own callback: between the end of an update and its line in the log, and after that."""
+    run = make(tokenizer, tmp_path, **{**PLAIN, "save_steps": 2})
+    run.add_callback(At(3, KeyboardInterrupt, event))
+    run.train()
+    again = make(tokenizer, tmp_path, **{**PLAIN, "save_steps": 2})
+    again.train(resume_from_checkpoint="auto")
+    assert same(weights(again), whole[0]) and curve(again) == whole[1]
+
+
 @pytest.mark.parametrize("what", [SystemExit, GeneratorExit, RuntimeError])
 def test_whatever_ends_a_run_what_was_learned_is_kept(tokenizer, tmp_path, whole, what, capsys):
     with pytest.raises(what):
