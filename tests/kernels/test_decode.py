@@ -150,8 +150,8 @@ class TestLinear:
     @pytest.mark.parametrize("rank, width, outs", [(4, 40, (50,)), (3, 300, (130, 20)), (16, 520, (200, 24, 24))])
     @pytest.mark.parametrize("kind", ["plain", "plain fused", "nf4", "nf4 fused", "mixed"])
     def test_equals_torch(self, rows, rank, width, outs, kind, dot, monkeypatch):
-        if kind in ("plain fused", "mixed") and not dot:
-            pytest.skip("these are products by tl.dot alone")
+        if kind in ("plain fused", "mixed") and (not dot or (rows == 1) != (len(outs) == 1)):
+            pytest.skip("products by tl.dot alone, and few of them: the interpreter is slow")
         if kind != "plain":
             width, outs = 64 * (width // 64 + 1), tuple(out + out % 2 for out in outs)
         nf4, dense = (import_module(f"nbhelpers.kernels.triton.{name}_few_rows") for name in ("nf4", "plain"))

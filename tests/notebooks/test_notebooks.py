@@ -1,4 +1,4 @@
-"""What is true of every committed notebook, without running it (make test runs them too, through nbmake)."""
+"""What is true of every committed notebook, without running it (make test runs them too)."""
 
 import importlib.util
 import json
