@@ -56,7 +56,7 @@ CALLS = {  # what is interrupted where: the call, of a model, its tokenizer, its
     "reasoning": ("nbhelpers.tasks.reasoning_sets", "open_source", lambda m, t, base, out: tasks.reasoning("limo")),
     "replay": ("nbhelpers.panel.replay.Replay", "show_at", lambda m, t, base, out: replay.run(seconds=0)),
     "install": ("nbhelpers.install", "missing", lambda m, t, base, out: install.run()),
-    "trainer": ("nbhelpers.training.trainer", "check_model", lambda m, t, base, out: LeanGRPOTrainer(
+    "trainer": ("nbhelpers.training.step_hooks", "check_model", lambda m, t, base, out: LeanGRPOTrainer(
         m, [rewards.correctness], LeanGRPOConfig(str(out / "run"), num_generations=2, per_device_train_batch_size=2),
         TASK.train, None, t)),
 }  # fmt: skip

@@ -179,8 +179,6 @@ def main() -> None:
         if asked.write:
             write(rows, " ".join(["python tests/helpers/torture.py", *sys.argv[1:]]), time.monotonic() - begun)
 
-    for kind, normal in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
-        signal.signal(kind, normal)  # nohup and a shell's & have them ignored, here and in all children
     with warm_python.server() as python, tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         bench = Bench(python, root, asked.seed)

@@ -49,6 +49,8 @@ def server():
 
 def serve(address: str) -> tuple[dict, socket.socket]:
     """Import, then fork for whoever asks until the input ends. Returns in the forks alone, with what was asked."""
+    for kind, normal in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        signal.signal(kind, normal)  # nohup and a shell's & have them ignored, here and in all forks
     for module in MODULES:
         import_module(module)
     gc.freeze()  # what is there now stays, in every fork: no collection needs to look at it
