@@ -30,7 +30,7 @@ def test_the_panel_shows_a_finished_run_and_its_curves(tab):
 
 
 def test_before_and_after_stand_side_by_side(tab):
-    look = tab.output("before_after(").evaluate(LOOK)
+    look = tab.output("before_after(before, after").evaluate(LOOK)
     first = {text["words"]: text["box"] for text in reversed(look["texts"])}
     before, after = first["before"], first["after"]
     assert before["right"] <= after["left"] and abs(before["top"] - after["top"]) < 2

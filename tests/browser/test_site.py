@@ -133,7 +133,7 @@ def test_a_notebooks_page_shows_its_run(browser, address):
         tab.route("**/*", lambda route: route.continue_() if address in route.request.url else route.abort())
         tab.goto(f"{address}/notebooks/00_quickstart/")
         head = tab.get_by_text("done: step").first.bounding_box()
-        picture = tab.locator("img[alt^='Curves of steps']").bounding_box()
+        picture = tab.locator("img[alt^='Curves of steps']").first.bounding_box()
         assert picture["width"] > 600 and picture["y"] > head["y"]
         assert tab.locator("math").count() == 0
         tab.goto(f"{address}/notebooks/01_grpo_by_hand/")
