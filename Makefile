@@ -33,7 +33,7 @@ notebooks: .venv/ready
 # One thread a process and two processes: faster than two threads each that wait for each other. The model notebooks run
 # as copies in a fresh folder: beside the originals there may be checkpoints of a real run. One of each kind: all of them
 # run in tests/notebooks/test_models_run.py, and the lessons in test_exercises.py, with the answers of their exercises.
-SMOKED := qwen2.5-1.5b.ipynb qwen3-1.7b.ipynb r1-distill-qwen-7b.ipynb
+SMOKED := qwen2.5-1.5b.ipynb qwen3-1.7b.ipynb
 test: .venv/ready .venv/browser
 	@echo "ruff: lint and format"
 	@$(BIN)/ruff check .
