@@ -82,7 +82,8 @@ def execute(
     NotebookClient(notebook, timeout=240, kernel_name="warm", resources={"metadata": {"path": str(folder)}}).execute()
     trained = [cell for cell in notebook.cells if cell.source == train.source]
     said = "".join(output.get("text", "") for cell in trained for output in cell.outputs)
-    report = next(line for line in notebook.cells[-1].outputs[0].text.splitlines() if line.startswith("REPORT"))
+    last = "".join(output.get("text", "") for output in notebook.cells[-1].outputs)  # a line may come in two pieces
+    report = next(line for line in last.splitlines() if line.startswith("REPORT"))
     return said, json.loads(report.removeprefix("REPORT"))
 
 
