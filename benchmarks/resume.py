@@ -222,7 +222,7 @@ def measure(model: str, processes: int, deterministic: bool, root: Path) -> list
     with ThreadPoolExecutor() as pool:  # they share a card: a sum must not depend on that either
         both = pool.submit(asked, "whole"), pool.submit(killed)
         whole, other = (one.result() for one in both)
-    if "Goes on from" not in (other / "output.txt").read_text():
+    if "Resuming from" not in (other / "output.txt").read_text():
         raise RuntimeError(f"{model}: it did not go on from a checkpoint")
     found = differences(whole, other, processes)
     count = sum(len(seen) for rank in range(processes) for _, _, seen in lines_of(other, rank))
