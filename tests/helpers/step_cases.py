@@ -1,5 +1,10 @@
 """Small models, trainers and rollouts for the tests of the lean step, and how far apart two sets of gradients are."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import tiny_model
 import torch
@@ -176,3 +181,18 @@ def through(model, rows, weights, **options):
 
     one.differentiate(rows, objective)
     return seen, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}, one.micro_batches
+
+
+def in_two_processes(file: str, folder: Path) -> None:
+    """`file folder` as a script in two processes (gloo), which must end well."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", file]
+    helpers = Path(__file__).parent
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{helpers.parents[1]}{os.pathsep}{helpers}"}
+    out = subprocess.run([*command, str(folder)], env=env, capture_output=True, text=True, timeout=300)
+    assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-4000:]
+
+
+def end_of_a_process() -> None:
+    """The last line of such a script: gloo's threads now and then end the process with an abort without it."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

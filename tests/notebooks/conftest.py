@@ -1,9 +1,20 @@
-"""What runs model notebooks shares."""
+"""What tests of notebooks share."""
 
+import importlib.util
 import json
 import sys
+from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="module")
+def build():
+    """notebooks/build.py, which is no part of a package."""
+    spec = importlib.util.spec_from_file_location("build", Path(__file__).parents[2] / "notebooks/build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """A notebook's first cell wherever a notebook is opened: in a Python without packages, with a pip that is played."""
 
-import importlib.util
 import json
 import os
 import re
@@ -38,14 +37,6 @@ try:
 except Exception as stop:
     print(*stop._render_traceback_(), sep="")
 """
-
-
-@pytest.fixture(scope="module")
-def build():
-    spec = importlib.util.spec_from_file_location("build", ROOT / "notebooks/build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """What is true of every committed notebook, without running it (make test runs them too)."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -26,14 +25,6 @@ def parametrize(paths):
 
 def cells(path: Path, kind: str = "code") -> list[dict]:
     return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == kind]
-
-
-@pytest.fixture(scope="module")
-def build():
-    spec = importlib.util.spec_from_file_location("build", FOLDER / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @parametrize(NOTEBOOKS)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from panel_cases import logs, newest, run, shown  # noqa: F401
-from resume_cases import PLAIN, curve, make, same, weights
+from resume_cases import PLAIN, curve, make, same, undisturbed, weights
 from transformers import AutoTokenizer, TrainerCallback, TrainerControl, TrainerState
 
 from nbhelpers import evaluate, hands_on, panel
@@ -25,9 +25,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def whole(tokenizer, tmp_path_factory):
     """A run in which nobody presses anything: its weights and its curve."""
-    run = make(tokenizer, tmp_path_factory.mktemp("whole"), **PLAIN)
-    run.train()
-    return weights(run), curve(run)
+    return undisturbed(tokenizer, tmp_path_factory.mktemp("whole"), **PLAIN)
 
 
 class Press(TrainerCallback):

@@ -2,16 +2,14 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 
 def run(folder: str) -> None:
     """In each of two processes: two updates by stock TRL and by ours; how far apart they end."""
-    import torch
     import trl
-    from step_cases import difference, make_model, make_trainer
+    from step_cases import difference, end_of_a_process, make_model, make_trainer
 
     from nbhelpers.training import trainer
 
@@ -29,16 +27,13 @@ def run(folder: str) -> None:
     total = sum(end.sum().item() for end in ends[1].values())
     found = {"difference": difference(ends[1], ends[0]), "sum": total, "entropy": log["entropy"], "lean": one.lean}
     Path(folder, f"{os.environ['RANK']}.json").write_text(json.dumps(found))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()  # else gloo's threads now and then end the process with an abort
+    end_of_a_process()
 
 
 def test_two_processes_learn_what_trls_two_learn(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    root, tests = Path(__file__).parents[2], Path(__file__).parents[1] / "helpers"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}{os.pathsep}{tests}"}
-    out = subprocess.run([*command, str(tmp_path)], env=env, capture_output=True, text=True, timeout=300)
-    assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-4000:]
+    from step_cases import in_two_processes
+
+    in_two_processes(__file__, tmp_path)
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert one["lean"] and one["difference"] < 1e-4
     assert one["sum"] == two["sum"] and one["entropy"] == two["entropy"]  # each has the other's gradients

@@ -1,14 +1,13 @@
 """RLOO, Online DPO and PPO in two processes (gloo): the gradients are those of one process that has all answers."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import tiny_model
 import torch
 from method_cases import KINDS, QUIET, gradients
-from step_cases import difference, make_model
+from step_cases import difference, end_of_a_process, in_two_processes, make_model
 
 from nbhelpers import LeanRLOOConfig, LeanRLOOTrainer, engines
 
@@ -57,16 +56,11 @@ def run(folder: str) -> None:
     rank = int(os.environ["RANK"])
     found = {kind: gradients_of(kind, folder, list(ANSWERS)[2 * rank :][:2]) for kind in SETTINGS}
     torch.save(found, Path(folder, f"{rank}.pt"))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()  # else gloo's threads now and then end the process with an abort
+    end_of_a_process()
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    root, tests = Path(__file__).parents[2], Path(__file__).parents[1] / "helpers"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}{os.pathsep}{tests}"}
-    out = subprocess.run([*command, str(tmp_path)], env=env, capture_output=True, text=True, timeout=300)
-    assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-4000:]
+    in_two_processes(__file__, tmp_path)
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for kind in SETTINGS:
         wanted = gradients_of(kind, tmp_path, list(ANSWERS))

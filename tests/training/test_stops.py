@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from resume_cases import PLAIN, At, curve, make, same, weights
+from resume_cases import PLAIN, At, curve, make, same, undisturbed, weights
 from transformers import AutoTokenizer, TrainerCallback
 
 from nbhelpers import tasks
@@ -27,9 +27,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def whole(tokenizer, tmp_path_factory):
-    run = make(tokenizer, tmp_path_factory.mktemp("whole"), **PLAIN)
-    run.train()
-    return weights(run), curve(run)
+    return undisturbed(tokenizer, tmp_path_factory.mktemp("whole"), **PLAIN)
 
 
 @posix
