@@ -238,6 +238,12 @@ class Fetch:
         return f"{line} · only {self.free:.1f} GB of disk free in {self.folder}: {remedy}"
 
 
+def there(folder: Path) -> Path:
+    """`folder`, or the nearest one above it that exists: it is on the same disk, most likely."""
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
 def _minutes(seconds: float) -> int:
     return round(seconds / 60) or (1 if seconds else 0)
 
@@ -246,7 +252,7 @@ def _fetch(preset: "presets.Preset") -> Fetch:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     cache = Path(HF_HUB_CACHE)
-    folder = next(path for path in (cache, *cache.parents) if path.exists())
+    folder = there(cache)
     needed = 2 * preset.architecture.parameters() / GB  # 16 bits a weight
     own = cache / f"models--{preset.hub_id.replace('/', '--')}"
     missing = needed - sum(file.stat().st_size for file in own.glob("blobs/*")) / GB

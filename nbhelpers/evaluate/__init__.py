@@ -7,11 +7,10 @@ tokenizer and the random numbers of the training that follows are as they were.
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nbhelpers.progress import interruptible
 from nbhelpers.rewards import REASONING, Tags
 from nbhelpers.tasks import messages
 
-from .asking import answers, scored
+from .asking import answering, answers, scored
 from .results import Answer as Answer
 from .results import Decoding, PassAtK, Proportion, Score, unbiased_pass_at_k
 from .results import Paired as Paired
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 # ---- asking ----
 
 
-@interruptible("questions were answered", "the model is as it was, and these answers are not kept")
+@answering
 def ask(
     model: "PreTrainedModel | PeftModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -82,7 +81,7 @@ def ask(
     return answers(model, tokenizer, prompts, decoding, engine, tags)
 
 
-@interruptible("questions were answered", "the model is as it was, and these answers are not kept")
+@answering
 def ask_again(
     model: "PreTrainedModel | PeftModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -144,7 +143,7 @@ def with_and_without(
     return before, ask(model, tokenizer, questions, **options)
 
 
-@interruptible("questions were answered", "the model is as it was, and these answers are not kept")
+@answering
 def accuracy(
     model: "PreTrainedModel | PeftModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -195,7 +194,7 @@ def accuracy(
     )
 
 
-@interruptible("questions were answered", "the model is as it was, and these answers are not kept")
+@answering
 def pass_at_k(
     model: "PreTrainedModel | PeftModel",
     tokenizer: "PreTrainedTokenizerBase",

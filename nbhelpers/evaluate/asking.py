@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from nbhelpers.models import chat
-from nbhelpers.progress import Clock
+from nbhelpers.progress import Clock, interruptible
 from nbhelpers.rewards import REASONING, Tags, in_form, question_of, read, right
 
 from .results import Answer, Decoding, Row
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from nbhelpers.engines import Engine
+
+# a decorator of what lets a model answer
+answering = interruptible("questions were answered", "the model is as it was, and these answers are not kept")
 
 
 def scored(

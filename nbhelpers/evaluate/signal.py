@@ -9,12 +9,11 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from nbhelpers.html import cell, framed, table
-from nbhelpers.progress import interruptible
 from nbhelpers.rewards import REASONING, Tags
 from nbhelpers.rewards.calling import by_name, call
 from nbhelpers.rewards.guard import guard
 
-from .asking import scored
+from .asking import answering, scored
 from .results import Decoding, Row
 
 if TYPE_CHECKING:
@@ -141,7 +140,7 @@ class Signal:
         return framed("<p>before training, at temperature 1:</p>" + table((), rows) + said)
 
 
-@interruptible("questions were answered", "the model is as it was, and these answers are not kept")
+@answering
 def check_signal(
     model: "PreTrainedModel | PeftModel",
     tokenizer: "PreTrainedTokenizerBase",

@@ -54,7 +54,7 @@ METHODS = {  # by TRL's name
 }
 
 
-@interruptible("the model was written", "what was there before is as it was, and nothing is half-written")
+@adapter.writing
 def save(model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: str | Path) -> Path:
     """Write the adapter, or all weights of a model without one, with the tokenizer and a short README; the folder.
 
@@ -86,7 +86,7 @@ def save(model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBa
     return Path(folder)
 
 
-@interruptible("the model was written", "what was there before is as it was, and nothing is half-written")
+@adapter.writing
 def merged(
     model: "PreTrainedModel | PeftModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -148,7 +148,7 @@ def _in_16_bits(tensors: Merged, name: str, dtype: "torch.dtype") -> "dict[str, 
     return {name: tensor}
 
 
-@interruptible("the model was written", "what was there before is as it was, and nothing is half-written")
+@adapter.writing
 def gguf(
     model_or_folder: "PreTrainedModel | PeftModel | str | Path",
     tokenizer: "PreTrainedTokenizerBase",
@@ -216,12 +216,11 @@ def sizes(preset: Preset, folder: str | Path) -> str:
         preset (`Preset`): Of the model that was trained.
         folder (`str` or `Path`): Where to write; it need not be there yet.
     """
-    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
     weights = preset.architecture.parameters() / GB
     each = {"adapter": preset.lora_bytes() / GB, "merged": 2 * weights, "q8_0": 34 / 32 * weights}
     each["q4_k_m"] = 0.62 * weights  # about 5 bits: its kinds of blocks differ from tensor to tensor
     told = " · ".join(f"{name} {gb:.2f} GB" for name, gb in each.items())
-    return f"{told} · {shutil.disk_usage(there).free / GB:.1f} GB of disk free"
+    return f"{told} · {shutil.disk_usage(host.there(Path(folder))).free / GB:.1f} GB of disk free"
 
 
 @interruptible("the folder was uploaded", "the repository may have a part of it; push again")

@@ -12,7 +12,6 @@ import torch
 from nbhelpers import host
 from nbhelpers.architecture import GB
 from nbhelpers.models import adapter, families, model_folder, quantize, swap
-from nbhelpers.progress import interruptible
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-@interruptible("the model was written", "what was there before is as it was, and nothing is half-written")
+@adapter.writing
 def keep(model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: str | Path) -> Path:
     """Write the base of a model in 4 bits with config and tokenizer; `load(folder)` brings it back bit for bit.
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 REFERENCE = "ref"  # TRL's name of the frozen copy that the KL term is measured against
 VALUE_HEAD = "value_head"  # PPO's, on peft's wrapper: no part of the base, nor of what is saved of the adapter
+# a decorator of what writes a model or an adapter
+writing = interruptible("the model was written", "what was there before is as it was, and nothing is half-written")
 WEIGHTS = "adapter_model.safetensors"
 # Fields of an adapter's config that do not change what it computes
 _WITHOUT_EFFECT = frozenset((
@@ -79,7 +81,7 @@ def attach(
         return _in_fp32(get_peft_model(model, config))
 
 
-@interruptible("the model was written", "what was there before is as it was, and nothing is half-written")
+@writing
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Write the active adapter of a model that `loader.load` made: peft's files, base.json and dynamic.json.
 

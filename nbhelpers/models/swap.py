@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import families
 
 KEY = "nbhelpers_swap"  # on the model: a Swapped; on a swapped parameter: (Swapped, its layer)
+PLACES = 2  # layers that stand on the card: the one that is computed, and the next one
 ALIGNED = 512  # bytes: where a matrix begins in its place
 
 
@@ -49,7 +50,9 @@ class Swapped:
                              "model without budget_gb")  # fmt: skip
         sizes = [sum(_aligned(parameter.nbytes) for parameter in each) for each in matrices]
         pinned = self.copies is not None
-        self.places = [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in range(min(2, self.count))]
+        self.places = [
+            torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in range(min(PLACES, self.count))
+        ]
         self.holds: list[int | None] = [None] * len(self.places)  # the layer that stands in each
         self.arrived: list[torch.cuda.Event | None] = [None] * len(self.places)
         self.host: list[Tensor] = []

@@ -5,17 +5,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbhelpers.models import smoke
-from nbhelpers.progress import interruptible
 
 from .sources import open_source
-from .task import SYSTEM_PROMPT, Task, collect
+from .task import SYSTEM_PROMPT, Task, collect, reading
 from .texts import Unusable, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@interruptible("the questions were read", "nothing is left of them; run this again")
+@reading
 def gsm8k(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     *,

@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbhelpers.progress import interruptible
-
 from .sources import open_source
-from .task import SYSTEM_PROMPT, Task, collect
+from .task import SYSTEM_PROMPT, Task, collect, reading
 from .task import split as split_by_hash
 from .texts import Unusable, text_of
 
@@ -15,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@interruptible("the questions were read", "nothing is left of them; run this again")
+@reading
 def from_data(
     source: "str | Path | DataFrame",
     tokenizer: "PreTrainedTokenizerBase | None" = None,

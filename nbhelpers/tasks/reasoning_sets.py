@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbhelpers.progress import interruptible
 from nbhelpers.rewards.answers import extract_boxed
 
 from .sources import open_source
-from .task import SYSTEM_PROMPT, Task, collect, split
+from .task import SYSTEM_PROMPT, Task, collect, reading, split
 from .texts import Unusable, text_of
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ SETS = {
 }  # fmt: skip
 
 
-@interruptible("the questions were read", "nothing is left of them; run this again")
+@reading
 def reasoning(
     name: str,
     tokenizer: "PreTrainedTokenizerBase | None" = None,

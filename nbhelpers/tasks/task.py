@@ -11,6 +11,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from nbhelpers.models.chat import InUserTurn, prompt_ids
+from nbhelpers.progress import interruptible
 
 from .preview import Preview
 from .sources import Source
@@ -26,6 +27,8 @@ _CHANGED = (
     "(control_tokens=True leaves it as it is)"
 )
 SYSTEM_PROMPT = "Think first. Answer as <reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>"
+# a decorator of what reads a data set
+reading = interruptible("the questions were read", "nothing is left of them; run this again")
 
 
 @dataclass

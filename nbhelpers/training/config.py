@@ -56,6 +56,7 @@ class OfThisMachine:
     def __post_init__(self) -> None:
         args: Any = self  # one of TRL's configs
         settings.refuse(args, self.OWN)  # before TRL divides by some of them
+        self._settle()
         if args.bf16 is None and not args.fp16:
             for name, value in precision().items():
                 setattr(args, name, value)
@@ -64,6 +65,9 @@ class OfThisMachine:
         with warnings.catch_warnings():  # TRL sets gradient_checkpointing, which transformers 5.23 calls deprecated
             warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
             super().__post_init__()  # type: ignore[misc]  # TRL's
+
+    def _settle(self) -> None:
+        """Set what follows from other settings, once they are known to make sense."""
 
 
 @dataclass
@@ -83,12 +87,10 @@ class LeanGRPOConfig(OfThisMachine, trl.GRPOConfig):
     reward_seconds: float = SECONDS  # for one call of a reward function, before its rows count as not scored
     stages: list[Stage] | None = None  # of the length of completions
 
-    def __post_init__(self) -> None:
-        settings.refuse(self, self.OWN)
+    def _settle(self) -> None:
         if self.stages:
             first = self.stages[0].max_completion_length
             if self.max_completion_length not in (trl.GRPOConfig.max_completion_length, first):
                 raise ValueError(f"max_completion_length={self.max_completion_length}, and the first of the stages has "
                                  f"{first}: leave max_completion_length out")  # fmt: skip
             self.max_completion_length = first
-        super().__post_init__()

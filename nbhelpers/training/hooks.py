@@ -18,12 +18,17 @@ from transformers import Trainer
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, PrinterCallback
 
 from nbhelpers import panel
+from nbhelpers.progress import interruptible
 
 from . import checkpoint
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# a decorator of a trainer's `__init__`
+making = interruptible("the trainer was made", "no step is done and no file is written; run this cell again")
 
 
 class RunHooks(Trainer):

@@ -15,7 +15,8 @@ from transformers import TrainingArguments
 
 from nbhelpers import hub_words
 
-from . import losses, stages
+from . import losses
+from .stages import Stage
 
 Values = dict[str, tuple[Any, ...]]  # of settings, by name, the usual one first
 LARGEST = 1e6  # of a reward's weight: float32 must hold the square of what it multiplies
@@ -98,6 +99,19 @@ def _limits(value: Any) -> bool:
     return is_pair and value[0] < value[1]
 
 
+def _stages(value: Any) -> bool:
+    """A list of stages of which each but the last has an end, and the last has none."""
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(stage, Stage) for stage in value):
+        return False
+    count, share = optional(whole(1)), optional(number(0, 1, above=True))
+    numbers = all(
+        whole(1)(stage.max_completion_length) and count(stage.steps) and count(stage.plateau) and share(stage.cut_off)
+        for stage in value
+    )
+    *ending, last = (any(end is not None for end in stage[1:]) for stage in value)
+    return numbers and all(ending) and not last
+
+
 SETTINGS = (
     # the update
     Setting("learning_rate", _positive, _POSITIVE, "At 0 nothing is learned; a LoRA often takes 1e-5 to 1e-4."),
@@ -154,7 +168,7 @@ SETTINGS = (
     Setting("min_p", optional(number(0, 1)), f"None or {_SHARE}"),
     Setting("repetition_penalty", _positive, _POSITIVE, "1 changes nothing."),
     Setting("dynamic_sampling", whole(0), "a whole number, 0 or more", "Rounds in which silent groups are replaced."),
-    Setting("stages", optional(stages.make_sense), "None or a list of Stage(max_completion_length), each but the last "
+    Setting("stages", optional(_stages), "None or a list of Stage(max_completion_length), each but the last "
             "with what ends it (steps, cut_off from 0 to 1, or plateau), and the last without"),
     # the run
     Setting("seed", whole(0, 2**32 - 1), "a whole number from 0 to 4294967295"),

@@ -6,9 +6,8 @@
 """
 
 from collections.abc import Sequence
-from numbers import Integral, Real
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 ROLLOUTS = 10  # whose share of cut-off completions counts
 
@@ -47,25 +46,3 @@ class Stage(NamedTuple):
             if fmean(newest) <= fmean(before):
                 return f"the reward, {fmean(newest):.3g}, has not risen for {self.plateau} rollouts"
         return None
-
-
-def make_sense(stages: Any) -> bool:
-    """Whether this is a list of stages of which each but the last has an end, and the last has none."""
-    if not isinstance(stages, (list, tuple)) or not stages or not all(isinstance(stage, Stage) for stage in stages):
-        return False
-    numbers = all(
-        _whole(stage.max_completion_length)
-        and all(count is None or _whole(count) for count in (stage.steps, stage.plateau))
-        and (stage.cut_off is None or (_number(stage.cut_off) and 0 < stage.cut_off <= 1))
-        for stage in stages
-    )
-    *ending, last = (any(end is not None for end in stage[1:]) for stage in stages)
-    return numbers and all(ending) and not last
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1

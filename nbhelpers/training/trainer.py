@@ -18,12 +18,12 @@ from trl.extras.profiling import profiling_context
 from nbhelpers import engines, gpu
 from nbhelpers.memory.room import Reserved
 from nbhelpers.models import chat
-from nbhelpers.progress import interruptible
 from nbhelpers.rewards import REASONING, Sample, Tags, question_of, text_of
 from nbhelpers.rewards.guard import SECONDS, guard_all
 
 from . import config, rows, settings
 from .config import LeanGRPOConfig
+from .hooks import making
 from .lean_hooks import LeanStepHooks
 from .prompt_hooks import PromptHooks
 from .resume_hooks import ResumeHooks
@@ -95,7 +95,7 @@ class LeanGRPOTrainer(StageHooks, SignalHooks, ResumeHooks, LeanStepHooks, Promp
     generation knows; RewardError for two reward functions of one name.
     """
 
-    @interruptible("the trainer was made", "no step is done and no file is written; run this cell again")
+    @making
     def __init__(
         self,
         model: "str | PreTrainedModel | PeftModel",

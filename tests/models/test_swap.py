@@ -14,6 +14,7 @@ from nbhelpers import presets
 from nbhelpers.engines import Sampling
 from nbhelpers.engines.graph import GraphEngine
 from nbhelpers.engines.hf import HFEngine
+from nbhelpers.memory import swapping
 from nbhelpers.models import quantize, swap
 from nbhelpers.training import packing
 from nbhelpers.training.lean_step import LeanStep
@@ -91,6 +92,10 @@ def test_a_copy_that_was_cut_short_is_made_again(monkeypatch):
     assert torch.Tensor.copy_ is copy and torch.equal(swapped.places[0], before)
     swapped.need(0)
     assert torch.equal(swapped.places[0][: len(swapped.host[0])], swapped.host[0])
+
+
+def test_the_planner_counts_as_many_places():
+    assert swap.PLACES == swapping.PLACES
 
 
 def test_addresses_never_change():

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.backends.nvidia.compiler import CUDAOptions
 
 from nbhelpers.gpu import capability
@@ -45,6 +46,19 @@ def turing(device: torch.device) -> bool:
 def pad_to_three(values: Sequence[Any], filler: Any) -> tuple[Any, ...]:
     """The values, padded to three: a launch for one, two or three layers takes three of every argument."""
     return (*values, *[filler] * (3 - len(values)))
+
+
+def fill_none(tensors: Sequence[Tensor | None], filler: Tensor) -> list[Tensor]:
+    """The tensors, with None replaced by any other of them: a kernel's branches need pointers of one type."""
+    some = next((tensor for tensor in tensors if tensor is not None), filler)
+    return [(some if tensor is None else tensor).detach().contiguous() for tensor in tensors]
+
+
+def in_16_bytes(x: Tensor) -> Tensor:
+    """x [rows, K] in 16 bits, or a copy, whose rows a kernel can load 16 bytes at a time."""
+    if x.stride(0) % 8 or x.stride(1) != 1 or x.data_ptr() % 16:
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
 
 
 @triton.jit

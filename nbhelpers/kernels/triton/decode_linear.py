@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..reference import Projection
 from . import nf4_few_rows, plain_few_rows
-from .common import begin, early, pad_to_three, tensor_cores, wait
+from .common import begin, early, fill_none, pad_to_three, tensor_cores, wait
 from .lora_linear import project, without_lora
 from .lora_mlp import SHRINK_FP16
 
@@ -152,12 +152,6 @@ def _gate(g_ptr, u_ptr, y_stride, split_stride, bias_g_ptr, bias_u_ptr, b_g_ptr,
 # ------------------------------------------------------------------------------------------------- the three launches
 
 
-def _fill_none(tensors: Sequence[Tensor | None], filler: Tensor) -> list[Tensor]:
-    """The tensors, with None replaced by any other of them: a kernel's branches need pointers of one type."""
-    some = next((tensor for tensor in tensors if tensor is not None), filler)
-    return [(some if tensor is None else tensor).detach().contiguous() for tensor in tensors]
-
-
 def _rank(part: Projection) -> int:
     """The LoRA rank of a part; 0 without a LoRA."""
     return 0 if part.lora_a is None else part.lora_a.shape[0]
@@ -172,7 +166,7 @@ def _thin_product(x: Tensor, parts: Sequence[Projection]) -> Tensor:
     splits = triton.cdiv(width, SPLIT)
     t = torch.empty(splits, rows, sum(ranks), dtype=torch.float32, device=x.device)
     if t.numel():
-        a = _fill_none([part.lora_a for part in parts], t)
+        a = fill_none([part.lora_a for part in parts], t)
         r_block = triton.next_power_of_2(max(ranks))
         k_block = max(16, min(SPLIT, TILE // (ROWS * r_block)))
         _thin[(triton.cdiv(rows, ROWS), len(parts), splits)](
@@ -196,8 +190,9 @@ def _products(x: Tensor, parts: Sequence[Projection]) -> tuple[Sequence[Tensor],
     plain = [part for part in parts if part.quant_state is None]
     if packed and plain and nf4_few_rows.serves(x, packed) and plain_few_rows.serves(x, plain):
         # a group of which some are in 16 bits, as "dynamic" 4-bit checkpoints have them: two launches into one tensor
-        product, _ = nf4_few_rows.few_rows_product(x, packed, sum(part.out_features for part in plain))
-        rest = product[:, :, sum(part.out_features for part in packed) :]
+        others = sum(part.out_features for part in plain)
+        product, _ = nf4_few_rows.few_rows_product(x, packed, others)
+        rest = product[:, :, -others:]
         t = plain_few_rows.few_rows_product(x, [part.weight for part in plain], loras, rest)[1]
         order = [*packed, *plain]
         columns = dict(zip(map(id, order), product.split([part.out_features for part in order], dim=2), strict=True))
@@ -227,7 +222,7 @@ def _finish(x: Tensor, parts: Sequence[Projection], residual: Tensor | None = No
     y, t = _products(x, parts)
     options, widths = _options(x, t, y, parts), [product.shape[2] for product in y]
     out = torch.empty(x.shape[0], sum(widths), dtype=x.dtype if residual is None else residual.dtype, device=x.device)
-    bias, b = _fill_none([part.bias for part in parts], t), _fill_none([part.lora_b for part in parts], t)
+    bias, b = fill_none([part.bias for part in parts], t), fill_none([part.lora_b for part in parts], t)
     blocks = sum(triton.cdiv(width, options["COLUMNS"]) for width in widths)
     _add[(blocks, triton.cdiv(x.shape[0], options["ROWS"]))](
         *pad_to_three(y, y[0]), *pad_to_three([product.stride(1) for product in y], 0), y[0].stride(0),

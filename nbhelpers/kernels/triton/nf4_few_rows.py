@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import Projection
-from .common import begin, ceil_div, early, pad_to_three, power_of_2, tensor_cores, turing, wait
+from .common import begin, ceil_div, early, fill_none, in_16_bytes, pad_to_three, power_of_2, tensor_cores, turing, wait
 from .nf4 import multiprocessors
 from .nf4_lookup import PTX, eight_weights
 from .nf4_mma import LOAD, product
@@ -308,8 +308,7 @@ def few_rows_product(x: Tensor, parts: Sequence[Projection], others: int = 0) ->
     [splits, rows, sum of r], likewise with x A^T: without elements if there is no LoRA, None where tl.dot has no tensor
     cores.
     """
-    if x.stride(0) % 8 or x.stride(1) != 1 or x.data_ptr() % 16:  # the kernel loads 16 bytes at a time
-        x = x.clone(memory_format=torch.contiguous_format)
+    x = in_16_bytes(x)
     states = [part.quant_state for part in parts if part.quant_state is not None]
     state, nested = states[0], states[0].state2
     rows, width = x.shape
@@ -333,9 +332,7 @@ def few_rows_product(x: Tensor, parts: Sequence[Projection], others: int = 0) ->
     absmax = [s.absmax for s in states]
     outer = [s.absmax if s.state2 is None else s.state2.absmax for s in states]
     offset = [s.offset if nested else s.absmax for s in states]
-    # where a part has no LoRA, another's A: a kernel's branches need pointers of one type
-    some = next((part.lora_a for part in parts if part.lora_a is not None), x)
-    a = [(some if part.lora_a is None else part.lora_a).detach().contiguous() for part in parts]
+    a = fill_none([part.lora_a for part in parts], x)
     _few_rows[(programs + thin * (pieces - 1), splits)](
         x, y, t, state.code, nested.code if nested else state.code,
         *(tensor for tensors in (words, absmax, outer, offset, a) for tensor in pad_to_three(tensors, tensors[0])),

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import Projection
-from .common import begin, ceil_div, early, pad_to_three, power_of_2, tensor_cores, wait
+from .common import begin, ceil_div, early, fill_none, in_16_bytes, pad_to_three, power_of_2, tensor_cores, wait
 from .nf4 import multiprocessors
 from .nf4_few_rows import splits_for
 
@@ -131,8 +131,7 @@ def few_rows_product(
     Returns y, fp32 [splits, rows, sum of N], whose sum over the splits is [x W_1^T, x W_2^T, ..]; and t, fp32 [splits,
     rows, sum of r], likewise with x A^T, without elements if there is no LoRA.
     """
-    if x.stride(0) % 8 or x.stride(1) != 1 or x.data_ptr() % 16:  # the kernel loads 16 bytes at a time
-        x = x.clone(memory_format=torch.contiguous_format)
+    x = in_16_bytes(x)
     rows, width = x.shape
     cut = tile(rows)
     outs = [len(weight) for weight in weights]
@@ -148,10 +147,8 @@ def few_rows_product(
         y = torch.empty(splits, rows, sum(outs), dtype=torch.float32, device=x.device)
     splits = len(y)
     t = torch.empty(splits, rows, sum(ranks), dtype=torch.float32, device=x.device)
-    # where there is none, another's: a kernel's branches need pointers of one type
     w = [weight.detach().contiguous() for weight in weights] or [x]
-    some = next((a for a in loras if a is not None), x)
-    a = [(some if one is None else one).detach().contiguous() for one in loras] or [x]
+    a = fill_none(loras, x) or [x]
     _few_rows[(programs, splits, blocks)](
         x, y, t, *pad_to_three(w, w[0]), *pad_to_three(a, a[0]), rows,
         ceil_div(iters, splits) * cut.width, width, *pad_to_three(outs, 0), y.stride(1), x.stride(0),

@@ -19,11 +19,11 @@ import trl
 from torch import Tensor, nn
 
 from nbhelpers.architecture import GB
-from nbhelpers.progress import interruptible
 
 from .. import config, rows, settings
 from ..checkpoint import Position
 from ..config import OfThisMachine
+from ..hooks import making
 from ..packing import Packed, Row, Rows
 from ..resume_hooks import ResumeHooks
 from ..step_hooks import StepHooks
@@ -88,7 +88,7 @@ class LeanSFTTrainer(ResumeHooks, StepHooks, WholeHooks, trl.SFTTrainer):
 
     args: trl.SFTConfig
 
-    @interruptible("the trainer was made", "no step is done and no file is written; run this cell again")
+    @making
     def __init__(
         self,
         model: "str | PreTrainedModel | PeftModel",
