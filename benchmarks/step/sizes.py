@@ -12,8 +12,9 @@ for all that it takes of the card and a time limit: one that fails takes no othe
 before count.
 
 step_peak_driver: what the driver says is taken at most over all steps, context included, GB of 10^9 bytes.
-train_peak: torch's allocations. `planned`: what memory.plan says of the same thing, of a time for the card that runs
-it; `off`: how far the measured value is from it. moved: what a step copied to the card for layers that wait on the host.
+train_peak: torch's allocations. `planned`: what memory.plan says of the same thing, for a time with the speed of the
+card that runs it; `off`: how far the measured value is from it. moved: what a step copied to the card for layers that
+wait on the host.
 """
 
 import argparse

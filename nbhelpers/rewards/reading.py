@@ -71,6 +71,7 @@ _HEDGE = re.compile(
     r"\b(?:or|either|neither|nor|between|not|never|cannot|at least|at most|more than|less than|fewer than|greater than"
     r"|up to|over|under|minimum|maximum|except)\b|n['’]t\b|[<>≠≤≥±]|!="
     r"|\\(?:[gl]eq?|[gl]t|neq?|pm)\b"
+    r"|\b(?:bigger|larger|smaller|higher|lower) than\b(?=\W*(?:\d|$))"  # which of the two was asked for?
 )
 _UNREAD = re.compile(r"[\\^√]")  # a formula
 _JOINED = re.compile(r"\b(?:and|to|plus|minus|times|divided|multiplied|of)\b|[-+*/:,;&]\s*\d")
@@ -211,7 +212,8 @@ def right(text: str, answer: str, tags: Tags = REASONING) -> bool:
 
     Args:
         text (`str`): What the model wrote.
-        answer (`str`): The right answer; a number is read as `answers.written` has it.
+        answer (`str`): The right answer; a number is read as `answers.written` has it. "3.14159265…" is one whose
+            digits go on, see `is_correct`.
         tags (`Tags`): Those that the model was asked for. Where a template opens the thought (`THINK`), a text that
             never closes it was cut off in its thought: whatever number comes last there is no answer.
 
@@ -224,6 +226,8 @@ def right(text: str, answer: str, tags: Tags = REASONING) -> bool:
     wanted = one_number(gold)
     if wanted is not None:
         return number is not None and fraction(number) == fraction(wanted)
+    if gold.endswith("...") and number is not None:
+        return same(number, gold)
     return words is not None and bool(_bare(gold)) and same(_bare(words), _bare(gold))
 
 
