@@ -1,7 +1,7 @@
 """Run a published recipe, or see what it takes.
 
     python notebooks/recipes.py                        what there is
-    python notebooks/recipes.py limo --plan            on the card that it was published for; --card T4 for another
+    python notebooks/recipes.py limo --plan            on an RTX 4090; --card T4 for another
     python notebooks/recipes.py limo                   train; again, and it goes on from its newest checkpoint
     NBHELPERS_SMOKE=1 python notebooks/recipes.py limo    on a CPU: a small random model, two steps, made-up rows
 

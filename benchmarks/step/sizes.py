@@ -1,5 +1,4 @@
-"""What fits: whole GRPO steps of large, whole and swapped models, 128K tokens, and the shapes of docs/recipes.md, each
-under a cap of GB.
+"""What fits: whole GRPO steps of large, whole and swapped models, 128K tokens, and the recipes' shapes, under a cap.
 
     python -m benchmarks.step.sizes                              every case, one after the other
     python -m benchmarks.step.sizes --only 32b 70b --minutes 9 --out runs/a

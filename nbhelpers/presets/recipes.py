@@ -1,7 +1,7 @@
-"""Runs that others published, as data: the model, the settings, and the card that they were published for.
+"""Runs that others published, as data: the model, the settings, and a card that they fit.
 
     recipe = recipes.get("long-run")
-    memory.plan(**recipe.takes)                    # GB, seconds a step and hours on that card
+    memory.plan(**recipe.takes)                    # GB, seconds a step and hours on an RTX 4090
     python notebooks/recipes.py long-run --plan    # the same from a terminal; without --plan it trains
 
 docs/recipes.md says of each what was published, what was run here, and what was not. Recipes that are a lesson or an
@@ -32,7 +32,7 @@ class Recipe:
         preset (`Preset`): The model, with the recipe's numbers. Of texts that are learned, the two lengths together are
             the most tokens that one may have.
         method (`str`): "grpo" or "sft".
-        card (`str`): That it was published for.
+        card (`str`): One that it fits: the one that it was published for, where that is one.
         rows (`int`): Answers, or texts, of a step.
         epochs (`int`): Times that all rows are seen.
         settings (`dict`): Of the trainer's config, beside what the preset says.
@@ -49,8 +49,8 @@ class Recipe:
 
     @property
     def takes(self) -> dict[str, Any]:
-        """The arguments of `memory.plan`, for the card that it was published for and texts that are all as long as they
-        may be; another card: `recipe.takes | {"card": "T4"}`."""
+        """The arguments of `memory.plan`, with answers or texts that are all as long as they may be; for another card
+        `recipe.takes | {"card": "T4"}`."""
         return {"preset": self.preset, "card": self.card, "rows": self.rows, "method": self.method}
 
 
