@@ -34,6 +34,7 @@ from benchmarks import common, harness, random_model
 from benchmarks.engines.grpo import KEPT, logged, watch, workload
 from benchmarks.harness import GB
 from nbhelpers import memory
+from nbhelpers.memory.seconds import CARDS
 from nbhelpers.memory.swapping import PCIE_GB_S
 from nbhelpers.models import swap
 from nbhelpers.models.finite import first_not_finite
@@ -113,7 +114,10 @@ class Capped(cases.Job):
         self.prompt = 24 if smoke else PROMPT
         self.tokens = {"steps": 32}.get(case.kind, 256) if smoke else case.tokens
         self.budget: float | None = None  # GB that torch may give out
+        self.card: str | None = None  # the planner's name of this one, if it has its data sheet
         if self.cuda:
+            name = torch.cuda.get_device_name()
+            self.card = name if any(card.name in name for card in CARDS) else None
             torch.zeros(1, device="cuda") @ torch.zeros(1, device="cuda")
             held = case.cap - harness.driver_gb() - RESERVE
             torch.cuda.set_per_process_memory_fraction(held * GB / torch.cuda.mem_get_info()[1])
@@ -141,7 +145,7 @@ class Capped(cases.Job):
             self.preset, card_gb=self.case.cap, num_generations=rows, max_prompt_length=self.prompt,
             max_completion_length=self.tokens - self.prompt, lora_rank=self.rank, quantization="nf4", rows=rows,
             budget_gb=self.budget, attention="flash", train="all" if self.case.whole else None, swap=self.case.swap,
-            card=torch.cuda.get_device_name() if self.cuda else None,
+            card=self.card,
         )  # fmt: skip
 
     def against(self, what: str, measured: float, planned: float, **more: Any) -> None:
