@@ -71,8 +71,9 @@ _HEDGE = re.compile(
     r"\b(?:or|either|neither|nor|between|not|never|cannot|at least|at most|more than|less than|fewer than|greater than"
     r"|up to|over|under|minimum|maximum|except)\b|n['’]t\b|[<>≠≤≥±]|!="
     r"|\\(?:[gl]eq?|[gl]t|neq?|pm)\b"
-    r"|\b(?:bigger|larger|smaller|higher|lower) than\b(?=\W*(?:\d|$))"  # which of the two was asked for?
 )
+# what a number is compared with is not what was asked for
+_COMPARED = re.compile(r"\b(?:(?!rath|oth)[a-z]{2,12}er than|exceeds?|beats?|compared (?:to|with)|versus|vs)\W*$")
 _UNREAD = re.compile(r"[\\^√]")  # a formula
 _JOINED = re.compile(r"\b(?:and|to|plus|minus|times|divided|multiplied|of)\b|[-+*/:,;&]\s*\d")
 _AND_PART = re.compile(r"\s*and a (?:half|third|quarter)")
@@ -132,7 +133,7 @@ def _number_at(words: str, match: re.Match) -> str | None:
     left = before.rstrip()[:-1]  # of the sign
     minus = sign == "-" and (before.endswith("-") or not left.strip())  # after a word and before a space it is a dash
     # x18, ...18, 18 and a half; a root or a box cut off; 3 * 18
-    if before[-1:].isalnum() or before[-1:] == "." or _AND_PART.match(after):
+    if before[-1:].isalnum() or before[-1:] == "." or _AND_PART.match(after) or _COMPARED.search(before):
         return None
     if sign in tuple("{√") or (sign in tuple("*/+^") and left.strip()):
         return None

@@ -40,12 +40,39 @@ def test_the_smaller_one_both_and_nothing_are_wrong(said):
     assert not right(said, tasks.PROBE_ANSWERS[NEAR])
 
 
-@pytest.mark.parametrize("how", ["bigger", "larger", "greater", "smaller", "higher", "lower"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "is bigger than",
+        "is larger than",
+        "is greater than",
+        "is smaller than",
+        "is higher than",
+        "is lower than",
+        "is newer than",
+        "is heavier than",
+        "exceeds",
+        "beats",
+        "versus",
+        "compared with",
+    ],
+)
 def test_of_a_comparison_nobody_knows_which_of_the_two_is_meant(how):
     """ "9.9 is smaller than 9.11" is what a model says that gets it wrong, and the last number is no answer either."""
-    for said in (f"9.9 is {how} than 9.11.", f"So **9.9** is {how} than **9.11**", f"It is {how} than 9.11"):
+    for said in (f"9.9 {how} 9.11.", f"So **9.9** {how} **9.11**", f"Yes, it {how} 9.11"):
         assert not right(said, "9.9") and not right(said, "9.11"), said
-    assert right(f"The total is 18, which is {how} than before.", "18") or how == "greater"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "The total is 18, which is larger than before.", "Later than 17 is 18.", "It is none other than 18.",
+        "The answer is 18, larger than 17.", "He has more pens than her, and they are 18.", "It is 18 rather than 17.",
+        "<answer>18</answer> is more than 17.", "The answer is 18, larger than 17.",
+    ],
+)  # fmt: skip
+def test_what_is_stated_beside_a_comparison_is_read(said):
+    assert right(said, "18")
 
 
 @pytest.mark.parametrize(
