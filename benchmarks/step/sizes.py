@@ -58,9 +58,9 @@ class Case:
         label (`str`): In the rows' names: "1K".
         cap (`float`): GB of the whole process.
         tokens (`int`): Of a prompt and its completion.
-        whole (`bool`): Every weight is trained, in bf16; else NF4 and a LoRA of rank 16.
+        whole (`bool`): Every weight is trained, in bf16; else NF4 and a LoRA.
         swap (`bool`): Layers that do not fit wait on the host, as many as the plan says.
-        rank (`int`): Of the LoRA, where there is one.
+        rank (`int`): Of the LoRA.
         rows (`int`): Completions of a step; 0: as many as the call says.
         steps (`int`): Of a whole run.
         seconds (`float`): After that it is killed.
@@ -156,8 +156,8 @@ class Capped(cases.Job):
 
 
 def steps(job: Capped) -> None:
-    """Whole steps of LeanGRPOTrainer: generating, forward, backward and update. The time is the median of those
-    after the first, which compiles."""
+    """Whole steps of LeanGRPOTrainer: generating, forward, backward and update. The time is the median of those after
+    the first, which compiles."""
     from nbhelpers.training.trainer import LeanGRPOConfig, LeanGRPOTrainer
 
     model = job.made()
