@@ -1,6 +1,7 @@
-"""Write the tables of README.md and docs/benchmarks.md from benchmarks/results/*.json: no figure in them is typed.
+"""Write the tables of README.md, docs/benchmarks.md and docs/recipes.md: no figure in them is typed. They come from
+benchmarks/results/*.json, and from the planner where the table says so.
 
-python -m benchmarks.readme           # rewrites what stands between the markers in both pages
+python -m benchmarks.readme           # rewrites what stands between the markers in these pages
 python -m benchmarks.readme --check   # exit status 1 if that would change anything (CI)
 """
 
@@ -11,6 +12,7 @@ from nbhelpers import memory, presets
 from notebooks.build import MODELS as NOTEBOOKS
 from notebooks.build import badges
 
+from . import recipe_tables
 from .fits import sizes, whole_learned
 from .plots import plots
 from .tables import MODELS, ROOT, Results, number, table
@@ -296,8 +298,12 @@ TABLES = {
     "methods": methods,
     "sizes": sizes,
     "whole_learned": whole_learned,
+    "planned_recipes": recipe_tables.planned,
+    "planned_stages": recipe_tables.stages,
+    "measured_recipes": recipe_tables.measured,
+    "r1": recipe_tables.r1,
 }
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "recipes.md")
 
 
 def render(text: str) -> str:

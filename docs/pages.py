@@ -57,6 +57,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
             ]
         },
         {"FAQ": "faq.md"},
+        {"Recipes": "recipes.md"},
         {"More than one card": "outgrow.md"},
         {"How well, how fast": [{"Benchmarks": "benchmarks.md"}, {"Reliability": "reliability.md"},
                                 {"Compatibility": "compatibility.md"}]},

@@ -73,10 +73,19 @@ REACHED = Reached()
 
 def card_of(gb: float, name: str = "") -> Card:
     """The card of that name; without one the card that stands for its size: the largest that is no larger."""
-    named = [card for card in CARDS if re.search(rf"\b{card.name}\b", name)]
-    if named:
-        return max(named, key=lambda card: len(card.name))  # "RTX 4060 Ti", not "RTX 4060"
+    known = [card for card in CARDS if re.search(rf"\b{card.name}\b", name)]
+    if known:
+        return max(known, key=lambda card: len(card.name))  # "RTX 4060 Ti", not "RTX 4060"
     return max((card for card in CARDS if card.gb <= gb + 0.5), key=lambda card: card.gb, default=CARDS[0])
+
+
+def named(name: str) -> Card:
+    """The card of that name. Raises ValueError if none of CARDS is in it, with those that there are."""
+    card = card_of(0.0, name)
+    if not re.search(rf"\b{card.name}\b", name):
+        there = ", ".join(card.name for card in CARDS)
+        raise ValueError(f"card={name!r} is not known; there are {there}. For another one leave it out: card_gb=24")
+    return card
 
 
 def of_a_step(a: Architecture, card: Card, s: Setting, batches: tuple[MicroBatch, ...], attention: str, fitting: int,

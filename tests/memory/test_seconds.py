@@ -156,3 +156,16 @@ def test_the_report_says_it_before_the_download(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "hours for 110 steps" in said and "like the T4" in said
     assert said.index("s a step") < said.index("download: ")
+
+
+def test_a_card_is_named_and_its_speed_and_size_are_planned(monkeypatch):
+    """Two cards of 24 GB: without a name the likelier one stands for both."""
+    monkeypatch.delenv("NBHELPERS_SMOKE", raising=False)
+    slower, faster = (memory.plan("qwen2.5-3b", card=name) for name in ("RTX 3090", "NVIDIA GeForce RTX 4090"))
+    assert faster.card_gb == slower.card_gb == 24 and faster.speed_of == "RTX 4090"
+    assert faster.training == slower.training and faster.step_seconds < slower.step_seconds
+    assert memory.plan("qwen2.5-3b", 24).step_seconds == slower.step_seconds
+    part = memory.plan("qwen2.5-3b", 24, card="H100")  # as much of it as another card has
+    assert part.card_gb == 24 and part.speed_of == "H100" and part.step_seconds < faster.step_seconds
+    with pytest.raises(ValueError, match=r"card='Voodoo 2' is not known; there are RTX 4060, .*RTX 4090"):
+        memory.plan("qwen2.5-3b", card="Voodoo 2")
