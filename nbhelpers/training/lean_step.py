@@ -12,6 +12,7 @@ by its share of the whole (grpo.token_weights). A group's prompt is computed onc
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,13 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from nbhelpers import kernels
+from nbhelpers.engines.forward import Decoder
+from nbhelpers.kernels import ahead
 from nbhelpers.memory.micro_batches import TILES, CannotFit, Lengths, MicroBatch, StepCost, count
 from nbhelpers.memory.residents import scratch_bytes
 from nbhelpers.memory.room import Reserved, Room
 from nbhelpers.models import families
 from nbhelpers.models.finite import first_not_finite
 
-from .layerwise import Layers, LayerwiseDecoder
+from .layerwise import Layers, LayerwiseDecoder, same_random
 from .packed_attention import choose
 from .packing import Packed, Row, Rows, pack
 
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CannotFit", "LeanStep", "first_non_finite"]
 
+FORMS = 4  # of layers that a dry pass goes through, at most: with LoRA's dropout each layer is one
 T = TypeVar("T")
 Objective = Callable[[Tensor, Tensor, Packed], Tensor]
 
@@ -231,8 +235,11 @@ class LeanStep:
         prompts = [torch.zeros(prompt_length, dtype=torch.long)] * (all_rows[-1].prompt + 1)
         scored = {i: torch.arange(completion_length) for i in range(rows)}
         batch = Rows(all_rows, prompts, completions, scored)
-        trained = self.trained
-        grads = [p.grad for p in trained]
+        grads = [p.grad for p in self.trained]
+
+        if not families.hooked_linears(self.model) and self.decoder.swapped is None:
+            ahead.compile_for(self.device, lambda: self._dry_pass(batch))
+            self._forget(grads)
 
         def largest() -> list[MicroBatch]:
             micro_batches = self.plan(all_rows)
@@ -241,9 +248,25 @@ class LeanStep:
             return micro_batches
 
         micro_batches = self.retried(largest)
-        for parameter, grad in zip(trained, grads, strict=True):
-            parameter.grad = grad
+        self._forget(grads)
         return micro_batches
+
+    def _forget(self, grads: list[Tensor | None]) -> None:
+        """Have these gradients again instead of those that have come since."""
+        for parameter, grad in zip(self.trained, grads, strict=True):
+            parameter.grad = grad
+
+    def _dry_pass(self, batch: Rows) -> None:
+        """For kernels/ahead.py: forward and backward of the batch's largest micro-batch, through one layer of each
+        form, which saves all where the real ones do, and through the head."""
+        largest = max(self.plan(batch.rows), key=lambda one: one.peak)
+        packed = pack(batch, [batch.rows[i] for i in largest.rows], self.device, self.share_prompts)
+        decoder, tensors = copy(self.decoder), Decoder(self.model).layers
+        each = list({of.form(): layer for of, layer in zip(tensors, decoder.layers, strict=True)}.values())[:FORMS]
+        decoder.layers = nn.ModuleList(each if largest.saved in (0, len(tensors)) else 2 * each)
+        layers = Layers(min(largest.saved, len(each)), len(each), largest.tile)
+        with same_random(self.device):
+            decoder.differentiate(packed, self.temperature, layers, lambda logps, _: logps.sum() * 0.0, Tensor.backward)
 
 
 def _dropped(layer: nn.Module) -> int:
