@@ -238,7 +238,8 @@ class LeanStep:
         grads = [p.grad for p in self.trained]
 
         if not families.hooked_linears(self.model) and self.decoder.swapped is None:
-            ahead.compile_for(self.device, lambda: self._dry_pass(batch))
+            first = max(self.plan(all_rows), key=lambda one: one.peak)
+            ahead.compile_for(self.device, lambda: self._dry_pass(batch, first))
             self._forget(grads)
 
         def largest() -> list[MicroBatch]:
@@ -256,15 +257,14 @@ class LeanStep:
         for parameter, grad in zip(self.trained, grads, strict=True):
             parameter.grad = grad
 
-    def _dry_pass(self, batch: Rows) -> None:
-        """For kernels/ahead.py: forward and backward of the batch's largest micro-batch, through one layer of each
-        form, which saves all where the real ones do, and through the head."""
-        largest = max(self.plan(batch.rows), key=lambda one: one.peak)
-        packed = pack(batch, [batch.rows[i] for i in largest.rows], self.device, self.share_prompts)
+    def _dry_pass(self, batch: Rows, micro_batch: MicroBatch) -> None:
+        """For kernels/ahead.py: forward and backward of a micro-batch through one layer of each form, which saves all
+        where the real ones do, and through the head."""
+        packed = pack(batch, [batch.rows[i] for i in micro_batch.rows], self.device, self.share_prompts)
         decoder, tensors = copy(self.decoder), Decoder(self.model).layers
         each = list({of.form(): layer for of, layer in zip(tensors, decoder.layers, strict=True)}.values())[:FORMS]
-        decoder.layers = nn.ModuleList(each if largest.saved in (0, len(tensors)) else 2 * each)
-        layers = Layers(min(largest.saved, len(each)), len(each), largest.tile)
+        decoder.layers = nn.ModuleList(each if micro_batch.saved in (0, len(tensors)) else 2 * each)
+        layers = Layers(min(micro_batch.saved, len(each)), len(each), micro_batch.tile)
         with same_random(self.device):
             decoder.differentiate(packed, self.temperature, layers, lambda logps, _: logps.sum() * 0.0, Tensor.backward)
 

@@ -46,17 +46,14 @@ def kernels_of(fn):
 
 @contextmanager
 def played(real=False, fail=()):
-    """Yields `launched` and `compiled`, sets of (kernel, key), and `threads`, of those that compiled.
+    """Yields `launched` and, afterwards, `compiled`, sets of (module, kernel, key); and `dry`, how many dry launches.
 
     Args:
         real (`bool`): Compile, not only pretend to.
         fail (`tuple[str, ...]`): Kernels that cannot be compiled.
     """
-    card, run, compile_one = (
-        SimpleNamespace(launched=set(), compiled=set(), dry=0),
-        JITFunction.run,
-        triton.compiler.compile,
-    )
+    card = SimpleNamespace(launched=set(), compiled=set(), dry=0)
+    run, compile_one = JITFunction.run, triton.compiler.compile
 
     def launch(fn, *args, grid, warmup, **options):
         if warmup:

@@ -17,7 +17,7 @@ from .. import ahead
 BLOCK = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["seeds_ptr", "counters_ptr"])  # read one by one
 def _race(logits_ptr, seeds_ptr, counters_ptr, max_ptr, sum_ptr, best_ptr, word_ptr, logits_stride, words,
           PARTS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Maximum, sum of exponentials, and winner of one part of a row."""
