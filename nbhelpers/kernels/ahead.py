@@ -114,7 +114,8 @@ class _Loading:
 
 
 def _enter(device: torch.device) -> None:
-    if device.type == "cuda":
+    """A thread of the pool begins: what it loads goes to this card."""
+    if device.index is not None:
         torch.cuda.set_device(device)
 
 
