@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--weights", help="a GGUF file, or a folder with safetensors; the preset's own if not given")
     parser.add_argument("--model", default="qwen2.5-coder-1.5b", help="what the rows call the model")
     parser.add_argument(
-        "--title", default="Qwen2.5-Coder-1.5B-Instruct on Countdown", help="what the recorded run says"
+        "--title", default="Qwen2.5-Coder-1.5B-Instruct (GGUF, Q4_K_M) on Countdown", help="the recorded run's name"
     )
     parser.add_argument("--gb", type=float, default=7.0, help="of the card that is played, by the driver; 0: as it is")
     parser.add_argument("--steps", type=int, default=200)

@@ -266,6 +266,30 @@ def methods() -> str:
     return f"{table(header, rows)}\n\n{results.source(*keys)}"
 
 
+PUBLISHED = {50: "in form", 100: "25 %", 200: "40 %", 450: "50 %"}  # mini-R1's 3B, by step
+
+
+def countdown(label: str = "qwen2.5-coder-1.5b/countdown") -> str:
+    """What a real model learned of Countdown, by step, beside what others published of theirs."""
+    try:
+        results = Results("countdown")
+    except FileNotFoundError:
+        return "Nobody has run it on a GPU yet."
+    names, known = ("solved", "three", "four", "form"), {}
+    for what, _ in results.values:
+        name, _, step = what.removeprefix(f"{label}/").partition("_")
+        if name == "solved":
+            known[0 if step == "before" else int(step)] = step
+    rows = []
+    for step in sorted(known.keys() | PUBLISHED.keys()):
+        values = [results(f"{label}/{name}_{known.get(step)}") for name in names]
+        shares = ["–" if value is None else f"{value:.1%}" for value in values]
+        rows.append([str(step), *shares, PUBLISHED.get(step, "–")])
+    header = ["step", "solved", "of three numbers", "of four", "in form", "published: solved, a 3B"]
+    took = f"{_minutes(results(f'{label}/seconds'))} minutes of training, {number(results(f'{label}/peak_driver'))} GB."
+    return f"{table(header, rows)}\n\n{took} {results.source((f'{label}/seconds', 'ours'))}"
+
+
 def _minutes(seconds: float | None) -> str:
     return "–" if seconds is None else f"{seconds / 60:.1f}"
 
@@ -284,6 +308,7 @@ TABLES = {
     "engines": engines,
     "whole": whole,
     "methods": methods,
+    "countdown": countdown,
 }
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 

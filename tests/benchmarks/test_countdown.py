@@ -36,7 +36,7 @@ def test_a_run_that_was_stopped_goes_on_and_leaves_rows_and_a_run_to_replay(tmp_
 
     for folder in (tmp_path / "out", tmp_path / "back" / "out"):
         file = folder / "countdown-run.json"
-        assert replay.Replay(file).model == "Qwen2.5-Coder-1.5B-Instruct on Countdown"
+        assert replay.Replay(file).model == "Qwen2.5-Coder-1.5B-Instruct (GGUF, Q4_K_M) on Countdown"
         assert [point["step"] for point in json.loads(file.read_text())["held_out"]] == [0, 1, 2, 3]
 
 

@@ -53,6 +53,26 @@ def test_the_table_of_methods_shows_the_worst_of_the_seeds_and_a_dash_for_what_w
     assert float(lines["PPO"][5]) > float(lines["RLOO"][5]) > 4  # planned: the value head, and groups of two
 
 
+def test_the_table_of_countdown_has_a_row_for_each_step_seen_here_or_published(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert readme.countdown() == "Nobody has run it on a GPU yet."
+    label, rows = "qwen2.5-coder-1.5b/countdown/seed-0", []
+    for when, value in (("before", 0.04), (50, 0.125), (130, 0.25)):
+        for name in ("solved", "three", "four", "form"):
+            rows.append({"what": f"{label}/{name}_{when}", "who": "ours", "value": value, "unit": "share"})
+    rows.append({"what": f"{label}/seconds", "who": "ours", "value": 480.0, "unit": "s"})
+    rows.append({"what": f"{label}/peak_driver", "who": "ours", "value": 6.9, "unit": "GB"})
+    document = {"host": {"gpu": "any"}, "date": "day", "command": "call", "rows": real.worst(rows)}
+    (tmp_path / "countdown.json").write_text(json.dumps(document))
+    table, _, told = readme.countdown().partition("\n\n")
+    lines = {line.strip("| ").split(" | ")[0]: line.strip("| ").split(" | ")[1:] for line in table.splitlines()[2:]}
+    assert list(lines) == ["0", "50", "100", "130", "200", "450"]
+    assert lines["50"] == ["12.5%"] * 4 + ["in form"] and lines["100"] == ["–"] * 4 + ["25 %"]
+    assert lines["130"] == ["25.0%"] * 4 + ["–"] and told.startswith(
+        "8.0 minutes of training, 6.90 GB. Measured on any"
+    )
+
+
 @pytest.mark.parametrize("file", sorted(tables.RESULTS.glob("*.json")), ids=lambda file: file.stem)
 def test_a_row_of_an_earlier_run_says_when_and_by_which_call(file):
     runs = {row["run"] for row in json.loads(file.read_text())["rows"] if "run" in row}
