@@ -35,8 +35,8 @@ def countdown(
     def row(given: list[int], target: int, solution: str) -> dict:
         listed = f"{', '.join(map(str, given[:-1]))} and {given[-1]}"
         question = (
-            f"Make {target} of the numbers {listed} with + - * / and brackets. Use each of these numbers exactly once, "
-            "and no other. The answer is the expression alone."
+            f"Write an expression that equals {target}. It uses each of the numbers {listed} exactly once, no other "
+            "number, and only + - * / and brackets. The answer is the expression alone."
         )
         return {"prompt": messages(question, system_prompt), "answer": solution, "target": target, "numbers": given}
 
