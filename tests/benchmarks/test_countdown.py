@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -38,6 +39,16 @@ def test_a_run_that_was_stopped_goes_on_and_leaves_rows_and_a_run_to_replay(tmp_
         file = folder / "countdown-run.json"
         assert replay.Replay(file).model == "Qwen2.5-Coder-1.5B-Instruct (GGUF, Q4_K_M) on Countdown"
         assert [point["step"] for point in json.loads(file.read_text())["held_out"]] == [0, 1, 2, 3]
+
+    # and the lesson shows that run where there is no GPU
+    shutil.copy(file, tmp_path / "countdown.json")
+    cells = [source for _, source in common.code_cells(countdown.NOTEBOOK)]
+    first = f"from pathlib import Path\nfrom nbhelpers import replay\nreplay.RUNS = Path({str(tmp_path)!r})"
+    code = "\n\n".join([first, cells[0], "HELD_OUT = 8", *cells[1:]])
+    environment = os.environ | {"PYTHONPATH": str(common.ROOT), "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "Agg"}
+    said = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, env=environment, text=True)
+    assert "REPLAY of a recorded run" in said and "held-out puzzles:\nstep   0: solved" in said
+    assert said.count("\nstep ") >= 4 and "no run is recorded" not in said
 
 
 def test_every_cell_that_it_exchanges_is_in_the_lesson():
