@@ -102,6 +102,9 @@ def test_hostile_text_is_wrong_and_fast(text):
     started = time.perf_counter()
     assert not countdown_rules.verify(text, [3, 7, 25], 99)
     assert time.perf_counter() - started < 0.05
+    started = time.perf_counter()
+    assert not any(countdown_rules.solved(one, "(3 + 7) * 25") for one in (text, f"<answer>{text}</answer>"))
+    assert time.perf_counter() - started < 0.1
 
 
 def test_nesting_to_the_limit_is_evaluated():
