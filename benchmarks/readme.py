@@ -302,6 +302,7 @@ TABLES = {
     "planned_stages": recipe_tables.stages,
     "measured_recipes": recipe_tables.measured,
     "r1": recipe_tables.r1,
+    "countdown": recipe_tables.countdown,
 }
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "recipes.md")
 

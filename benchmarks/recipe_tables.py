@@ -1,4 +1,4 @@
-"""The tables of docs/recipes.md: what the planner says of published runs, and what was measured of them."""
+"""The tables of recipes that others published: what the planner says of them, and what was measured here."""
 
 from nbhelpers import memory, recipes
 
@@ -92,3 +92,27 @@ def _of(name: str) -> Results | None:
         return Results(name)
     except FileNotFoundError:
         return None
+
+
+PUBLISHED = {50: "in form", 100: "25 %", 200: "40 %", 450: "50 %"}  # mini-R1's 3B, by step
+
+
+def countdown(label: str = "qwen2.5-coder-1.5b/countdown") -> str:
+    """What a real model learned of Countdown, by step, beside what others published of theirs."""
+    try:
+        results = Results("countdown")
+    except FileNotFoundError:
+        return "Nobody has run it on a GPU yet."
+    names, known = ("solved", "three", "four", "form"), {}
+    for what, _ in results.values:
+        name, _, step = what.removeprefix(f"{label}/").partition("_")
+        if name == "solved":
+            known[0 if step == "before" else int(step)] = step
+    rows = []
+    for step in sorted(known.keys() | PUBLISHED.keys()):
+        values = [results(f"{label}/{name}_{known.get(step)}") for name in names]
+        shares = ["–" if value is None else f"{value:.1%}" for value in values]
+        rows.append([str(step), *shares, PUBLISHED.get(step, "–")])
+    header = ["step", "solved", "of three numbers", "of four", "in form", "published: solved, a 3B"]
+    took = f"{results(f'{label}/seconds') / 60:.1f} minutes of training, {number(results(f'{label}/peak_driver'))} GB."
+    return f"{table(header, rows)}\n\n{took} {results.source((f'{label}/seconds', 'ours'))}"
