@@ -59,6 +59,12 @@ class Child:
         command = [sys.executable, "-P", str(SCRIPT), json.dumps(job)]
         self.process = subprocess.Popen(command, cwd=job["tree"], env=environment, stdin=subprocess.PIPE)
 
+    def imported(self, seconds: float = 90) -> None:
+        """Wait until it has imported, so that no two do so while one measures, or has failed."""
+        ready, until = Path(self.job["out"] + self.job["ready"]), time.perf_counter() + seconds
+        while not ready.exists() and self.process.poll() is None and time.perf_counter() < until:
+            time.sleep(0.05)
+
     def go(self) -> None:
         """Let it measure."""
         assert self.process.stdin is not None
@@ -103,7 +109,7 @@ def jobs(args: argparse.Namespace, work: Path) -> list[Job]:
                 job |= {"model": model, "folder": str(work / "checkpoint" / model)}
             every.append({**pair[1], "kind": "checkpoint", "case": f"{name}: checkpoint"})
         every += pair if number % 2 == 0 else pair[::-1]
-    return every
+    return [{**job, "ready": f"-{number}"} for number, job in enumerate(every)]
 
 
 def with_ratios(rows: list[common.Row]) -> list[common.Row]:
@@ -118,7 +124,8 @@ def run(args: argparse.Namespace, work: Path) -> list[common.Row]:
     start, file = time.perf_counter(), work / "rows.jsonl"
     planned, rows = jobs(args, work), list[common.Row]()
     if not args.smoke:  # compiles; a CPU has nothing to compile
-        warm = [Child({**job, "warm": True}) for job in planned if job["kind"] in ("decode", "train", "grpo")]
+        compiling = [job for job in planned if job["kind"] in ("decode", "train", "grpo")]
+        warm = [Child({**job, "warm": True, "ready": f"{job['ready']}-warm"}) for job in compiling]
         for child in warm:
             child.go()
         for child in warm:
@@ -126,6 +133,9 @@ def run(args: argparse.Namespace, work: Path) -> list[common.Row]:
         print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
     waiting = [] if args.smoke else [Child(job) for job in planned]
     try:
+        for child in waiting:
+            child.imported()
+        print(f"imported after {time.perf_counter() - start:.0f} s", flush=True)
         for index, job in enumerate(planned):
             left = 60 * args.minutes - (time.perf_counter() - start)
             if left < 5:
@@ -133,6 +143,7 @@ def run(args: argparse.Namespace, work: Path) -> list[common.Row]:
                 continue
             child = Child(job) if args.smoke else waiting[index]
             waiting += [child] if args.smoke else []
+            child.imported()
             child.go()
             child.end(min(600 if args.smoke else job["seconds"], left))
             rows = with_ratios(harness.read_rows(file))

@@ -4,8 +4,7 @@
 
 `nbhelpers` and `benchmarks.random_model` are those of TREE, whose modules have other names before the house was built
 (f990437): `module` knows both. It imports, waits for a line on its input, measures, and appends each row to job["out"].
-In a `warm` job the model has one layer and nothing counts: it is there so that Triton has compiled.
-"""
+In a `warm` job the model has one layer and nothing counts: it is there so that Triton has compiled."""
 
 import gc
 import importlib
@@ -342,6 +341,7 @@ def main(job: Job) -> None:
         with open(job["out"], "a") as lines:
             lines.write(json.dumps(found) + "\n")
 
+    Path(job["out"] + job["ready"]).touch()
     if sys.stdin.readline():  # else the parent has ended
         KINDS[job["kind"]](job, row)
 
