@@ -29,7 +29,7 @@ from .micro_batches import CannotFit, MicroBatch, StepCost, Tokens, count, large
 from .report import Plan, Setting, StagePlans
 from .residents import Resident, resident
 from .room import CONTEXT_GB, FRAGMENTED, Reserved, Room, kv_budget, step_budget, vllm_kv_budget
-from .seconds import card_of, of_a_step
+from .seconds import card_of, launch_tokens, of_a_step
 from .swapping import PCIE_GB_S, freed_bytes, moved_bytes
 
 __all__ = ["CONTEXT_GB", "FRAGMENTED", "CannotFit", "Plan", "Reserved", "Room", "Setting", "StagePlans", "can_train",
@@ -104,7 +104,6 @@ def plan(
         method,
         2 if whole else 4,
     )
-
     card = _Card(preset, card_gb, budget_gb, attention or _backend(card_gb))
     if swap:
         setting = replace(setting, swapped=card.layers_to_swap(setting))
@@ -283,7 +282,8 @@ class _Card:
 
     def training(self, s: Setting) -> tuple[dict[str, float], tuple[MicroBatch, ...]]:
         """Bytes by part of the training half, and how it is cut: not at all if it does not fit."""
-        cost = self.cost(s)
+        kind = card_of(self.card_gb, _name_here(self.card_gb))
+        cost = replace(self.cost(s), launches=launch_tokens(self.preset.architecture, kind))
         rows = [(i // s.num_generations, s.max_prompt_length, s.max_completion_length) for i in range(s.rows)]
         micro_batches: tuple[MicroBatch, ...] = ()
         try:

@@ -12,6 +12,7 @@ so.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -137,11 +138,16 @@ class StepHooks(RunHooks):
     def _write_state(self, position: checkpoint.Position) -> None:
         super()._write_state(position)
         position.counters.update(skipped=self.skipped_steps, in_a_row=self._skipped_in_a_row)
+        if self.lean:
+            position.counters["launches"] = self._step_of(self.model).cost.launches
 
     def _read_state(self, position: checkpoint.Position) -> None:
         super()._read_state(position)
         self.skipped_steps = position.counters.get("skipped", 0)
         self._skipped_in_a_row = position.counters.get("in_a_row", 0)
+        if self.lean and (launches := position.counters.get("launches")):  # timed anew, they may cut a batch otherwise
+            step = self._step_of(self.model)
+            step.cost = replace(step.cost, launches=launches)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
