@@ -113,8 +113,8 @@ class KVCache:
                 )
             elif window is None and self.lower_right:
                 k, v = keys[rows, :, :end], values[rows, :, :end]
-                mask = causal_lower_right(q.shape[2], end)
-                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=True)
+                corner = causal_lower_right(q.shape[2], end)
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=corner, scale=self.scale, enable_gqa=True)
             else:
                 query = torch.arange(start, end, device=q.device)[:, None]
                 key = torch.arange(end, device=q.device)

@@ -29,7 +29,7 @@ from nbhelpers.models import families
 from nbhelpers.models.finite import first_not_finite
 
 from .layerwise import Layers, LayerwiseDecoder
-from .packed_attention import choose
+from .packed_attention import choose, prefers_sdpa
 from .packing import Packed, Row, Rows, pack
 
 if TYPE_CHECKING:
@@ -79,11 +79,14 @@ class LeanStep:
             embedding = next(model.get_input_embeddings().parameters())
             dtype = torch.get_autocast_dtype(self.device.type) if on else embedding.dtype
         backend = attention or choose(self.device, dtype)
+        shapes = families.architecture(model.config.to_dict())
+        if backend == "flash":  # timed now, when there is room for it
+            prefers_sdpa(self.device, dtype, shapes.num_attention_heads, shapes.num_key_value_heads, shapes.head_dim)
         self.decoder = LayerwiseDecoder(model, backend, autocast)
         width = max(embedding.element_size(), dtype.itemsize)
         dropped = max(map(_dropped, self.decoder.layers))
         whole = self.decoder.head.weight.requires_grad
-        self.cost = StepCost(families.architecture(model.config.to_dict()), width, backend, dropped, whole=whole)
+        self.cost = StepCost(shapes, width, backend, dropped, whole=whole)
         if self.device.type == "cuda":
             self._set_launches(REACHED.layer)  # until a rehearsal has timed them
         self.model = model
