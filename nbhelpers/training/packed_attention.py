@@ -4,7 +4,7 @@ Query i of a sequence with n queries and m keys sees the keys up to m - n + i: a
 Three backends compute it:
 
 "flash"      one launch for all sequences, keys and values of fewer heads as they are; 16 bits, Ampere and later. A
-             micro-batch of one sequence goes through SDPA where that was timed to be quicker (`prefers_sdpa`)
+             micro-batch of one long sequence goes through SDPA where that was timed to be quicker (`prefers_sdpa`)
 "efficient"  one launch, keys and values expanded to all heads; what a T4 has
 "rows"       one `scaled_dot_product_attention` per sequence; any device, and the reference for the other two
 
@@ -25,6 +25,7 @@ from nbhelpers import gpu
 
 from .packing import Packed, pack, take, unpad
 
+LONG = 8192  # tokens of a sequence for SDPA: cuDNN makes a plan for each new length, which shorter ones do not repay
 TIMED = 4096  # tokens; on an H200 2.1 ms against 1.3
 QUICKER = 0.9  # less than that and the two may be one kernel, timed twice
 
@@ -48,7 +49,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float, backen
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float) -> Tensor:
-    alone = len(packed.sequences) == 1 and len(q) == len(k)
+    alone = len(packed.sequences) == 1 and len(q) == len(k) >= LONG
     if alone and prefers_sdpa(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[2]):
         return _single(q, k, v, packed, scale)
     return _varlen(q, k, v, packed, scale)

@@ -35,11 +35,13 @@ def test_one_sequence_through_sdpa_gives_what_rows_gives(kv_heads):
 
 
 @pytest.mark.parametrize(
-    ("rows", "quicker", "way"), [(1, True, "_single"), (1, False, "_varlen"), (2, True, "_varlen")]
+    ("rows", "long", "quicker", "way"),
+    [(1, 29, True, "_single"), (1, 29, False, "_varlen"), (2, 29, True, "_varlen"), (1, 30, True, "_varlen")],
 )
-def test_sdpa_serves_one_sequence_where_it_is_quicker(rows, quicker, way, monkeypatch):
+def test_sdpa_serves_one_long_sequence_where_it_is_quicker(rows, long, quicker, way, monkeypatch):
     leaves, packed = inputs(rows)
-    assert len(packed.sequences) == rows
+    assert len(packed.sequences) == rows and len(leaves[0]) == 29 * rows
+    monkeypatch.setattr(packed_attention, "LONG", long)
     monkeypatch.setattr(packed_attention, "prefers_sdpa", lambda *_: quicker)
     for name in ("_single", "_varlen"):
         monkeypatch.setattr(packed_attention, name, lambda *_, name=name: name)
@@ -78,6 +80,7 @@ def test_a_step_of_one_sequence_has_the_same_gradients(monkeypatch):
         return one_sequence(*args)
 
     one_sequence = packed_attention._single
+    monkeypatch.setattr(packed_attention, "LONG", 1)
     monkeypatch.setattr(packed_attention, "prefers_sdpa", lambda *_: True)
     monkeypatch.setattr(packed_attention, "_single", single)
     monkeypatch.setattr(packed_attention, "_varlen", packed_attention._rows)
