@@ -54,7 +54,8 @@ class Child:
 
     def __init__(self, job: Job):
         self.job = job
-        paths = os.pathsep.join(filter(None, (job["tree"], os.environ.get("PYTHONPATH"))))
+        more = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+        paths = os.pathsep.join([job["tree"], *more])  # absolute: it starts elsewhere
         environment = os.environ | {"PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"}
         command = [sys.executable, "-P", str(SCRIPT), json.dumps(job)]
         self.process = subprocess.Popen(command, cwd=job["tree"], env=environment, stdin=subprocess.PIPE)
@@ -107,7 +108,7 @@ def jobs(args: argparse.Namespace, work: Path) -> list[Job]:
             print(f"{room / 1e9:.0f} GB of disk: {model} is loaded", flush=True)
             for job in pair:
                 job |= {"model": model, "folder": str(work / "checkpoint" / model)}
-            every.append({**pair[1], "kind": "checkpoint", "case": f"{name}: checkpoint"})
+            every.append({**pair[1], "kind": "checkpoint", "case": f"{name}: checkpoint", "seconds": 100})
         every += pair if number % 2 == 0 else pair[::-1]
     return [{**job, "ready": f"-{number}"} for number, job in enumerate(every)]
 

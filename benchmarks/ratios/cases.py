@@ -135,15 +135,14 @@ def generate(job: Job, model: Any, row: RowWriter, batch: int, kind: str, weight
     from nbhelpers.engines.graph import GraphEngine
 
     fresh()
-    small = job["smoke"] or job["warm"]
-    width, new = (20, 12) if job["smoke"] else (200, 20 if small else 256)
+    width, new = (20, 12) if job["smoke"] else (200, 20 if job["warm"] else 256)
     texts, engine = prompts(job, batch, width), GraphEngine(model, max_rows=batch)
 
     def write(tokens: int) -> float:
         return timed(engine.generate, texts, Sampling(max_tokens=tokens, seed=1))
 
     write(2), write(9)
-    first, seconds = write(1), statistics.median(write(new) for _ in range(1 if small else 3 if batch < 64 else 2))
+    first, seconds = write(1), statistics.median(write(new) for _ in range(1 if new < 256 else 3 if batch < 64 else 2))
     step = 1000 * (seconds - first) / (new - 1)
     row(f"batch-{batch}{kind}/decode", batch * new / seconds, "tokens/s", prompt=width, completion=new)
     row(f"batch-{batch}{kind}/step", step, "ms", prefill_s=round(first, 4))
@@ -207,12 +206,12 @@ def train(job: Job, row: RowWriter) -> None:
     of a row, GB or none). A cell of one row of 8 counts eight times."""
     model = build(job).train()
     for setting, rows, length, budget in job["cells"]:
-        fresh()
         attempt(job, cell, job, model, row, setting, rows, length, budget)
 
 
 def cell(job: Job, model: Any, row: RowWriter, setting: str, rows: int, length: int, budget: Any) -> None:
     """Seconds and peak of one cell of `train`."""
+    fresh()
     objective, cuda = module("training.objective"), torch.cuda.is_available()
     context = {"autocast": lambda: torch.autocast("cuda", dtype=dtype())} if cuda else {}
     if not cuda or job["warm"]:
@@ -262,7 +261,8 @@ def grpo(job: Job, row: RowWriter) -> None:
     extra = {}
     if torch.cuda.is_available():
         torch.zeros(1, device="cuda") @ torch.zeros(1, device="cuda")
-        budget = job["cap"] - driver_gb() - 0.15  # Triton's and cuBLAS's own modules come on top
+        # less this process's own context, whoever else is on the card, and Triton's and cuBLAS's modules
+        budget = job["cap"] - min(driver_gb(), 0.8) - 0.15
         if not job["warm"]:  # beside others it cannot tell what is its own
             torch.cuda.set_per_process_memory_fraction(budget * GB / torch.cuda.mem_get_info()[1])
             extra = {"budget_gb": budget - 0.1}
@@ -279,7 +279,7 @@ def grpo(job: Job, row: RowWriter) -> None:
             processing_class=module("models.smoke").make_tokenizer(), callbacks=[Clock()], engine="graph", **extra,
         )  # fmt: skip
         trainer.train()
-    length = round(float(trainer.state.log_history[-2].get("completions/mean_length", 0)), 1)
+    length = round(float(trainer.state.log_history[-2]["completions/mean_length"]), 1)
     times = [end - begin for begin, end in zip(ticks[::2], ticks[1::2], strict=True)]
     row("1K-under-4GB/step_time", statistics.median(times[1:]), "s", first_step_s=round(times[0], 2), completion=length)
 
