@@ -1,21 +1,26 @@
 """Tensors of a checkpoint on the card, in a known order: a thread reads the next bytes while these are quantised.
 
 Reading, copying and packing one after another leave disk and card waiting for each other. Two pinned buffers of PIECE
-bytes go round between the thread and the copies, whatever the size of a tensor.
+bytes go round between the thread and the copies, whatever the size of a tensor. READERS fill one together: a core alone
+copies out of the page cache more slowly than the card takes it.
 """
 
 import threading
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import accumulate
 from queue import Queue
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from .shards import Shards, read_into
+from .shards import Entry, Shards, read_into
 
 PIECE = 64 * 2**20  # bytes of a buffer
-BUFFERS = 2
+BUFFERS = READERS = 2
+LEAST = 2**20  # bytes for which a second reader is worth it
 
 
 class ReadAhead:
@@ -66,16 +71,25 @@ class ReadAhead:
         return result.view(entry.dtype).view(entry.shape)
 
     def _read(self, names: list[str]) -> None:
-        try:
-            for name in names:
-                entry = self._entries[name]
-                with open(entry.file, "rb", buffering=0) as f:
-                    f.seek(entry.start)
+        with ThreadPoolExecutor(READERS) as pool:
+            try:
+                for name in names:
+                    entry = self._entries[name]
                     for start in range(0, entry.nbytes, PIECE):
                         if (buffer := self._free.get()) is None:
                             return
                         count = min(PIECE, entry.nbytes - start)
-                        read_into(buffer[:count], f, entry, name)
+                        parts = buffer[:count].split(max(LEAST, -(-count // READERS)))
+                        where = accumulate((len(part) for part in parts[:-1]), initial=entry.start + start)
+                        for _ in pool.map(partial(_fill, name, entry), parts, where):
+                            pass  # an error of a part is raised here
                         self._ready.put((buffer, count))
-        except Exception as error:  # raised where the tensor is taken
-            self._ready.put(error)
+            except Exception as error:  # raised where the tensor is taken
+                self._ready.put(error)
+
+
+def _fill(name: str, entry: Entry, part: Tensor, start: int) -> None:
+    """Read a part of a tensor, uint8, from byte `start` of its file."""
+    with open(entry.file, "rb", buffering=0) as f:
+        f.seek(start)
+        read_into(part, f, entry, name)

@@ -100,7 +100,7 @@ def fill(
     """
     tied = _tied_head(model)
     wanted = dict(model.named_parameters(remove_duplicate=False))
-    filled, unused = set(), []
+    filled, unused, stored = set(), [], _stored(shards)
     layers = model.model.layers[:swapped] if swapped else ()
     waiting = {module for layer in layers for module in layer.modules() if isinstance(module, nn.Linear)}
     with ReadAhead(shards, _in_order(model, shards, tied, weight_dtype, device), device) as ahead:
@@ -119,7 +119,7 @@ def fill(
             module = model.get_submodule(owner)
             linear4bit = module if leaf == "weight" and quantize.is_nf4(module) else None
             if linear4bit is not None and f"{name}.absmax" in shards.entries:
-                quantize.fill(linear4bit, _packed(shards, name, read, device, dtype))
+                quantize.fill(linear4bit, _packed(name, stored[name], read, device, dtype))
             elif tuple(wanted[name].shape) != entry.shape:
                 raise ValueError(
                     f"{entry.file.name}: {name} is {entry.shape}, the config says {tuple(wanted[name].shape)}"
@@ -197,7 +197,7 @@ def _in_order(
 ) -> list[str]:
     """Names of what `fill` reads, in its order, without what the host has to convert; none where nothing is copied to
     a card, or reading is more than that."""
-    names: list[str] = []
+    names, stored = list[str](), _stored(shards)
     if device.type != "cuda" or type(shards) is not Shards:
         return names
     wanted = dict(model.named_parameters(remove_duplicate=False))
@@ -207,25 +207,30 @@ def _in_order(
         owner, _, leaf = name.rpartition(".")
         four_bits = leaf == "weight" and quantize.is_nf4(model.get_submodule(owner))
         if four_bits and f"{name}.absmax" in shards.entries:
-            names += _stored(shards, name)
+            names += stored[name]
         elif four_bits or entry.dtype == weight_dtype:
             names.append(name)
     return names
 
 
-def _stored(shards: Shards, name: str) -> list[str]:
-    """The tensors of a layer that a checkpoint stores in 4 bits: its statistics, then the weights."""
-    return [*(key for key in shards.entries if key.startswith(f"{name}.")), name]
+def _stored(shards: Shards) -> dict[str, list[str]]:
+    """{weights that a checkpoint stores in 4 bits: their statistics, and themselves as the last}."""
+    stored: dict[str, list[str]] = {}
+    for key in shards.entries:
+        name, mark, _ = key.partition(".weight.")
+        if mark:
+            stored.setdefault(f"{name}.weight", []).append(key)
+    return {name: [*statistics, name] for name, statistics in stored.items()}
 
 
 def _packed(
-    shards: Shards, name: str, read: Callable[[str], torch.Tensor], device: torch.device, dtype: torch.dtype
+    name: str, keys: list[str], read: Callable[[str], torch.Tensor], device: torch.device, dtype: torch.dtype
 ) -> "Params4bit":
-    """The Params4bit that a checkpoint stores as `name` and its statistics."""
+    """The Params4bit that a checkpoint stores as `name` and its statistics, `keys` together."""
     from bitsandbytes.nn import Params4bit
 
     found = {}
-    for key in _stored(shards, name):
+    for key in keys:
         found[key] = read(key)
         refuse_non_finite(found[key], key)
     packed = found.pop(name)

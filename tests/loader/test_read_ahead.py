@@ -25,6 +25,7 @@ def shards(tmp_path):
 @pytest.mark.parametrize("piece", [7, 64, 10_000])
 def test_what_is_taken_is_what_was_written(shards, piece, monkeypatch):
     monkeypatch.setattr(read_ahead, "PIECE", piece)
+    monkeypatch.setattr(read_ahead, "LEAST", 3)  # two readers for most
     names = ["b", "a", "f", "d", "c"]  # not the order of the file, and not all
     with ReadAhead(shards, names, CPU) as ahead:
         taken = {name: ahead.take(name) for name in names}
@@ -35,6 +36,7 @@ def test_what_is_taken_is_what_was_written(shards, piece, monkeypatch):
 
 def test_a_file_that_ends_too_early_is_said_where_the_tensor_is_taken(shards, monkeypatch):
     monkeypatch.setattr(read_ahead, "PIECE", 100)
+    monkeypatch.setattr(read_ahead, "LEAST", 10)
     entry = shards.entries["b"]
     with open(entry.file, "r+b") as f:
         f.truncate(entry.start + 1000)
