@@ -1,4 +1,4 @@
-"""Write the tables of README.md, docs/benchmarks.md and docs/recipes.md: no figure in them is typed. They come from
+"""Write the tables of README.md and of pages in docs/: no figure in them is typed. They come from
 benchmarks/results/*.json, and from the planner where the table says so.
 
 python -m benchmarks.readme           # rewrites what stands between the markers in these pages
@@ -12,7 +12,7 @@ from nbhelpers import memory, presets
 from notebooks.build import MODELS as NOTEBOOKS
 from notebooks.build import badges
 
-from . import recipe_tables
+from . import performance, recipe_tables
 from .fits import sizes, whole_learned
 from .plots import plots
 from .tables import MODELS, ROOT, Results, number, table
@@ -63,11 +63,13 @@ def kernels() -> str:
     rows, keys = [], []
     for name, title in MODELS.items():
         key = f"{name}/decoder_layer"
-        for metric, unit, digits in (("forward+backward", "ms", 1), ("saved", "GB", 2), ("peak", "GB", 2)):
+        for metric, unit, digits in (("forward+backward", "ms of its kernels", 1),
+                                     ("forward+backward/wall", "ms by the clock, Python included", 1),
+                                     ("saved", "GB", 2), ("peak", "GB", 2)):  # fmt: skip
             ours, stock = results(f"{key}/{metric}"), results(f"{key}/{metric}", "stock")
             keys.append((f"{key}/{metric}", "ours"))
             values = [number(ours, digits), number(stock, digits), ratio(ours, stock)]
-            rows.append([f"{title}, one layer, {metric} ({unit})", *values])
+            rows.append([f"{title}, one layer, {metric.removesuffix('/wall')} ({unit})", *values])
     key = "llama-3.1-8b/linear_logprob 32768x128256/forward+backward"
     for metric, unit, digits in (("", "ms", 1), ("/peak", "GB", 2)):
         ours, trl = results(key + metric), results(key + metric, "trl")
@@ -303,8 +305,9 @@ TABLES = {
     "measured_recipes": recipe_tables.measured,
     "r1": recipe_tables.r1,
     "countdown": recipe_tables.countdown,
+    "ratios": performance.ratios,
 }
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "recipes.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "recipes", "performance")))
 
 
 def render(text: str) -> str:

@@ -29,7 +29,7 @@ from .micro_batches import CannotFit, MicroBatch, StepCost, Tokens, count, large
 from .report import Plan, Setting, StagePlans
 from .residents import Resident, resident
 from .room import CONTEXT_GB, FRAGMENTED, Reserved, Room, kv_budget, step_budget, vllm_kv_budget
-from .seconds import card_of, named, of_a_step
+from .seconds import Card, card_of, launch_tokens, named, of_a_step
 from .swapping import PCIE_GB_S, freed_bytes, moved_bytes
 from .this_card import backend, card_here, name_here
 
@@ -109,14 +109,15 @@ def plan(
         2 if whole else 4,
     )
 
-    room = _Card(preset, card_gb, budget_gb, attention or backend(card_gb, kind.ampere if kind else None))
+    attending = attention or backend(card_gb, kind.ampere if kind else None)
+    kind = kind or card_of(card_gb, name_here(card_gb))
+    room = _Card(preset, card_gb, budget_gb, attending, kind)
     if swap:
         setting = replace(setting, swapped=room.layers_to_swap(setting))
     training, micro_batches = room.training(setting)
     affordable = room.rows_that_fit(setting)
     fits = bool(micro_batches) and room.generates(setting)
     nearest = None if fits else next(filter(room.fits, _changed(setting)), None)
-    kind = kind or card_of(card_gb, name_here(card_gb))
     groups = 1 if rows or method == "sft" else preset.questions_per_step
     swap_gb = room.swap_bytes(setting, len(micro_batches)) / GB
     seconds = of_a_step(preset.architecture, kind, setting, micro_batches, room.backend, affordable, groups)
@@ -195,7 +196,7 @@ def _can_train(preset: Preset, card_gb: float, backend: str) -> bool:
     own = Setting(
         preset.quantization, preset.lora_rank, group, preset.max_prompt_length, preset.max_completion_length, group
     )  # fmt: skip
-    card = _Card(preset, card_gb, None, backend)
+    card = _Card(preset, card_gb, None, backend, card_of(card_gb, name_here(card_gb)))
     return any(map(card.fits, _changed(own)))
 
 
@@ -207,6 +208,7 @@ class _Card:
     card_gb: float
     budget_gb: float | None
     backend: str  # of attention
+    kind: Card
 
     def resident(self, s: Setting) -> Resident:
         targets = self.preset.lora_targets
@@ -287,7 +289,7 @@ class _Card:
 
     def training(self, s: Setting) -> tuple[dict[str, float], tuple[MicroBatch, ...]]:
         """Bytes by part of the training half, and how it is cut: not at all if it does not fit."""
-        cost = self.cost(s)
+        cost = replace(self.cost(s), launches=launch_tokens(self.preset.architecture, self.kind))
         rows = [(i // s.num_generations, s.max_prompt_length, s.max_completion_length) for i in range(s.rows)]
         micro_batches: tuple[MicroBatch, ...] = ()
         try:
