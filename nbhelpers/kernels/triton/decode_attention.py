@@ -228,6 +228,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
         group_block, dim_block, block = max(16, group_block), max(16, dim_block), BLOCK
     else:
         block = max(8, min(64, TILE // (group_block * dim_block)))
+    block //= 1 if bias is k else 2  # as much in registers, with the angles beside the keys
     _attend[(rows * kv_heads, splits)](
         q, k, v, cos, sin, table, positions, parts, lse, *weights, bias, layer, scale, window or 0, eps,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
