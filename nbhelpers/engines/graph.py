@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nbhelpers.architecture import GB
-from nbhelpers.memory.kv import KV_BITS, MAX_ROWS, SLOT, rows_that_fit, slot_tokens
+from nbhelpers.memory.kv import MAX_ROWS, SLOT, checked, rows_that_fit, slot_tokens
 from nbhelpers.memory.room import Room
 from nbhelpers.models import families
 
@@ -63,7 +63,7 @@ class GraphEngine(Engine):
             that about twice as many texts are written at the same time. With 8 the model that writes is not quite the
             one that is trained; `Completion.logprobs` are those of the one that writes.
 
-    Raises ValueError, with the reason, for a model that it cannot decode.
+    Raises ValueError, with the reason, for a model that it cannot decode, and for other kv_bits.
     """
 
     name = "graph"
@@ -83,9 +83,7 @@ class GraphEngine(Engine):
             raise ValueError(f'the graph engine cannot decode this model: {why}. Use engine="hf"')
         if not 1 <= max_rows <= BATCHES[-1]:
             raise ValueError(f"max_rows={max_rows} is not between 1 and {BATCHES[-1]}")
-        if kv_bits not in KV_BITS:
-            raise ValueError(f"kv_bits={kv_bits} is neither 16 nor 8")
-        self.model, self.tokenizer, self.max_rows, self.kv_bits = model, tokenizer, max_rows, kv_bits
+        self.model, self.tokenizer, self.max_rows, self.kv_bits = model, tokenizer, max_rows, checked(kv_bits)
         self.kv_bytes, self.budget_gb, self.eager = kv_bytes, budget_gb, eager
         self._runner: ModelRunner | None = None
 

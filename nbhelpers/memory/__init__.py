@@ -12,7 +12,7 @@ GB is 10^9 bytes.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
@@ -24,9 +24,9 @@ from nbhelpers.hands_on import HandsOn
 from nbhelpers.presets import Preset
 
 from .by_hand import sliders_of
-from .kv import kv_bytes_per_token, prefill_tokens, rows_that_fit, slot_tokens
+from .kv import checked, kv_bytes_per_token, prefill_tokens, rows_that_fit, slot_tokens
 from .micro_batches import CannotFit, MicroBatch, StepCost, Tokens, count, largest
-from .report import Plan, Setting, StagePlans
+from .report import Plan, Setting, StagePlans, changed
 from .residents import Resident, resident
 from .room import CONTEXT_GB, FRAGMENTED, Reserved, Room, kv_budget, step_budget, vllm_kv_budget
 from .seconds import card_of, of_a_step
@@ -57,6 +57,7 @@ def plan(
     method: str = "grpo",
     train: str | None = None,
     swap: bool = False,
+    kv_bits: int | None = None,
 ) -> Plan:
     """What training `preset` takes on a card. What is not given is the preset's own for that card (`Preset.on_card`).
 
@@ -78,8 +79,9 @@ def plan(
         swap (`bool`): Let as many layers wait on the host as it takes, see models/swap.py.
         train (`str`, *optional*): "all": every weight is trained in 16 bits, as by `loader.load(..., train="all")`.
         method (`str`): One of METHODS.
+        kv_bits (`int`, *optional*): Of keys and values while completions are written, 16 or 8: LeanGRPOConfig's.
 
-    Raises ValueError for another optimizer, train or method, and for an unknown preset's name.
+    Raises ValueError for another optimizer, train, method or kv_bits, and for an unknown preset's name.
     """
     if optimizer not in ("adamw_8bit", "adamw"):
         raise ValueError(f'optimizer is "adamw_8bit" or "adamw", not {optimizer!r}')
@@ -103,6 +105,7 @@ def plan(
         optimizer,
         method,
         2 if whole else 4,
+        kv_bits=checked(preset.kv_bits if kv_bits is None else kv_bits),
     )
 
     card = _Card(preset, card_gb, budget_gb, attention or _backend(card_gb))
@@ -111,7 +114,7 @@ def plan(
     training, micro_batches = card.training(setting)
     affordable = card.rows_that_fit(setting)
     fits = bool(micro_batches) and card.generates(setting)
-    nearest = None if fits else next(filter(card.fits, _changed(setting)), None)
+    nearest = None if fits else next(filter(card.fits, changed(setting)), None)
     kind = card_of(card_gb, _name_here(card_gb))
     groups = 1 if rows or method == "sft" else preset.questions_per_step
     swap_gb = card.swap_bytes(setting, len(micro_batches)) / GB
@@ -192,7 +195,7 @@ def _can_train(preset: Preset, card_gb: float, backend: str) -> bool:
         preset.quantization, preset.lora_rank, group, preset.max_prompt_length, preset.max_completion_length, group
     )  # fmt: skip
     card = _Card(preset, card_gb, None, backend)
-    return any(map(card.fits, _changed(own)))
+    return any(map(card.fits, changed(own)))
 
 
 @dataclass(frozen=True)
@@ -251,10 +254,14 @@ class _Card:
         """Completions of full length that the graph engine writes at the same time; of texts, all."""
         if s.method == "sft":
             return s.rows
-        token = self.cost(s).kv(1, self.preset.architecture.num_hidden_layers)
         return rows_that_fit(
-            kv_budget(max(0.0, min(self.left(s)))), s.max_prompt_length + s.max_completion_length, token
+            kv_budget(max(0.0, min(self.left(s)))), s.max_prompt_length + s.max_completion_length, self.kv_bytes(s)
         )
+
+    def kv_bytes(self, s: Setting) -> int:
+        """Of a token that is being written, in all layers."""
+        a = self.preset.architecture
+        return kv_bytes_per_token(a.num_hidden_layers, a.num_key_value_heads, a.head_dim, self.cost(s).width, s.kv_bits)
 
     def generates(self, s: Setting) -> bool:
         """Whether at least one completion can be written to its end."""
@@ -273,7 +280,7 @@ class _Card:
             return {}
         cost, rows = self.cost(s), min(max(1, self.rows_that_fit(s)), s.rows)
         slot = slot_tokens(s.max_prompt_length + s.max_completion_length)
-        cache = cost.kv(rows * slot, self.preset.architecture.num_hidden_layers)
+        cache = rows * slot * self.kv_bytes(s)
         # all prompts, up to what is computed together; later stages have texts as long as they come
         together = prefill_tokens(2 * cost.inner(1) + 4 * cost.hidden(1))
         tokens = min(ceil(s.rows / s.num_generations) * s.max_prompt_length, together) if rows == s.rows else together
@@ -309,24 +316,6 @@ class _Card:
 
 def _in_gb(parts: dict[str, float]) -> dict[str, float]:
     return {name: size / GB for name, size in parts.items() if size}
-
-
-def _changed(setting: Setting) -> Iterator[Setting]:
-    """Settings that need no more, by how little they change: 4 bits everywhere first, then lengths, group and rank."""
-    choices = []
-    for q, price_q in ((setting.quantization, 0.0), ("nf4", 0.2)):
-        for share in (1, 0.75, 0.5, 0.25, 0.125):
-            length = max(1, int(setting.max_completion_length * share))
-            for fewer in (1, 2, 4):
-                for rank in {setting.lora_rank, min(setting.lora_rank, 16), min(setting.lora_rank, 8)}:
-                    group = max(min(2, setting.num_generations), setting.num_generations // fewer)
-                    changed = replace(
-                        setting, quantization=q, max_completion_length=length,
-                        num_generations=group, rows=max(group, setting.rows // fewer // group * group), lora_rank=rank,
-                    )  # fmt: skip
-                    price = price_q + 1.5 * (1 - share) + 1.2 * (1 - 1 / fewer) + 0.3 * (rank != setting.lora_rank)
-                    choices.append((price, str(changed), changed))
-    return (changed for _, _, changed in sorted(choices))
 
 
 def _backend(card_gb: float, modern: bool | None = None) -> str:

@@ -18,6 +18,13 @@ def kv_bytes_per_token(layers: int, kv_heads: int, head_dim: int, width: int, bi
     return 2 * layers * kv_heads * (head_dim * width if bits == 16 else head_dim + SCALE_BYTES)
 
 
+def checked(kv_bits: int) -> int:
+    """kv_bits itself. Raises ValueError for one that is not in KV_BITS."""
+    if kv_bits not in KV_BITS:
+        raise ValueError(f"kv_bits={kv_bits!r}: it is 16, or 8 for keys and values that take half as much")
+    return kv_bits
+
+
 def slot_tokens(tokens: int) -> int:
     """The slot of a text of up to `tokens` tokens, in tokens."""
     return ceil(tokens / SLOT) * SLOT
