@@ -117,15 +117,16 @@ class KVCache:
 
         def attend(i: int, layer: Layer, q: Tensor, k: Tensor, v: Tensor, tables: Tables) -> Tensor:
             eight, window = self._eight(layer), layer.window
-            end = start + q.shape[2]
+            end, half = start + q.shape[2], tables[0].shape[-1] // 2
             numbers, at = self._allocated()[i], (rows, slice(None), slice(start, end))
+            k = k if eight is None else eight_bits.without(k, eight.bias)
+            q, k = kernels.rope(q, k, *tables, layer.head_norms)
             if eight is None:
-                q, k = kernels.rope(q, k, *tables, layer.head_norms)
                 numbers[0][at], numbers[1][at] = k, v
             else:
-                q, k = kernels.rope(q, eight_bits.with_rest(k, eight.bias), *tables, layer.head_norms)
-                k, rest = eight_bits.whole_and_rest(k, eight.bias)
-                eight_bits.store(numbers, eight.scales[i], at, rest, v)
+                eight_bits.store(numbers, eight.scales[i], at, k, v)
+                if start == 0:
+                    k, v = self._read(i, rows, slice(None), end, eight, half)
             if start == 0 and (window is None or end <= window):
                 if not self.shared_heads:  # enable_gqa would take SDPA's slow path on a T4
                     k, v = self._for_every_head(q, k, v)
@@ -138,7 +139,8 @@ class KVCache:
                 mask = key <= query if window is None else (key <= query) & (key > query - window)
                 outs = []  # one key head at a time: repeated for all query heads, those of a long text are large
                 for head, group in enumerate(q.chunk(self.heads, dim=1)):
-                    k, v = self._for_every_head(group, *self._read(i, rows, head, end, eight, tables[0].shape[-1] // 2))
+                    kept = self._read(i, rows, slice(head, head + 1), end, eight, half)
+                    k, v = self._for_every_head(group, *kept)
                     outs.append(F.scaled_dot_product_attention(group, k, v, attn_mask=mask, scale=self.scale))
                 out = torch.cat(outs, dim=1)
             return out.transpose(1, 2).flatten(2)
@@ -146,15 +148,15 @@ class KVCache:
         return attend
 
     def _read(
-        self, layer: int, rows: Tensor, head: int, end: int, eight: EightBits | None, half: int
+        self, layer: int, rows: Tensor, heads: slice, end: int, eight: EightBits | None, half: int
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values [P, 1, end, D] of one key head in the model's dtype; half: frequencies of the rotation."""
-        at = (rows, slice(head, head + 1), slice(end))
+        """Keys and values [P, heads, end, D] in the model's dtype; half: frequencies of the rotation."""
+        at = (rows, heads, slice(end))
         keys, values = (numbers[at] for numbers in self._allocated()[layer])
         if eight is None:
             return keys, values
         key_scales, value_scales = (scales[at] for scales in eight.scales[layer])
-        bias = None if eight.bias is None else eight.bias[head : head + 1]
+        bias = None if eight.bias is None else eight.bias[heads]
         bias = eight_bits.rotated_bias(bias, eight.angles[:end], half)
         keys = eight_bits.dequantise(keys, key_scales, self.dtype, bias)
         return keys, eight_bits.dequantise(values, value_scales, self.dtype)

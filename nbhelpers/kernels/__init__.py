@@ -309,7 +309,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
         scale (`float`): Multiplies q K^T.
         window (`int`, *optional*): How many positions a token attends to, itself included.
         norms (`HeadNorms`, *optional*): RMSNorms that the heads of q and k go through before they are rotated.
-        eight (`EightBits`, *optional*): Of a cache in int8. The token's own K and V are used as they are.
+        eight (`EightBits`, *optional*): Of a cache in int8.
 
     Returns [B, 1, heads * D].
     """

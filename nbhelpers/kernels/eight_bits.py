@@ -5,6 +5,9 @@
 The bias of Qwen2.5's k_proj is hundreds of times what the weights add to it in a few channels, and would leave the
 other channels no digits. It is the same for every token, so it is taken off before a key is rotated, and comes back
 rotated by the key's position, exactly: R(p) (W x + b) = R(p) W x + R(p) b.
+
+Attention reads keys and values as they are kept, those of a prompt and a token's own too, so that what is written does
+not depend on where a text was cut into pieces.
 """
 
 from typing import NamedTuple
@@ -56,17 +59,9 @@ def rotated_bias(bias: Tensor | None, angles: Tensor, half: int) -> Tensor | Non
     return torch.cat((b1 * c - b2 * s, b2 * c + b1 * s, rest.expand(-1, angles.shape[0], -1)), dim=-1)
 
 
-def with_rest(k: Tensor, bias: Tensor | None) -> Tensor:
-    """Keys [B, heads, S, D] and, as further heads, the same without their bias: what `rope` rotates at once."""
-    return k if bias is None else torch.cat((k, k - bias[:, None].to(k.dtype)), dim=1)
-
-
-def whole_and_rest(k: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`with_rest`'s heads apart: the keys, and what of them is kept in 8 bits."""
-    if bias is None:
-        return k, k
-    whole, rest = k.chunk(2, dim=1)
-    return whole, rest
+def without(k: Tensor, bias: Tensor | None) -> Tensor:
+    """Keys [B, heads, S, D] that are not rotated yet, without their bias [heads, D]."""
+    return k if bias is None else k - bias[:, None].to(k.dtype)
 
 
 def store(numbers: Tensor, scales: Tensor, index: tuple, k: Tensor, v: Tensor) -> None:

@@ -268,15 +268,13 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
         keys[row, :, positions], values[row, :, positions] = k[:, :, 0], v[:, :, 0]
         keys, values = keys[:, :, :longest], values[:, :, :longest]
     else:
-        q, both = rope(q, eight_bits.with_rest(k, eight.bias), cos, sin, norms)
-        k, rest = eight_bits.whole_and_rest(both, eight.bias)
+        q, k = rope(q, eight_bits.without(k, eight.bias), cos, sin, norms)
         at = (row, slice(None), positions)
-        eight_bits.store(cache[layer], eight.scales[layer], at, rest[:, :, 0], v[:, :, 0])
+        eight_bits.store(cache[layer], eight.scales[layer], at, k[:, :, 0], v[:, :, 0])
         numbers, scales = cache[layer, :, :rows, :, :longest], eight.scales[layer, :, :rows, :, :longest]
         bias = eight_bits.rotated_bias(eight.bias, eight.angles[:longest], cos.shape[-1] // 2)
         keys = eight_bits.dequantise(numbers[0], scales[0], q.dtype, bias)
         values = eight_bits.dequantise(numbers[1], scales[1], q.dtype)
-        keys[row, :, positions], values[row, :, positions] = k[:, :, 0], v[:, :, 0]  # its own are not rounded
     index = torch.arange(longest, device=q.device)
     mask = index <= positions[:, None]
     if window is not None:

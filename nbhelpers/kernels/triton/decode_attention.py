@@ -61,11 +61,13 @@ def _rotated(head_ptr, d, real, cos_ptr, sin_ptr, weight_ptr, eps, bias_ptr, D: 
 
 @triton.jit
 def _store(numbers_ptrs, scale_ptr, x, real, own):
-    """x [D] as eight_bits.quantise makes it int8 and a scale."""
+    """x [D] as eight_bits.quantise makes it int8 and a scale; returns what they hold, in fp32."""
     x = x.to(tl.float32)
     scale = tl.max(tl.abs(x), axis=0) / 127
+    numbers = tl.floor(x / tl.where(scale > 0, scale, 1.0) + 0.5)
     tl.store(scale_ptr, scale, own)
-    tl.store(numbers_ptrs, tl.floor(x / tl.where(scale > 0, scale, 1.0) + 0.5).to(tl.int8), real & own)
+    tl.store(numbers_ptrs, numbers.to(tl.int8), real & own)
+    return numbers * scale
 
 
 @triton.jit
@@ -119,26 +121,28 @@ def _attend(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, table_ptr, positions_ptr, out
         q_ptrs, d[None, :], real_q, cos_ptr, sin_ptr, q_weight_ptr, eps, q_ptr, D, HALF, NORM, 1, False
     ).to(tl.float32)
     new_key_ptr = k_ptr + row * k_batch_stride + head * k_head_stride
-    new_key = _rotated(new_key_ptr, d, real_d, cos_ptr, sin_ptr, k_weight_ptr, eps, q_ptr, D, HALF, NORM, 0, False)
+    bias_ptr += head * D
+    new_key = _rotated(new_key_ptr, d, real_d, cos_ptr, sin_ptr, k_weight_ptr, eps, bias_ptr, D, HALF, NORM, 0, BIAS)
     new_value = tl.load(v_ptr + row * v_batch_stride + head * v_head_stride + d, real_d, 0.0)
     position = tl.load(positions_ptr + row)
 
     own = split == 0
     if EIGHT:
-        rest = new_key
-        if BIAS:
-            bias_ptr += head * D
-            rest = _rotated(new_key_ptr, d, real_d, cos_ptr, sin_ptr, k_ptr, 0.0, bias_ptr, D, HALF, False, 0, True)
-            angles_ptr = tl.load(table_ptr + 5).to(tl.pointer_type(dtype))
-            of_bias = _of_bias(q_ptrs, d[None, :], real_q, cos_ptr, sin_ptr, bias_ptr, D, HALF) * scale
-            most = of_bias.to(dtype)
-            least = (of_bias - most.to(tl.float32)).to(dtype)
-        _store(keys_ptr + position * D + d, key_scales_ptr + position, rest, real_d, own)
-        _store(values_ptr + position * D + d, value_scales_ptr + position, new_value, real_d, own)
+        new_key = _store(keys_ptr + position * D + d, key_scales_ptr + position, new_key, real_d, own)
+        new_value = _store(values_ptr + position * D + d, value_scales_ptr + position, new_value, real_d, own)
     else:
         tl.store(keys_ptr + position * D + d, new_key, real_d & own)
         tl.store(values_ptr + position * D + d, new_value, real_d & own)
-    running_max = tl.where(own, tl.sum(query * new_key.to(tl.float32)[None, :], axis=1) * scale, float("-inf"))  # [G]
+    own_score = tl.sum(query * new_key.to(tl.float32)[None, :], axis=1) * scale
+    if BIAS:
+        angles_ptr = tl.load(table_ptr + 5).to(tl.pointer_type(dtype))
+        of_bias = _of_bias(q_ptrs, d[None, :], real_q, cos_ptr, sin_ptr, bias_ptr, D, HALF) * scale
+        most = of_bias.to(dtype)
+        least = (of_bias - most.to(tl.float32)).to(dtype)
+        own_score += tl.sum(
+            of_bias * tl.load(angles_ptr + position * D + d, real_d, 0.0).to(tl.float32)[None, :], axis=1
+        )
+    running_max = tl.where(own, own_score, float("-inf"))  # [G]
     total = tl.where(own, 1.0, 0.0) + tl.zeros([GROUP_BLOCK], tl.float32)
     result = tl.where(own, new_value.to(tl.float32)[None, :] + tl.zeros_like(query), 0.0)  # [G, D]
 
