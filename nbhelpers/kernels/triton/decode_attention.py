@@ -135,7 +135,7 @@ def _attend(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, table_ptr, positions_ptr, out
         tl.store(values_ptr + position * D + d, new_value, real_d & own)
     own_score = tl.sum(query * new_key.to(tl.float32)[None, :], axis=1) * scale
     if BIAS:
-        angles_ptr = tl.load(table_ptr + 5).to(tl.pointer_type(dtype))
+        angles_ptr = tl.multiple_of(tl.load(table_ptr + 5).to(tl.pointer_type(dtype)), 16)
         of_bias = _of_bias(q_ptrs, d[None, :], real_q, cos_ptr, sin_ptr, bias_ptr, D, HALF) * scale
         most = of_bias.to(dtype)
         least = (of_bias - most.to(tl.float32)).to(dtype)
