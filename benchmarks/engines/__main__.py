@@ -75,7 +75,7 @@ def jobs(args: argparse.Namespace) -> list[Job]:
         if "grpo" in args.only:
             cap = args.cap or CAPS[model]
             wanted.append({**base, "kind": "grpo", "cap": cap, "t4": args.t4, "context": args.context,
-                           "steps": args.steps, "gpus": args.gpus})  # fmt: skip
+                           "steps": args.steps, "gpus": args.gpus, "kv_bits": args.kv_bits})  # fmt: skip
         if args.vllm:
             wanted.append({**base, "kind": "vllm", "batches": args.batches})
     for model in (args.models or TRL) if args.trl else ():
@@ -150,6 +150,7 @@ def main() -> None:
     parser.add_argument("--trl", action="store_true", help=f"of {', '.join(TRL)} unless --models says otherwise")
     parser.add_argument("--models", nargs="*", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--batches", nargs="*", type=int, default=[8, 32, 128])
+    parser.add_argument("--kv-bits", type=int, default=16, help="of keys and values in the GRPO steps, 16 or 8")
     parser.add_argument("--weights", help="a checkpoint or GGUF file whose probabilities eight-bits compares")
     parser.add_argument("--only", nargs="*", default=["ready", "decode", "transformers", "grpo"])
     parser.add_argument("--cap", type=float, help="GB of driver memory for the GRPO steps")

@@ -67,7 +67,7 @@ class Case(NamedTuple):
 CASES = (
     Case(8, 12, 2, 128, 1000, bias=True), Case(1, 12, 2, 128, 3000, bias=True), Case(32, 12, 2, 128, 700, bias=True),
     Case(8, 14, 2, 64, 900, bias=True), Case(8, 32, 8, 128, 1000), Case(2, 32, 8, 128, 5000),
-    Case(128, 32, 8, 128, 300), Case(8, 16, 8, 128, 700, norms=True), Case(4, 40, 10, 128, 900, rotary=96),
+    Case(128, 32, 8, 128, 200), Case(8, 16, 8, 128, 700, norms=True), Case(4, 40, 10, 128, 900, rotary=96),
     Case(4, 32, 8, 128, 900, window=300), Case(4, 16, 2, 128, 900, bias=True, window=300),
 )  # fmt: skip
 QUICK = (Case(2, 6, 2, 16, 70, bias=True), Case(2, 4, 2, 24, 40, rotary=16, norms=True), Case(1, 4, 2, 16, 50))
