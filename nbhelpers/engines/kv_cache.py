@@ -125,9 +125,9 @@ class KVCache:
                 numbers[0][at], numbers[1][at] = k, v
             else:
                 eight_bits.store(numbers, eight.scales[i], at, k, v)
-                if start == 0:
-                    k, v = self._read(i, rows, slice(None), end, eight, half)
             if start == 0 and (window is None or end <= window):
+                if eight is not None:
+                    k, v = self._read(i, rows, slice(None), end, eight, half)
                 if not self.shared_heads:  # enable_gqa would take SDPA's slow path on a T4
                     k, v = self._for_every_head(q, k, v)
                 out = F.scaled_dot_product_attention(
