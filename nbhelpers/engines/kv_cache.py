@@ -151,15 +151,18 @@ class KVCache:
         self, layer: int, rows: Tensor, heads: slice, end: int, eight: EightBits | None, half: int
     ) -> tuple[Tensor, Tensor]:
         """Keys and values [P, heads, end, D] in the model's dtype; half: frequencies of the rotation."""
-        at = (rows, heads, slice(end))
-        keys, values = (numbers[at] for numbers in self._allocated()[layer])
+        numbers = self._allocated()[layer]
         if eight is None:
-            return keys, values
-        key_scales, value_scales = (scales[at] for scales in eight.scales[layer])
-        bias = None if eight.bias is None else eight.bias[heads]
-        bias = eight_bits.rotated_bias(bias, eight.angles[:end], half)
-        keys = eight_bits.dequantise(keys, key_scales, self.dtype, bias)
-        return keys, eight_bits.dequantise(values, value_scales, self.dtype)
+            return numbers[0][rows, heads, :end], numbers[1][rows, heads, :end]
+        which, scales = range(self.heads)[heads], eight.scales[layer]
+        kept = torch.empty(2, len(rows), len(which), end, self.dim, dtype=self.dtype, device=self.device)
+        for n, head in enumerate(which):  # one at a time: in fp32 those of a long text are large
+            bias = None if eight.bias is None else eight.bias[head : head + 1]
+            bias = eight_bits.rotated_bias(bias, eight.angles[:end], half)
+            for part, added in ((0, bias), (1, None)):
+                at = (part, rows, head, slice(end))
+                kept[part, :, n] = eight_bits.dequantise(numbers[at], scales[at], self.dtype, added)
+        return kept[0], kept[1]
 
     def _for_every_head(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         group = q.shape[1] // k.shape[1]
