@@ -30,12 +30,12 @@ def row(what: str, who: str, value: float, unit: str, **more: Any) -> Row:
 
 
 def host() -> dict[str, Any]:
-    """GPU, driver and versions; what is not there is left out."""
+    """GPU, driver and versions; what is not there, or was kept from this process, is left out."""
     from nbhelpers.host import cpu
 
     about: dict[str, Any] = {
         "machine": platform.machine(), "system": platform.system(), "python": platform.python_version(),
-        "cpu": cpu(), "cores": os.cpu_count(),
+        "cpu": cpu(), "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }  # fmt: skip
     for package in PACKAGES:
         try:
@@ -47,11 +47,11 @@ def host() -> dict[str, Any]:
         lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         lines = []
-    if lines:
+    if lines and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         name, driver = (part.strip() for part in lines[0].split(","))
         about |= {"gpu": name, "gpus": len(lines), "driver": driver}
-    if "torch" in sys.modules:
-        about["cuda"] = sys.modules["torch"].version.cuda
+        if "torch" in sys.modules:
+            about["cuda"] = sys.modules["torch"].version.cuda
     return about
 
 
@@ -98,6 +98,17 @@ def join(
     folder.mkdir(parents=True, exist_ok=True)
     joined = {**document, "rows": summed_up(list(rows.values()))}
     (folder / f"{name}.json").write_text(json.dumps(joined, indent=1) + "\n")
+
+
+def merged(name: str, rows: list[Row], summed_up: Callable[[list[Row]], list[Row]]) -> list[Row]:
+    """`rows` and those of the committed results file that they do not replace, which say in `run` when and by which
+    call they came about; `summed_up` makes what is written of all of them."""
+    file, known = RESULTS / f"{name}.json", {}
+    if file.exists():
+        document = json.loads(file.read_text())
+        run = f"{document['date']}, {document['command']}"
+        known = {row["what"]: {"run": run, **row} for row in document["rows"]}
+    return summed_up(list((known | {row["what"]: row for row in rows}).values()))
 
 
 def code_cells(notebook: Path) -> Iterator[tuple[set[str], str]]:

@@ -23,7 +23,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -146,17 +145,6 @@ def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(common.ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
-def merged(rows: list[common.Row], summed_up: Callable[[list[common.Row]], list[common.Row]]) -> list[common.Row]:
-    """`rows` and those of earlier runs that they do not replace, which say in `run` when and by which call."""
-    file, known = common.RESULTS / f"{RESULT}.json", {}
-    if file.exists():
-        document = json.loads(file.read_text())
-        run = f"{document['date']}, {document['command']}"
-        known = {row["what"]: {"run": run, **row} for row in document["rows"]}
-    known |= {row["what"]: row for row in rows}
-    return summed_up(list(known.values()))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=METHODS, required=True)
@@ -176,7 +164,7 @@ def main() -> None:
         rows = real.run(argparse.Namespace(**job))
     if not rows:
         sys.exit("the run left no report")
-    rows = merged(rows, real.worst)
+    rows = common.merged(RESULT, rows, real.worst)
     common.publish(RESULT, rows, args.out)
     print(common.table(rows))
 

@@ -1,4 +1,4 @@
-"""The plots of docs/benchmarks.md, from benchmarks/results/step.json; written by `python -m benchmarks.readme`."""
+"""The plots of README.md and docs/benchmarks.md, from benchmarks/results; `python -m benchmarks.readme` writes them."""
 
 from .tables import MODELS, ROOT, Results
 
@@ -6,8 +6,15 @@ PLOTS = ROOT / "docs"
 
 
 def plots() -> None:
-    """docs/step_length.png and docs/step_groups.png: what the training half costs against length and group size."""
+    """docs/learning.png: the real 1.5B here and by TRL; docs/step_length.png, docs/step_groups.png: what the training
+    half costs against length and group size."""
     from matplotlib.figure import Figure
+
+    from .real import against_trl
+
+    real = Results("real")
+    rows = [row for row in real.document["rows"] if row["what"] == "qwen2.5-coder-1.5b/seconds_60_steps"]
+    against_trl.plot(rows, PLOTS / "learning.png")
 
     results = Results("step")
     lengths = {"1K": 1024, "4K": 4096, "20K": 20480}

@@ -1,6 +1,7 @@
-"""Write the tables of README.md and docs/benchmarks.md from benchmarks/results/*.json: no figure in them is typed.
+"""Write the tables of README.md and of pages in docs/: no figure in them is typed. They come from
+benchmarks/results/*.json, and from the planner where the table says so.
 
-python -m benchmarks.readme           # rewrites what stands between the markers in both pages
+python -m benchmarks.readme           # rewrites what stands between the markers in these pages
 python -m benchmarks.readme --check   # exit status 1 if that would change anything (CI)
 """
 
@@ -11,6 +12,8 @@ from nbhelpers import memory, presets
 from notebooks.build import MODELS as NOTEBOOKS
 from notebooks.build import badges
 
+from . import performance, recipe_tables
+from .fits import sizes, whole_learned
 from .plots import plots
 from .tables import MODELS, ROOT, Results, number, table
 
@@ -60,11 +63,13 @@ def kernels() -> str:
     rows, keys = [], []
     for name, title in MODELS.items():
         key = f"{name}/decoder_layer"
-        for metric, unit, digits in (("forward+backward", "ms", 1), ("saved", "GB", 2), ("peak", "GB", 2)):
+        for metric, unit, digits in (("forward+backward", "ms of its kernels", 1),
+                                     ("forward+backward/wall", "ms by the clock, Python included", 1),
+                                     ("saved", "GB", 2), ("peak", "GB", 2)):  # fmt: skip
             ours, stock = results(f"{key}/{metric}"), results(f"{key}/{metric}", "stock")
             keys.append((f"{key}/{metric}", "ours"))
             values = [number(ours, digits), number(stock, digits), ratio(ours, stock)]
-            rows.append([f"{title}, one layer, {metric} ({unit})", *values])
+            rows.append([f"{title}, one layer, {metric.removesuffix('/wall')} ({unit})", *values])
     key = "llama-3.1-8b/linear_logprob 32768x128256/forward+backward"
     for metric, unit, digits in (("", "ms", 1), ("/peak", "GB", 2)):
         ours, trl = results(key + metric), results(key + metric, "trl")
@@ -156,19 +161,23 @@ def models() -> str:
     return f"{table(header, rows, words=3)}\n\nMeasured on {engines.where(*keys)}."
 
 
-REAL_RUNS = (("t4", "as a T4: fp16, 15 GB"), ("7GB", "bf16, 7 GB"))
+REAL_RUNS = (
+    ("t4", "as a T4: fp16, 15 GB", "t4"), ("7GB", "bf16, 7 GB", "7GB"),
+    ("7GB-word_problems", "7 GB, taught with our own stories", "7GB"),
+)  # fmt: skip
 
 
-def learned(model: str = "qwen2.5-coder-1.5b", runs: tuple[tuple[str, str], ...] = REAL_RUNS) -> str:
-    """What real weights learned from the model notebook, in each of the runs (name, title): the worst of the seeds."""
+def learned(model: str = "qwen2.5-coder-1.5b", runs: tuple[tuple[str, str, str], ...] = REAL_RUNS) -> str:
+    """What real weights learned from the model notebook: the worst of the seeds of each run. `runs` are (name, title,
+    name of the run that scored the untrained model as this one would have)."""
     results = Results("real")
     kinds = (
         ("numbers", "word problems, other numbers"), ("templates", "word problems of other kinds"),
         ("own_templates", "stories of `tasks.word_problems`, held out"), ("decimals", "which decimal is bigger"),
         ("plain", "60 plain questions, for what was lost"),
     )  # fmt: skip
-    header = ["right, in whatever form", *(title for _, title in runs)]
-    keys = [(f"{model}/{run}/{name}_after", "ours") for run, _ in runs for name, _ in kinds]
+    header = ["right, in whatever form", *(title for _, title, _ in runs)]
+    keys = [(f"{model}/{run}/{name}_after", "ours") for run, *_ in runs for name, _ in kinds]
 
     def share(key: str) -> str:
         value = results(key)
@@ -177,15 +186,19 @@ def learned(model: str = "qwen2.5-coder-1.5b", runs: tuple[tuple[str, str], ...]
     rows = [
         [
             title,
-            *(f"{share(f'{model}/{run}/{name}_before')} → {share(f'{model}/{run}/{name}_after')} %" for run, _ in runs),
+            *(
+                f"{share(f'{model}/{untrained}/{name}_before')} → {share(f'{model}/{run}/{name}_after')} %"
+                for run, _, untrained in runs
+            ),
         ]
         for name, title in kinds
     ]
-    rows.append(["in form, after", *(f"{share(f'{model}/{run}/in_form_after')} %" for run, _ in runs)])
-    rows.append(["right with eight tries, before", *(f"{share(f'{model}/{run}/pass_8_before')} %" for run, _ in runs)])
-    rows.append(["steps", *(number(results(f"{model}/{run}/steps"), 0) for run, _ in runs)])
-    rows.append(["minutes of training", *(_minutes(results(f"{model}/{run}/seconds")) for run, _ in runs)])
-    rows.append(["GB by the driver", *(number(results(f"{model}/{run}/peak_driver")) for run, _ in runs)])
+    rows.append(["in form, after", *(f"{share(f'{model}/{run}/in_form_after')} %" for run, *_ in runs)])
+    tries = (f"{share(f'{model}/{untrained}/pass_8_before')} %" for *_, untrained in runs)
+    rows.append(["right with eight tries, before", *tries])
+    rows.append(["steps", *(number(results(f"{model}/{run}/steps"), 0) for run, *_ in runs)])
+    rows.append(["minutes of training", *(_minutes(results(f"{model}/{run}/seconds")) for run, *_ in runs)])
+    rows.append(["GB by the driver", *(number(results(f"{model}/{run}/peak_driver")) for run, *_ in runs)])
     return f"{table(header, rows)}\n\n{results.source(*keys)}"
 
 
@@ -213,7 +226,7 @@ PEERS |= {"vllm": "vLLM, no adapter", "trl": "TRL + vLLM"}
 
 def peers() -> str:
     """What was measured side by side on one card, the rows where the peer is ahead among them."""
-    loading, kernels, engines = Results("loader"), Results("kernels"), Results("engines")
+    loading, kernels, engines, real = Results("loader"), Results("kernels"), Results("engines"), Results("real")
     llama, layer, whole = "llama-3.1-8b", "llama-3.1-8b/decoder_layer", "qwen2.5-1.5b/1K"
     rows, days = [], set()
     for results, what, key, us, peer, digits in (
@@ -228,6 +241,7 @@ def peers() -> str:
         (engines, "start to the first token: seconds", f"{llama}/ready", "graph", "vllm", 1),
         (engines, "whole GRPO step of the 1.5B: GB", f"{whole}/step_peak_driver", "ours", "trl", 1),
         (engines, "whole GRPO step of the 1.5B: seconds", f"{whole}/step_time", "ours", "trl", 1),
+        (real, "60 steps of the real 1.5B: seconds", "qwen2.5-coder-1.5b/seconds_60_steps", "ours", "trl", 0),
     ):  # fmt: skip
         rows.append([what, PEERS[peer], number(results(key, us), digits), number(results(key, peer), digits)])
         days.add(results.where((key, us), (key, peer)))
@@ -273,7 +287,7 @@ def _minutes(seconds: float | None) -> str:
 TABLES = {
     "first": first,
     "learned": learned,
-    "too_small": lambda: learned("smollm2-135m", (("gpu", "SmolLM2-135M, bf16"),)),
+    "too_small": lambda: learned("smollm2-135m", (("gpu", "SmolLM2-135M, bf16", "gpu"),)),
     "lessons": lessons,
     "models": models,
     "peers": peers,
@@ -284,8 +298,16 @@ TABLES = {
     "engines": engines,
     "whole": whole,
     "methods": methods,
+    "sizes": sizes,
+    "whole_learned": whole_learned,
+    "planned_recipes": recipe_tables.planned,
+    "planned_stages": recipe_tables.stages,
+    "measured_recipes": recipe_tables.measured,
+    "r1": recipe_tables.r1,
+    "countdown": recipe_tables.countdown,
+    "ratios": performance.ratios,
 }
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "recipes", "performance")))
 
 
 def render(text: str) -> str:

@@ -54,12 +54,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder of the results file, instead of benchmarks/results")
     args = parser.parse_args()
-    rows = rows_of(args.seed)
-    file, known = (args.out or common.RESULTS) / f"{RESULT}.json", {}
-    if file.exists():
-        known = {row["what"]: row for row in json.loads(file.read_text())["rows"]}
-    known |= {row["what"]: {**row, "run": common.command()} for row in rows}
-    rows = worst(list(known.values()))
+    rows = common.merged(RESULT, rows_of(args.seed), worst)
     common.publish(RESULT, rows, args.out)
     print(common.table(rows))
 

@@ -57,9 +57,10 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
             ]
         },
         {"FAQ": "faq.md"},
+        {"Recipes": "recipes.md"},
         {"More than one card": "outgrow.md"},
-        {"How well, how fast": [{"Benchmarks": "benchmarks.md"}, {"Reliability": "reliability.md"},
-                                {"Compatibility": "compatibility.md"}]},
+        {"How well, how fast": [{"Benchmarks": "benchmarks.md"}, {"Performance": "performance.md"},
+                                {"Reliability": "reliability.md"}, {"Compatibility": "compatibility.md"}]},
         {"API": [{"Overview": "api/index.md"}, *({name: f"api/{name}.md"} for name in _modules())]},
         {"Inside": [{"Architecture": "ARCHITECTURE.md"}, {"Contributing": "contributing.md"},
                     {"Security": "security.md"}, {"Changelog": "changelog.md"}]},

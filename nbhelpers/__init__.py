@@ -25,6 +25,7 @@ _MODULES = {room: room for room in _ROOMS} | {  # and the modules inside a room 
     "compare": "evaluate.compare",
     "hub": "loader.hub",
     "quantize": "models.quantize",
+    "recipes": "presets.recipes",
     "replay": "panel.replay",
 }
 _NAMES = {"LeanGRPOConfig": "training.config", "LeanGRPOTrainer": "training.trainer"}

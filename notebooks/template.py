@@ -154,9 +154,9 @@ task.preview(tokenizer, n=1)
 # %% [markdown]
 # ## 5 · Before
 #
-# The famous question, in three wordings, and then held-out problems. One lucky answer proves little, so the share of
-# right ones comes with the interval in which the true share lies 19 times out of 20. More rows make it narrower; 100
-# leave about ten points to each side.
+# The famous question, in three wordings, two more that others ask at this point, and then held-out problems. One lucky
+# answer proves little, so the share of right ones comes with the interval in which the true share lies 19 times out of
+# 20. More rows make it narrower; 100 leave about ten points to each side.
 #
 # *Accuracy* counts answers that are right in whatever form they come, as a person would read them. *Format* counts
 # answers whose tags are as they should be, right or wrong. They are two numbers because they are two things: if only
@@ -166,7 +166,7 @@ task.preview(tokenizer, n=1)
 HELD_OUT = 100
 longest = preset.max_completion_length
 asked = dict(tags=preset.tags, max_new_tokens=longest)  # the form, and how many tokens an answer may take
-before = evaluate.ask(model, tokenizer, tasks.PROBES, **preset.asking)
+before = evaluate.ask(model, tokenizer, list(tasks.PROBE_ANSWERS), **preset.asking)
 print(f"{before[0].question}\n\n{before[0].completion}\n")
 score_before = evaluate.accuracy(model, tokenizer, task.test, n=HELD_OUT, **asked)
 print(score_before)
@@ -367,7 +367,7 @@ result = trainer.train(resume_from_checkpoint="auto")
 
 # %%
 after = evaluate.ask_again(model, tokenizer, before)
-panel.before_after(before, after, tasks.PROBE_ANSWER)
+panel.before_after(before, after, list(tasks.PROBE_ANSWERS.values()))
 
 # %% [markdown]
 # And the same held-out problems, which the training never saw. Compare the intervals, not only the two numbers: if they

@@ -4,6 +4,8 @@
     python -m benchmarks.real --weights qwen.gguf --questions FOLDER --mode t4       fp16, as a T4 would, under 15 GB
     python -m benchmarks.real --weights qwen.gguf --questions FOLDER --prompts       which system prompt is followed?
     python -m benchmarks.real --weights qwen.gguf --questions FOLDER --against-trl   the same steps, and by TRL + vLLM
+    python -m benchmarks.real --weights qwen.gguf --questions FOLDER --executed FILE --about "Qwen2.5, a GGUF"
+                                                                   by Jupyter; FILE gets the notebook with its outputs
     python -m benchmarks.real --join runs/a/real.json runs/b/real.json
 
 The code is that of notebooks/models/qwen2.5-1.5b.ipynb, cell by cell, with three things exchanged: the weights (a
@@ -30,7 +32,7 @@ from typing import Any
 
 from benchmarks import common, harness
 
-from . import against_trl, cells
+from . import against_trl, cells, executed
 
 MODES = {"7GB": 7.0, "t4": 15.0}  # GB of the process, by the driver
 
@@ -75,10 +77,15 @@ def run(args: argparse.Namespace) -> list[common.Row]:
         if args.prompts:
             job["cap"] = None
         started = time.time()
-        code = cells.prompts(job) if args.prompts else cells.notebook(job)
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(common.ROOT), os.environ.get("PYTHONPATH", "")])}
-        done = subprocess.run([sys.executable, "-c", code], cwd=common.ROOT, env=environment)
-        print(f"exit {done.returncode} after {time.time() - started:.0f} s", flush=True)
+        places = os.pathsep.join([str(common.ROOT), os.environ.get("PYTHONPATH", "")])
+        if args.executed:
+            os.environ["PYTHONPATH"] = places
+            executed.run(job, args.executed)
+        else:
+            code = cells.prompts(job) if args.prompts else cells.notebook(job)
+            environment = os.environ | {"PYTHONPATH": places}
+            done = subprocess.run([sys.executable, "-c", code], cwd=common.ROOT, env=environment)
+            print(f"exit {done.returncode} after {time.time() - started:.0f} s", flush=True)
         report = Path(folder, "report.json")
         if not report.exists():
             return []
@@ -105,6 +112,8 @@ def main() -> None:
     parser.add_argument("--preset", default="{}", help="JSON of what to change in the preset; a system_prompt by name")
     parser.add_argument("--prompts", action="store_true", help="measure the system prompts instead")
     parser.add_argument("--after-only", action="store_true", help="no scores before: they are another seed's")
+    parser.add_argument("--executed", type=Path, help="run by Jupyter, and the notebook with its outputs written there")
+    parser.add_argument("--about", default="", help="what the notebook's first output says of the weights")
     parser.add_argument("--against-trl", nargs="*", choices=("ours", "trl"), help="curves and seconds; both, or one")
     parser.add_argument("--n", type=int, default=400, help="test questions of each kind")
     args = parser.parse_args()

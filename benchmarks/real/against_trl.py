@@ -80,9 +80,9 @@ def child(job: harness.Job) -> None:
     from nbhelpers import tasks
 
     began = time.monotonic()
-    names: dict[str, Any] = {}
-    exec("from nbhelpers import rewards\n" + cells.rewards(), names)  # our own notebook's cell
     preset = presets.get("qwen2.5-1.5b")
+    names: dict[str, Any] = {"preset": preset}
+    exec("from nbhelpers import rewards\n" + cells.rewards(), names)  # our own notebook's cell
     questions = measure.problems(job, preset.system_prompt)
     task = tasks.mix(questions, tasks.decimals(system_prompt=preset.system_prompt), shares=(0.8, 0.2), seed=job["seed"])
     parts = {

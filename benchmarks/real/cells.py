@@ -43,7 +43,7 @@ TIMER.stop()
     "after": """
 AFTER = measure.scores(JOB, model, tokenizer, preset, decimals)
 print(*(f"{name}: {share}" for name, share in AFTER.items()), sep="\\n", flush=True)
-measure.report(JOB, BEFORE, AFTER, TIMER, trainer, live, before, after, tasks.PROBE_ANSWER, preset)
+measure.report(JOB, BEFORE, AFTER, TIMER, trainer, live, before, after, preset)
 """,
 }
 

@@ -123,7 +123,7 @@ class Timer:
 
 def report(
     job: dict[str, Any], before: dict[str, Proportion], after: dict[str, Proportion], timer: Timer,
-    trainer: "LeanGRPOTrainer", live: "Live", asked: Sequence[Answer], asked_again: Sequence[Answer], gold: str,
+    trainer: "LeanGRPOTrainer", live: "Live", asked: Sequence[Answer], asked_again: Sequence[Answer],
     preset: presets.Preset,
 ) -> None:  # fmt: skip
     """Write what the parent turns into rows, and the recorded run beside it."""
@@ -132,8 +132,8 @@ def report(
     probes = [
         {
             "question": old.question,
-            "right_before": right(old.completion, gold),
-            "right_after": right(new.completion, gold),
+            "right_before": right(old.completion, tasks.PROBE_ANSWERS[old.question]),
+            "right_after": right(new.completion, tasks.PROBE_ANSWERS[new.question]),
         }
         for old, new in zip(asked, asked_again, strict=True)
     ]

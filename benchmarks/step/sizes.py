@@ -1,7 +1,8 @@
-"""What fits: whole GRPO steps of large, whole and swapped models, and 128K tokens, each under a cap of GB.
+"""What fits: whole GRPO steps of large, whole and swapped models, 128K tokens, and the recipes' shapes, under a cap.
 
     python -m benchmarks.step.sizes                              every case, one after the other
     python -m benchmarks.step.sizes --only 32b 70b --minutes 9 --out runs/a
+    python -m benchmarks.step.sizes --only long-run 24k-train 24k-decode 32b-sft --minutes 9 --out runs/recipes
     python -m benchmarks.step.sizes --join runs/a/sizes.json runs/b/sizes.json
     python -m benchmarks.step.sizes --smoke                      tiny shapes on a CPU: does every case run to its end?
 
@@ -9,9 +10,10 @@ Random weights at the presets' real shapes, made on the card layer by layer. A c
 for all that it takes of the card and a time limit: one that fails takes no other with it, and the rows that it wrote
 before count.
 
-step_peak_driver: what the driver says is taken at most over three steps, context included, GB of 10^9 bytes.
-train_peak: torch's allocations. `planned`: what memory.plan says of the same thing; `off`: how far the measured value
-is from it. moved: what a step copied to the card for layers that wait on the host.
+step_peak_driver: what the driver says is taken at most over all steps, context included, GB of 10^9 bytes.
+train_peak: torch's allocations. `planned`: what memory.plan says of the same thing, for a time with the speed of the
+card that runs it; `off`: how far the measured value is from it. moved: what a step copied to the card for layers that
+wait on the host.
 """
 
 import argparse
@@ -32,6 +34,7 @@ from benchmarks import common, harness, random_model
 from benchmarks.engines.grpo import KEPT, logged, watch, workload
 from benchmarks.harness import GB
 from nbhelpers import memory
+from nbhelpers.memory.seconds import CARDS
 from nbhelpers.memory.swapping import PCIE_GB_S
 from nbhelpers.models import swap
 from nbhelpers.models.finite import first_not_finite
@@ -55,8 +58,11 @@ class Case:
         label (`str`): In the rows' names: "1K".
         cap (`float`): GB of the whole process.
         tokens (`int`): Of a prompt and its completion.
-        whole (`bool`): Every weight is trained, in bf16; else NF4 and a LoRA of rank 16.
+        whole (`bool`): Every weight is trained, in bf16; else NF4 and a LoRA.
         swap (`bool`): Layers that do not fit wait on the host, as many as the plan says.
+        rank (`int`): Of the LoRA.
+        rows (`int`): Completions of a step; 0: as many as the call says.
+        steps (`int`): Of a whole run.
         seconds (`float`): After that it is killed.
     """
 
@@ -67,6 +73,9 @@ class Case:
     tokens: int = 1024
     whole: bool = False
     swap: bool = False
+    rank: int = 16
+    rows: int = 0
+    steps: int = STEPS
     seconds: float = 560
 
 
@@ -78,6 +87,11 @@ CASES = {
     "8b-swap": Case("llama-3.1-8b", "steps", "swap", 6, swap=True),
     "128k-train": Case("llama-3.1-8b", "train", "128K", 48, 2**17),
     "128k-decode": Case("llama-3.1-8b", "decode", "128K", 48, 2**17),
+    # docs/recipes.md: 22,419 steps of 6 answers; the last stage of 8K, 16K, 24K; a text that a 32B learns
+    "long-run": Case("qwen2.5-3b", "steps", "long-run", 24, PROMPT + 200, rank=32, rows=6, steps=20),
+    "24k-train": Case("qwen2.5-1.5b", "train", "24K", 24, PROMPT + 24_576),
+    "24k-decode": Case("qwen2.5-1.5b", "decode", "24K", 24, PROMPT + 24_576),
+    "32b-sft": Case("qwen2.5-32b", "train", "sft-8K", 24, 8192, rank=8),
 }
 
 
@@ -93,13 +107,17 @@ class Capped(cases.Job):
 
     def __init__(self, case: Case, file: str, smoke: bool, rows: int):
         super().__init__(case.preset, case.kind, file, smoke, 0.0, [])
-        self.case, self.smoke, self.rows = case, smoke, rows
+        self.case, self.smoke, self.rows = case, smoke, case.rows or rows
+        self.rank = 4 if smoke else case.rank
         if case.whole:
             self.rank, self.dtype = 0, torch.bfloat16
         self.prompt = 24 if smoke else PROMPT
         self.tokens = {"steps": 32}.get(case.kind, 256) if smoke else case.tokens
         self.budget: float | None = None  # GB that torch may give out
+        self.card: str | None = None  # the planner's name of this one, if it has its data sheet
         if self.cuda:
+            name = torch.cuda.get_device_name()
+            self.card = name if any(card.name in name for card in CARDS) else None
             torch.zeros(1, device="cuda") @ torch.zeros(1, device="cuda")
             held = case.cap - harness.driver_gb() - RESERVE
             torch.cuda.set_per_process_memory_fraction(held * GB / torch.cuda.mem_get_info()[1])
@@ -127,6 +145,7 @@ class Capped(cases.Job):
             self.preset, card_gb=self.case.cap, num_generations=rows, max_prompt_length=self.prompt,
             max_completion_length=self.tokens - self.prompt, lora_rank=self.rank, quantization="nf4", rows=rows,
             budget_gb=self.budget, attention="flash", train="all" if self.case.whole else None, swap=self.case.swap,
+            card=self.card,
         )  # fmt: skip
 
     def against(self, what: str, measured: float, planned: float, **more: Any) -> None:
@@ -137,15 +156,15 @@ class Capped(cases.Job):
 
 
 def steps(job: Capped) -> None:
-    """Three whole steps of LeanGRPOTrainer: generating, forward, backward and update. The time is the median of those
-    after the first, which compiles."""
+    """Whole steps of LeanGRPOTrainer: generating, forward, backward and update. The time is the median of those after
+    the first, which compiles."""
     from nbhelpers.training.trainer import LeanGRPOConfig, LeanGRPOTrainer
 
     model = job.made()
     settings, parts, times = workload(job.smoke, job.tokens, job.rows)
     with tempfile.TemporaryDirectory() as folder, harness.peak_driver() as peak:
         settings |= {"optim": "adamw_8bit"} if job.case.whole else {}  # rounded_adam.py's, on a CPU too
-        args = LeanGRPOConfig(folder, max_steps=STEPS, **settings)
+        args = LeanGRPOConfig(folder, max_steps=job.case.steps, **settings)
         trainer = LeanGRPOTrainer(model, args=args, engine="graph", budget_gb=job.budget, **parts)
         generated, trained = watch(trainer.engine, "generate"), watch(trainer, "compute_loss")
         trainer.train()
@@ -155,12 +174,12 @@ def steps(job: Capped) -> None:
     written: dict[str, Any] = {"rows": job.rows, "steps": len(times), "finite": finite}
     written |= logged(trainer.state.log_history[-2], KEPT)  # -1: the whole run's
     written |= {"generating_s": round(generated[-1], 2), "training_s": round(trained[-1], 2)}
-    job.row(f"{job.case.label}/step_time", "ours", statistics.median(times[1:]), "s", first_s=round(times[0], 1),
-            cap=job.case.cap, **written)  # fmt: skip
     plan, swapped = job.plan(job.rows), swap.of(model)
+    job.row(f"{job.case.label}/step_time", "ours", statistics.median(times[1:]), "s", first_s=round(times[0], 1),
+            cap=job.case.cap, planned=plan.step_seconds if job.cuda else None, **written)  # fmt: skip
     if swapped is not None:
         seconds = plan.swap_gb / PCIE_GB_S
-        job.row(f"{job.case.label}/moved", "ours", swapped.moved / STEPS / GB, "GB", layers=swapped.count,
+        job.row(f"{job.case.label}/moved", "ours", swapped.moved / job.case.steps / GB, "GB", layers=swapped.count,
                 host_gb=round(swapped.host_bytes / GB, 2), planned=round(plan.swap_gb, 1),
                 planned_s=round(seconds, 1))  # fmt: skip
     halves = {"generating": sum(plan.generation.values()), "training": sum(plan.training.values())}

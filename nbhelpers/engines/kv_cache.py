@@ -7,10 +7,12 @@ last one. A captured CUDA graph keeps addresses, so the kernels read the cache's
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from nbhelpers import kernels
 from nbhelpers.gpu import capability
@@ -40,6 +42,8 @@ class KVCache:
         self.scales: Tensor | None = None  # with 8 bits: fp32 [layers, 2, rows, kv heads, length]
         self.angles: Tensor | None = None  # with 8 bits: [length, D], see eight_bits
         self.shared_heads = capability(self.device) >= (8, 0)
+        # FlashAttention takes no mask of a long text's later pieces
+        self.lower_right = self.shared_heads and self.dtype != torch.float32 and lower_right(self.device, self.dtype)
 
     @property
     def token_bytes(self) -> int:
@@ -133,6 +137,10 @@ class KVCache:
                 out = F.scaled_dot_product_attention(
                     q, k, v, is_causal=True, scale=self.scale, enable_gqa=self.shared_heads
                 )
+            elif window is None and self.lower_right:
+                k, v = self._read(i, rows, slice(None), end, eight, half)
+                corner = causal_lower_right(q.shape[2], end)
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=corner, scale=self.scale, enable_gqa=True)
             else:
                 query = torch.arange(start, end, device=q.device)[:, None]
                 key = torch.arange(end, device=q.device)
@@ -183,3 +191,19 @@ class KVCache:
             )  # fmt: skip
 
         return attend
+
+
+@cache
+def lower_right(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's causal_lower_right, a prototype, means here what a mask means, for fewer key heads too."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, n, 64, generator=generator).to(device) for heads, n in ((4, 5), (2, 40), (2, 40)))
+    mask = torch.arange(40, device=device) <= torch.arange(35, 40, device=device)[:, None]
+    heads = [t.repeat_interleave(2, dim=1) for t in (k, v)]
+    wanted = F.scaled_dot_product_attention(q, heads[0], heads[1], attn_mask=mask)
+    q, k, v = (t.to(dtype) for t in (q, k, v))
+    try:
+        got = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(5, 40), enable_gqa=True)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return bool((got.float() - wanted).norm() < 0.03 * wanted.norm())

@@ -2,6 +2,7 @@
 
     memory.plan(presets.get("llama-3.1-8b"), card_gb=15)         # the last line of a cell shows it as a table with bars
     print(memory.plan("phi-4", card_gb=15, num_generations=4))   # and as text
+    memory.plan("qwen2.5-3b", card="RTX 4090")                   # a card by its name: how fast it is, too
     memory.sliders(presets.get("phi-4"))                         # and moved by hand
     print(memory.plan_stages("qwen2.5-1.5b", [8192, 16384, 24576], card_gb=24))  # a run whose answers get longer
     memory.floor_gb(presets.get("phi-4"))                        # the smallest card for which there is a plan
@@ -11,14 +12,13 @@ engine gives them (room.kv_budget), so what is planned here is what runs. Nothin
 GB is 10^9 bytes.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
 from typing import Any
 
-from nbhelpers import gpu, presets
+from nbhelpers import presets
 from nbhelpers.architecture import GB
 from nbhelpers.hands_on import HandsOn
 from nbhelpers.presets import Preset
@@ -29,8 +29,9 @@ from .micro_batches import CannotFit, MicroBatch, StepCost, Tokens, count, large
 from .report import Plan, Setting, StagePlans, changed
 from .residents import Resident, resident
 from .room import CONTEXT_GB, FRAGMENTED, Reserved, Room, kv_budget, step_budget, vllm_kv_budget
-from .seconds import card_of, of_a_step
+from .seconds import Card, card_of, launch_tokens, named, of_a_step
 from .swapping import PCIE_GB_S, freed_bytes, moved_bytes
+from .this_card import backend, card_here, name_here
 
 __all__ = ["CONTEXT_GB", "FRAGMENTED", "CannotFit", "Plan", "Reserved", "Room", "Setting", "StagePlans", "can_train",
            "floor_gb", "freed_bytes", "kv_budget", "kv_bytes_per_token", "plan", "plan_stages", "sliders",
@@ -57,6 +58,7 @@ def plan(
     method: str = "grpo",
     train: str | None = None,
     swap: bool = False,
+    card: str | None = None,
     kv_bits: int | None = None,
 ) -> Plan:
     """What training `preset` takes on a card. What is not given is the preset's own for that card (`Preset.on_card`).
@@ -79,16 +81,18 @@ def plan(
         swap (`bool`): Let as many layers wait on the host as it takes, see models/swap.py.
         train (`str`, *optional*): "all": every weight is trained in 16 bits, as by `loader.load(..., train="all")`.
         method (`str`): One of METHODS.
+        card (`str`, *optional*): The card's name, as "RTX 4090": its speed, and its GB where `card_gb` is not given.
         kv_bits (`int`, *optional*): Of keys and values while completions are written, 16 or 8: LeanGRPOConfig's.
 
-    Raises ValueError for another optimizer, train, method or kv_bits, and for an unknown preset's name.
+    Raises ValueError for another optimizer, train, method or kv_bits, and for an unknown name of a preset or a card.
     """
     if optimizer not in ("adamw_8bit", "adamw"):
         raise ValueError(f'optimizer is "adamw_8bit" or "adamw", not {optimizer!r}')
     if train not in (None, "all"):
         raise ValueError(f'train={train!r}: it is "all", for every weight; leave it out for an adapter')
     preset = presets.get(preset) if isinstance(preset, str) else preset
-    card_gb = card_gb or _card_here()[0] or T4_GB
+    kind = named(card) if card else None
+    card_gb = card_gb or (kind.gb if kind else card_here()[0]) or T4_GB
     preset = preset.on_card(card_gb)
     if method not in METHODS:
         raise ValueError(f"method is one of {', '.join(METHODS)}, not {method!r}")
@@ -108,29 +112,30 @@ def plan(
         kv_bits=checked(preset.kv_bits if kv_bits is None else kv_bits),
     )
 
-    card = _Card(preset, card_gb, budget_gb, attention or _backend(card_gb))
+    attending = attention or backend(card_gb, kind.ampere if kind else None)
+    kind = kind or card_of(card_gb, name_here(card_gb))
+    room = _Card(preset, card_gb, budget_gb, attending, kind)
     if swap:
-        setting = replace(setting, swapped=card.layers_to_swap(setting))
-    training, micro_batches = card.training(setting)
-    affordable = card.rows_that_fit(setting)
-    fits = bool(micro_batches) and card.generates(setting)
-    nearest = None if fits else next(filter(card.fits, changed(setting)), None)
-    kind = card_of(card_gb, _name_here(card_gb))
+        setting = replace(setting, swapped=room.layers_to_swap(setting))
+    training, micro_batches = room.training(setting)
+    affordable = room.rows_that_fit(setting)
+    fits = bool(micro_batches) and room.generates(setting)
+    nearest = None if fits else next(filter(room.fits, changed(setting)), None)
     groups = 1 if rows or method == "sft" else preset.questions_per_step
-    swap_gb = card.swap_bytes(setting, len(micro_batches)) / GB
-    seconds = of_a_step(preset.architecture, kind, setting, micro_batches, card.backend, affordable, groups)
+    swap_gb = room.swap_bytes(setting, len(micro_batches)) / GB
+    seconds = of_a_step(preset.architecture, kind, setting, micro_batches, room.backend, affordable, groups)
 
     def with_context(tokens: int) -> Setting:
         return replace(setting, max_completion_length=tokens - setting.max_prompt_length)
 
     shortest, most = setting.max_prompt_length + 1, preset.architecture.max_position_embeddings
-    longest = largest(lambda n: card.fits(with_context(n)), shortest, most)
+    longest = largest(lambda n: room.fits(with_context(n)), shortest, most)
     return Plan(
-        preset, card_gb, setting, _in_gb(card.generating(setting)), _in_gb(training), micro_batches,
+        preset, card_gb, setting, _in_gb(room.generating(setting)), _in_gb(training), micro_batches,
         at_once=min(affordable, setting.rows),
         fits=fits,
         longest_context=longest if longest >= shortest else 0,
-        largest_group=affordable if affordable > 1 and card.fits(setting) else 0,
+        largest_group=affordable if affordable > 1 and room.fits(setting) else 0,
         nearest=nearest,
         swap_gb=swap_gb,
         step_seconds=seconds + groups * swap_gb / PCIE_GB_S if fits else None,
@@ -161,13 +166,13 @@ def sliders(preset: Preset | str, card_gb: float | None = None) -> HandsOn:
         preset (`Preset` or `str`), card_gb (`float`, *optional*): As for `plan`.
     """
     preset = presets.get(preset) if isinstance(preset, str) else preset
-    card_gb = card_gb or _card_here()[0] or T4_GB
+    card_gb = card_gb or card_here()[0] or T4_GB
     return sliders_of(plan, preset.on_card(card_gb), card_gb)
 
 
 def can_train(preset: Preset, card_gb: float) -> bool:
     """Whether `plan` finds a setting of this preset for a card of `card_gb` GB: its own, or the nearest that fits."""
-    return _can_train(preset, card_gb, _backend(card_gb))
+    return _can_train(preset, card_gb, backend(card_gb))
 
 
 def that_fit(card_gb: float) -> tuple[str, ...]:
@@ -177,13 +182,13 @@ def that_fit(card_gb: float) -> tuple[str, ...]:
 
 def floor_gb(preset: Preset) -> float:
     """GB of the smallest card that can train this preset, in whole tenths; what kind of card is here decides too."""
-    return _floor_gb(preset, _card_here()[1])
+    return _floor_gb(preset, card_here()[1])
 
 
 @cache
 def _floor_gb(preset: Preset, modern: bool | None) -> float:
     def too_small(tenths: int) -> bool:
-        return not _can_train(preset, tenths / 10, _backend(tenths / 10, modern))
+        return not _can_train(preset, tenths / 10, backend(tenths / 10, modern))
 
     return (largest(too_small, 0, 100_000) + 1) / 10
 
@@ -194,7 +199,7 @@ def _can_train(preset: Preset, card_gb: float, backend: str) -> bool:
     own = Setting(
         preset.quantization, preset.lora_rank, group, preset.max_prompt_length, preset.max_completion_length, group
     )  # fmt: skip
-    card = _Card(preset, card_gb, None, backend)
+    card = _Card(preset, card_gb, None, backend, card_of(card_gb, name_here(card_gb)))
     return any(map(card.fits, changed(own)))
 
 
@@ -206,6 +211,7 @@ class _Card:
     card_gb: float
     budget_gb: float | None
     backend: str  # of attention
+    kind: Card
 
     def resident(self, s: Setting) -> Resident:
         targets = self.preset.lora_targets
@@ -290,7 +296,7 @@ class _Card:
 
     def training(self, s: Setting) -> tuple[dict[str, float], tuple[MicroBatch, ...]]:
         """Bytes by part of the training half, and how it is cut: not at all if it does not fit."""
-        cost = self.cost(s)
+        cost = replace(self.cost(s), launches=launch_tokens(self.preset.architecture, self.kind))
         rows = [(i // s.num_generations, s.max_prompt_length, s.max_completion_length) for i in range(s.rows)]
         micro_batches: tuple[MicroBatch, ...] = ()
         try:
@@ -316,24 +322,3 @@ class _Card:
 
 def _in_gb(parts: dict[str, float]) -> dict[str, float]:
     return {name: size / GB for name, size in parts.items() if size}
-
-
-def _backend(card_gb: float, modern: bool | None = None) -> str:
-    """Attention's backend on a card; modern: Ampere or newer, None: as the card here, if there is one, or by size."""
-    modern = _card_here()[1] if modern is None else modern
-    return "flash" if modern or (modern is None and card_gb > 16) else "efficient"
-
-
-def _name_here(card_gb: float) -> str:
-    """The name of this machine's card, if it is one of `card_gb` GB; else nothing."""
-    here = _card_here()[0]
-    card = gpu.card() if here and abs(here - card_gb) < 0.5 else None
-    return card.name if card else ""
-
-
-def _card_here() -> tuple[float | None, bool | None]:
-    """(GB of this machine's card, whether it is Ampere or newer), (None, None) if torch was not loaded or has none."""
-    if "torch" not in sys.modules:
-        return None, None
-    card = gpu.card()
-    return (None, None) if card is None else (card.total / GB, card.capability >= (8, 0))

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from nbhelpers.architecture import Architecture
 
 from .kv import MAX_ROWS, kv_bytes_per_token
-from .micro_batches import RECOMPUTED, MicroBatch
+from .micro_batches import PIECE, RECOMPUTED, MicroBatch
 from .report import Setting
 
 STEP_SECONDS = 0.12  # of rewards, the optimizer and the trainer's own work in a step, beside the two halves
@@ -58,7 +58,7 @@ class Reached(NamedTuple):
     efficient: float = 0.132
     memory: float = 0.949  # of gb_s, in training
     layer: float = 0.00315  # seconds that Python and the launches of one pass through a layer take
-    piece: float = 0.377  # of them again for each further piece of the MLP
+    piece: float = PIECE  # of them again for each further piece of the MLP
     decoding_memory: float = 0.6  # of gb_s, in a decoding step
     decoding_products: float = 0.362  # of tflops, likewise
     unpacked: float = 22.6  # NF4 weights in a clock of a multiprocessor
@@ -73,10 +73,19 @@ REACHED = Reached()
 
 def card_of(gb: float, name: str = "") -> Card:
     """The card of that name; without one the card that stands for its size: the largest that is no larger."""
-    named = [card for card in CARDS if re.search(rf"\b{card.name}\b", name)]
-    if named:
-        return max(named, key=lambda card: len(card.name))  # "RTX 4060 Ti", not "RTX 4060"
+    known = [card for card in CARDS if re.search(rf"\b{card.name}\b", name)]
+    if known:
+        return max(known, key=lambda card: len(card.name))  # "RTX 4060 Ti", not "RTX 4060"
     return max((card for card in CARDS if card.gb <= gb + 0.5), key=lambda card: card.gb, default=CARDS[0])
+
+
+def named(name: str) -> Card:
+    """The card of that name. Raises ValueError if none of CARDS is in it, with those that there are."""
+    card = card_of(0.0, name)
+    if not re.search(rf"\b{card.name}\b", name):
+        there = ", ".join(card.name for card in CARDS)
+        raise ValueError(f"card={name!r} is not known; there are {there}. For another one leave it out: card_gb=24")
+    return card
 
 
 def of_a_step(a: Architecture, card: Card, s: Setting, batches: tuple[MicroBatch, ...], attention: str, fitting: int,
@@ -110,8 +119,7 @@ def training(a: Architecture, card: Card, s: Setting, batches: tuple[MicroBatch,
         tokens = batch.tokens.packed
         pairs = len(batch.rows) * own * (prompt + own / 2) + prompt**2 / 2
         attended, multiplied = 4 * pairs * heads / attending, 2 * tokens * linear / tflops
-        # tensors of a layer, each written and read once: about 8 of the hidden size, 4 of the MLP's, 2 of the heads'
-        through = 4 * tokens * (8 * a.hidden_size + 4 * a.intermediate_size + 2 * heads) / gb_s
+        through = tokens * _through(a) / gb_s
         forward = multiplied + attended + through
         backward = multiplied * (1 if s.lora_rank else 2) + 2.5 * attended + 1.5 * through
         again = RECOMPUTED * multiplied + attended + through
@@ -122,6 +130,18 @@ def training(a: Architecture, card: Card, s: Setting, batches: tuple[MicroBatch,
         seconds += twice * (max(launches, forward + unpacked) + max(2 * launches, again + backward + 2 * unpacked))
         seconds += 6 * batch.tokens.scored * a.vocab_size * a.hidden_size / tflops  # logits, again, and backward
     return seconds
+
+
+def launch_tokens(a: Architecture, card: Card, launches: float = REACHED.layer) -> int:
+    """Tokens that a layer computes in the seconds in which Python launches a pass through it: see `StepCost`."""
+    products = 2 * sum(m.out_features * m.in_features for m in a.linears()) / (card.tflops * 1e12 * REACHED.products)
+    return round(launches / (products + _through(a) / (card.gb_s * 1e9 * REACHED.memory)))
+
+
+def _through(a: Architecture) -> int:
+    """Bytes that a layer reads and writes for a token: about 8 tensors of the hidden size, 4 of the MLP's, 2 of the
+    heads', each once each way."""
+    return 4 * (8 * a.hidden_size + 4 * a.intermediate_size + 2 * a.num_attention_heads * a.head_dim)
 
 
 def decoding_step(a: Architecture, card: Card, quantization: str, rows: int, tokens: float, kv_bits: int = 16) -> float:

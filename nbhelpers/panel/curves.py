@@ -1,6 +1,7 @@
 """The curves of a run: up to six small plots on white, and what they show in words."""
 
 import math
+import textwrap
 from typing import TYPE_CHECKING
 
 from nbhelpers.html import COLORS as COLORS
@@ -142,8 +143,10 @@ def _arrange(figure: "Figure", labels: list[str], legend_rows: list[int], note: 
     rows = math.ceil(len(labels) / COLUMNS)
     line = 1.45 * LETTER / 72  # inches
     heads = [0.12 + line * max(legend_rows[row * COLUMNS : (row + 1) * COLUMNS]) for row in range(rows)]
-    top, bottom, below = (0.3 if note else 0.05), 0.22, 0.26  # below: a row's numbers of steps
     width = figure.get_figwidth()
+    note = textwrap.fill(note, math.floor(11.5 * width))  # letters of an inch, in bold
+    top = 0.3 + line * note.count("\n") if note else 0.05
+    bottom, below = 0.22, 0.26  # below: a row's numbers of steps
     height = top + sum(heads) + rows * (ROW + below) + bottom
     figure.set_figheight(height)
     left, gap, right = 0.68, 0.72, 0.08

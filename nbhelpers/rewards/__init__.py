@@ -31,7 +31,7 @@ from .answers import (
 )
 from .by_hand import playground
 from .checking import check
-from .countdown_rules import verify
+from .countdown_rules import solved, verify
 from .penalties import get_language_consistency, get_length_penalty, get_repetition_penalty
 from .prose import helpfulness, spelling
 from .reading import read, right
@@ -42,8 +42,8 @@ __all__ = [
     "REASONING", "TAGS", "THINK", "Reward", "Sample", "Tags", "check", "correctness", "countdown", "extract_answer",
     "extract_boxed", "form", "formatted", "get_language_consistency", "get_length_penalty", "get_repetition_penalty",
     "helpfulness", "in_form", "integer_answer", "is_correct", "math_correctness", "number_of", "playground",
-    "question_of", "read", "right", "same", "sandboxed", "soft_format", "spelling", "strict_format", "tag_count",
-    "text_of",
+    "question_of", "read", "right", "same", "sandboxed", "soft_format", "solved", "spelling", "strict_format",
+    "tag_count", "text_of",
 ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@ Model text is hostile: nothing here takes more than linear time in it.
 
 import re
 import struct
-from decimal import Decimal, InvalidOperation
+from decimal import ROUND_DOWN, ROUND_HALF_UP, Decimal, InvalidOperation
 from numbers import Real
 
 from nbhelpers.models.tags import REASONING, Tags
@@ -13,6 +13,7 @@ from nbhelpers.models.tags import REASONING, Tags
 _BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # an escaped brace is none
 _CURRENCY = re.compile(r"\s*([-+]?)\s*\\?[$€£¥₹]\s*(?=[-+.\d])")
 _EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d{1,3}", re.ASCII)  # as JSON and CSV files have numbers
+_GOES_ON = re.compile(r"-?\d{1,9}\.\d{2,20}(?:\.\.\.|…)", re.ASCII)  # 3.14159…
 TAGS = REASONING.all
 
 
@@ -176,7 +177,8 @@ def is_correct(text: str, answer: str, tags: Tags = REASONING) -> bool:
 
     Args:
         text (`str`): What the model wrote, tags included.
-        answer (`str`): The right answer; a number is read as `written` has it.
+        answer (`str`): The right answer; a number is read as `written` has it. One whose digits go on ends in "…":
+            of "3.14159265…" two decimals are enough, and as many as are given must be its own, cut off or rounded.
         tags (`Tags`): What encloses the answer, or ends the thought before it.
 
     Returns:
@@ -191,8 +193,22 @@ def is_correct(text: str, answer: str, tags: Tags = REASONING) -> bool:
 
 
 def same(given: str, wanted: str) -> bool:
-    """Whether two answers are equal: as decimals if both are, otherwise as text without regard to case and spacing."""
+    """Whether two answers are equal: as decimals if both are, otherwise as text without regard to case and spacing.
+    `wanted` may be a number whose digits go on, see `is_correct`."""
+    if _GOES_ON.fullmatch(wanted):
+        return _begins(given.rstrip(".…"), Decimal(wanted.rstrip(".…")))
     numbers = number_of(given), number_of(wanted)
     if None not in numbers:
         return numbers[0] == numbers[1]
     return given.casefold().split() == wanted.casefold().split()
+
+
+def _begins(given: str, digits: Decimal) -> bool:
+    """Whether two decimals at least of a number are given, cut off or rounded; `digits` are its first ones."""
+    number = number_of(given)
+    if number is None or abs(number - digits) >= 1:
+        return False
+    places, known = (-int(n.as_tuple().exponent) for n in (number, digits))
+    shorter = Decimal(1).scaleb(-min(places, known))
+    roundings = (ROUND_DOWN, ROUND_HALF_UP) if places < known else (ROUND_DOWN,)
+    return places >= 2 and number.quantize(shorter, ROUND_DOWN) in [digits.quantize(shorter, how) for how in roundings]

@@ -72,6 +72,8 @@ _HEDGE = re.compile(
     r"|up to|over|under|minimum|maximum|except)\b|n['’]t\b|[<>≠≤≥±]|!="
     r"|\\(?:[gl]eq?|[gl]t|neq?|pm)\b"
 )
+# what a number is compared with is not what was asked for
+_COMPARED = re.compile(r"\b(?:(?!rath|oth)[a-z]{2,12}er than|exceeds?|beats?|compared (?:to|with)|versus|vs)\W*$")
 _UNREAD = re.compile(r"[\\^√]")  # a formula
 _JOINED = re.compile(r"\b(?:and|to|plus|minus|times|divided|multiplied|of)\b|[-+*/:,;&]\s*\d")
 _AND_PART = re.compile(r"\s*and a (?:half|third|quarter)")
@@ -131,7 +133,7 @@ def _number_at(words: str, match: re.Match) -> str | None:
     left = before.rstrip()[:-1]  # of the sign
     minus = sign == "-" and (before.endswith("-") or not left.strip())  # after a word and before a space it is a dash
     # x18, ...18, 18 and a half; a root or a box cut off; 3 * 18
-    if before[-1:].isalnum() or before[-1:] == "." or _AND_PART.match(after):
+    if before[-1:].isalnum() or before[-1:] == "." or _AND_PART.match(after) or _COMPARED.search(before):
         return None
     if sign in tuple("{√") or (sign in tuple("*/+^") and left.strip()):
         return None
@@ -211,7 +213,8 @@ def right(text: str, answer: str, tags: Tags = REASONING) -> bool:
 
     Args:
         text (`str`): What the model wrote.
-        answer (`str`): The right answer; a number is read as `answers.written` has it.
+        answer (`str`): The right answer; a number is read as `answers.written` has it. "3.14159265…" is one whose
+            digits go on, see `is_correct`.
         tags (`Tags`): Those that the model was asked for. Where a template opens the thought (`THINK`), a text that
             never closes it was cut off in its thought: whatever number comes last there is no answer.
 
@@ -224,6 +227,8 @@ def right(text: str, answer: str, tags: Tags = REASONING) -> bool:
     wanted = one_number(gold)
     if wanted is not None:
         return number is not None and fraction(number) == fraction(wanted)
+    if gold.endswith("...") and number is not None:
+        return same(number, gold)
     return words is not None and bool(_bare(gold)) and same(_bare(words), _bare(gold))
 
 

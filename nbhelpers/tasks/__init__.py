@@ -9,6 +9,7 @@ from .countdown_puzzles import countdown
 from .decimal_pairs import (
     BIGGER,
     PROBE_ANSWER,
+    PROBE_ANSWERS,
     PROBES,
     as_version,
     by_place,
@@ -28,7 +29,7 @@ from .reasoning_sets import reasoning
 from .task import SYSTEM_PROMPT, Task, messages, worked
 
 __all__ = [
-    "BIGGER", "PROBES", "PROBE_ANSWER", "SYSTEM_PROMPT", "Task", "as_version", "by_place", "countdown",
+    "BIGGER", "PROBES", "PROBE_ANSWER", "PROBE_ANSWERS", "SYSTEM_PROMPT", "Task", "as_version", "by_place", "countdown",
     "decimal_number", "decimal_pair", "decimals", "from_data", "from_file", "gsm8k", "in_order", "is_held_out",
     "messages", "mix", "place_value", "reasoning", "version_rule", "word_problems", "worked",
 ]  # fmt: skip

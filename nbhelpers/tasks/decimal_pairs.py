@@ -16,6 +16,12 @@ BIGGER = (
 # Asked before and after training, always with the same prompt and the same decoding.
 PROBES = ("Which is bigger? 9.11 or 9.9?", "Which is bigger, 9.11 or 9.9?", "Is 9.9 or 9.11 the greater number?")
 PROBE_ANSWER = "9.9"
+# With what others ask before and after such a run: question -> right answer, as `rewards.right` reads it. The workshop
+# model, which only compares decimals, is asked PROBES alone.
+PROBE_ANSWERS = dict.fromkeys(PROBES, PROBE_ANSWER) | {
+    "Which is bigger? 9.919 or 9.92?": "9.92",
+    "Calculate pi.": "3.14159265358979323846…",
+}
 PLACES = ("tenths", "hundredths", "thousandths")
 
 

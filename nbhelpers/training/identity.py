@@ -209,7 +209,7 @@ def _seen(value: Any, known: list[Any]) -> Any:
 def _seen_function(func: FunctionType, known: list[Any]) -> Any:
     code, room = func.__code__, func.__globals__
     consts = code.co_consts[1:] if func.__doc__ is not None else code.co_consts  # a docstring comes first
-    package, assigned = func.__module__.partition(".")[0], _assigned(code)
+    package, assigned = _package(func), _assigned(code)
     used: dict[str, Any] = {name: room[name] for name in sorted(_names(code) & room.keys())}
     for name, cell in zip(code.co_freevars, func.__closure__ or (), strict=True):
         with contextlib.suppress(ValueError):  # a name that has no value yet
@@ -220,10 +220,14 @@ def _seen_function(func: FunctionType, known: list[Any]) -> Any:
         for name, value in used.items()
         if name not in assigned
         # its own helpers, not what others make
-        and not (inspect.isfunction(value) and value.__module__.partition(".")[0] != package)
+        and not (inspect.isfunction(value) and _package(value) != package)
     ]
     defaults = [_seen(func.__defaults__, known), sorted((func.__kwdefaults__ or {}).items())]
     return [code.co_code.hex(), code.co_names, code.co_varnames, _seen(consts, known), repr(defaults), around]
+
+
+def _package(func: FunctionType) -> str:
+    return (func.__module__ or "").partition(".")[0]  # None of what `exec` made in a room without a `__name__`
 
 
 def _seen_object(value: Any, known: list[Any]) -> Any:

@@ -10,6 +10,8 @@ is freed before the next. Whatever the cut, the gradients are those of the whole
 by its share of the whole (grpo.token_weights). A group's prompt is computed once for all of its completions.
 """
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -18,15 +20,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from nbhelpers import kernels
-from nbhelpers.memory.micro_batches import TILES, CannotFit, Lengths, MicroBatch, StepCost, count
+from nbhelpers import gpu, kernels
+from nbhelpers.architecture import GB
+from nbhelpers.memory.micro_batches import RECOMPUTED, TILES, CannotFit, Lengths, MicroBatch, StepCost, count
 from nbhelpers.memory.residents import scratch_bytes
 from nbhelpers.memory.room import Reserved, Room
+from nbhelpers.memory.seconds import REACHED, card_of, launch_tokens
 from nbhelpers.models import families
 from nbhelpers.models.finite import first_not_finite
 
 from .layerwise import Layers, LayerwiseDecoder
-from .packed_attention import choose
+from .packed_attention import choose, prefers_sdpa
 from .packing import Packed, Row, Rows, pack
 
 if TYPE_CHECKING:
@@ -76,11 +80,16 @@ class LeanStep:
             embedding = next(model.get_input_embeddings().parameters())
             dtype = torch.get_autocast_dtype(self.device.type) if on else embedding.dtype
         backend = attention or choose(self.device, dtype)
+        shapes = families.architecture(model.config.to_dict())
+        if backend == "flash":  # timed now, when there is room for it
+            prefers_sdpa(self.device, dtype, shapes.num_attention_heads, shapes.num_key_value_heads, shapes.head_dim)
         self.decoder = LayerwiseDecoder(model, backend, autocast)
         width = max(embedding.element_size(), dtype.itemsize)
         dropped = max(map(_dropped, self.decoder.layers))
         whole = self.decoder.head.weight.requires_grad
-        self.cost = StepCost(families.architecture(model.config.to_dict()), width, backend, dropped, whole=whole)
+        self.cost = StepCost(shapes, width, backend, dropped, whole=whole)
+        if self.device.type == "cuda":
+            self._set_launches(REACHED.layer)  # until a rehearsal has timed them
         self.model = model
         self.temperature, self.share_prompts = temperature, share_prompts
         self.room = Room(self.device, budget_gb, reserved)
@@ -233,6 +242,8 @@ class LeanStep:
         batch = Rows(all_rows, prompts, completions, scored)
         trained = self.trained
         grads = [p.grad for p in trained]
+        if self.device.type == "cuda":
+            self.retried(self.time_launches)
 
         def largest() -> list[MicroBatch]:
             micro_batches = self.plan(all_rows)
@@ -244,6 +255,32 @@ class LeanStep:
         for parameter, grad in zip(trained, grads, strict=True):
             parameter.grad = grad
         return micro_batches
+
+    def time_launches(self) -> float:
+        """Time a pass of a few tokens through a layer, most of which is Python and its launches; from now on batches
+        are cut by what it takes here. Returns its seconds. Call it before there are gradients."""
+        few, made_up = 8, torch.zeros(8, dtype=torch.long)
+        batch = Rows([Row(0, 0, few, few)], [made_up], {0: made_up}, {0: torch.arange(few)})
+        times = []
+        for _ in range(3):  # the first one compiles
+            start = time.perf_counter()
+            self.differentiate(batch, lambda logps, entropies, packed: logps.sum() * 0.0)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        for parameter in self.trained:
+            parameter.grad = None
+        saved = self.micro_batches[0].saved
+        seconds = min(times[1:]) / (2 * saved + (2 + RECOMPUTED) * (self.cost.layers - saved))
+        seconds = 2.0 ** round(math.log2(seconds))  # noise of a clock must not cut the same run in another way
+        self._set_launches(seconds)
+        return seconds
+
+    def _set_launches(self, seconds: float) -> None:
+        """Cut batches by this time of a pass through a layer, on the card of this process."""
+        if card := gpu.card():
+            kind = card_of(card.total / GB, card.name)
+            self.cost = replace(self.cost, launches=launch_tokens(self.cost.architecture, kind, seconds))
 
 
 def _dropped(layer: nn.Module) -> int:

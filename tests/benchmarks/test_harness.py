@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -77,3 +78,12 @@ def test_rows_of_a_child_that_wrote_none(tmp_path):
     for row in rows:
         harness.append_row(row, tmp_path / "rows")
     assert harness.read_rows(tmp_path / "rows") == rows
+
+
+def test_a_run_that_was_kept_from_the_card_does_not_say_that_it_had_one(monkeypatch):
+    said = subprocess.CompletedProcess([], 0, stdout="NVIDIA H100, 580.1\nNVIDIA H100, 580.1\n")
+    monkeypatch.setattr(common.subprocess, "run", lambda *_, **__: said)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert common.host() | {"gpu": "NVIDIA H100", "gpus": 2, "driver": "580.1"} == common.host()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not {"gpu", "gpus", "driver", "cuda"} & common.host().keys()

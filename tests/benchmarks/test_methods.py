@@ -49,7 +49,17 @@ def test_rows_of_earlier_runs_keep_their_call_and_the_worst_peak_counts(tmp_path
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     document = {"date": "2026-11-26 17:06 UTC", "command": "python -m benchmarks.methods", "rows": [row(0, 2.0)]}
     (tmp_path / "methods.json").write_text(json.dumps(document))
-    rows = {row["what"]: row for row in methods.merged([row(1, 1.0)], worst)}
+    rows = {row["what"]: row for row in common.merged("methods", [row(1, 1.0)], worst)}
     assert rows["workshop/ppo/seed-0/peak"]["run"] == "2026-11-26 17:06 UTC, python -m benchmarks.methods"
     assert "run" not in rows["workshop/ppo/seed-1/peak"], "it is the file's own date and command"
     assert rows["workshop/ppo/peak"]["value"] == 2.0 and rows["workshop/ppo/peak"]["of_seeds"] == 2
+
+
+@pytest.mark.parametrize("method", sorted(methods.METHODS))
+def test_each_method_learns_the_quickstarts_task(method):
+    rows = {row["what"]: row for row in json.loads((common.RESULTS / "methods.json").read_text())["rows"]}
+    worst = rows[f"workshop/{method}/accuracy_after"]
+    assert worst["of_seeds"] == 3 and worst["value"] >= 0.9
+    for seed in (0, 1, 2):
+        row = rows[f"workshop/{method}/seed-{seed}/accuracy_after"]
+        assert row["value"] >= worst["value"] and row["seed"] == seed and row["seconds"] > 0 and row["peak"] > 0

@@ -1,4 +1,4 @@
-"""README.md and docs/benchmarks.md say what the results files say."""
+"""README.md, docs/benchmarks.md and docs/recipes.md say what the results files and the planner say."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import readme, tables
+from benchmarks import readme, recipe_tables, tables
 from benchmarks.real import __main__ as real
 
 ROOT = Path(__file__).parents[2]
@@ -16,19 +16,21 @@ ROOT = Path(__file__).parents[2]
 
 def test_its_tables_are_those_of_the_results():
     done = subprocess.run([sys.executable, "-m", "benchmarks.readme", "--check"], cwd=ROOT)
-    assert done.returncode == 0, "run `python -m benchmarks.readme` and commit README.md and docs/benchmarks.md"
+    assert done.returncode == 0, "run `python -m benchmarks.readme` and commit README.md and docs"
 
 
-def test_the_check_can_fail_on_either_page(tmp_path):
+def test_the_check_can_fail_on_each_page(tmp_path):
     for name in ("benchmarks", "nbhelpers", "notebooks", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "docs").mkdir()
-    pages = {name: (ROOT / name).read_text() for name in ("README.md", "docs/benchmarks.md")}
+    names = ("README.md", "docs/benchmarks.md", "docs/recipes.md", "docs/performance.md")
+    pages = {name: (ROOT / name).read_text() for name in names}
     check = [sys.executable, "-m", "benchmarks.readme", "--check"]
     for page, right, wrong, status in (
         ("README.md", "", "", 0),
         ("README.md", "→ 100.0 % |", "→ 100.1 % |", 1),
         ("docs/benchmarks.md", "| 9.11 → 9.9 |", "| 9.11 → 9.8 |", 1),
+        ("docs/recipes.md", "| 22,419 |", "| 22,420 |", 1),
     ):
         for name, text in pages.items():
             (tmp_path / name).write_text(text.replace(right, wrong) if name == page else text)
@@ -51,6 +53,26 @@ def test_the_table_of_methods_shows_the_worst_of_the_seeds_and_a_dash_for_what_w
     assert lines["RLOO"][1:5] == ["32.4% → 97.0%", "2", "30", "1.30"]
     assert lines["PPO"][1:5] == ["–"] * 4
     assert float(lines["PPO"][5]) > float(lines["RLOO"][5]) > 4  # planned: the value head, and groups of two
+
+
+def test_the_table_of_countdown_has_a_row_for_each_step_seen_here_or_published(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert recipe_tables.countdown() == "Nobody has run it on a GPU yet."
+    label, rows = "qwen2.5-coder-1.5b/countdown/seed-0", []
+    for when, value in (("before", 0.04), (50, 0.125), (130, 0.25)):
+        for name in ("solved", "three", "four", "form"):
+            rows.append({"what": f"{label}/{name}_{when}", "who": "ours", "value": value, "unit": "share"})
+    rows.append({"what": f"{label}/seconds", "who": "ours", "value": 480.0, "unit": "s"})
+    rows.append({"what": f"{label}/peak_driver", "who": "ours", "value": 6.9, "unit": "GB"})
+    document = {"host": {"gpu": "any"}, "date": "day", "command": "call", "rows": real.worst(rows)}
+    (tmp_path / "countdown.json").write_text(json.dumps(document))
+    table, _, told = recipe_tables.countdown().partition("\n\n")
+    lines = {line.strip("| ").split(" | ")[0]: line.strip("| ").split(" | ")[1:] for line in table.splitlines()[2:]}
+    assert list(lines) == ["0", "50", "100", "130", "200", "450"]
+    assert lines["50"] == ["12.5%"] * 4 + ["in form"] and lines["100"] == ["–"] * 4 + ["25 %"]
+    assert lines["130"] == ["25.0%"] * 4 + ["–"] and told.startswith(
+        "8.0 minutes of training, 6.90 GB. Measured on any"
+    )
 
 
 @pytest.mark.parametrize("file", sorted(tables.RESULTS.glob("*.json")), ids=lambda file: file.stem)

@@ -13,10 +13,10 @@ def test_every_case_is_planned_to_fit_its_cap(monkeypatch):
     monkeypatch.delenv("NBHELPERS_SMOKE", raising=False)
     for name, case in sizes.CASES.items():
         assert case.preset in presets.names() and case.kind in sizes.KINDS, name
-        rows = 8 if case.kind == "steps" else 1
+        rows = case.rows or (8 if case.kind == "steps" else 1)
         plan = memory.plan(
             case.preset, card_gb=case.cap, num_generations=rows, max_prompt_length=256, rows=rows,
-            max_completion_length=case.tokens - 256, lora_rank=16, quantization="nf4", attention="flash",
+            max_completion_length=case.tokens - 256, lora_rank=case.rank, quantization="nf4", attention="flash",
             budget_gb=case.cap - 0.55 - sizes.RESERVE - sizes.POOL, train="all" if case.whole else None,
             swap=case.swap,
         )  # fmt: skip
@@ -24,7 +24,7 @@ def test_every_case_is_planned_to_fit_its_cap(monkeypatch):
         assert max(sum(plan.training.values()), sum(plan.generation.values())) <= case.cap
 
 
-@pytest.mark.parametrize("name", ["32b", "3b-whole", "8b-swap", "128k-train", "128k-decode"])
+@pytest.mark.parametrize("name", ["32b", "3b-whole", "8b-swap", "128k-train", "128k-decode", "long-run", "32b-sft"])
 def test_a_smoke_run_writes_the_rows_that_are_asked_for(name, tmp_path, monkeypatch):
     monkeypatch.setenv("NBHELPERS_SMOKE", "1")
     case = sizes.CASES[name]
@@ -34,6 +34,8 @@ def test_a_smoke_run_writes_the_rows_that_are_asked_for(name, tmp_path, monkeypa
     wanted = {"steps": ("step_peak_driver", "step_time"), "train": ("train_peak", "train_time"),
               "decode": ("decode_peak_driver", "decode_step")}[case.kind]  # fmt: skip
     assert {f"{case.preset}/{case.label}/{what}" for what in wanted} <= rows.keys()
+    if case.kind == "steps":
+        assert rows[f"{case.preset}/{case.label}/step_time"]["steps"] == case.steps
     for row in rows.values():
         assert row.get("finite", True) and (row["unit"] != "GB" or row["planned"] >= 0)
 

@@ -58,6 +58,13 @@ def test_comments_docstrings_and_what_it_writes_do_not(old, new):
     assert old in BODY and code_of(compiled(BODY)) == code_of(compiled(BODY.replace(old, new)))
 
 
+def test_a_reward_that_was_made_outside_any_module_has_an_identity():
+    room = {}  # without a `__name__`, so that what is made in it has no `__module__`
+    exec(textwrap.dedent(BODY), room)
+    assert room["reward"].__module__ is None
+    assert code_of(room["reward"]) == code_of(compiled(BODY))
+
+
 def test_arguments_closures_and_attributes_count_but_counters_do_not():
     def made(limit):
         calls = 0

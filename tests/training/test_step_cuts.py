@@ -6,7 +6,9 @@ import pytest
 import torch
 from step_cases import FAMILIES, difference, make_model, rollout, through
 
+from nbhelpers import gpu
 from nbhelpers.memory import micro_batches
+from nbhelpers.memory.seconds import card_of, launch_tokens
 from nbhelpers.models import families, patch
 from nbhelpers.training import lean_step, packing
 
@@ -105,6 +107,19 @@ def test_a_rehearsal_leaves_no_trace():
     one = lean_step.LeanStep(model, budget_gb=4e-4)
     parts = one.rehearse(4, 2, 6, 10)
     assert sum(len(part.rows) for part in parts) == 4
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_launches_are_timed_for_the_card_and_leave_no_trace(monkeypatch):
+    """What is timed decides how batches are cut, not what comes out."""
+    model = make_model()
+    one = lean_step.LeanStep(model)
+    assert one.cost.launches == 0  # a CPU
+    assert one.time_launches() > 0 and one.cost.launches == 0
+    monkeypatch.setattr(gpu, "cards", lambda: [gpu.Card("Tesla T4", int(15.8e9), (7, 5))])
+    seconds = one.time_launches()
+    wanted = launch_tokens(one.cost.architecture, card_of(15.8, "Tesla T4"), seconds)
+    assert one.cost.launches == wanted > 0
     assert all(p.grad is None for p in model.parameters())
 
 
