@@ -129,7 +129,10 @@ def test_rows_slots_prompts_and_stages_do_not_matter(name, monkeypatch):
     staged = GraphEngine(model, kv_bits=8, kv_bytes=int(7.9 * 112 * token)).generate(texts, sampling)
     assert alike(staged, wanted) and len(stages) > 1
     monkeypatch.setattr(kv, "PREFILL_BYTES", 0)  # prompts in pieces of 16 tokens
-    assert alike(GraphEngine(model, kv_bits=8).generate(texts, sampling), wanted)
+    pieces = GraphEngine(model, kv_bits=8)
+    assert alike(pieces.generate(texts, sampling), wanted)
+    pieces._runner.cache.lower_right = True  # as on Ampere and newer
+    assert alike(pieces.generate(texts, sampling), wanted)
 
 
 def test_the_same_bytes_hold_about_twice_as_many():
