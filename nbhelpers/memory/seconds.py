@@ -144,12 +144,12 @@ def _through(a: Architecture) -> int:
     return 4 * (8 * a.hidden_size + 4 * a.intermediate_size + 2 * a.num_attention_heads * a.head_dim)
 
 
-def decoding_step(a: Architecture, card: Card, quantization: str, rows: int, tokens: float) -> float:
+def decoding_step(a: Architecture, card: Card, quantization: str, rows: int, tokens: float, kv_bits: int = 16) -> float:
     """Seconds in which each of `rows` rows, `tokens` tokens long by now, gets its next token."""
     tflops, gb_s, clocks = card.tflops * 1e12, card.gb_s * 1e9, card.clocks * 1e9
     numbers = a.num_hidden_layers * sum(m.out_features * m.in_features for m in a.linears())
     looked_up = 0 if a.tie_word_embeddings else 2 * a.vocab_size * a.hidden_size  # only the rows' own lines are read
-    keys = rows * tokens * kv_bytes_per_token(a.num_hidden_layers, a.num_key_value_heads, a.head_dim, 2)
+    keys = rows * tokens * kv_bytes_per_token(a.num_hidden_layers, a.num_key_value_heads, a.head_dim, 2, kv_bits)
     logits = 12 * rows * a.vocab_size  # fp32, written once and read twice
     read = (a.weight_bytes(quantization) - looked_up + keys + logits) / (gb_s * REACHED.decoding_memory)
     launches = a.num_hidden_layers * (REACHED.decoding_layer if card.ampere else REACHED.decoding_layer_old)
@@ -168,6 +168,6 @@ def generating(a: Architecture, card: Card, s: Setting, rows: int, fitting: int)
     for i in range(pieces):
         tokens = s.max_prompt_length + (i + 0.5) / pieces * s.max_completion_length
         together = max(1.0, min(rows, MAX_ROWS, fitting * full / tokens))
-        step = decoding_step(a, card, s.quantization, ceil(together), tokens)
+        step = decoding_step(a, card, s.quantization, ceil(together), tokens, s.kv_bits)
         seconds += step * s.max_completion_length / pieces * rows / together
     return seconds
