@@ -31,7 +31,8 @@ from benchmarks.real import __main__ as real
 from benchmarks.real import measure
 from nbhelpers import tasks
 
-RESULT = "methods"
+QUICKSTART, REAL = "methods", "methods_gpu"  # the files: each says of one machine what it measured
+MODEL = "qwen2.5-coder-1.5b"  # what the rows of --real call it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +53,14 @@ OF_TEXTS = {"learning_rate": 1e-4, "per_device_train_batch_size": 16}
 OF_REWARDS = ("reward_funcs", "engine", "tags", "stop_when")
 # a reference and a value head need an adapter on the workshop model
 LORA = 'QUANTIZATION, LORA_RANK, LEARNING_RATE = "none", 16, 3e-3\nSTEPS = '
+PAIRS = {"num_generations": 2, "beta": 0.1}
 PPO = {"num_generations": 2, "num_ppo_epochs": 2, "lam": 1.0, "kl_coef": 0.0, "learning_rate": 3e-3,
        "dynamic_sampling": 0}  # fmt: skip
 METHODS = {
     "grpo": Method("LeanGRPOConfig", "LeanGRPOTrainer"),
     "rloo": Method("LeanRLOOConfig", "LeanRLOOTrainer"),
     "sft": Method("LeanSFTConfig", "LeanSFTTrainer", {"learning_rate": 1e-3}, OF_TEXTS, texts=True, without=OF_REWARDS),
-    "online_dpo": Method(
-        "LeanOnlineDPOConfig", "LeanOnlineDPOTrainer", {"num_generations": 2, "beta": 0.1}, parameters=LORA + "45"
-    ),
+    "online_dpo": Method("LeanOnlineDPOConfig", "LeanOnlineDPOTrainer", PAIRS, PAIRS, parameters=LORA + "45"),
     "ppo": Method(
         "LeanPPOConfig", "LeanPPOTrainer", PPO, {"num_generations": 2, "dynamic_sampling": 0}, parameters=LORA + "120"
     ),
@@ -141,6 +141,14 @@ def of_quickstart(name: str, seed: int) -> list[common.Row]:
     return rows
 
 
+def of_real(args: argparse.Namespace) -> list[common.Row]:
+    """The model notebook once, on real weights."""
+    preset = json.dumps({"questions_per_step": args.questions_per_step})
+    job = vars(args) | {"weights": args.real, "model": MODEL, "label": args.method, "preset": preset,
+                        "train_on": "questions", "prompts": False, "executed": None}  # fmt: skip
+    return real.run(argparse.Namespace(**job))
+
+
 def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(common.ROOT), os.environ.get("PYTHONPATH", "")])}
 
@@ -154,18 +162,16 @@ def main() -> None:
     parser.add_argument("--questions", type=Path, help="a folder with train.jsonl and the test files")
     parser.add_argument("--mode", choices=real.MODES, default="7GB")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--questions-per-step", type=int, default=8, metavar="N")
+    parser.add_argument("--after-only", action="store_true", help="no scores before: they are another method's")
     parser.add_argument("--n", type=int, default=400, help="test questions of each kind")
     args = parser.parse_args()
-    if args.real is None:
-        rows = of_quickstart(args.method, args.seed)
-    else:
-        job = vars(args) | {"weights": args.real, "model": "qwen2.5-coder-1.5b", "label": args.method, "preset": "{}",
-                            "train_on": "questions", "prompts": False, "after_only": False}  # fmt: skip
-        rows = real.run(argparse.Namespace(**job))
+    name = QUICKSTART if args.real is None else REAL
+    rows = of_quickstart(args.method, args.seed) if args.real is None else of_real(args)
     if not rows:
         sys.exit("the run left no report")
-    rows = common.merged(RESULT, rows, real.worst)
-    common.publish(RESULT, rows, args.out)
+    rows = common.merged(name, rows, real.worst)
+    common.publish(name, rows, args.out)
     print(common.table(rows))
 
 

@@ -56,8 +56,9 @@ class Live(display.View, TrainerCallback):
             `length`, `shortest`, `longest` (tokens); `clipped` (share of answers cut off), `clip_ratio` (share of
             tokens); `zero_signal`; `kl`; `tokens` since the start; `speed` (tokens/s); `memory` (see
             `history.memory_now`); `seconds` since the start; `alike`, and `gaming`, that the reward is gamed and two of
-            the answers, as lines of text (see `gaming.why`). What was not logged is None or empty. After a resume the
-            steps of the earlier session are there too, without seconds.
+            the answers, as lines of text (see `gaming.why`). What was not logged is None or empty. An update that
+            learns again from the answers of an earlier one, as PPO's, has the numbers of those answers. After a
+            resume the steps of the earlier session are there too, without seconds.
         samples (`list[rewards.Sample]`): The newest answers. They come from `state.samples`, which LeanGRPOTrainer
             sets; with TRL's plain trainer there are none, and no format rate and no spread by group either.
         probed (`dict[int, list[evaluate.Answer]]`): The probes' answers by step; 0 is before the training.
@@ -110,7 +111,7 @@ class Live(display.View, TrainerCallback):
         """Start afresh, after a resume with the steps that TRL's log still has."""
         if not state.is_world_process_zero:
             return
-        self.history = [history.row_of(log) for log in state.log_history if history.is_step(log)]
+        self.history = history.rows_of(state.log_history)
         self.samples, self.pair, self._pairs, self.ended, self.handles = [], [], {}, None, []
         self.probed = {0: self.probes} if self.probes else {}
         self.total_steps = self._wanted_steps or state.max_steps
@@ -183,6 +184,7 @@ class Live(display.View, TrainerCallback):
             return  # the last log of a run holds its run time, not a step
         now = time.monotonic()
         row = history.row_of({**logs, "step": state.global_step})
+        row = history.after(row, self.history[-1] if self.history else None)
         row["seconds"], row["memory"] = now - self._started, history.memory_now()
         if row["tokens"] is not None and now > self._since:
             row["speed"] = (row["tokens"] - self._tokens) / (now - self._since)
@@ -243,6 +245,7 @@ class Live(display.View, TrainerCallback):
         recorded = {
             "recorded_run": 1,
             "model": model,
+            "method": self.method,
             "hardware": history.hardware(),
             "date": self._date.isoformat(),
             "versions": host.versions(),

@@ -30,6 +30,7 @@ def test_history_holds_what_trl_logs(clock):
         "length": 41.4, "shortest": 11.0, "longest": 60.0, "clipped": 0.02, "clip_ratio": 0.0, "zero_signal": 0.31,
         "kl": None, "tokens": 1000.0, "speed": 1000.0, "format": pytest.approx(1 / 3), "seconds": 1.0,
         "right": None, "alike": None, "gaming": [], "replaced": None, "loss": 0.0, "grad_norm": None,
+            "kl_answer": None, "margin": None, "agree": None, "value_loss": None,
     }  # fmt: skip
     assert [(row["step"], row["reward"], row["kl"]) for row in live.history] == [(1, 1.5, None), (2, 2.0, 0.5)]
     assert second["speed"] == pytest.approx(600.0)  # what drawing took since is not counted

@@ -173,6 +173,10 @@ class LeanOnlineDPOTrainer(RolloutTrainer):
         self._log_mean("rewards/margins", chosen - rejected)
         self._log_mean("rewards/accuracies", (chosen > rejected).float().masked_fill(tied[:, 0], torch.nan))
         self._log_mean("objective/kl", shifts)
+        rows = shifts.numel() * self.accelerator.num_processes
+        drawn = self._own(torch.tensor(list(self._logs["advantages"])[-rows:], device=shifts.device))
+        implicit = (beta * shifts).masked_fill(drawn.view(-1, 2) == 0, torch.nan)  # of a tie, or one replaced since
+        self._log_used({"implicit reward": implicit, "margin": implicit - implicit.flip(1)})
         return batch
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:

@@ -13,6 +13,7 @@ The hooks touch these private parts of TRL:
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from nbhelpers.models import adapter
@@ -118,6 +119,9 @@ class LeanPPOTrainer(RolloutTrainer):
         if args.whiten_rewards:
             rewards = whiten(rewards, counts, shift_mean=False, reduce=self.accelerator.reduce)
         advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
+        first = torch.stack((values[:, 0], advantages[:, 0])).masked_fill(scores.isnan(), torch.nan)
+        self._log_used({"value": first[0], "advantage of the first token": first[1]})
+        self._numbers().pop("frac_reward_zero_std", None)  # equal rewards teach too, each against its value
         advantages = whiten(advantages, counts, reduce=self.accelerator.reduce)
         return batch | {
             "advantages": advantages,

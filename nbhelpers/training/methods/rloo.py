@@ -97,7 +97,7 @@ class RLOOHooks(Hooks):
         mask = batch["completion_mask"]
         of_token = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]) * mask
         total, tokens = self.accelerator.reduce(torch.stack([of_token.sum(), mask.sum().float()])).tolist()
-        self._metrics["train" if self.model.training else "eval"]["kl"].append(total / max(tokens, 1.0))
+        self._numbers()["kl"].append(total / max(tokens, 1.0))
         return self.accelerator.gather(of_token.sum(-1))
 
 

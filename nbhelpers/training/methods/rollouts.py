@@ -1,10 +1,11 @@
 """What RLOO, Online DPO and PPO have in common: LeanGRPOTrainer's rollouts, and a loss that the lean step alone has.
 
-The hooks touch one private part of TRL: `_metrics`, the numbers that it logs.
+The hooks touch two private parts of TRL: `_metrics`, the numbers that it logs, and `_logs`, the newest rollout.
 """
 
+from collections import deque
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from trl.trainer.utils import use_adapter
 
 from nbhelpers.models import adapter
+from nbhelpers.rewards import Sample
 
 from .. import settings
 from ..config import LeanGRPOConfig
@@ -93,7 +95,18 @@ class RolloutTrainer(LeanGRPOTrainer):
         with use_adapter(self.accelerator.unwrap_model(self.model), None):
             return self._scored(batch)[0]
 
+    def _log_used(self, of_each: dict[str, Tensor]) -> None:
+        """Show what is learned from in place of an advantage over the group: float of B elements; NaN is left out."""
+        columns = self.accelerator.gather(torch.stack([x.flatten() for x in of_each.values()], dim=1)).tolist()
+        rows = self._logs.setdefault("used", deque(maxlen=self._logs["advantages"].maxlen))
+        rows.extend({name: x for name, x in zip(of_each, row, strict=True) if x == x} for row in columns)
+
+    def samples(self) -> list[Sample]:
+        """As LeanGRPOTrainer's, with what `_log_used` was told."""
+        samples = super().samples()
+        used = self._logs.get("used", ())
+        return [replace(one, advantage=None, used=x) for one, x in zip(samples, used, strict=False)] or samples
+
     def _log_mean(self, name: str, x: Tensor) -> None:
         """Log the mean of all processes' numbers, float of any shape; NaN is left out."""
-        mean = self.accelerator.gather(x.float().nanmean()).nanmean().item()
-        self._metrics["train" if self.model.training else "eval"][name].append(mean)
+        self._numbers()[name].append(self.accelerator.gather(x.float().nanmean()).nanmean().item())

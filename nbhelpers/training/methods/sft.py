@@ -108,7 +108,7 @@ class LeanSFTTrainer(ResumeHooks, StepHooks, WholeHooks, trl.SFTTrainer):
         )
         self._say_what_is_cut()
         for live in self._panels():
-            live.kept_however_it_ends, live.writes = True, False
+            live.method, live.kept_however_it_ends, live.writes = self._name, True, False
 
     def _lengths(self) -> list[int]:
         """Tokens of each of the first texts."""
@@ -194,13 +194,12 @@ class LeanSFTTrainer(ResumeHooks, StepHooks, WholeHooks, trl.SFTTrainer):
 
     def _measure(self, inputs: dict[str, Any], entropy: Tensor, counted: int, seconds: float) -> None:
         """Log what TRL logs, without the share of tokens guessed right, and the speed and the peak of GRPO's."""
-        training = self.model.training
-        metrics = self._metrics["train" if training else "eval"]
+        metrics = self._numbers()
         tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
         mine = torch.stack([entropy, *(torch.as_tensor(n, device=entropy.device) for n in (counted, tokens))])
         total, number, tokens = self.accelerator.reduce(mine, reduction="sum").tolist()
         metrics["entropy"].append(total / number if number else 0.0)
-        if training:
+        if self.model.training:
             self._total_train_tokens += int(tokens)
             metrics["tokens_per_second"].append(tokens / max(seconds, 1e-9))
         metrics["num_tokens"] = [self._total_train_tokens]
