@@ -72,7 +72,7 @@ def after(row: dict, before: dict | None) -> dict:
     if before is None or row["reward"] is not None or row["length"] is not None:
         return row
     again = {name: before[name] for name in METRICS if name not in OF_UPDATE and row[name] is None}
-    shown = {name: before[name] for name in ("rewards", "stds", "format", "within", "between")}
+    shown = {name: before[name] for name in ("rewards", "stds", "format", "within", "between", "speed")}
     return {**row, **again, **shown}
 
 

@@ -203,3 +203,14 @@ def test_a_real_run(tmp_path, capsys):
 
     with pytest.raises(RewardError, match=r"no reward function \(nothing\) scored any completion"):
         trainer([nothing], 5)[0].train()
+
+
+def test_tokens_per_second_are_those_of_all_updates_with_a_rollout(clock):
+    """TRL logs the tokens with the rollout; the updates that follow it take time too."""
+    live = panel.Live()
+    clock.step = 1.0
+    again = {"loss": 0.1}
+    run(live, [logs(), again, again, logs(num_tokens=5000.0)])
+    first, *_, last = (row["speed"] for row in live.history)
+    assert [row["speed"] for row in live.history[1:3]] == [first, first]
+    assert last == pytest.approx(4000 / 3)

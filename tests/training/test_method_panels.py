@@ -45,6 +45,9 @@ def test_an_update_with_the_answers_of_an_earlier_one_has_their_numbers(runs):
     assert all(row["rewards"] == {"nines": row["reward"]} and row["length"] for row in live.history)
     losses = [row["loss"] for row in live.history]
     assert len(set(losses)) == 7, "the loss is each update's own"
+    speeds = [row["speed"] for row in live.history]
+    assert speeds[0] == speeds[3] > 0 and speeds[4] == speeds[6] > 0
+    assert live.pair_step == 5 and "step 5: best answer" in seen(live)
     assert "none" not in live.line() and "reward none" not in seen(live)
     again = panel.history.rows_of(one.state.log_history[:7])  # as after a resume
     assert [row["reward"] for row in again] == [row["reward"] for row in live.history]
