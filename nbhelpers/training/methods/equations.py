@@ -13,8 +13,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-DPO_LOSSES = ("sigmoid", "ipo")
-
 
 def dpo_loss(margins: Tensor, beta: float, loss_type: str = "sigmoid") -> Tensor:
     """The loss of each pair, float [P]: -log sigmoid(beta m), or (m - 1 / (2 beta))^2 with "ipo".

@@ -20,7 +20,7 @@ from nbhelpers.rewards.guard import is_async, named
 from .. import losses, settings
 from ..lean_step import LeanStep
 from ..signal_hooks import Batch, Inputs
-from .equations import DPO_LOSSES, dpo_loss
+from .equations import dpo_loss
 from .rollouts import RolloutConfig, RolloutTrainer
 
 Judge = Callable[[list[Any], list[list[str]]], Sequence[int | None]]
@@ -37,7 +37,7 @@ class LeanOnlineDPOConfig(RolloutConfig):
     METHOD, TAKES = "online DPO", "pass a LeanOnlineDPOConfig, or TRL's OnlineDPOConfig"
     OWN = (
         settings.Setting("beta", settings.number(0, 1e6, above=True), "a number above 0", "0.1 is usual."),
-        settings.one_of("loss_type", DPO_LOSSES),
+        settings.one_of("loss_type", ("sigmoid", "ipo")),
     )
     ONLY: ClassVar[settings.Values] = {
         "num_generations": (2,), "num_generations_eval": (None, 2), "num_iterations": (1,), "delta": (None,),
