@@ -34,7 +34,7 @@ HELP = {
     "implicit reward": "beta times the log of an answer's probability over that under the reference",
     "value": "what the value head expected of an answer to the question",
     "advantage of the first token": "what came beyond the value, by GAE, not whitened yet; each token has its own",
-    "value loss": "of the value head: half the square of how far a value is from what came",
+    "value loss": "vf_coef times half the square of how far the values are from what came, a mean over tokens",
 }
 OF_METHOD = {  # what a number means with another method than GRPO
     "SFT": {"loss": "of the texts, nats a token", "tokens/s": "tokens of texts, by the time of the whole step"},
@@ -44,7 +44,7 @@ OF_METHOD = {  # what a number means with another method than GRPO
         "spread in a group": "standard deviation in a pair: only which answer has more is learned from",
     },
     "PPO": {
-        "loss": "the policy's and vf_coef times the value loss",
+        "loss": "the policy's, near 0 where a rollout is new, and the value loss",
         "spread in a group": "standard deviation among the answers to one question; PPO compares each with its value",
     },
 }
