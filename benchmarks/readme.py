@@ -14,6 +14,7 @@ from notebooks.build import badges
 
 from . import performance, recipe_tables
 from .fits import sizes, whole_learned
+from .method_tables import methods, peaks, real
 from .plots import plots
 from .tables import MODELS, ROOT, Results, number, table
 
@@ -248,38 +249,6 @@ def peers() -> str:
     return f"{table(['', 'peer', 'here', 'peer'], rows, words=2)}\n\nMeasured on {'; '.join(sorted(days))}."
 
 
-METHODS = {"grpo": "GRPO", "rloo": "RLOO", "sft": "SFT", "online_dpo": "Online DPO", "ppo": "PPO"}
-
-
-def methods() -> str:
-    """What each method learned of the quickstart's task, the worst of its seeds, and what it takes."""
-    results = Results("methods")
-    seeds = {row["what"]: row["of_seeds"] for row in results.document["rows"] if "of_seeds" in row}
-    rows, keys = [], []
-    for name, title in METHODS.items():
-        before, after, seconds, gb = (
-            f"workshop/{name}/{what}" for what in ("accuracy_before", "accuracy_after", "seconds", "peak")
-        )
-        shares = [results(before), results(after)]
-        right = "–" if None in shares else " → ".join(f"{share:.1%}" for share in shares)
-        plan = memory.plan(
-            "llama-3.2-1b",
-            8,
-            max_prompt_length=256,
-            max_completion_length=768,
-            rows=8,
-            method=name,
-            attention="efficient",
-        )
-        assert plan.fits, name
-        planned = max(plan.training_peak, plan.generation_peak)
-        count = number(seeds.get(after), 0)
-        rows.append([title, right, count, number(results(seconds), 0), number(results(gb)), number(planned)])
-        keys += [(what, "ours") for what in (after, seconds, gb)]
-    header = ["", "right, before → after", "seeds", "seconds", "GB, all of the process", "Llama-3.2-1B, GB (planned)"]
-    return f"{table(header, rows)}\n\n{results.source(*keys)}"
-
-
 def _minutes(seconds: float | None) -> str:
     return "–" if seconds is None else f"{seconds / 60:.1f}"
 
@@ -298,6 +267,8 @@ TABLES = {
     "engines": engines,
     "whole": whole,
     "methods": methods,
+    "methods_real": real,
+    "method_peaks": peaks,
     "sizes": sizes,
     "whole_learned": whole_learned,
     "planned_recipes": recipe_tables.planned,

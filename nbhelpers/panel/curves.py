@@ -44,7 +44,7 @@ def curves_of(history: list[dict]) -> dict[str, dict[str, list]]:
     """
 
     def column(name: str, key: str | None = None) -> list:
-        return [row[name] if key is None else row[name].get(key) for row in history]
+        return [row.get(name) if key is None else row[name].get(key) for row in history]
 
     names = functions(history)
     several = ["total", *names] if len(names) > 1 else names
@@ -61,13 +61,22 @@ def curves_of(history: list[dict]) -> dict[str, dict[str, list]]:
             "cut off": column("clipped"),
             "no signal": column("zero_signal"),
             "clipped": clip_ratio,
+            "agree": column("agree"),
         },
         "tokens an answer": {"mean": column("length"), "shortest": column("shortest"), "longest": column("longest")},
         "tokens / s": {"prompts and answers": column("speed")},
-        "KL to the start": {"KL": column("kl")},
+        "KL to the start": {"KL": column("kl"), "KL an answer": column("kl_answer")},
     }
+    margins = column("margin")
+    if any(margin is not None for margin in margins):  # what pairs teach, whose rewards have no other spread
+        plots = {"margin of a pair" if "spread" in name else name: curves for name, curves in plots.items()}
+        plots["margin of a pair"] = {"margin": margins}
     if learns_texts(history):
-        plots = {"loss": {"nats a token": column("loss")}, "tokens / s": plots["tokens / s"]}
+        plots = {
+            "loss": {"nats a token": column("loss")},
+            "gradient": {"before it is cut": column("grad_norm")},
+            "tokens / s": {"texts": column("speed")},
+        }
     logged = {}
     for label, curves in plots.items():
         known = {name: values for name, values in curves.items() if any(value is not None for value in values)}
@@ -188,8 +197,9 @@ def _plot(axes: "Axes", label: str, steps: list[int], curves: dict[str, list]) -
         axes.plot(steps, raw, ".", color=color, alpha=0.3, markersize=2.5)
         axes.plot(steps, values, linestyle=line, color=color, label=_short(name), linewidth=2.0 if i == 0 else 1.6)
     if label not in ("reward", "share"):
-        top = max((v for values in curves.values() for v in values if v is not None), default=0.0)
-        axes.set_ylim(0, 1.08 * top or 1)
+        known = [0.0, *(v for values in curves.values() for v in values if v is not None)]
+        low, high = 1.08 * min(known), 1.08 * max(known)
+        axes.set_ylim(low, high if high > low else 1)
 
 
 def _legend(axes: "Axes", columns: int) -> None:

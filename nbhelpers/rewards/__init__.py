@@ -10,7 +10,7 @@ in penalties.py, rewards for spelling and by a judge in prose.py, and checking.p
 of it can be imported from this package.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nbhelpers.models.tags import REASONING, THINK, Tags
 
@@ -56,12 +56,14 @@ class Sample:
         completion (`str`): What the model wrote.
         rewards (`dict[str, float | None]`): Score by reward function; a function that did not apply is missing or None.
         advantage (`float`, *optional*): Its advantage over its group, in the units of the loss.
+        used (`dict[str, float]`): What a method learns from that has no such advantage, by name.
     """
 
     prompt: str
     completion: str
     rewards: dict[str, float | None]
     advantage: float | None = None
+    used: dict[str, float] = field(default_factory=dict)
 
 
 # ---- the classic five rewards ----

@@ -40,16 +40,7 @@ ONE_CARD_EACH = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.
 
 
 class StepHooks(RunHooks):
-    """See the module. The trainers are what people use.
-
-    Args:
-        model, more, args, peft_config, kwargs: TRL's.
-        budget_gb (`float`, *optional*): What torch may allocate for training, weights included, GB (10^9 bytes); None
-            for what the card has.
-        max_skipped_steps (`int`): Updates in a row that may be skipped for gradients that are not finite, before the
-            run stops.
-        lean (`bool`): False leaves everything to TRL, to compare.
-    """
+    """See the module. The trainers are what people use; `LeanGRPOTrainer` says what the arguments are."""
 
     temperature: float = 1.0  # of the distribution that was sampled from
 

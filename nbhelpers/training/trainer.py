@@ -151,6 +151,7 @@ class LeanGRPOTrainer(StageHooks, SignalHooks, ResumeHooks, LeanStepHooks, Promp
         self._begin_signal(correct, rounds, tags)
         self.add_callback(Stopper(SILENCE, ends=False) if stop_when is None else Stopper(stop_when))
         for live in self._panels():
+            live.method = self._name
             live.engine = self.engine  # asks its probes with the engine that writes the completions
             live.tags, live.kept_however_it_ends = self.tags, True
             asked = live.probes[0].decoding.chat_template_kwargs if live.probes else None
