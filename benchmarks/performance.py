@@ -1,6 +1,6 @@
 """The table of docs/performance.md: how much faster than before, on one card."""
 
-from .tables import RESULTS, Results, number, table
+from .tables import Results, number, table
 
 BASE = "f990437"
 GOALS = {  # what was aimed at, as a ratio to before: of seconds and launches at most, of tokens/s at least
@@ -15,9 +15,9 @@ LEFT_OUT = "/step"  # its milliseconds are in the tokens/s already
 
 def ratios() -> str:
     """Every row of `python -m benchmarks.ratios`: before, now, their ratio, and the goal where there is one."""
-    if not (RESULTS / "ratios.json").exists():
-        return f"`python -m benchmarks.ratios`, which measures this tree beside {BASE}, has not been run on a GPU yet."
     results = Results("ratios")
+    if not results.values:
+        return f"`python -m benchmarks.ratios`, which measures this tree beside {BASE}, has not been run on a GPU yet."
     rows = []
     for what in dict.fromkeys(row["what"] for row in results.document["rows"] if not row["what"].endswith(LEFT_OUT)):
         before, ours = results(what, "before"), results(what)

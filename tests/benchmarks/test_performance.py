@@ -6,7 +6,7 @@ from benchmarks import performance, tables
 
 
 def test_what_was_not_run_is_said_to_be_not_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(performance, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert "has not been run" in performance.ratios()
 
 
@@ -22,8 +22,7 @@ def test_a_ratio_stands_beside_its_goal(tmp_path, monkeypatch):
     ]  # fmt: skip
     document = {"host": host, "date": "2026-11-26 21:05 UTC", "command": "call", "rows": rows}
     (tmp_path / "ratios.json").write_text(json.dumps(document))
-    for module in (performance, tables):
-        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     lines = performance.ratios().splitlines()
     assert "| `llama-3.1-8b/batch-8/decode`, tokens/s | 2000.000 | 2600.000 | 1.30 | 1.30 |" in lines
     assert "| `llama-3.1-8b/packed/seconds`, s | 6.000 | – | – | 0.20 |" in lines
