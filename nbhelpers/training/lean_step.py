@@ -250,6 +250,7 @@ class LeanStep:
             return micro_batches
 
         on_card = self.device.type == "cuda"
+        self.plan(all_rows)  # what cannot fit is refused with its own lengths, not those of what is timed
         with torch.random.fork_rng([self.device] if on_card else []):  # dropout's draws are as many as there are cuts
             if on_card:
                 self.retried(self.time_launches)

@@ -99,8 +99,10 @@ def test_what_cannot_fit_is_refused_with_the_numbers():
         lean_step.CannotFit, match=r"completion of 12 tokens after a prompt of \d+ needs .* GB.*budget_gb"
     ):
         one.plan(rollout()[0].rows)
-    with pytest.raises(lean_step.CannotFit):
-        one.rehearse(4, 4, 100, 200)
+    for device in ("cpu", "cuda"):  # where launches are timed on a few tokens first
+        one.device = torch.device(device)
+        with pytest.raises(lean_step.CannotFit, match="completion of 200 tokens after a prompt of 100 "):
+            one.rehearse(4, 4, 100, 200)
 
 
 def test_a_rehearsal_leaves_no_trace():
