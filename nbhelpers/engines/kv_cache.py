@@ -69,6 +69,11 @@ class KVCache:
             budget (`int`): Bytes that the cache may take; rows * length tokens fit.
         """
         self.free()  # first: the old block and the new one need not fit at the same time
+        if self.bits == 8:  # before the block: in fp32 the angles of a long slot are large
+            x, positions = torch.empty(1, dtype=self.dtype, device=self.device), torch.arange(length)[None]
+            cos, sin = self.rotary(x, positions.to(self.device))
+            self.angles = eight_bits.angles_of(cos[0], sin[0], self.dim)
+            del cos, sin
         size = rows * length * self.token_bytes
         if not size <= self.most <= budget:
             self.most = size  # torch would keep the old block besides the new one
@@ -81,9 +86,6 @@ class KVCache:
         if self.bits == 8:
             dtype, numbers = torch.int8, math.prod(shape)
             self.scales, block = block[numbers:].view(torch.float32).view(shape[:-1]), block[:numbers]
-            x, positions = torch.empty(1, dtype=self.dtype, device=self.device), torch.arange(length)[None]
-            cos, sin = self.rotary(x, positions.to(self.device))
-            self.angles = eight_bits.angles_of(cos[0], sin[0], self.dim)
         self.data = block.view(dtype).view(shape)
         strides = self.data.stride()
         addresses = [0 if t is None else t.data_ptr() for t in (self.scales, self.angles)]

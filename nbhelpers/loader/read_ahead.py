@@ -8,6 +8,7 @@ copies out of the page cache more slowly than the card takes it.
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import accumulate
 from queue import Queue
@@ -40,7 +41,7 @@ class ReadAhead:
 
     def __enter__(self) -> "ReadAhead":
         for _ in range(BUFFERS if self.names else 0):
-            self._free.put(torch.empty(PIECE, dtype=torch.uint8, pin_memory=self._device.type == "cuda"))
+            self._free.put(_buffer(pinned=self._device.type == "cuda"))
         self._thread.start()
         return self
 
@@ -86,6 +87,14 @@ class ReadAhead:
                         self._ready.put((buffer, count))
             except Exception as error:  # raised where the tensor is taken
                 self._ready.put(error)
+
+
+def _buffer(pinned: bool) -> Tensor:
+    """PIECE bytes, pinned if the machine lets so many be: copies are slower without."""
+    if pinned:
+        with suppress(RuntimeError):
+            return torch.empty(PIECE, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(PIECE, dtype=torch.uint8)
 
 
 def _fill(name: str, entry: Entry, part: Tensor, start: int) -> None:

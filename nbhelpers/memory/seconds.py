@@ -80,12 +80,15 @@ def card_of(gb: float, name: str = "") -> Card:
 
 
 def named(name: str) -> Card:
-    """The card of that name. Raises ValueError if none of CARDS is in it, with those that there are."""
+    """The card of that name, with the GB in it where they are another size of that card, as in "A100 80GB". Raises
+    ValueError if none of CARDS is in it, with those that there are."""
     card = card_of(0.0, name)
     if not re.search(rf"\b{card.name}\b", name):
         there = ", ".join(card.name for card in CARDS)
         raise ValueError(f"card={name!r} is not known; there are {there}. For another one leave it out: card_gb=24")
-    return card
+    size = re.search(r"(\d{1,3}) ?GB\b", name)
+    # a program is told up to 2 GB less than is sold: 15.0 of a T4's 16
+    return card._replace(gb=float(size[1])) if size and abs(float(size[1]) - card.gb) > 2 else card
 
 
 def of_a_step(a: Architecture, card: Card, s: Setting, batches: tuple[MicroBatch, ...], attention: str, fitting: int,

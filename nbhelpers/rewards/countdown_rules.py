@@ -30,8 +30,8 @@ _SPELLINGS = (
     (re.compile(r"\\div\b|÷"), "/"),
     (re.compile(r"[−–]"), "-"),
     (re.compile(r"\\[()\[\]]|\\(?:left|right)\b|\*\*|[`$]"), " "),
-    (re.compile(r"^ *(?:[-+*]|[0-9]{1,2}[.)]) ", re.MULTILINE), ""),  # the point of a list
 )
+_POINT = re.compile(r"^ *(?:[-+*]|[0-9]{1,2}[.)]) ", re.MULTILINE)  # of a list
 _PIECE = re.compile(r"(?<![\w.])[0-9+\-*/()= ]+")
 _GOES_ON = re.compile(r"\w|\.[0-9]")  # 3 * x, 3 * 2.5
 
@@ -89,6 +89,8 @@ def solved(text: str, solution: str, tags: Tags = REASONING) -> bool:
     said = (text if inside is None else inside)[-4 * LONGEST :]  # the last expression stands at the end
     for pattern, new in _SPELLINGS:
         said = pattern.sub(new, said)
+    if inside is None:  # in the place of the answer "- 3" is a sign
+        said = _POINT.sub("", said)
     last = ""
     for match in _PIECE.finditer(said):
         signs = set(match[0])

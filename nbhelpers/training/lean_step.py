@@ -242,8 +242,6 @@ class LeanStep:
         batch = Rows(all_rows, prompts, completions, scored)
         trained = self.trained
         grads = [p.grad for p in trained]
-        if self.device.type == "cuda":
-            self.retried(self.time_launches)
 
         def largest() -> list[MicroBatch]:
             micro_batches = self.plan(all_rows)
@@ -251,7 +249,12 @@ class LeanStep:
             self.differentiate(batch, lambda logps, entropies, packed: logps.sum() * 0.0)
             return micro_batches
 
-        micro_batches = self.retried(largest)
+        on_card = self.device.type == "cuda"
+        self.plan(all_rows)  # what cannot fit is refused with its own lengths, not those of what is timed
+        with torch.random.fork_rng([self.device] if on_card else []):  # dropout's draws are as many as there are cuts
+            if on_card:
+                self.retried(self.time_launches)
+            micro_batches = self.retried(largest)
         for parameter, grad in zip(trained, grads, strict=True):
             parameter.grad = grad
         return micro_batches

@@ -11,6 +11,7 @@ from nbhelpers.engines import Sampling, choose, forward
 from nbhelpers.engines import graph as graph_module
 from nbhelpers.engines.graph import GraphEngine
 from nbhelpers.engines.hf import HFEngine
+from nbhelpers.engines.kv_cache import KVCache
 from nbhelpers.kernels import eight_bits
 from nbhelpers.memory import kv
 
@@ -145,6 +146,23 @@ def test_the_same_bytes_hold_about_twice_as_many():
         rows[bits], _ = engine._stage([asked], 20_380, int(7.2e9), token)
         assert kv.rows_that_fit(int(7.2e9), 20_480, token) == {16: 2, 8: 5}[bits]
     assert kv.kv_bytes_per_token(32, 8, 128, 2, 8) < 0.52 * kv.kv_bytes_per_token(32, 8, 128, 2)
+
+
+def test_angles_are_made_before_the_block_that_takes_all_there_is(monkeypatch):
+    """In fp32 those of 128K tokens take 0.3 GB for a moment."""
+    cache, order, empty = KVCache(forward.Decoder(make("qwen2")), 8), [], torch.empty
+    rotary = cache.rotary
+
+    def counted(*size, **options):
+        order.extend(["block"] * (options.get("dtype") == torch.uint8))
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", counted)
+    cache.rotary = lambda *inputs: order.append("angles") or rotary(*inputs)
+    for _ in range(2):  # the second time the block is there already
+        cache.allocate(2, 32, 10**9)
+        assert cache.data is not None and cache.table[5] == cache.angles.data_ptr()
+    assert order == ["angles", "block"] * 2
 
 
 def test_a_text_of_zeros_is_not_divided_by_zero():

@@ -58,6 +58,21 @@ def test_whoever_stops_early_leaves_no_thread(shards, monkeypatch):
         ahead.take("b")
 
 
+def test_without_pinned_memory_a_checkpoint_is_read_all_the_same(shards, monkeypatch):
+    empty, asked = torch.empty, []
+
+    def refused(*size, pin_memory=False, **options):
+        if pin_memory:
+            asked.append(size)
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*size, **{**options, "device": CPU} if "device" in options else options)
+
+    monkeypatch.setattr(torch, "empty", refused)
+    with ReadAhead(shards, ["a", "b"], torch.device("cuda")) as ahead:
+        assert torch.equal(ahead.take("a"), TENSORS["a"]) and torch.equal(ahead.take("b"), TENSORS["b"])
+    assert len(asked) == read_ahead.BUFFERS
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "dynamic", "none", "kept"])
 def test_a_model_read_ahead_is_the_model(folder, tmp_path, quantization, monkeypatch):
     """As where the device is a card, from 16 bits and from a packed copy."""

@@ -193,5 +193,14 @@ def test_a_card_is_named_and_its_speed_and_size_are_planned(monkeypatch):
     assert memory.plan("qwen2.5-3b", 24).step_seconds == slower.step_seconds
     part = memory.plan("qwen2.5-3b", 24, card="H100")  # as much of it as another card has
     assert part.card_gb == 24 and part.speed_of == "H100" and part.step_seconds < faster.step_seconds
+    sizes = {
+        "A100": 40,
+        "NVIDIA A100-SXM4-80GB": 80,
+        "RTX 4060 Ti 8 GB": 8,
+        "Tesla T4 16GB": 15,
+        "NVIDIA H100 80GB HBM3": 80,
+    }
+    for name, gb in sizes.items():
+        assert memory.plan("qwen2.5-3b", card=name).card_gb == gb, name
     with pytest.raises(ValueError, match=r"card='Voodoo 2' is not known; there are RTX 4060, .*RTX 4090"):
         memory.plan("qwen2.5-3b", card="Voodoo 2")

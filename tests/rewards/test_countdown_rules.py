@@ -70,6 +70,13 @@ def test_what_does_not(text):
     assert not countdown_rules.solved(text, SOLUTION)
 
 
+@pytest.mark.parametrize("place", ["<answer>\n{}\n</answer>", r"So \boxed{{{}}}."])
+def test_in_the_place_of_the_answer_a_dash_is_a_sign_and_no_point_of_a_list(place):
+    assert countdown_rules.solved(place.format("- 3 + 83"), "83 - 3")
+    assert not countdown_rules.solved(place.format("- 5 * (19 - 3)"), SOLUTION)
+    assert countdown_rules.solved(place.format("1. (19 - 3) * 5"), SOLUTION)
+
+
 def test_other_tags_enclose_the_answer_too():
     text = "<think>19 - 3 * 5</think>\n(19 - 3) * 5 = 80"
     assert countdown_rules.solved(text, SOLUTION, THINK)

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from step_cases import FAMILIES, difference, make_model, rollout, through
 
 from nbhelpers import gpu
@@ -98,16 +99,22 @@ def test_what_cannot_fit_is_refused_with_the_numbers():
         lean_step.CannotFit, match=r"completion of 12 tokens after a prompt of \d+ needs .* GB.*budget_gb"
     ):
         one.plan(rollout()[0].rows)
-    with pytest.raises(lean_step.CannotFit):
-        one.rehearse(4, 4, 100, 200)
+    for device in ("cpu", "cuda"):  # where launches are timed on a few tokens first
+        one.device = torch.device(device)
+        with pytest.raises(lean_step.CannotFit, match="completion of 200 tokens after a prompt of 100 "):
+            one.rehearse(4, 4, 100, 200)
 
 
 def test_a_rehearsal_leaves_no_trace():
     model = make_model()
-    one = lean_step.LeanStep(model, budget_gb=4e-4)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout["default"] = torch.nn.Dropout(0.1)  # draws
+    one, draws = lean_step.LeanStep(model, budget_gb=4e-4), torch.get_rng_state()
     parts = one.rehearse(4, 2, 6, 10)
     assert sum(len(part.rows) for part in parts) == 4
     assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), draws)
 
 
 def test_launches_are_timed_for_the_card_and_leave_no_trace(monkeypatch):
