@@ -10,6 +10,7 @@ Imports start no thread, which a fork would lose. They may look for a GPU, which
 with one the tests take fresh processes (tests/conftest.py).
 """
 
+import atexit
 import gc
 import json
 import os
@@ -101,13 +102,19 @@ def run(asked: dict, connection: socket.socket) -> None:
     os.environ.update(asked["environment"])
     threading.Thread(target=lambda: connection.recv(1) or os._exit(1), daemon=True).start()
     program, *rest = asked["arguments"]
-    sys.path[0] = ""
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:1] = ["" if program == "-m" else os.path.dirname(os.path.abspath(program)), *filter(None, paths)]
     if program == "-m":
         sys.argv[:] = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     else:
         sys.argv[:] = [program, *rest]
         runpy.run_path(program, run_name="__main__")
+    # It came to its end. What Python does at its end, but for taking apart all that was imported: half a second.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(0)
 
 
 def ask(address: str, arguments: list[str]) -> None:

@@ -57,21 +57,23 @@ def script_of(path: Path) -> str:
     return text
 
 
-def said_by(path: Path, folder: Path) -> list[str]:
+def said_by(path: Path, folder: Path, warm: list[str]) -> list[str]:
     """What each answer prints, run in `folder` below its lesson."""
-    (folder / "lesson.py").write_text(script_of(path))  # Triton reads a kernel's source from its file
-    done = subprocess.run([sys.executable, "lesson.py"], cwd=folder, capture_output=True, text=True, timeout=1200)
+    script = script_of(path)
+    (folder / "lesson.py").write_text(script)  # Triton reads a kernel's source from its file
+    python = [sys.executable] if "TRITON_INTERPRET" in script else warm  # wanted before `import triton`
+    done = subprocess.run([*python, "lesson.py"], cwd=folder, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     return [said.removeprefix("\n") for said in done.stdout.split(MARK)[1:]]
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
-def test_every_exercise_has_an_answer_that_runs(path, tmp_path):
+def test_every_exercise_has_an_answer_that_runs(path, tmp_path, warm):
     text = cells_of(path, "markdown")[-1]
     exercises = re.findall(r"^\d+\. ", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
     answers = answers_of(path)
     assert len(exercises) == len(ANSWER.findall(text)) == len(answers) > 0
-    said = said_by(path, tmp_path)
+    said = said_by(path, tmp_path, warm)
     assert len(said) == len(answers)
     if path.stem not in SHORT:
         assert said == [told for _, told in answers]
