@@ -1,7 +1,7 @@
 """Python processes that have imported what is slow to import, forked from one that did it once.
 
     with warm_python.server() as command:         # a list: what stands for `python`
-        subprocess.run([*command, "script.py"])   # or [*command, "-m", "module", "argument"]
+        subprocess.run([*command, "script.py"])   # or [*command, "-m", "module", "argument"], or "-c"
 
 A notebook's kernel imports torch, transformers and TRL for six seconds of CPU time before it does anything. The server
 imports them and waits; the command is a small process that hands over its arguments, environment, folder and output,
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import types
 from contextlib import contextmanager, suppress
 from importlib import import_module
 
@@ -103,10 +104,14 @@ def run(asked: dict, connection: socket.socket) -> None:
     threading.Thread(target=lambda: connection.recv(1) or os._exit(1), daemon=True).start()
     program, *rest = asked["arguments"]
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    sys.path[:1] = ["" if program == "-m" else os.path.dirname(os.path.abspath(program)), *filter(None, paths)]
+    sys.path[:1] = ["" if program in ("-m", "-c") else os.path.dirname(os.path.abspath(program)), *filter(None, paths)]
     if program == "-m":
         sys.argv[:] = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif program == "-c":
+        sys.argv[:] = ["-c", *rest[1:]]
+        sys.modules["__main__"] = main = types.ModuleType("__main__")
+        exec(compile(rest[0], "<string>", "exec"), vars(main))
     else:
         sys.argv[:] = [program, *rest]
         runpy.run_path(program, run_name="__main__")

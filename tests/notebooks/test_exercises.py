@@ -30,6 +30,12 @@ SHORT: dict[str, tuple[tuple[str, str], ...]] = {
         ("preset.max_steps // 5", "1"), ("range(256)", "range(16)"), ('"max_steps": 5', '"max_steps": 1'),
     ),
 }  # fmt: skip
+# Here answers print the same all the same, and what they print is compared.
+SHORT_AND_TOLD = {
+    "04_one_set_of_weights": (
+        ("range(12)", "range(3)"), ("(0, 1, 11)", "(0, 1, 2)"), ('["a copy"][11]', '["a copy"][2]'),
+    ),
+}  # fmt: skip
 
 
 def cells_of(path: Path, kind: str) -> list[str]:
@@ -51,7 +57,7 @@ def script_of(path: Path) -> str:
     for code, _ in answers_of(path):
         parts += [f"print({MARK!r})", code]
     text = "\n\n".join(parts)
-    for old, new in SHORT.get(path.stem, ()):
+    for old, new in {**SHORT, **SHORT_AND_TOLD}.get(path.stem, ()):
         assert old in text, old
         text = text.replace(old, new)
     return text
