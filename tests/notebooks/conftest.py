@@ -1,7 +1,6 @@
 """What tests of notebooks share."""
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 
@@ -15,20 +14,6 @@ def build():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture
-def kernel(monkeypatch, warm, tmp_path):
-    """Makes Jupyter's kernel of a name a fork of `warm`."""
-
-    def named(name: str) -> None:
-        monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
-        argv = [*warm, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        spec = tmp_path / "jupyter" / "kernels" / name / "kernel.json"
-        spec.parent.mkdir(parents=True)
-        spec.write_text(json.dumps({"argv": argv, "display_name": name, "language": "python"}))
-
-    return named
 
 
 @pytest.fixture
