@@ -1,4 +1,6 @@
-"""Each exercise of a lesson has an answer that folds out, and the answer's code prints what stands below it."""
+"""Each exercise of a lesson has an answer that folds out, and the answer's code prints what stands below it.
+
+Lessons run as forks of a process that has imported what they import (`warm_python`)."""
 
 import json
 import re
