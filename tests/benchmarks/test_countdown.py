@@ -4,14 +4,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 from benchmarks import common, countdown
 from nbhelpers import replay
 
 
-def call(folder, *more: str) -> str:
-    command = [sys.executable, "-m", "benchmarks.countdown", "--steps", "3", "--every", "2", "--n", "8", *more]
+def call(python, folder, *more: str) -> str:
+    command = [*python, "-m", "benchmarks.countdown", "--steps", "3", "--every", "2", "--n", "8", *more]
     command += ["--out", str(folder / "out"), "--folder", str(folder / "run")]
     environment = os.environ | {"NBHELPERS_SMOKE": "1", "PYTHONPATH": str(common.ROOT), "OUT": str(folder / "back")}
     done = subprocess.run(command, cwd=common.ROOT, env=environment, capture_output=True, text=True)
@@ -19,13 +18,13 @@ def call(folder, *more: str) -> str:
     return done.stdout
 
 
-def test_a_run_that_was_stopped_goes_on_and_leaves_rows_and_a_run_to_replay(tmp_path):
-    call(tmp_path, "--minutes", "0")
+def test_a_run_that_was_stopped_goes_on_and_leaves_rows_and_a_run_to_replay(tmp_path, warm):
+    call(warm, tmp_path, "--minutes", "0")
     values = {row["what"]: row for row in json.loads((tmp_path / "out" / "countdown.json").read_text())["rows"]}
     assert "qwen2.5-coder-1.5b/countdown/solved_1" in values, "its time was over after the first step"
     before = values["qwen2.5-coder-1.5b/countdown/seconds"]["value"]
 
-    call(tmp_path)
+    call(warm, tmp_path)
     values = {row["what"]: row for row in json.loads((tmp_path / "out" / "countdown.json").read_text())["rows"]}
     label = "qwen2.5-coder-1.5b/countdown"
     for when in ("before", 1, 2, 3):
@@ -46,7 +45,7 @@ def test_a_run_that_was_stopped_goes_on_and_leaves_rows_and_a_run_to_replay(tmp_
     first = f"from pathlib import Path\nfrom nbhelpers import replay\nreplay.RUNS = Path({str(tmp_path)!r})"
     code = "\n\n".join([first, cells[0], "HELD_OUT = 8", *cells[1:]])
     environment = os.environ | {"PYTHONPATH": str(common.ROOT), "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "Agg"}
-    said = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, env=environment, text=True)
+    said = subprocess.check_output([*warm, "-c", code], cwd=tmp_path, env=environment, text=True)
     assert "REPLAY of a recorded run" in said and "held-out puzzles:\nstep   0: solved" in said
     assert said.count("\nstep ") >= 4 and "no run is recorded" not in said
 

@@ -52,10 +52,10 @@ def averaged(one, size: float) -> tuple[int, bool]:
     return len(calls), all(torch.equal(p.grad, mean) for p, mean in zip(parameters, wanted, strict=True))
 
 
-def test_two_processes_learn_what_trls_two_learn(tmp_path):
+def test_two_processes_learn_what_trls_two_learn(tmp_path, warm):
     from step_cases import in_two_processes
 
-    in_two_processes(__file__, tmp_path)
+    in_two_processes(warm, __file__, tmp_path)
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert one["lean"] and one["difference"] < 1e-4
     assert all(one["right"] + two["right"])
