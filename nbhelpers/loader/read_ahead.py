@@ -57,7 +57,7 @@ class ReadAhead:
         Raises ValueError for a file that ends too early, OSError for one that cannot be read, KeyError for a tensor
         that is not the next one.
         """
-        if self._left.popleft() != name:
+        if not self._left or self._left.popleft() != name:
             raise KeyError(f"{name} is taken out of order")
         entry = self._entries[name]
         result, done = torch.empty(entry.nbytes, dtype=torch.uint8, device=self._device), 0

@@ -20,7 +20,7 @@ def kv_bytes_per_token(layers: int, kv_heads: int, head_dim: int, width: int, bi
 
 def checked(kv_bits: int) -> int:
     """kv_bits itself. Raises ValueError for one that is not in KV_BITS."""
-    if kv_bits not in KV_BITS:
+    if type(kv_bits) is not int or kv_bits not in KV_BITS:
         raise ValueError(f"kv_bits={kv_bits!r}: it is 16, or 8 for keys and values that take half as much")
     return kv_bits
 

@@ -81,8 +81,11 @@ def card_of(gb: float, name: str = "") -> Card:
 
 def named(name: str) -> Card:
     """The card of that name, with the GB in it where they are another size of that card, as in "A100 80GB". Raises
-    ValueError if none of CARDS is in it, with those that there are."""
+    ValueError if none of CARDS is in it, with those that there are, and for a laptop's."""
     card = card_of(0.0, name)
+    if re.search("laptop|mobile|max-q", name, re.IGNORECASE):
+        raise ValueError(f"card={name!r}: a laptop's has less memory and speed than the card it is named after. Leave "
+                         "it out and say how much: card_gb=16")  # fmt: skip
     if not re.search(rf"\b{card.name}\b", name):
         there = ", ".join(card.name for card in CARDS)
         raise ValueError(f"card={name!r} is not known; there are {there}. For another one leave it out: card_gb=24")

@@ -56,6 +56,10 @@ def test_whoever_stops_early_leaves_no_thread(shards, monkeypatch):
     assert not ahead._thread.is_alive()
     with ReadAhead(shards, ["a", "b"], CPU) as ahead, pytest.raises(KeyError, match="out of order"):
         ahead.take("b")
+    with ReadAhead(shards, ["a"], CPU) as ahead:
+        ahead.take("a")
+        with pytest.raises(KeyError, match="out of order"):
+            ahead.take("a")
 
 
 def test_without_pinned_memory_a_checkpoint_is_read_all_the_same(shards, monkeypatch):

@@ -197,8 +197,9 @@ def test_keys_and_values_in_8_bits_are_planned_in_half_the_room():
     assert "keys and values in 8 bits" in str(plans[1].setting) and "8 bits" not in str(plans[0].setting)
     preset = replace(presets.get("llama-3.1-8b"), kv_bits=8)
     assert memory.plan(preset, card_gb=15, **LONG) == replace(plans[1], preset=preset.on_card(15))
-    with pytest.raises(ValueError, match="kv_bits=4: it is 16, or 8"):
-        memory.plan("llama-3.1-8b", card_gb=15, kv_bits=4)
+    for wrong in (4, 8.0, True):
+        with pytest.raises(ValueError, match=f"kv_bits={wrong}: it is 16, or 8"):
+            memory.plan("llama-3.1-8b", card_gb=15, kv_bits=wrong)
 
 
 def test_on_tight_cards_fewer_are_written_than_fit_beside_nothing():

@@ -204,3 +204,5 @@ def test_a_card_is_named_and_its_speed_and_size_are_planned(monkeypatch):
         assert memory.plan("qwen2.5-3b", card=name).card_gb == gb, name
     with pytest.raises(ValueError, match=r"card='Voodoo 2' is not known; there are RTX 4060, .*RTX 4090"):
         memory.plan("qwen2.5-3b", card="Voodoo 2")
+    with pytest.raises(ValueError, match=r"a laptop's has less memory .*card_gb=16"):
+        memory.plan("qwen2.5-3b", card="NVIDIA GeForce RTX 4090 Laptop GPU")
