@@ -8,6 +8,7 @@ In a `warm` job the model has one layer and nothing counts: it is there so that 
 
 import gc
 import importlib
+import importlib.util
 import json
 import statistics
 import sys
@@ -22,7 +23,6 @@ from typing import Any
 import torch
 from torch import nn
 
-GB = 1e9
 Job = dict[str, Any]
 RowWriter = Callable[..., None]  # (metric, value, unit, **more)
 
@@ -31,6 +31,19 @@ OLD = {
     "models.quantize": "quantize", "models.smoke": "smoke", "training.lean_step": "step",
     "training.objective": "objective", "training.trainer": "trainer",
 }  # fmt: skip
+
+
+def _timing() -> Any:
+    """benchmarks/timing.py of the tree that this file is in, whichever is measured: the other has none."""
+    spec = importlib.util.spec_from_file_location("timing", Path(__file__).parents[1] / "timing.py")
+    assert spec and spec.loader
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+timing = _timing()
+wait, timed, driver_gb, GB = timing.wait, timing.timed, timing.driver_gb, timing.GB
 
 
 def module(name: str) -> Any:
@@ -66,35 +79,12 @@ def build(job: Job) -> Any:
     return random_model.make(shape(job), torch.device("cuda" if torch.cuda.is_available() else "cpu"), dtype(), 16)
 
 
-def wait() -> None:
-    """Until the GPU has done all that was asked of it."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def timed(call: Callable, *args: Any) -> float:
-    """Seconds of a call, until the GPU is done with it."""
-    wait()
-    start = time.perf_counter()
-    call(*args)
-    wait()
-    return time.perf_counter() - start
-
-
 def fresh() -> None:
     """Nothing of the measurement before is left in torch's caches."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-
-
-def driver_gb() -> float:
-    """Memory in use on the card, whoever uses it."""
-    if not torch.cuda.is_available():
-        return 0.0
-    free, total = torch.cuda.mem_get_info()
-    return (total - free) / GB
 
 
 def attempt(job: Job, call: Callable, *args: Any) -> Any:
