@@ -47,7 +47,7 @@ BEHIND = {  # tag of a cell -> what runs behind it
 
 def script(job: dict[str, Any]) -> str:
     """The lesson's code without its install cell, and behind its cells what is exchanged and measured."""
-    parts = [f"import json\nJOB = json.loads({json.dumps(json.dumps(job))})", cells.CARD]
+    parts = [cells.begin(job)]
     for tags, source in common.code_cells(NOTEBOOK):
         parts += [source, *(BEHIND[tag] for tag in tags & BEHIND.keys())]
     return "\n\n".join(parts)
