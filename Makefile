@@ -40,12 +40,11 @@ test: .venv/ready .venv/browser
 	@$(BIN)/ruff format --check .
 	@echo "pytest: the unit tests, and mypy over the package (tests/test_typing.py)"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests --ignore=tests/browser
-	@echo "a real browser: JupyterLab and the site"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -rs tests/browser
-	@echo "nbmake: the quickstart and one notebook of each kind of model, in smoke mode, from top to bottom"
+	@echo "nbmake: the quickstart and one notebook of each kind of model, in smoke mode, from top to bottom;"
+	@echo "a real browser beside it, which the quickstart would leave a core to: JupyterLab and the site"
 	@rm -rf runs/smoke && mkdir -p runs/smoke && cd notebooks/models && cp $(SMOKED) ../../runs/smoke
-	@NBHELPERS_SMOKE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 \
-		notebooks/00*.ipynb runs/smoke
+	@NBHELPERS_SMOKE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rs \
+		--nbmake --nbmake-timeout=300 notebooks/00*.ipynb tests/browser runs/smoke
 
 # Kills, signals, full disks, twins, flipped bits: the table in docs/reliability.md. An hour; as root it fills small disks too.
 torture: .venv/ready

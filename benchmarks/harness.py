@@ -15,8 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,10 @@ import torch
 from benchmarks import common, random_model
 from nbhelpers import architecture, gpu, memory, presets
 from nbhelpers.architecture import Architecture
+
+from .timing import driver_gb as driver_gb
+from .timing import timed as timed
+from .timing import wait as wait
 
 GB = architecture.GB
 Job = dict[str, Any]
@@ -75,29 +78,6 @@ def kv_token_bytes(shape: Architecture, dtype: torch.dtype) -> int:
 
 
 # ---- time and memory ----
-
-
-def wait() -> None:
-    """Until the GPU has done all that was asked of it; nothing on a CPU."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def timed(call: Callable, *args: Any) -> float:
-    """Seconds of `call(*args)`, until the GPU is done with it."""
-    wait()
-    start = time.perf_counter()
-    call(*args)
-    wait()
-    return time.perf_counter() - start
-
-
-def driver_gb() -> float:
-    """Memory in use on the card, whoever uses it: run it alone. GB; 0 without a GPU."""
-    if not torch.cuda.is_available():
-        return 0.0
-    free, total = torch.cuda.mem_get_info()
-    return (total - free) / GB
 
 
 @contextmanager

@@ -2,16 +2,20 @@
 
     python -m benchmarks.methods --method rloo --seed 0      the quickstart: workshop/rloo/seed-0/accuracy_after, ...
     python -m benchmarks.methods --real WEIGHTS --questions FOLDER --method rloo     60 steps of the real 1.5B, on a GPU
+    python -m benchmarks.methods --join a/methods_gpu.json b/methods_gpu.json        calls with --out, in one file
 
 A method is one line of METHODS: the names of its config and its trainer in nbhelpers, and what it sets otherwise than
 the notebook does. The cells call them as they call LeanGRPOConfig and LeanGRPOTrainer; settings that a method does not
 have (`num_generations` of SFT, say) and the arguments in `without` are left out. A method that learns from texts gets a
 column `completion`.
 
-One run a call; its rows replace those of the same method and seed in benchmarks/results/methods.json. A row without a
-seed is the worst of its seeds. `seconds` is `train()` alone. `peak` is the process's, weights and libraries included:
-what torch allocated on a GPU, resident memory on a CPU. --real is `python -m benchmarks.real` with --mode and --n as
-there; its curve is in the row `curve`.
+One run a call; its rows replace those of the same method and seed in benchmarks/results/methods.json, those of --real
+in methods_gpu.json. A row without a seed is the worst of its seeds. `seconds` is `train()` alone. `peak` is the
+process's, weights and libraries included: what torch allocated on a GPU, resident memory on a CPU.
+
+--real is `python -m benchmarks.real` with --mode, --n and --after-only as there, and 8 questions a step: 64 answers, in
+groups of 8, or of 2 with online DPO and PPO, or 16 worked answers of SFT. In the row `curve` are its `points`: step,
+reward, loss, share of right answers. With NBHELPERS_SMOKE=1 WEIGHTS is any word, and the model a small random one.
 """
 
 import argparse
@@ -27,11 +31,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common, quickstart
+from benchmarks.method_tables import MODEL
 from benchmarks.real import __main__ as real
 from benchmarks.real import measure
 from nbhelpers import tasks
 
-RESULT = "methods"
+QUICKSTART, REAL = "methods", "methods_gpu"  # the files: each says of one machine what it measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,18 +57,14 @@ OF_TEXTS = {"learning_rate": 1e-4, "per_device_train_batch_size": 16}
 OF_REWARDS = ("reward_funcs", "engine", "tags", "stop_when")
 # a reference and a value head need an adapter on the workshop model
 LORA = 'QUANTIZATION, LORA_RANK, LEARNING_RATE = "none", 16, 3e-3\nSTEPS = '
-PPO = {"num_generations": 2, "num_ppo_epochs": 2, "lam": 1.0, "kl_coef": 0.0, "learning_rate": 3e-3,
-       "dynamic_sampling": 0}  # fmt: skip
+PAIRS = {"num_generations": 2, "beta": 0.1}
+PPO = {"num_generations": 2, "num_ppo_epochs": 2, "lam": 1.0, "kl_coef": 0.0, "dynamic_sampling": 0}
 METHODS = {
     "grpo": Method("LeanGRPOConfig", "LeanGRPOTrainer"),
     "rloo": Method("LeanRLOOConfig", "LeanRLOOTrainer"),
     "sft": Method("LeanSFTConfig", "LeanSFTTrainer", {"learning_rate": 1e-3}, OF_TEXTS, texts=True, without=OF_REWARDS),
-    "online_dpo": Method(
-        "LeanOnlineDPOConfig", "LeanOnlineDPOTrainer", {"num_generations": 2, "beta": 0.1}, parameters=LORA + "45"
-    ),
-    "ppo": Method(
-        "LeanPPOConfig", "LeanPPOTrainer", PPO, {"num_generations": 2, "dynamic_sampling": 0}, parameters=LORA + "120"
-    ),
+    "online_dpo": Method("LeanOnlineDPOConfig", "LeanOnlineDPOTrainer", PAIRS, PAIRS, parameters=LORA + "45"),
+    "ppo": Method("LeanPPOConfig", "LeanPPOTrainer", PPO | {"learning_rate": 3e-3}, PPO, parameters=LORA + "120"),
 }
 
 
@@ -141,31 +142,43 @@ def of_quickstart(name: str, seed: int) -> list[common.Row]:
     return rows
 
 
+def of_real(args: argparse.Namespace) -> list[common.Row]:
+    """The model notebook once, on real weights."""
+    preset = json.dumps({"questions_per_step": args.questions_per_step})
+    job = vars(args) | {"weights": args.real, "model": MODEL, "label": args.method, "preset": preset,
+                        "train_on": "questions", "prompts": False, "executed": None}  # fmt: skip
+    return real.run(argparse.Namespace(**job))
+
+
 def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(common.ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=METHODS, required=True)
+    parser.add_argument("--method", choices=METHODS)
+    parser.add_argument("--join", nargs="+", type=Path, help="run nothing, put the rows of these files together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder of the results file, instead of benchmarks/results")
     parser.add_argument("--real", type=Path, metavar="WEIGHTS", help="a GGUF file, or a folder with safetensors")
     parser.add_argument("--questions", type=Path, help="a folder with train.jsonl and the test files")
     parser.add_argument("--mode", choices=real.MODES, default="7GB")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--questions-per-step", type=int, default=8, metavar="N")
+    parser.add_argument("--after-only", action="store_true", help="no scores before: they are another method's")
     parser.add_argument("--n", type=int, default=400, help="test questions of each kind")
     args = parser.parse_args()
-    if args.real is None:
-        rows = of_quickstart(args.method, args.seed)
-    else:
-        job = vars(args) | {"weights": args.real, "model": "qwen2.5-coder-1.5b", "label": args.method, "preset": "{}",
-                            "train_on": "questions", "prompts": False, "after_only": False}  # fmt: skip
-        rows = real.run(argparse.Namespace(**job))
+    if args.join:
+        common.join(args.join[0].stem, args.join, args.out or common.RESULTS, real.worst)
+        return
+    if args.method is None:
+        parser.error("which --method?")
+    name = QUICKSTART if args.real is None else REAL
+    rows = of_quickstart(args.method, args.seed) if args.real is None else of_real(args)
     if not rows:
         sys.exit("the run left no report")
-    rows = common.merged(RESULT, rows, real.worst)
-    common.publish(RESULT, rows, args.out)
+    rows = common.merged(name, rows, real.worst)
+    common.publish(name, rows, args.out)
     print(common.table(rows))
 
 

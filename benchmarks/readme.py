@@ -1,4 +1,4 @@
-"""Write the tables of README.md, docs/benchmarks.md and docs/recipes.md: no figure in them is typed. They come from
+"""Write the tables of README.md and of pages in docs/: no figure in them is typed. They come from
 benchmarks/results/*.json, and from the planner where the table says so.
 
 python -m benchmarks.readme           # rewrites what stands between the markers in these pages
@@ -12,8 +12,9 @@ from nbhelpers import memory, presets
 from notebooks.build import MODELS as NOTEBOOKS
 from notebooks.build import badges
 
-from . import recipe_tables
+from . import performance, recipe_tables
 from .fits import sizes, whole_learned
+from .method_tables import methods, peaks, real
 from .plots import plots
 from .tables import MODELS, ROOT, Results, number, table
 
@@ -63,11 +64,13 @@ def kernels() -> str:
     rows, keys = [], []
     for name, title in MODELS.items():
         key = f"{name}/decoder_layer"
-        for metric, unit, digits in (("forward+backward", "ms", 1), ("saved", "GB", 2), ("peak", "GB", 2)):
+        for metric, unit, digits in (("forward+backward", "ms of its kernels", 1),
+                                     ("forward+backward/wall", "ms by the clock, Python included", 1),
+                                     ("saved", "GB", 2), ("peak", "GB", 2)):  # fmt: skip
             ours, stock = results(f"{key}/{metric}"), results(f"{key}/{metric}", "stock")
             keys.append((f"{key}/{metric}", "ours"))
             values = [number(ours, digits), number(stock, digits), ratio(ours, stock)]
-            rows.append([f"{title}, one layer, {metric} ({unit})", *values])
+            rows.append([f"{title}, one layer, {metric.removesuffix('/wall')} ({unit})", *values])
     key = "llama-3.1-8b/linear_logprob 32768x128256/forward+backward"
     for metric, unit, digits in (("", "ms", 1), ("/peak", "GB", 2)):
         ours, trl = results(key + metric), results(key + metric, "trl")
@@ -246,38 +249,6 @@ def peers() -> str:
     return f"{table(['', 'peer', 'here', 'peer'], rows, words=2)}\n\nMeasured on {'; '.join(sorted(days))}."
 
 
-METHODS = {"grpo": "GRPO", "rloo": "RLOO", "sft": "SFT", "online_dpo": "Online DPO", "ppo": "PPO"}
-
-
-def methods() -> str:
-    """What each method learned of the quickstart's task, the worst of its seeds, and what it takes."""
-    results = Results("methods")
-    seeds = {row["what"]: row["of_seeds"] for row in results.document["rows"] if "of_seeds" in row}
-    rows, keys = [], []
-    for name, title in METHODS.items():
-        before, after, seconds, gb = (
-            f"workshop/{name}/{what}" for what in ("accuracy_before", "accuracy_after", "seconds", "peak")
-        )
-        shares = [results(before), results(after)]
-        right = "–" if None in shares else " → ".join(f"{share:.1%}" for share in shares)
-        plan = memory.plan(
-            "llama-3.2-1b",
-            8,
-            max_prompt_length=256,
-            max_completion_length=768,
-            rows=8,
-            method=name,
-            attention="efficient",
-        )
-        assert plan.fits, name
-        planned = max(plan.training_peak, plan.generation_peak)
-        count = number(seeds.get(after), 0)
-        rows.append([title, right, count, number(results(seconds), 0), number(results(gb)), number(planned)])
-        keys += [(what, "ours") for what in (after, seconds, gb)]
-    header = ["", "right, before → after", "seeds", "seconds", "GB, all of the process", "Llama-3.2-1B, GB (planned)"]
-    return f"{table(header, rows)}\n\n{results.source(*keys)}"
-
-
 def _minutes(seconds: float | None) -> str:
     return "–" if seconds is None else f"{seconds / 60:.1f}"
 
@@ -296,14 +267,18 @@ TABLES = {
     "engines": engines,
     "whole": whole,
     "methods": methods,
+    "methods_real": real,
+    "method_peaks": peaks,
     "sizes": sizes,
     "whole_learned": whole_learned,
     "planned_recipes": recipe_tables.planned,
     "planned_stages": recipe_tables.stages,
     "measured_recipes": recipe_tables.measured,
     "r1": recipe_tables.r1,
+    "countdown": recipe_tables.countdown,
+    "ratios": performance.ratios,
 }
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "recipes.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "recipes", "performance")))
 
 
 def render(text: str) -> str:

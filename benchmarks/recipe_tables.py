@@ -1,4 +1,4 @@
-"""The tables of docs/recipes.md: what the planner says of published runs, and what was measured of them."""
+"""The tables of recipes that others published: what the planner says of them, and what was measured here."""
 
 from nbhelpers import memory, recipes
 
@@ -54,8 +54,8 @@ def stages() -> str:
 
 def measured() -> str:
     """What a GPU took for the recipes' shapes, with random weights, beside what was planned for that card."""
-    results = _of("sizes")
-    found = {} if results is None else {row["what"]: row for row in results.document["rows"] if row["who"] == "ours"}
+    results = Results("sizes")
+    found = {row["what"]: row for row in results.document["rows"] if row["who"] == "ours"}
     rows = [
         [name, words, *(number(found.get(what, {}).get(key), 2) for key in ("value", "planned"))]
         for what, (name, words) in MEASURED.items()
@@ -65,11 +65,11 @@ def measured() -> str:
 
 def r1() -> str:
     """Lesson 6: right answers after its stages, the worst of the seeds."""
-    results = _of("recipes")
+    results = Results("recipes")
     stages = {"before": "the base", "zero": "R1-Zero: RL alone", "rl": "cold start, then RL",
               "sft": "the base, after SFT on what was kept", "after": "then RL with a second reward"}  # fmt: skip
     keys = [(f"workshop/r1_recipe/accuracy_{stage}", "ours") for stage in stages]
-    shares = [None if results is None else results(*key) for key in keys]
+    shares = [results(*key) for key in keys]
     rows = [
         [title, "–" if share is None else f"{share:.1%}"] for title, share in zip(stages.values(), shares, strict=True)
     ]
@@ -80,15 +80,31 @@ def _most(plan: memory.Plan) -> float:
     return max(sum(plan.generation.values()), sum(plan.training.values()))
 
 
-def _source(results: Results | None, whats: list[str]) -> str:
+def _source(results: Results, whats: list[str]) -> str:
     """Where the figures of these rows are from."""
-    there = [(what, "ours") for what in whats if results is not None and results(what) is not None]
-    return results.source(*there) if results is not None and there else "Not measured yet: a dash is no figure."
+    there = [(what, "ours") for what in whats if results(what) is not None]
+    return results.source(*there) if there else "Not measured yet: a dash is no figure."
 
 
-def _of(name: str) -> Results | None:
-    """A results file, None before its first row is committed."""
-    try:
-        return Results(name)
-    except FileNotFoundError:
-        return None
+PUBLISHED = {50: "in form", 100: "25 %", 200: "40 %", 450: "50 %"}  # mini-R1's 3B, by step
+
+
+def countdown(label: str = "qwen2.5-coder-1.5b/countdown") -> str:
+    """What a real model learned of Countdown, by step, beside what others published of theirs."""
+    results = Results("countdown")
+    seconds = results(f"{label}/seconds")
+    if seconds is None:
+        return "Nobody has run it on a GPU yet."
+    names, known = ("solved", "three", "four", "form"), {}
+    for what, _ in results.values:
+        name, _, step = what.removeprefix(f"{label}/").partition("_")
+        if name == "solved":
+            known[0 if step == "before" else int(step)] = step
+    rows = []
+    for step in sorted(known.keys() | PUBLISHED.keys()):
+        values = [results(f"{label}/{name}_{known.get(step)}") for name in names]
+        shares = ["–" if value is None else f"{value:.1%}" for value in values]
+        rows.append([str(step), *shares, PUBLISHED.get(step, "–")])
+    header = ["step", "solved", "of three numbers", "of four", "in form", "published: solved, a 3B"]
+    took = f"{seconds / 60:.1f} minutes of training, {number(results(f'{label}/peak_driver'))} GB."
+    return f"{table(header, rows)}\n\n{took} {results.source((f'{label}/seconds', 'ours'))}"

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import common
@@ -31,12 +32,12 @@ def script(parameters: str) -> str:
     return "\n\n".join(parts)
 
 
-def rows_of(seed: int, parameters: str = "") -> list[common.Row]:
-    """The lesson once, in a process of its own."""
+def rows_of(seed: int, parameters: str = "", python: Sequence[str] = (sys.executable,)) -> list[common.Row]:
+    """The lesson once, in a process of its own, which `python` starts."""
     with tempfile.TemporaryDirectory() as out:
         code, began = script(f"SEED = {seed}\nOUT = {out!r}\n{parameters}"), time.time()
         places = os.pathsep.join([str(common.ROOT), os.environ.get("PYTHONPATH", "")])
-        subprocess.run([sys.executable, "-c", code], cwd=out, check=True, env=os.environ | {"PYTHONPATH": places})
+        subprocess.run([*python, "-c", code], cwd=out, check=True, env=os.environ | {"PYTHONPATH": places})
         seconds = time.time() - began
         report = json.loads(Path(out, "report.json").read_text())
     label, rows = f"workshop/r1_recipe/seed-{seed}", []

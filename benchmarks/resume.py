@@ -5,8 +5,9 @@
 
 Two models: the workshop model, every weight trained, and a small Llama of random weights in NF4 with LoRA and 8-bit
 Adam, whose completions the graph engine writes. Each run writes down, step by step, hashes of what was generated, of
-each gradient, weight and optimizer state; the log is compared too, but for times. The killed run gets SIGKILL after the
-gradients of a step are there and before they are used, between two checkpoints and inside a rollout.
+each gradient, weight and optimizer state; the log is compared too, but for times and a mean over one session. The
+killed run gets SIGKILL after the gradients of a step are there and before they are used, between two checkpoints and
+inside a rollout.
 
 Writes benchmarks/results/resume.json, `who` is the device: "different", how many of all that was written down differ
 from the undisturbed run's, 0 if all is well, with the first of them and both values. What differs *before* the kill was
@@ -34,7 +35,8 @@ MODELS = ("workshop", "nf4-lora")
 STEPS, SAVE, KILL = 10, 3, 8  # in update 8 it is killed, so that it goes on after 6; a rollout is of 4 updates
 ORDER = ("generated", "gradient", "weight", "optimizer", "log")  # in which they come about within a step
 KINDS = {"eval_": "evaluation ", "train_": "summary "}  # of an entry in the log, by how a name in it begins
-TIMES = ("time", "second", "flos", "gb", "memory")  # words in names of logged numbers that may differ
+# words in names of logged numbers that may differ; train_loss is transformers' mean over one call of `train`
+MAY_DIFFER = ("time", "second", "flos", "gb", "memory", "train_loss")
 
 
 # ---- a run, in a process of its own ----
@@ -165,7 +167,7 @@ def lines_of(folder: Path, rank: int) -> Iterator[tuple[int, bool, dict[str, Any
     for log in json.loads((folder / f"log-{rank}.json").read_text()):
         kind = next((kind for word, kind in KINDS.items() if any(name.startswith(word) for name in log)), "")
         named = {f"log {kind}{name}": value for name, value in log.items()}
-        yield int(log["step"][1]), True, {n: v for n, v in named.items() if not any(word in n for word in TIMES)}
+        yield int(log["step"][1]), True, {n: v for n, v in named.items() if not any(word in n for word in MAY_DIFFER)}
 
 
 def differences(whole: Path, other: Path, processes: int) -> list[Difference]:

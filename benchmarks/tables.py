@@ -12,7 +12,8 @@ class Results:
     """One results file; `results("what", "who")` is a value, None where there is no such row."""
 
     def __init__(self, name: str):
-        self.document = json.loads((RESULTS / f"{name}.json").read_text())
+        file = RESULTS / f"{name}.json"
+        self.document = json.loads(file.read_text()) if file.exists() else {"rows": []}
         self.values = {(row["what"], row["who"]): row["value"] for row in self.document["rows"]}
 
     def __call__(self, what: str, who: str = "ours") -> float | None:
@@ -31,7 +32,9 @@ class Results:
         return f"{machine}, {self.runs(*keys)[0][:10]}"
 
     def source(self, *keys: tuple[str, str]) -> str:
-        """On what it was measured, with which versions, and by which calls."""
+        """On what it was measured, with which versions, and by which calls; that it was not, if no row is there."""
+        if not self.document["rows"] or (keys and not any(key in self.values for key in keys)):
+            return "Not measured yet."
         host = self.document["host"]
         packages = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "vllm")
         versions = ", ".join(f"{name} {host[name]}" for name in packages if name in host)

@@ -45,13 +45,8 @@ def group_advantages(rewards: torch.Tensor, num_generations: int, scale: bool = 
 def leave_one_out(rewards: torch.Tensor, num_generations: int, normalize: bool = False) -> torch.Tensor:
     """RLOO's advantages (arXiv:2402.14740): a reward less the mean of the rewards of the group's other completions.
 
-    Args:
-        rewards (`Tensor`): float [B], NaN where none applied; groups stand side by side.
-        num_generations (`int`): G, completions of each prompt.
-        normalize (`bool`): Take the mean of all advantages off, and divide by their standard deviation + 1e-4.
-
-    Returns:
-        `Tensor`: float [B], 0 where there is no reward and where no other completion of the group has one.
+    `rewards` are float [B], groups of `num_generations` side by side, NaN where none applied. Returns float [B], 0
+    where there is none or no other in the group; `normalize` makes their mean 0 and divides by their deviation + 1e-4.
     """
     groups = rewards.view(-1, num_generations)
     others = (~groups.isnan()).sum(1, keepdim=True) - 1

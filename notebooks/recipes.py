@@ -170,6 +170,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", help="rows of your own, in the columns of the recipe's data set")
     parser.add_argument("--steps", type=int, help="fewer, for a first look")
     args = parser.parse_args(argv)
+    if args.steps is not None and args.steps < 1:
+        parser.error(f"--steps {args.steps}: 1 or more; leave it out for all of the recipe's")
     try:
         if args.recipe is None:
             print("\n".join(f"{name:<10} {recipes.get(name).about}" for name in recipes.NAMES))

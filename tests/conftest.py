@@ -1,6 +1,7 @@
 """What tests of several rooms share."""
 
 import gc
+import json
 import sys
 
 import pytest
@@ -17,6 +18,20 @@ def warm():
     else:
         with warm_python.server() as command:
             yield command
+
+
+@pytest.fixture
+def kernel(monkeypatch, warm, tmp_path):
+    """Makes Jupyter's kernel of a name a fork of `warm`."""
+
+    def named(name: str) -> None:
+        monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+        argv = [*warm, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        spec = tmp_path / "jupyter" / "kernels" / name / "kernel.json"
+        spec.parent.mkdir(parents=True)
+        spec.write_text(json.dumps({"argv": argv, "display_name": name, "language": "python"}))
+
+    return named
 
 
 def pytest_collection_modifyitems(items):

@@ -3,6 +3,7 @@
     python -m benchmarks.engines --first      about a minute: is it right on this GPU, and one speed
     python -m benchmarks.engines              every model, graph and transformers, and the GRPO steps
     python -m benchmarks.engines --only dynamic    decoding where some layers are in 16 bits, as in dynamic 4-bit
+    python -m benchmarks.engines --only eight-bits    keys and values in 8 bits: right, how far off, how fast
     python -m benchmarks.engines --vllm       vLLM as well, where it is installed
     python -m benchmarks.engines --trl        the peer's whole GRPO step as well: stock TRL with vLLM beside it
     python -m benchmarks.engines --profile    what a step's time goes to, kernel by kernel
@@ -35,7 +36,7 @@ from benchmarks import common, harness
 from benchmarks.harness import Job
 from nbhelpers import gpu, host
 
-from . import cases, check, grpo, trl
+from . import cases, check, eight_bits, grpo, trl
 
 MODELS = ("qwen2.5-1.5b", "llama-3.1-8b", "phi-4")
 TRL = MODELS[:1]
@@ -47,6 +48,7 @@ CAPS = {"qwen2.5-1.5b": 4.0, "llama-3.1-8b": 8.0, "phi-4": 12.0}  # GB of driver
 KINDS = {
     "ready": cases.ready,
     "decode": cases.decode,
+    "eight-bits": eight_bits.measure,
     "transformers": cases.transformers,
     "vllm": cases.vllm,
     "grpo": grpo.steps,
@@ -67,12 +69,14 @@ def jobs(args: argparse.Namespace) -> list[Job]:
             wanted.append({**base, "kind": "decode", "batches": args.batches, "profile": args.profile, "t4": args.t4})
         if "dynamic" in args.only:
             wanted.append({**base, "kind": "decode", "batches": args.batches, "dynamic": True})
+        if "eight-bits" in args.only:
+            wanted.append({**base, "kind": "eight-bits", "weights": args.weights})
         if "transformers" in args.only:
             wanted.append({**base, "kind": "transformers", "batches": [b for b in args.batches if b <= 32]})
         if "grpo" in args.only:
             cap = args.cap or CAPS[model]
             wanted.append({**base, "kind": "grpo", "cap": cap, "t4": args.t4, "context": args.context,
-                           "steps": args.steps, "gpus": args.gpus})  # fmt: skip
+                           "steps": args.steps, "gpus": args.gpus, "kv_bits": args.kv_bits})  # fmt: skip
         if args.vllm:
             wanted.append({**base, "kind": "vllm", "batches": args.batches})
     for model in (args.models or TRL) if args.trl else ():
@@ -130,6 +134,7 @@ def first(quick: bool) -> int:
 
     dtypes = [torch.bfloat16, torch.float16] if torch.cuda.is_available() else [torch.float32]
     failed = check.run(harness.device(), dtypes, quick or not torch.cuda.is_available(), say)
+    failed += eight_bits.kernel(harness.device(), quick, say)
     cases.decode({"model": "qwen2.5-1.5b", "batches": [8], "quick": quick, "profile": True}, row)
     print(f"{failed} checks failed", file=sys.stderr)
     return failed
@@ -146,6 +151,8 @@ def main() -> None:
     parser.add_argument("--trl", action="store_true", help=f"of {', '.join(TRL)} unless --models says otherwise")
     parser.add_argument("--models", nargs="*", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--batches", nargs="*", type=int, default=[8, 32, 128])
+    parser.add_argument("--kv-bits", type=int, default=16, help="of keys and values in the GRPO steps, 16 or 8")
+    parser.add_argument("--weights", help="a checkpoint or GGUF file whose probabilities eight-bits compares")
     parser.add_argument("--only", nargs="*", default=["ready", "decode", "transformers", "grpo"])
     parser.add_argument("--cap", type=float, help="GB of driver memory for the GRPO steps")
     parser.add_argument("--context", type=int, default=1024, help="tokens of prompt and completion in the GRPO steps")

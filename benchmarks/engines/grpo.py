@@ -93,7 +93,7 @@ def steps(job: Job, row: RowWriter) -> None:
 
     from nbhelpers.training.trainer import LeanGRPOConfig, LeanGRPOTrainer
 
-    cap, gpus = job["cap"], job.get("gpus", 1)
+    cap, gpus, bits = job["cap"], job.get("gpus", 1), job.get("kv_bits", 16)
     if torch.cuda.is_available():
         torch.zeros(1, device="cuda") @ torch.zeros(1, device="cuda")
         if gpus > 1:
@@ -104,13 +104,14 @@ def steps(job: Job, row: RowWriter) -> None:
     model = build(job)
     settings, parts, times = workload(job["quick"], job["context"])
     with tempfile.TemporaryDirectory() as folder, peak_driver() as peak:
-        args = LeanGRPOConfig(folder, max_steps=job["steps"], **settings)
+        args = LeanGRPOConfig(folder, max_steps=job["steps"], kv_bits=bits, **settings)
         # the cap counts what torch holds, the budget what it gives out: the graphs' pool lies between them
         extra = {"budget_gb": budget - 0.1} if torch.cuda.is_available() else {}
         trainer = LeanGRPOTrainer(model, args=args, engine="graph", **parts, **extra)
         generated, trained = watch(trainer.engine, "generate"), watch(trainer, "compute_loss")
         trainer.train()
-    setting = f"{job['context'] // 1024}K{'-t4' if job.get('t4') else ''}{f'-{gpus}-gpus' if gpus > 1 else ''}"
+    kind = f"{'-t4' if job.get('t4') else ''}{f'-{gpus}-gpus' if gpus > 1 else ''}{f'-kv{bits}' if bits != 16 else ''}"
+    setting = f"{job['context'] // 1024}K{kind}"
     written: dict[str, Any] = {
         "generating_s": round(generated[-1], 3),
         "training_s": round(trained[-1], 3),

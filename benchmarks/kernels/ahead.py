@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from nbhelpers import kernels
-from nbhelpers.kernels import HeadNorms, Projection
+from nbhelpers.kernels import EightBits, HeadNorms, Projection, eight_bits
 from nbhelpers.kernels.triton import common, nf4_few_rows
 
 TARGETS = {"sm_75": torch.float16, "sm_80": torch.bfloat16, "sm_90": torch.bfloat16}
@@ -165,11 +165,15 @@ def decoding(
     """The kernels of a decoding step for some rows of a model; several ranks: also in all their variants."""
     q, k, v = (torch.empty(rows, 1, n * 128, dtype=dtype).unflatten(-1, (n, 128)).transpose(1, 2)
                for n in (heads, kv_heads, kv_heads))  # fmt: skip
-    cache, table = torch.empty(1, 2, rows, kv_heads, 4, 128, dtype=dtype), torch.zeros(4, dtype=torch.int64)
+    cache, table = torch.empty(1, 2, rows, kv_heads, 4, 128, dtype=dtype), torch.zeros(6, dtype=torch.int64)
     positions, (cos, sin) = torch.zeros(rows, dtype=torch.int64), torch.empty(2, rows, 1, 128, dtype=dtype)
     norms = HeadNorms(*torch.empty(2, 128, dtype=dtype), 1e-6)
     for window, each in ((None, None), (512, None), (None, norms)):
         kernels.decode_attention(q, k, v, cos, sin, cache, table, 1, positions, 1, 0.1, window, each)
+    eight = EightBits(*eight_bits.quantise(cache)[1:], torch.empty(4, 128, dtype=dtype))
+    biased = eight._replace(bias=torch.empty(kv_heads, 128, dtype=dtype))
+    for window, each, kept in ((None, None, eight), (512, None, eight), (None, norms, eight), (None, None, biased)):
+        kernels.decode_attention(q, k, v, cos, sin, cache, table, 1, positions, 1, 0.1, window, each, kept)
     kernels.draw(torch.empty(rows, vocabulary), positions, positions)
     x = torch.randn(rows, 1, 64, dtype=dtype)
     dense = {"lora_a": torch.randn(8, 64), "lora_b": torch.randn(128, 8), "scale": 2.0}

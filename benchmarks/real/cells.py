@@ -48,9 +48,14 @@ measure.report(JOB, BEFORE, AFTER, TIMER, trainer, live, before, after, preset)
 }
 
 
+def begin(job: dict[str, Any]) -> str:
+    """What the code of a run begins with: its JOB, and the card that it is to see."""
+    return f"import json\nJOB = json.loads({json.dumps(json.dumps(job))})\n\n{CARD}"
+
+
 def notebook(job: dict[str, Any]) -> str:
     """The script of one run."""
-    parts = [f"import json\nJOB = json.loads({json.dumps(json.dumps(job))})", CARD]
+    parts = [begin(job)]
     if job.get("method"):
         parts.append('from benchmarks import methods\nmethods.take(JOB["method"], JOB["questions"])')
     seen = set()
@@ -71,10 +76,4 @@ def rewards() -> str:
 
 def prompts(job: dict[str, Any]) -> str:
     """The script that measures how often each system prompt is followed, and how often the answers are right."""
-    return "\n\n".join(
-        [
-            f"import json\nJOB = json.loads({json.dumps(json.dumps(job))})",
-            CARD,
-            "from benchmarks.real import measure\nmeasure.prompts(JOB)",
-        ]
-    )
+    return f"{begin(job)}\n\nfrom benchmarks.real import measure\nmeasure.prompts(JOB)"

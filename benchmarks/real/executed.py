@@ -39,7 +39,6 @@ def run(job: harness.Job, file: Path) -> None:
 def with_cells_between(job: harness.Job) -> nbformat.NotebookNode:
     """The committed notebook without outputs, and between its cells those of cells.py."""
     notebook = nbformat.read(cells.NOTEBOOK, as_version=4)
-    begin = f"import json\nJOB = json.loads({json.dumps(json.dumps(job))})\n{cells.CARD}"
     parts, first = [], True
     for cell in notebook.cells:
         parts.append(cell)
@@ -48,7 +47,7 @@ def with_cells_between(job: harness.Job) -> nbformat.NotebookNode:
         cell.outputs, cell.execution_count = [], None
         behind = [cells.BEHIND[tag] for tag in cell.metadata.get("tags", ()) if tag in cells.BEHIND]
         if first:  # that one installs
-            behind, first = [begin], False
+            behind, first = [cells.begin(job)], False
         parts += [nbformat.v4.new_code_cell(source, metadata={BETWEEN: True}) for source in behind]
     notebook.cells = parts
     return notebook

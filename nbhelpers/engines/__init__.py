@@ -27,6 +27,7 @@ def choose(
     rows: int = 128,
     max_length: int | None = None,
     budget_gb: float | None = None,
+    kv_bits: int = 16,
     quiet: bool = False,
 ) -> Engine:
     """The engine of that name for this model; an Engine object is returned as it is.
@@ -44,6 +45,7 @@ def choose(
             beforehand; None for what fits.
         budget_gb (`float`, *optional*): What torch may allocate in this process in all, GB (10^9 bytes); None for what
             the card has.
+        kv_bits (`int`): Of a number of keys and values, 16 or 8. "graph" alone has 8, and an engine that was made so.
         quiet (`bool`): Do not print which engine "auto" has chosen, and why.
 
     Raises ValueError for another name, or if the engine that was asked for cannot serve the model; host.CannotRun
@@ -54,9 +56,13 @@ def choose(
     from .hf import HFEngine
 
     if isinstance(engine, Engine):
+        if kv_bits != 16 and engine.kv_bits != kv_bits:
+            raise ValueError(f"kv_bits={kv_bits}, and the engine was made with {engine.kv_bits}: set one as the other")
         return engine
     if engine not in NAMES:
         raise ValueError(f"engine={engine!r}: it is one of {', '.join(NAMES)}, or an Engine")
+    if engine in ("hf", "vllm") and kv_bits != 16:
+        raise ValueError(f'kv_bits={kv_bits} is an option of the graph engine: take engine="graph", or leave it out')
     if engine == "hf":
         return HFEngine(model, tokenizer, batch_size=rows)
     if engine == "vllm":
@@ -66,10 +72,13 @@ def choose(
     why = families.why_not(model, "generation")
     if engine == "auto" and why is None and model.device.type == "cuda" and find_spec("triton") is None:
         why = "triton is not installed here"
+    if engine == "auto" and why is not None and kv_bits != 16:
+        raise ValueError(f"kv_bits={kv_bits} is an option of the graph engine, which cannot serve here: {why}. Leave "
+                         "kv_bits out")  # fmt: skip
     if engine == "auto" and not quiet:
         where = "one CUDA graph a step" if model.device.type == "cuda" else "plain PyTorch on the CPU"
         chosen = f"graph: reads {model.config.model_type}'s training weights, {where}" if why is None else f"hf: {why}"
         print(f"engine {chosen}")
     if why is not None and engine == "auto":
         return HFEngine(model, tokenizer, batch_size=rows)
-    return GraphEngine(model, tokenizer, max_rows=min(rows, BATCHES[-1]), budget_gb=budget_gb)
+    return GraphEngine(model, tokenizer, max_rows=min(rows, BATCHES[-1]), budget_gb=budget_gb, kv_bits=kv_bits)

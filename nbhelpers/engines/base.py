@@ -111,6 +111,7 @@ class Engine(ABC):
     """Writes completions with one model, with its weights as they are when `generate` is called."""
 
     name: str
+    kv_bits: int = 16  # of a number of keys and values: the model's own width, or 8
     asleep: int = 0  # bytes that torch counts as allocated, and that training may use between two generations
 
     @abstractmethod

@@ -87,6 +87,7 @@ class Layer(NamedTuple):
     down: LinearGroup
     window: int | None  # positions that a token looks back to, itself included; None: all
     head_norms: HeadNorms | None
+    key_bias: Tensor | None  # [kv heads * D], of keys that no norm comes behind
 
     @classmethod
     def of(cls, modules: families.Layer) -> "Layer":
@@ -100,6 +101,7 @@ class Layer(NamedTuple):
             down=LinearGroup.of(modules.down),
             window=modules.window,
             head_norms=families.head_norms(modules.head_norms),
+            key_bias=None if modules.head_norms or len(modules.qkv) == 1 else getattr(modules.qkv[1], "bias", None),
         )
 
     def form(self) -> tuple:
@@ -166,9 +168,9 @@ class Decoder:
         Args:
             tokens (`Tensor`): int64 [B, S].
             positions (`Tensor`): int64 [1 or B, S].
-            attend (`Callable`): attend(i, q, k, v, (cos, sin), window, head_norms) gets layer i's q [B, heads, S, D],
-                k and v [B, kv heads, S, D], the tables [1 or B, S, R] to rotate q and k with, and the norms that they
-                go through first, or None; it returns [B, S, heads * D].
+            attend (`Callable`): attend(i, layer, q, k, v, (cos, sin)) gets layer i, its q [B, heads, S, D], its k and v
+                [B, kv heads, S, D] and the tables [1 or B, S, R] to rotate q and k with, behind the layer's norms of
+                heads if it has them; it returns [B, S, heads * D].
         """
         x = F.embedding(tokens, self.embedding)
         tables = self.rotary(x, positions)
@@ -176,7 +178,7 @@ class Decoder:
             if self.swapped is not None:
                 self.swapped.need(i, (i + 1) % len(self.layers))
             q, k, v = self._heads(layer.qkv(_normed(layer.norm, x)))
-            (y,) = layer.out(attend(i, q, k, v, tables, layer.window, layer.head_norms))
+            (y,) = layer.out(attend(i, layer, q, k, v, tables))
             x, y = kernels.rms_norm(y, layer.mlp_norm.weight, layer.mlp_norm.variance_epsilon, x)
             x = _mlp(layer, y, x)
         return _normed(self.norm, x)

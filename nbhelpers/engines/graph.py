@@ -32,7 +32,7 @@ import torch
 
 from nbhelpers.architecture import GB
 from nbhelpers.kernels import ahead
-from nbhelpers.memory.kv import MAX_ROWS, SLOT, rows_that_fit, slot_tokens
+from nbhelpers.memory.kv import MAX_ROWS, SLOT, checked, rows_that_fit, slot_tokens
 from nbhelpers.memory.room import Room
 from nbhelpers.models import families
 
@@ -62,8 +62,11 @@ class GraphEngine(Engine):
         max_rows (`int`): Rows that are written at the same time, at most; up to 256.
         budget_gb (`float`, *optional*): What torch may allocate in this process in all, GB (10^9 bytes).
         eager (`bool`): No CUDA graphs: the same steps, launched kernel by kernel. Slow; to compare with.
+        kv_bits (`int`): Of a number of keys and values: 16, as wide as the model's own, or 8 (kernels.eight_bits), so
+            that about twice as many texts are written at the same time. With 8 the model that writes is not quite the
+            one that is trained; `Completion.logprobs` are those of the one that writes.
 
-    Raises ValueError, with the reason, for a model that it cannot decode.
+    Raises ValueError, with the reason, for a model that it cannot decode, and for other kv_bits.
     """
 
     name = "graph"
@@ -77,12 +80,13 @@ class GraphEngine(Engine):
         max_rows: int = MAX_ROWS,
         budget_gb: float | None = None,
         eager: bool = False,
+        kv_bits: int = 16,
     ):
         if (why := families.why_not(model, "generation")) is not None:
             raise ValueError(f'the graph engine cannot decode this model: {why}. Use engine="hf"')
         if not 1 <= max_rows <= BATCHES[-1]:
             raise ValueError(f"max_rows={max_rows} is not between 1 and {BATCHES[-1]}")
-        self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
+        self.model, self.tokenizer, self.max_rows, self.kv_bits = model, tokenizer, max_rows, checked(kv_bits)
         self.kv_bytes, self.budget_gb, self.eager = kv_bytes, budget_gb, eager
         self._runner: ModelRunner | None = None
 
@@ -125,7 +129,7 @@ class GraphEngine(Engine):
         """The runner of the last generation, or a new one if the model's device or dtype has changed since."""
         place = (decoder.device, decoder.dtype)
         if self._runner is None or (self._runner.cache.device, self._runner.cache.dtype) != place:
-            self._runner = ModelRunner(decoder, KVCache(decoder), self.max_rows, eager=self.eager)
+            self._runner = ModelRunner(decoder, KVCache(decoder, self.kv_bits), self.max_rows, eager=self.eager)
         self._runner.prepare(decoder, sampling)
         return self._runner
 

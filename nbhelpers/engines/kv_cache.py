@@ -1,23 +1,25 @@
 """Keys and values of the rows that are being written, in slots: row i of the batch is slot i of the cache.
 
-A token takes 28 kB in Qwen2.5-1.5B and 131 kB in Llama-3.1-8B in 16 bits (memory.kv). The memory is allocated at the
-start of each stage of a generation and freed at the end of the last one. A captured CUDA graph keeps addresses, so the
-kernels read the cache's address from `table`, which never moves.
+A token takes 28 kB in Qwen2.5-1.5B and 131 kB in Llama-3.1-8B in 16 bits (memory.kv), and about half of it in 8
+(kernels.eight_bits). The memory is allocated at the start of each stage of a generation and freed at the end of the
+last one. A captured CUDA graph keeps addresses, so the kernels read the cache's from `table`, which never moves.
 """
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from nbhelpers import kernels
 from nbhelpers.gpu import capability
-from nbhelpers.kernels import HeadNorms
+from nbhelpers.kernels import EightBits, eight_bits
 from nbhelpers.memory.kv import kv_bytes_per_token
 
-from .forward import Decoder
+from .forward import Decoder, Layer
 
 Tables = tuple[Tensor, Tensor]  # cos and sin
 
@@ -27,20 +29,26 @@ class KVCache:
 
     Args:
         decoder (`Decoder`): The model whose keys and values these are.
+        bits (`int`): Of a number: 16, as wide as the model's own, or 8.
     """
 
-    def __init__(self, decoder: Decoder):
+    def __init__(self, decoder: Decoder, bits: int = 16):
         self.layers, self.heads, self.dim = len(decoder.layers), decoder.kv_heads, decoder.dim
         self.dtype, self.device, self.scale = decoder.dtype, decoder.device, decoder.scale
-        self.table = torch.zeros(4, dtype=torch.int64, device=self.device)
-        self.most = 0  # elements of its largest allocation so far
+        self.bits, self.rotary = bits, decoder.rotary
+        self.table = torch.zeros(6, dtype=torch.int64, device=self.device)
+        self.most = 0  # bytes of its largest allocation so far
         self.data: Tensor | None = None  # [layers, 2, rows, kv heads, length, D]
+        self.scales: Tensor | None = None  # with 8 bits: fp32 [layers, 2, rows, kv heads, length]
+        self.angles: Tensor | None = None  # with 8 bits: [length, D], see eight_bits
         self.shared_heads = capability(self.device) >= (8, 0)
+        # FlashAttention takes no mask of a long text's later pieces
+        self.lower_right = self.shared_heads and self.dtype != torch.float32 and lower_right(self.device, self.dtype)
 
     @property
     def token_bytes(self) -> int:
         """Bytes of a token's keys and values in all layers."""
-        return kv_bytes_per_token(self.layers, self.heads, self.dim, self.dtype.itemsize)
+        return kv_bytes_per_token(self.layers, self.heads, self.dim, self.dtype.itemsize, self.bits)
 
     def slots(self) -> tuple[int, int]:
         """(slots, tokens of each) that are allocated. Raises RuntimeError before `allocate`."""
@@ -61,21 +69,38 @@ class KVCache:
             budget (`int`): Bytes that the cache may take; rows * length tokens fit.
         """
         self.free()  # first: the old block and the new one need not fit at the same time
-        shape = (self.layers, 2, rows, self.heads, length, self.dim)
-        size = math.prod(shape)
-        if not size <= self.most <= budget // self.dtype.itemsize:
+        if self.bits == 8:  # before the block: in fp32 the angles of a long slot are large
+            x, positions = torch.empty(1, dtype=self.dtype, device=self.device), torch.arange(length)[None]
+            cos, sin = self.rotary(x, positions.to(self.device))
+            self.angles = eight_bits.angles_of(cos[0], sin[0], self.dim)
+            del cos, sin
+        size = rows * length * self.token_bytes
+        if not size <= self.most <= budget:
             self.most = size  # torch would keep the old block besides the new one
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         # as large as the largest, so that torch reuses the same block; zeroed, as attention multiplies what it masks
         # by 0, and 0 * nan is nan
-        self.data = torch.empty(self.most, dtype=self.dtype, device=self.device)[:size].zero_().view(shape)
+        block = torch.empty(self.most, dtype=torch.uint8, device=self.device)[:size].zero_()
+        shape, dtype = (self.layers, 2, rows, self.heads, length, self.dim), self.dtype
+        if self.bits == 8:
+            dtype, numbers = torch.int8, math.prod(shape)
+            self.scales, block = block[numbers:].view(torch.float32).view(shape[:-1]), block[:numbers]
+        self.data = block.view(dtype).view(shape)
         strides = self.data.stride()
-        self.table.copy_(torch.tensor([self.data.data_ptr(), strides[0], strides[2], strides[3]]))
+        addresses = [0 if t is None else t.data_ptr() for t in (self.scales, self.angles)]
+        self.table.copy_(torch.tensor([self.data.data_ptr(), strides[0], strides[2], strides[3], *addresses]))
 
     def free(self) -> None:
         """Hand the memory back to torch's allocator, for training to use."""
-        self.data = None
+        self.data = self.scales = self.angles = None
+
+    def _eight(self, layer: Layer) -> EightBits | None:
+        """What kernels need beside int8 numbers; None with 16 bits."""
+        if self.scales is None or self.angles is None:
+            return None
+        bias = None if layer.key_bias is None else layer.key_bias.view(self.heads, self.dim)
+        return EightBits(self.scales, self.angles, bias)
 
     def copy(self, source: int, rows: list[int], tokens: int) -> None:
         """Copy the first `tokens` positions of row `source`'s slot to those of `rows`: a prompt to its whole group."""
@@ -83,6 +108,8 @@ class KVCache:
         for row in rows:
             if row != source:
                 data[:, :, row, :, :tokens] = data[:, :, source, :, :tokens]
+                if self.scales is not None:
+                    self.scales[:, :, row, :, :tokens] = self.scales[:, :, source, :, :tokens]
 
     def prompt(self, rows: Tensor, start: int) -> Callable[..., Tensor]:
         """An attend for S tokens of each of P rows.
@@ -94,31 +121,58 @@ class KVCache:
             start (`int`): Position of the first of the S tokens; those before it are in the cache.
         """
 
-        def attend(
-            layer: int, q: Tensor, k: Tensor, v: Tensor, tables: Tables, window: int | None, norms: HeadNorms | None
-        ) -> Tensor:
-            q, k = kernels.rope(q, k, *tables, norms)
-            end = start + q.shape[2]
-            keys, values = self._allocated()[layer]
-            keys[rows, :, start:end], values[rows, :, start:end] = k, v
+        def attend(i: int, layer: Layer, q: Tensor, k: Tensor, v: Tensor, tables: Tables) -> Tensor:
+            eight, window = self._eight(layer), layer.window
+            end, half = start + q.shape[2], tables[0].shape[-1] // 2
+            numbers, at = self._allocated()[i], (rows, slice(None), slice(start, end))
+            k = k if eight is None else eight_bits.without(k, eight.bias)
+            q, k = kernels.rope(q, k, *tables, layer.head_norms)
+            if eight is None:
+                numbers[0][at], numbers[1][at] = k, v
+            else:
+                eight_bits.store(numbers, eight.scales[i], at, k, v)
             if start == 0 and (window is None or end <= window):
+                if eight is not None:
+                    k, v = self._read(i, rows, slice(None), end, eight, half)
                 if not self.shared_heads:  # enable_gqa would take SDPA's slow path on a T4
                     k, v = self._for_every_head(q, k, v)
                 out = F.scaled_dot_product_attention(
                     q, k, v, is_causal=True, scale=self.scale, enable_gqa=self.shared_heads
                 )
+            elif window is None and self.lower_right:
+                k, v = self._read(i, rows, slice(None), end, eight, half)
+                corner = causal_lower_right(q.shape[2], end)
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=corner, scale=self.scale, enable_gqa=True)
             else:
                 query = torch.arange(start, end, device=q.device)[:, None]
                 key = torch.arange(end, device=q.device)
                 mask = key <= query if window is None else (key <= query) & (key > query - window)
                 outs = []  # one key head at a time: repeated for all query heads, those of a long text are large
-                for i, group in enumerate(q.chunk(self.heads, dim=1)):
-                    k, v = self._for_every_head(group, keys[rows, i : i + 1, :end], values[rows, i : i + 1, :end])
+                for head, group in enumerate(q.chunk(self.heads, dim=1)):
+                    kept = self._read(i, rows, slice(head, head + 1), end, eight, half)
+                    k, v = self._for_every_head(group, *kept)
                     outs.append(F.scaled_dot_product_attention(group, k, v, attn_mask=mask, scale=self.scale))
                 out = torch.cat(outs, dim=1)
             return out.transpose(1, 2).flatten(2)
 
         return attend
+
+    def _read(
+        self, layer: int, rows: Tensor, heads: slice, end: int, eight: EightBits | None, half: int
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values [P, heads, end, D] in the model's dtype; half: frequencies of the rotation."""
+        numbers = self._allocated()[layer]
+        if eight is None:
+            return numbers[0][rows, heads, :end], numbers[1][rows, heads, :end]
+        which, scales = range(self.heads)[heads], eight.scales[layer]
+        kept = torch.empty(2, len(rows), len(which), end, self.dim, dtype=self.dtype, device=self.device)
+        for n, head in enumerate(which):  # one at a time: in fp32 those of a long text are large
+            bias = None if eight.bias is None else eight.bias[head : head + 1]
+            bias = eight_bits.rotated_bias(bias, eight.angles[:end], half)
+            for part, added in ((0, bias), (1, None)):
+                at = (part, rows, head, slice(end))
+                kept[part, :, n] = eight_bits.dequantise(numbers[at], scales[at], self.dtype, added)
+        return kept[0], kept[1]
 
     def _for_every_head(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         group = q.shape[1] // k.shape[1]
@@ -132,11 +186,26 @@ class KVCache:
             longest (`int`): All positions are below.
         """
 
-        def attend(
-            layer: int, q: Tensor, k: Tensor, v: Tensor, tables: Tables, window: int | None, norms: HeadNorms | None
-        ) -> Tensor:
+        def attend(i: int, layer: Layer, q: Tensor, k: Tensor, v: Tensor, tables: Tables) -> Tensor:
             return kernels.decode_attention(
-                q, k, v, *tables, self._allocated(), self.table, layer, positions, longest, self.scale, window, norms
-            )
+                q, k, v, *tables, self._allocated(), self.table, i, positions, longest, self.scale, layer.window,
+                layer.head_norms, self._eight(layer),
+            )  # fmt: skip
 
         return attend
+
+
+@cache
+def lower_right(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's causal_lower_right, a prototype, means here what a mask means, for fewer key heads too."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, n, 64, generator=generator).to(device) for heads, n in ((4, 5), (2, 40), (2, 40)))
+    mask = torch.arange(40, device=device) <= torch.arange(35, 40, device=device)[:, None]
+    heads = [t.repeat_interleave(2, dim=1) for t in (k, v)]
+    wanted = F.scaled_dot_product_attention(q, heads[0], heads[1], attn_mask=mask)
+    q, k, v = (t.to(dtype) for t in (q, k, v))
+    try:
+        got = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(5, 40), enable_gqa=True)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return bool((got.float() - wanted).norm() < 0.03 * wanted.norm())

@@ -24,6 +24,7 @@ from torch.cuda import device_of  # kernels launch on the current device, not on
 from nbhelpers.gpu import LOGITS_BYTES
 
 from . import reference
+from .eight_bits import EightBits
 from .reference import HeadNorms, Projection
 
 if TYPE_CHECKING:
@@ -287,8 +288,8 @@ def draw(logits: Tensor, seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tenso
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, table: Tensor,
-                     layer: int, positions: Tensor, longest: int, scale: float,
-                     window: int | None = None, norms: HeadNorms | None = None) -> Tensor:  # fmt: skip
+                     layer: int, positions: Tensor, longest: int, scale: float, window: int | None = None,
+                     norms: HeadNorms | None = None, eight: EightBits | None = None) -> Tensor:  # fmt: skip
     """Attention of one new token per row over that row's KV cache, into which the token's K and V are written first.
 
     Args:
@@ -298,8 +299,9 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
         cos (`Tensor`): [1 or B, 1, R] as for `rope`.
         sin (`Tensor`): Like cos.
         cache (`Tensor`): [layers, 2, rows, kv heads, length, D] with B <= rows; K and V are written in place.
-        table (`Tensor`): int64 [4], the cache's address and its strides of layer, row and head in elements. The Triton
-            kernel reads these, not `cache`, so that a captured CUDA graph stays valid when the cache is reallocated.
+        table (`Tensor`): int64 [6], the cache's address and its strides of layer, row and head in elements, then the
+            addresses of `eight`'s scales and angles, or 0. The Triton kernel reads these, not the tensors, so that a
+            captured CUDA graph stays valid when the cache is reallocated.
         layer (`int`): Index into the cache's first dimension.
         positions (`Tensor`): int64 [B], each token's position in its row.
         longest (`int`): Greater than every position. torch reads this many positions; Triton reads each row up to its
@@ -307,12 +309,13 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
         scale (`float`): Multiplies q K^T.
         window (`int`, *optional*): How many positions a token attends to, itself included.
         norms (`HeadNorms`, *optional*): RMSNorms that the heads of q and k go through before they are rotated.
+        eight (`EightBits`, *optional*): Of a cache in int8.
 
     Returns [B, 1, heads * D].
     """
     with device_of(q):
         return _for(q).decode_attention(
-            q, k, v, cos, sin, cache, table, layer, positions, longest, scale, window, norms
+            q, k, v, cos, sin, cache, table, layer, positions, longest, scale, window, norms, eight
         )
 
 

@@ -10,6 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from nbhelpers.gpu import LOGITS_BYTES
 
+from . import eight_bits
+from .eight_bits import EightBits
+
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
@@ -254,23 +257,31 @@ def draw(logits: Tensor, seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tenso
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, table: Tensor | None,
-                     layer: int, positions: Tensor, longest: int, scale: float,
-                     window: int | None = None, norms: HeadNorms | None = None) -> Tensor:  # fmt: skip
+                     layer: int, positions: Tensor, longest: int, scale: float, window: int | None = None,
+                     norms: HeadNorms | None = None, eight: EightBits | None = None) -> Tensor:  # fmt: skip
     """See nbhelpers.kernels.decode_attention."""
-    q, k = rope(q, k, cos, sin, norms)
     rows, q_heads, _, dim = q.shape
-    keys, values = cache[layer, 0, :rows], cache[layer, 1, :rows]  # [B, kv heads, length, D]
     row = torch.arange(rows, device=q.device)
-    keys[row, :, positions], values[row, :, positions] = k[:, :, 0], v[:, :, 0]
+    if eight is None:
+        q, k = rope(q, k, cos, sin, norms)
+        keys, values = cache[layer, 0, :rows], cache[layer, 1, :rows]  # [B, kv heads, length, D]
+        keys[row, :, positions], values[row, :, positions] = k[:, :, 0], v[:, :, 0]
+        keys, values = keys[:, :, :longest], values[:, :, :longest]
+    else:
+        q, k = rope(q, eight_bits.without(k, eight.bias), cos, sin, norms)
+        at = (row, slice(None), positions)
+        eight_bits.store(cache[layer], eight.scales[layer], at, k[:, :, 0], v[:, :, 0])
+        numbers, scales = cache[layer, :, :rows, :, :longest], eight.scales[layer, :, :rows, :, :longest]
+        bias = eight_bits.rotated_bias(eight.bias, eight.angles[:longest], cos.shape[-1] // 2)
+        keys = eight_bits.dequantise(numbers[0], scales[0], q.dtype, bias)
+        values = eight_bits.dequantise(numbers[1], scales[1], q.dtype)
     index = torch.arange(longest, device=q.device)
     mask = index <= positions[:, None]
     if window is not None:
         mask &= index > positions[:, None] - window
     # the query heads that share a key head take the place of the sequence dimension
     q = q.reshape(rows, keys.shape[1], -1, dim)
-    out = F.scaled_dot_product_attention(
-        q, keys[:, :, :longest], values[:, :, :longest], attn_mask=mask[:, None, None], scale=scale
-    )
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[:, None, None], scale=scale)
     return out.reshape(rows, 1, q_heads * dim)
 
 

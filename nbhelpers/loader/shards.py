@@ -8,6 +8,7 @@ of the header, the header in JSON, the bytes of the tensors).
 import hashlib
 import json
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -69,15 +70,9 @@ class Shards:
         entry = self.entries[name]
         if self._buffer.numel() < entry.nbytes:
             self._buffer = torch.empty(self.largest, dtype=torch.uint8)
-        target = self._buffer.numpy().data[: entry.nbytes]
         with open(entry.file, "rb", buffering=0) as f:
             f.seek(entry.start)
-            done = 0
-            while done < entry.nbytes:  # one read returns 2 GB at most
-                count = f.readinto(target[done:])
-                if not count:
-                    raise ValueError(f"{entry.file} ends inside {name}: download it again")
-                done += count
+            read_into(self._buffer[: entry.nbytes], f, entry, name)
         return self._buffer[: entry.nbytes].view(entry.dtype).view(entry.shape).to(dtype or entry.dtype)
 
     def release(self) -> None:
@@ -93,6 +88,16 @@ class Shards:
                 f.seek(entry.start)
                 digest.update(f.read(min(4096, entry.nbytes)))
         return digest.hexdigest()[:16]
+
+
+def read_into(buffer: torch.Tensor, f: FileIO, entry: Entry, name: str) -> None:
+    """Fill a buffer, uint8 on the CPU, from where the file stands. Raises ValueError if the file ends before."""
+    target, done = buffer.numpy().data, 0
+    while done < len(target):  # one read returns 2 GB at most
+        count = f.readinto(target[done:])
+        if not count:
+            raise ValueError(f"{entry.file} ends inside {name}: download it again")
+        done += count
 
 
 def _files(folder: Path) -> list[Path]:

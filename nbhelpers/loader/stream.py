@@ -15,6 +15,7 @@ from nbhelpers.models import quantize
 from nbhelpers.models.finite import refuse_non_finite
 from nbhelpers.models.quantize import Choice
 
+from .read_ahead import ReadAhead
 from .shards import Shards
 from .source import Source
 
@@ -99,33 +100,41 @@ def fill(
     """
     tied = _tied_head(model)
     wanted = dict(model.named_parameters(remove_duplicate=False))
-    filled, unused = set(), []
+    filled, unused, stored = set(), [], _stored(shards)
     layers = model.model.layers[:swapped] if swapped else ()
     waiting = {module for layer in layers for module in layer.modules() if isinstance(module, nn.Linear)}
-    for name, entry in shards.entries.items():
-        progress(entry.nbytes)
-        owner, _, leaf = name.rpartition(".")
-        if name not in wanted or name == tied:
-            unused.append(name)
-            continue
-        filled.add(name)
-        module = model.get_submodule(owner)
-        linear4bit = module if leaf == "weight" and quantize.is_nf4(module) else None
-        if linear4bit is not None and f"{name}.absmax" in shards.entries:
-            quantize.fill(linear4bit, _packed(shards, name, device, dtype))
-        elif tuple(wanted[name].shape) != entry.shape:
-            raise ValueError(f"{entry.file.name}: {name} is {entry.shape}, the config says {tuple(wanted[name].shape)}")
-        elif linear4bit is not None:
-            tensor = shards.read(name).to(device)
-            refuse_non_finite(tensor, f"{name} in {entry.file.name}")
-            quantize.fill(linear4bit, quantize.pack(tensor, dtype))
-        else:
-            tensor = shards.read(name, weight_dtype).to(device, copy=True)  # converts on the host
-            refuse_non_finite(tensor, f"{name} in {entry.file.name}")
-            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
-        if leaf == "weight" and module in waiting:
-            parameter = cast(nn.Linear, module).weight
-            parameter.data = parameter.data.cpu()
+    with ReadAhead(shards, _in_order(model, shards, tied, weight_dtype, device), device) as ahead:
+
+        def read(name: str, wanted: torch.dtype | None = None) -> torch.Tensor:
+            """On the device; what is not read ahead is converted on the host."""
+            return ahead.take(name) if name in ahead.names else shards.read(name, wanted).to(device, copy=True)
+
+        for name, entry in shards.entries.items():
+            progress(entry.nbytes)
+            owner, _, leaf = name.rpartition(".")
+            if name not in wanted or name == tied:
+                unused.append(name)
+                continue
+            filled.add(name)
+            module = model.get_submodule(owner)
+            linear4bit = module if leaf == "weight" and quantize.is_nf4(module) else None
+            if linear4bit is not None and f"{name}.absmax" in shards.entries:
+                quantize.fill(linear4bit, _packed(name, stored[name], read, device, dtype))
+            elif tuple(wanted[name].shape) != entry.shape:
+                raise ValueError(
+                    f"{entry.file.name}: {name} is {entry.shape}, the config says {tuple(wanted[name].shape)}"
+                )
+            elif linear4bit is not None:
+                tensor = read(name) if name in ahead.names else shards.read(name).to(device)
+                refuse_non_finite(tensor, f"{name} in {entry.file.name}")
+                quantize.fill(linear4bit, quantize.pack(tensor, dtype))
+            else:
+                tensor = read(name, weight_dtype)
+                refuse_non_finite(tensor, f"{name} in {entry.file.name}")
+                setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+            if leaf == "weight" and module in waiting:
+                parameter = cast(nn.Linear, module).weight
+                parameter.data = parameter.data.cpu()
     _refuse_without_place(model, unused)
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta and name not in filled]
@@ -183,17 +192,50 @@ def keep_in_16_bits(
         model.set_submodule(name, new.eval())
 
 
-def _packed(shards: Shards, name: str, device: torch.device, dtype: torch.dtype) -> "Params4bit":
-    """The Params4bit that a checkpoint stores as `name` and its statistics."""
+def _in_order(
+    model: "PreTrainedModel", shards: Shards, tied: str | None, weight_dtype: torch.dtype, device: torch.device
+) -> list[str]:
+    """Names of what `fill` reads, in its order, without what the host has to convert; none where nothing is copied to
+    a card, or reading is more than that."""
+    names, stored = list[str](), _stored(shards)
+    if device.type != "cuda" or type(shards) is not Shards:
+        return names
+    wanted = dict(model.named_parameters(remove_duplicate=False))
+    for name, entry in shards.entries.items():
+        if name not in wanted or name == tied:
+            continue
+        owner, _, leaf = name.rpartition(".")
+        four_bits = leaf == "weight" and quantize.is_nf4(model.get_submodule(owner))
+        if four_bits and f"{name}.absmax" in shards.entries:
+            names += stored[name]
+        elif four_bits or entry.dtype == weight_dtype:
+            names.append(name)
+    return names
+
+
+def _stored(shards: Shards) -> dict[str, list[str]]:
+    """{weights that a checkpoint stores in 4 bits: their statistics, and themselves as the last}."""
+    stored: dict[str, list[str]] = {}
+    for key in shards.entries:
+        name, mark, _ = key.partition(".weight.")
+        if mark:
+            stored.setdefault(f"{name}.weight", []).append(key)
+    return {name: [*statistics, name] for name, statistics in stored.items()}
+
+
+def _packed(
+    name: str, keys: list[str], read: Callable[[str], torch.Tensor], device: torch.device, dtype: torch.dtype
+) -> "Params4bit":
+    """The Params4bit that a checkpoint stores as `name` and its statistics, `keys` together."""
     from bitsandbytes.nn import Params4bit
 
-    def read(key: str) -> torch.Tensor:
-        tensor = shards.read(key).to(device, copy=True)
-        refuse_non_finite(tensor, key)
-        return tensor
-
-    stats = {key.removeprefix(f"{name}."): read(key) for key in shards.entries if key.startswith(f"{name}.")}
-    weight = Params4bit.from_prequantized(read(name), stats, device=device)
+    found = {}
+    for key in keys:
+        found[key] = read(key)
+        refuse_non_finite(found[key], key)
+    packed = found.pop(name)
+    stats = {key.removeprefix(f"{name}."): value for key, value in found.items()}
+    weight = Params4bit.from_prequantized(packed, stats, device=device)
     weight.quant_state.dtype = dtype  # the checkpoint may say bf16, which this card may not have
     return weight
 

@@ -12,7 +12,7 @@ engine gives them (room.kv_budget), so what is planned here is what runs. Nothin
 GB is 10^9 bytes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
@@ -24,12 +24,12 @@ from nbhelpers.hands_on import HandsOn
 from nbhelpers.presets import Preset
 
 from .by_hand import sliders_of
-from .kv import kv_bytes_per_token, prefill_tokens, rows_that_fit, slot_tokens
+from .kv import checked, kv_bytes_per_token, prefill_tokens, rows_that_fit, slot_tokens
 from .micro_batches import CannotFit, MicroBatch, StepCost, Tokens, count, largest
-from .report import Plan, Setting, StagePlans
+from .report import Plan, Setting, StagePlans, changed
 from .residents import Resident, resident
 from .room import CONTEXT_GB, FRAGMENTED, Reserved, Room, kv_budget, step_budget, vllm_kv_budget
-from .seconds import card_of, named, of_a_step
+from .seconds import Card, card_of, launch_tokens, named, of_a_step
 from .swapping import PCIE_GB_S, freed_bytes, moved_bytes
 from .this_card import backend, card_here, name_here
 
@@ -59,6 +59,7 @@ def plan(
     train: str | None = None,
     swap: bool = False,
     card: str | None = None,
+    kv_bits: int | None = None,
 ) -> Plan:
     """What training `preset` takes on a card. What is not given is the preset's own for that card (`Preset.on_card`).
 
@@ -81,8 +82,9 @@ def plan(
         train (`str`, *optional*): "all": every weight is trained in 16 bits, as by `loader.load(..., train="all")`.
         method (`str`): One of METHODS.
         card (`str`, *optional*): The card's name, as "RTX 4090": its speed, and its GB where `card_gb` is not given.
+        kv_bits (`int`, *optional*): Of keys and values while completions are written, 16 or 8: LeanGRPOConfig's.
 
-    Raises ValueError for another optimizer, train or method, and for an unknown name of a preset or a card.
+    Raises ValueError for another optimizer, train, method or kv_bits, and for an unknown name of a preset or a card.
     """
     if optimizer not in ("adamw_8bit", "adamw"):
         raise ValueError(f'optimizer is "adamw_8bit" or "adamw", not {optimizer!r}')
@@ -107,16 +109,18 @@ def plan(
         optimizer,
         method,
         2 if whole else 4,
+        kv_bits=checked(preset.kv_bits if kv_bits is None else kv_bits),
     )
 
-    room = _Card(preset, card_gb, budget_gb, attention or backend(card_gb, kind.ampere if kind else None))
+    attending = attention or backend(card_gb, kind.ampere if kind else None)
+    kind = kind or card_of(card_gb, name_here(card_gb))
+    room = _Card(preset, card_gb, budget_gb, attending, kind)
     if swap:
         setting = replace(setting, swapped=room.layers_to_swap(setting))
     training, micro_batches = room.training(setting)
     affordable = room.rows_that_fit(setting)
     fits = bool(micro_batches) and room.generates(setting)
-    nearest = None if fits else next(filter(room.fits, _changed(setting)), None)
-    kind = kind or card_of(card_gb, name_here(card_gb))
+    nearest = None if fits else next(filter(room.fits, changed(setting)), None)
     groups = 1 if rows or method == "sft" else preset.questions_per_step
     swap_gb = room.swap_bytes(setting, len(micro_batches)) / GB
     seconds = of_a_step(preset.architecture, kind, setting, micro_batches, room.backend, affordable, groups)
@@ -195,8 +199,8 @@ def _can_train(preset: Preset, card_gb: float, backend: str) -> bool:
     own = Setting(
         preset.quantization, preset.lora_rank, group, preset.max_prompt_length, preset.max_completion_length, group
     )  # fmt: skip
-    card = _Card(preset, card_gb, None, backend)
-    return any(map(card.fits, _changed(own)))
+    card = _Card(preset, card_gb, None, backend, card_of(card_gb, name_here(card_gb)))
+    return any(map(card.fits, changed(own)))
 
 
 @dataclass(frozen=True)
@@ -207,6 +211,7 @@ class _Card:
     card_gb: float
     budget_gb: float | None
     backend: str  # of attention
+    kind: Card
 
     def resident(self, s: Setting) -> Resident:
         targets = self.preset.lora_targets
@@ -255,10 +260,14 @@ class _Card:
         """Completions of full length that the graph engine writes at the same time; of texts, all."""
         if s.method == "sft":
             return s.rows
-        token = self.cost(s).kv(1, self.preset.architecture.num_hidden_layers)
         return rows_that_fit(
-            kv_budget(max(0.0, min(self.left(s)))), s.max_prompt_length + s.max_completion_length, token
+            kv_budget(max(0.0, min(self.left(s)))), s.max_prompt_length + s.max_completion_length, self.kv_bytes(s)
         )
+
+    def kv_bytes(self, s: Setting) -> int:
+        """Of a token that is being written, in all layers."""
+        a = self.preset.architecture
+        return kv_bytes_per_token(a.num_hidden_layers, a.num_key_value_heads, a.head_dim, self.cost(s).width, s.kv_bits)
 
     def generates(self, s: Setting) -> bool:
         """Whether at least one completion can be written to its end."""
@@ -277,7 +286,7 @@ class _Card:
             return {}
         cost, rows = self.cost(s), min(max(1, self.rows_that_fit(s)), s.rows)
         slot = slot_tokens(s.max_prompt_length + s.max_completion_length)
-        cache = cost.kv(rows * slot, self.preset.architecture.num_hidden_layers)
+        cache = rows * slot * self.kv_bytes(s)
         # all prompts, up to what is computed together; later stages have texts as long as they come
         together = prefill_tokens(2 * cost.inner(1) + 4 * cost.hidden(1))
         tokens = min(ceil(s.rows / s.num_generations) * s.max_prompt_length, together) if rows == s.rows else together
@@ -287,7 +296,7 @@ class _Card:
 
     def training(self, s: Setting) -> tuple[dict[str, float], tuple[MicroBatch, ...]]:
         """Bytes by part of the training half, and how it is cut: not at all if it does not fit."""
-        cost = self.cost(s)
+        cost = replace(self.cost(s), launches=launch_tokens(self.preset.architecture, self.kind))
         rows = [(i // s.num_generations, s.max_prompt_length, s.max_completion_length) for i in range(s.rows)]
         micro_batches: tuple[MicroBatch, ...] = ()
         try:
@@ -313,21 +322,3 @@ class _Card:
 
 def _in_gb(parts: dict[str, float]) -> dict[str, float]:
     return {name: size / GB for name, size in parts.items() if size}
-
-
-def _changed(setting: Setting) -> Iterator[Setting]:
-    """Settings that need no more, by how little they change: 4 bits everywhere first, then lengths, group and rank."""
-    choices = []
-    for q, price_q in ((setting.quantization, 0.0), ("nf4", 0.2)):
-        for share in (1, 0.75, 0.5, 0.25, 0.125):
-            length = max(1, int(setting.max_completion_length * share))
-            for fewer in (1, 2, 4):
-                for rank in {setting.lora_rank, min(setting.lora_rank, 16), min(setting.lora_rank, 8)}:
-                    group = max(min(2, setting.num_generations), setting.num_generations // fewer)
-                    changed = replace(
-                        setting, quantization=q, max_completion_length=length,
-                        num_generations=group, rows=max(group, setting.rows // fewer // group * group), lora_rank=rank,
-                    )  # fmt: skip
-                    price = price_q + 1.5 * (1 - share) + 1.2 * (1 - 1 / fewer) + 0.3 * (rank != setting.lora_rank)
-                    choices.append((price, str(changed), changed))
-    return (changed for _, _, changed in sorted(choices))

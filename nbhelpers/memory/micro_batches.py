@@ -25,6 +25,7 @@ from .kv import kv_bytes_per_token
 TILES = (8192, 4096, 2048, 1024)  # tokens of the MLP at once, where not all of them fit
 FIXED_TOKENS = 256  # dequantising a layer costs about as much time as this many tokens in it
 RECOMPUTED = 0.75  # share of a layer's forward that a layer computes again (the MLP's last product is not needed)
+PIECE = 0.377  # of a layer's launches once more for each further piece of the MLP (seconds.py fits it)
 SLACK = 1.02  # small tensors: statistics, indices, products with LoRA's A
 
 
@@ -80,6 +81,7 @@ class StepCost:
         valued (`bool`): A value head reads what the head reads, in fp32.
         whole (`bool`): Every weight is trained: the inputs of all linear layers are saved too, and gradients of weights
             are made before they are added up.
+        launches (`int`): Tokens that a layer computes while Python launches one pass through it: fewer take as long.
     """
 
     architecture: Architecture
@@ -88,6 +90,7 @@ class StepCost:
     dropped: int = 0
     valued: bool = False
     whole: bool = False
+    launches: int = 0
 
     @property
     def layers(self) -> int:
@@ -221,9 +224,10 @@ class StepCost:
         return MicroBatch(rows, t, saved, on_device, tile, self.peak(t, saved, on_device, tile, fresh))
 
     def time(self, batch: MicroBatch) -> float:
-        """In tokens times layers: forward, backward, and what is computed again."""
-        again = RECOMPUTED * (self.layers - batch.saved)
-        return (batch.tokens.packed + FIXED_TOKENS) * (2 * self.layers + again)
+        """In tokens times layers: forward, backward, what is computed again; each takes as long as its launches."""
+        tokens, further = batch.tokens.packed + FIXED_TOKENS, ceil(batch.tokens.packed / batch.tile) - 1
+        again = max(tokens, self.launches * (1 + PIECE * further))
+        return 2 * batch.saved * max(tokens, self.launches) + (2 + RECOMPUTED) * (self.layers - batch.saved) * again
 
     def split(self, rows: list[Lengths], room: float, share: bool = True, fresh: int = 0) -> list[MicroBatch]:
         """The fastest way to run `rows` within `room` bytes of work; `fresh` as for `peak`, if it is one piece.

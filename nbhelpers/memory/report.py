@@ -1,6 +1,7 @@
 """What the planner found out, and how a notebook shows it: a table with bars, and the conclusions in sentences."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from nbhelpers.presets import Preset
 
@@ -26,6 +27,7 @@ class Setting:
     method: str = "grpo"
     trained_width: int = 4  # bytes of a weight where every weight is trained
     swapped: int = 0  # decoder layers that wait on the host
+    kv_bits: int = 16  # of keys and values while completions are written
 
     def __str__(self) -> str:
         whole = f"every weight trained in {8 * self.trained_width} bits"
@@ -34,10 +36,29 @@ class Setting:
         if self.method == "sft":
             length = self.max_prompt_length + self.max_completion_length
             return f"{self.quantization} · {adapter}{waiting} · {self.rows} texts of {length} tokens"
+        keys = "" if self.kv_bits == 16 else f" · keys and values in {self.kv_bits} bits"
         return (
-            f"{self.quantization} · {adapter}{waiting} · {self.rows} x ({self.max_prompt_length} + "
+            f"{self.quantization} · {adapter}{waiting}{keys} · {self.rows} x ({self.max_prompt_length} + "
             f"{self.max_completion_length}) tokens in groups of {self.num_generations}"
         )
+
+
+def changed(setting: Setting) -> Iterator[Setting]:
+    """Settings that need no more, by how little they change: 4 bits everywhere first, then lengths, group and rank."""
+    choices = []
+    for q, price_q in ((setting.quantization, 0.0), ("nf4", 0.2)):
+        for share in (1, 0.75, 0.5, 0.25, 0.125):
+            length = max(1, int(setting.max_completion_length * share))
+            for fewer in (1, 2, 4):
+                for rank in {setting.lora_rank, min(setting.lora_rank, 16), min(setting.lora_rank, 8)}:
+                    group = max(min(2, setting.num_generations), setting.num_generations // fewer)
+                    other = replace(
+                        setting, quantization=q, max_completion_length=length,
+                        num_generations=group, rows=max(group, setting.rows // fewer // group * group), lora_rank=rank,
+                    )  # fmt: skip
+                    price = price_q + 1.5 * (1 - share) + 1.2 * (1 - 1 / fewer) + 0.3 * (rank != setting.lora_rank)
+                    choices.append((price, str(other), other))
+    return (other for _, _, other in sorted(choices))
 
 
 @dataclass(frozen=True)

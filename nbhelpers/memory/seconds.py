@@ -18,7 +18,7 @@ from typing import NamedTuple
 from nbhelpers.architecture import Architecture
 
 from .kv import MAX_ROWS, kv_bytes_per_token
-from .micro_batches import RECOMPUTED, MicroBatch
+from .micro_batches import PIECE, RECOMPUTED, MicroBatch
 from .report import Setting
 
 STEP_SECONDS = 0.12  # of rewards, the optimizer and the trainer's own work in a step, beside the two halves
@@ -58,7 +58,7 @@ class Reached(NamedTuple):
     efficient: float = 0.132
     memory: float = 0.949  # of gb_s, in training
     layer: float = 0.00315  # seconds that Python and the launches of one pass through a layer take
-    piece: float = 0.377  # of them again for each further piece of the MLP
+    piece: float = PIECE  # of them again for each further piece of the MLP
     decoding_memory: float = 0.6  # of gb_s, in a decoding step
     decoding_products: float = 0.362  # of tflops, likewise
     unpacked: float = 22.6  # NF4 weights in a clock of a multiprocessor
@@ -80,12 +80,18 @@ def card_of(gb: float, name: str = "") -> Card:
 
 
 def named(name: str) -> Card:
-    """The card of that name. Raises ValueError if none of CARDS is in it, with those that there are."""
+    """The card of that name, with the GB in it where they are another size of that card, as in "A100 80GB". Raises
+    ValueError if none of CARDS is in it, with those that there are, and for a laptop's."""
     card = card_of(0.0, name)
+    if re.search("laptop|mobile|max-q", name, re.IGNORECASE):
+        raise ValueError(f"card={name!r}: a laptop's has less memory and speed than the card it is named after. Leave "
+                         "it out and say how much: card_gb=16")  # fmt: skip
     if not re.search(rf"\b{card.name}\b", name):
         there = ", ".join(card.name for card in CARDS)
         raise ValueError(f"card={name!r} is not known; there are {there}. For another one leave it out: card_gb=24")
-    return card
+    size = re.search(r"(\d{1,3}) ?GB\b", name)
+    # a program is told up to 2 GB less than is sold: 15.0 of a T4's 16
+    return card._replace(gb=float(size[1])) if size and abs(float(size[1]) - card.gb) > 2 else card
 
 
 def of_a_step(a: Architecture, card: Card, s: Setting, batches: tuple[MicroBatch, ...], attention: str, fitting: int,
@@ -119,8 +125,7 @@ def training(a: Architecture, card: Card, s: Setting, batches: tuple[MicroBatch,
         tokens = batch.tokens.packed
         pairs = len(batch.rows) * own * (prompt + own / 2) + prompt**2 / 2
         attended, multiplied = 4 * pairs * heads / attending, 2 * tokens * linear / tflops
-        # tensors of a layer, each written and read once: about 8 of the hidden size, 4 of the MLP's, 2 of the heads'
-        through = 4 * tokens * (8 * a.hidden_size + 4 * a.intermediate_size + 2 * heads) / gb_s
+        through = tokens * _through(a) / gb_s
         forward = multiplied + attended + through
         backward = multiplied * (1 if s.lora_rank else 2) + 2.5 * attended + 1.5 * through
         again = RECOMPUTED * multiplied + attended + through
@@ -133,12 +138,24 @@ def training(a: Architecture, card: Card, s: Setting, batches: tuple[MicroBatch,
     return seconds
 
 
-def decoding_step(a: Architecture, card: Card, quantization: str, rows: int, tokens: float) -> float:
+def launch_tokens(a: Architecture, card: Card, launches: float = REACHED.layer) -> int:
+    """Tokens that a layer computes in the seconds in which Python launches a pass through it: see `StepCost`."""
+    products = 2 * sum(m.out_features * m.in_features for m in a.linears()) / (card.tflops * 1e12 * REACHED.products)
+    return round(launches / (products + _through(a) / (card.gb_s * 1e9 * REACHED.memory)))
+
+
+def _through(a: Architecture) -> int:
+    """Bytes that a layer reads and writes for a token: about 8 tensors of the hidden size, 4 of the MLP's, 2 of the
+    heads', each once each way."""
+    return 4 * (8 * a.hidden_size + 4 * a.intermediate_size + 2 * a.num_attention_heads * a.head_dim)
+
+
+def decoding_step(a: Architecture, card: Card, quantization: str, rows: int, tokens: float, kv_bits: int = 16) -> float:
     """Seconds in which each of `rows` rows, `tokens` tokens long by now, gets its next token."""
     tflops, gb_s, clocks = card.tflops * 1e12, card.gb_s * 1e9, card.clocks * 1e9
     numbers = a.num_hidden_layers * sum(m.out_features * m.in_features for m in a.linears())
     looked_up = 0 if a.tie_word_embeddings else 2 * a.vocab_size * a.hidden_size  # only the rows' own lines are read
-    keys = rows * tokens * kv_bytes_per_token(a.num_hidden_layers, a.num_key_value_heads, a.head_dim, 2)
+    keys = rows * tokens * kv_bytes_per_token(a.num_hidden_layers, a.num_key_value_heads, a.head_dim, 2, kv_bits)
     logits = 12 * rows * a.vocab_size  # fp32, written once and read twice
     read = (a.weight_bytes(quantization) - looked_up + keys + logits) / (gb_s * REACHED.decoding_memory)
     launches = a.num_hidden_layers * (REACHED.decoding_layer if card.ampere else REACHED.decoding_layer_old)
@@ -157,6 +174,6 @@ def generating(a: Architecture, card: Card, s: Setting, rows: int, fitting: int)
     for i in range(pieces):
         tokens = s.max_prompt_length + (i + 0.5) / pieces * s.max_completion_length
         together = max(1.0, min(rows, MAX_ROWS, fitting * full / tokens))
-        step = decoding_step(a, card, s.quantization, ceil(together), tokens)
+        step = decoding_step(a, card, s.quantization, ceil(together), tokens, s.kv_bits)
         seconds += step * s.max_completion_length / pieces * rows / together
     return seconds

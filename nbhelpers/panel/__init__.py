@@ -56,8 +56,10 @@ class Live(display.View, TrainerCallback):
             `length`, `shortest`, `longest` (tokens); `clipped` (share of answers cut off), `clip_ratio` (share of
             tokens); `zero_signal`; `kl`; `tokens` since the start; `speed` (tokens/s); `memory` (see
             `history.memory_now`); `seconds` since the start; `alike`, and `gaming`, that the reward is gamed and two of
-            the answers, as lines of text (see `gaming.why`). What was not logged is None or empty. After a resume the
-            steps of the earlier session are there too, without seconds.
+            the answers, as lines of text (see `gaming.why`). What was not logged is None or empty. An update that
+            learns again from the answers of an earlier one, as PPO's, has the numbers of those answers. After a
+            resume the steps of the earlier session are there too, without seconds. `margin`, `agree`, `kl_answer` and
+            `value_loss` are other methods' (see `pieces.HELP`).
         samples (`list[rewards.Sample]`): The newest answers. They come from `state.samples`, which LeanGRPOTrainer
             sets; with TRL's plain trainer there are none, and no format rate and no spread by group either.
         probed (`dict[int, list[evaluate.Answer]]`): The probes' answers by step; 0 is before the training.
@@ -110,7 +112,7 @@ class Live(display.View, TrainerCallback):
         """Start afresh, after a resume with the steps that TRL's log still has."""
         if not state.is_world_process_zero:
             return
-        self.history = [history.row_of(log) for log in state.log_history if history.is_step(log)]
+        self.history = history.rows_of(state.log_history)
         self.samples, self.pair, self._pairs, self.ended, self.handles = [], [], {}, None, []
         self.probed = {0: self.probes} if self.probes else {}
         self.total_steps = self._wanted_steps or state.max_steps
@@ -182,19 +184,21 @@ class Live(display.View, TrainerCallback):
         if not state.is_world_process_zero or logs is None or not history.is_step(logs):
             return  # the last log of a run holds its run time, not a step
         now = time.monotonic()
-        row = history.row_of({**logs, "step": state.global_step})
+        logged = history.row_of({**logs, "step": state.global_step})
+        row = history.after(logged, self.history[-1] if self.history else None)
         row["seconds"], row["memory"] = now - self._started, history.memory_now()
         if row["tokens"] is not None and now > self._since:
             row["speed"] = (row["tokens"] - self._tokens) / (now - self._since)
-            self._tokens = row["tokens"]
+            self._tokens, self._since = row["tokens"], now
         self.samples = list(vars(state).get("samples", []))
         if self.samples:
             groups = history.groups_of(self.samples, args.num_generations)
             row["format"] = sum(in_form(sample.completion, self.tags) for sample in self.samples) / len(self.samples)
             row["within"], row["between"] = history.spreads(groups, args.reward_weights)
-            self.pair, self.pair_step = history.best_and_worst(groups, args.reward_weights), state.global_step
+            if row is logged or not self.pair:  # else the answers are those of an earlier step
+                self.pair, self.pair_step = history.best_and_worst(groups, args.reward_weights), state.global_step
             if state.global_step % max(1, self.total_steps // RECORDED_PAIRS) == 0 or not self._pairs:
-                self._pairs[state.global_step] = self.pair
+                self._pairs[self.pair_step] = self.pair
         found = gaming.why(state.log_history, self.samples)
         if found is not None:
             row["gaming"] = [found, *gaming.quoted(self.samples, 2)]
@@ -205,7 +209,7 @@ class Live(display.View, TrainerCallback):
                 print(*row["gaming"], sep="\n", flush=True)
         elif time.monotonic() >= self._draw_again:
             self._draw()
-        self._since = time.monotonic()
+        self._since += time.monotonic() - now
 
     def on_train_end(
         self, args: "TrainingArguments", state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -243,6 +247,7 @@ class Live(display.View, TrainerCallback):
         recorded = {
             "recorded_run": 1,
             "model": model,
+            "method": self.method,
             "hardware": history.hardware(),
             "date": self._date.isoformat(),
             "versions": host.versions(),

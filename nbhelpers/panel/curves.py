@@ -1,6 +1,7 @@
 """The curves of a run: up to six small plots on white, and what they show in words."""
 
 import math
+import textwrap
 from typing import TYPE_CHECKING
 
 from nbhelpers.html import COLORS as COLORS
@@ -43,7 +44,7 @@ def curves_of(history: list[dict]) -> dict[str, dict[str, list]]:
     """
 
     def column(name: str, key: str | None = None) -> list:
-        return [row[name] if key is None else row[name].get(key) for row in history]
+        return [row.get(name) if key is None else row[name].get(key) for row in history]
 
     names = functions(history)
     several = ["total", *names] if len(names) > 1 else names
@@ -60,13 +61,22 @@ def curves_of(history: list[dict]) -> dict[str, dict[str, list]]:
             "cut off": column("clipped"),
             "no signal": column("zero_signal"),
             "clipped": clip_ratio,
+            "agree": column("agree"),
         },
         "tokens an answer": {"mean": column("length"), "shortest": column("shortest"), "longest": column("longest")},
         "tokens / s": {"prompts and answers": column("speed")},
-        "KL to the start": {"KL": column("kl")},
+        "KL to the start": {"KL": column("kl"), "KL an answer": column("kl_answer")},
     }
+    margins = column("margin")
+    if any(margin is not None for margin in margins):  # what pairs teach, whose rewards have no other spread
+        plots = {"margin of a pair" if "spread" in name else name: curves for name, curves in plots.items()}
+        plots["margin of a pair"] = {"margin": margins}
     if learns_texts(history):
-        plots = {"loss": {"nats a token": column("loss")}, "tokens / s": plots["tokens / s"]}
+        plots = {
+            "loss": {"nats a token": column("loss")},
+            "gradient": {"before it is cut": column("grad_norm")},
+            "tokens / s": {"texts": column("speed")},
+        }
     logged = {}
     for label, curves in plots.items():
         known = {name: values for name, values in curves.items() if any(value is not None for value in values)}
@@ -142,8 +152,10 @@ def _arrange(figure: "Figure", labels: list[str], legend_rows: list[int], note: 
     rows = math.ceil(len(labels) / COLUMNS)
     line = 1.45 * LETTER / 72  # inches
     heads = [0.12 + line * max(legend_rows[row * COLUMNS : (row + 1) * COLUMNS]) for row in range(rows)]
-    top, bottom, below = (0.3 if note else 0.05), 0.22, 0.26  # below: a row's numbers of steps
     width = figure.get_figwidth()
+    note = textwrap.fill(note, math.floor(11.5 * width))  # letters of an inch, in bold
+    top = 0.3 + line * note.count("\n") if note else 0.05
+    bottom, below = 0.22, 0.26  # below: a row's numbers of steps
     height = top + sum(heads) + rows * (ROW + below) + bottom
     figure.set_figheight(height)
     left, gap, right = 0.68, 0.72, 0.08
@@ -185,8 +197,9 @@ def _plot(axes: "Axes", label: str, steps: list[int], curves: dict[str, list]) -
         axes.plot(steps, raw, ".", color=color, alpha=0.3, markersize=2.5)
         axes.plot(steps, values, linestyle=line, color=color, label=_short(name), linewidth=2.0 if i == 0 else 1.6)
     if label not in ("reward", "share"):
-        top = max((v for values in curves.values() for v in values if v is not None), default=0.0)
-        axes.set_ylim(0, 1.08 * top or 1)
+        known = [0.0, *(v for values in curves.values() for v in values if v is not None)]
+        low, high = 1.08 * min(known), 1.08 * max(known)
+        axes.set_ylim(low, high if high > low else 1)
 
 
 def _legend(axes: "Axes", columns: int) -> None:

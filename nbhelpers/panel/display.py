@@ -56,6 +56,7 @@ class View:
         self.ended: float | None = None
         self.first_step = 0
         self.writes = True  # answers; False where it learns from texts alone
+        self.method = "GRPO"  # that learns, in TRL's words
         self.handles: list[Any] = []  # IPython's, of the outputs that are updated
         self._cell: str | None = None  # in which they are
         self._figure: Figure | None = None
@@ -131,7 +132,8 @@ class View:
         if not self.history:
             return [head]
         answers = pieces.asked_html(self.asked) + pieces.probes_html(self.probed)
-        answers += pieces.pair_html(self.pair, self.pair_step) + ("" if self.attended else f"<p>{buttons.STATIC}</p>")
+        answers += pieces.pair_html(self.pair, self.pair_step, self.method)
+        answers += "" if self.attended else f"<p>{buttons.STATIC}</p>"
         words = curves.words(self.history)
         # an output of its own: within HTML a viewer that cleans the HTML may leave it out
         picture = {"image/png": base64.b64encode(self.picture()).decode(), "text/plain": words}
@@ -168,7 +170,11 @@ class View:
             "no signal": ("zero_signal", percent),
             "replaced": ("replaced", percent),
             "clipped": ("clip_ratio", percent),
+            "margin": ("margin", lambda value: f"{value:+.2g}"),
+            "agree": ("agree", percent),
             "KL": ("kl", lambda value: f"{value:.3g}"),
+            "KL an answer": ("kl_answer", lambda value: f"{value:.3g}"),
+            "value loss": ("value_loss", lambda value: f"{value:.2g}"),
             "loss": ("loss", lambda value: f"{value:.2g}"),
             "gradient": ("grad_norm", lambda value: f"{value:.2g}"),
             "tokens/s": ("speed", lambda value: f"{value:,.0f}"),
@@ -237,11 +243,13 @@ class View:
         names = [name for name, _ in numbers]
         several = self.ended is not None and len(self.history) > 1
         caption = f"<div>start → end: {history.of_what(self.history)}</div>" if several else ""
-        rewards = pieces.rewards_html(row, self._said)
+        rewards, told = pieces.rewards_html(row, self._said, self.method), list(names)
+        told += ["spread in a group", "between groups"] if row["within"] else []
+        told += [name for name in (self.pair[0].used if self.pair else ()) if name not in told]
         return framed(
             f"<details><summary>The curves in words</summary>{html.escape(words)}</details>{caption}"
-            f"{table(pieces.head(names), [values])}{rewards}{pieces.memory_html(row['memory'])}"
-            f"{pieces.meanings_html([*names, 'spread in a group', 'between groups'])}"
+            f"{table(pieces.head(names, self.method), [values])}{rewards}{pieces.memory_html(row['memory'])}"
+            f"{pieces.meanings_html(told, self.method)}"
         )
 
 

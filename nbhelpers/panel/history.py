@@ -25,13 +25,18 @@ METRICS = {
     "clip_ratio": "clip_ratio/region_mean",
     "zero_signal": "frac_reward_zero_std",
     "kl": "kl",
+    "kl_answer": "objective/kl",
+    "margin": "rewards/margins",
+    "agree": "rewards/accuracies",
     "right": "right",
     "alike": "alike",
     "replaced": "signal/replaced",
+    "value_loss": "value_loss",
     "loss": "loss",
     "grad_norm": "grad_norm",
     "tokens": "num_tokens",
 }
+OF_UPDATE = ("clip_ratio", "loss", "value_loss", "grad_norm", "tokens")  # the others are a rollout's
 
 
 def is_step(log: dict) -> bool:
@@ -59,6 +64,24 @@ def row_of(log: dict) -> dict:
         row["reward_seconds"] = sum(costs)
     unknown = {name: None for name in ("format", "speed", "memory", "seconds")}
     return {**row, "within": {}, "between": {}, **unknown, "gaming": []}
+
+
+def after(row: dict, before: dict | None) -> dict:
+    """`row`, and where no answers were written for its update the numbers of those that it learned from again, which
+    the row `before` has."""
+    if before is None or row["reward"] is not None or row["length"] is not None:
+        return row
+    again = {name: before[name] for name in METRICS if name not in OF_UPDATE and row[name] is None}
+    shown = {name: before[name] for name in ("rewards", "stds", "format", "within", "between", "speed")}
+    return {**row, **again, **shown}
+
+
+def rows_of(logs: Sequence[dict]) -> list[dict]:
+    """The history of the steps among TRL's logs."""
+    rows: list[dict] = []
+    for log in filter(is_step, logs):
+        rows.append(after(row_of(log), rows[-1] if rows else None))
+    return rows
 
 
 # ---- from start to end ----

@@ -15,7 +15,7 @@ HELP = {
     "right": "share of answers that are right in whatever form, paid or not",
     "alike": "share of the other answers that have three words of one in a row: near 100 % all are the same",
     "replaced": "share of groups without a signal in whose place other questions were asked",
-    "loss": "of texts, nats a token; with rewards near 0 by construction when each rollout serves one update",
+    "loss": "near 0 by construction when each rollout serves one update",
     "gradient": "the length of the gradient before it is cut to max_grad_norm",
     "format": "share of answers that have exactly the wanted form",
     "length": "mean number of tokens of an answer",
@@ -25,16 +25,46 @@ HELP = {
     "KL": "distance from the model before training",
     "tokens/s": "tokens of prompts and answers, by the time of the whole step: writing, scoring, learning",
     "in rewards": "of the time elapsed: what the reward functions took",
-    "spread in a group": "standard deviation among the answers to one question: what GRPO learns from",
+    "spread in a group": "standard deviation among the answers to one question: what is learned from",
     "between groups": "standard deviation of the mean rewards of the questions: how unequally hard they are",
+    "margin": "implicit reward of the chosen answer less that of the rejected one: beta times what the model has moved "
+    "towards the one, against the reference, more than towards the other",
+    "agree": "share of pairs in which the implicit reward is larger for the chosen answer",
+    "KL an answer": "distance from the base without its adapter, summed over an answer; an estimate may be below 0",
+    "implicit reward": "beta times the log of an answer's probability over that under the reference",
+    "value": "what the value head expected of an answer to the question",
+    "advantage of the first token": "what came beyond the value, by GAE, not whitened yet; each token has its own",
+    "value loss": "vf_coef times half the square of how far the values are from what came, a mean over tokens",
+}
+OF_METHOD = {  # what a number means with another method than GRPO
+    "SFT": {"loss": "of the texts, nats a token", "tokens/s": "tokens of texts, by the time of the whole step"},
+    "Online DPO": {
+        "loss": "mean over the pairs, of a tie 0; 0.69 where the model has moved towards neither answer",
+        "no signal": "share of pairs whose answers got the same reward: a tie teaches nothing",
+        "spread in a group": "standard deviation in a pair: only which answer has more is learned from",
+    },
+    "PPO": {
+        "loss": "the policy's, near 0 where a rollout is new, and the value loss",
+        "spread in a group": "standard deviation among the answers to one question; PPO compares each with its value",
+    },
+}
+BEST_AND_WORST = ("best answer of a group", "worst answer of the same group", "in each group all have the same reward")
+PAIR = {  # what the shown answers are
+    "Online DPO": ("chosen answer of a pair", "rejected answer of the same pair", "all pairs are ties"),
+    "PPO": ("best answer to a question", "worst answer to the same question", "answers to a question are paid alike"),
 }
 
 CELL = "text-align:left;padding:2px 14px 2px 0;border:0;background:none"
 _FULL_WIDTH = f"{GRID};width:100%;table-layout:fixed"
 
 
-def head(names: Iterable[str]) -> list[str]:
-    return [cell(name, CELL, tag="th", title=HELP.get(name, "")) for name in names]
+def meaning(name: str, method: str) -> str:
+    """What a number means in a run of `method`; empty if it says so itself."""
+    return OF_METHOD.get(method, {}).get(name) or HELP.get(name, "")
+
+
+def head(names: Iterable[str], method: str) -> list[str]:
+    return [cell(name, CELL, tag="th", title=meaning(name, method)) for name in names]
 
 
 def gaming_html(lines: list[str]) -> str:
@@ -46,12 +76,13 @@ def gaming_html(lines: list[str]) -> str:
     return f"<div style='border-left:4px solid {COLORS[1]};padding-left:8px;margin:0 0 8px'><b>{why}</b>{shown}</div>"
 
 
-def rewards_html(row: dict, said: Callable[[Callable[[dict], float | None]], str]) -> str:
+def rewards_html(row: dict, said: Callable[[Callable[[dict], float | None]], str], method: str) -> str:
     """Each reward function with its mean and its spread.
 
     Args:
         row (`dict`): The newest step.
         said (`Callable`): Given what a row has of a number, the text of that number: now, or from start to end.
+        method (`str`): That learns, in TRL's words.
     """
     if not row["rewards"]:
         return ""
@@ -67,7 +98,7 @@ def rewards_html(row: dict, said: Callable[[Callable[[dict], float | None]], str
 
     rows = [[html.escape(name), *(said(value(*column, name)) for column in columns.values())] for name in names]
     cells = [[cell(text, CELL) for text in texts] for texts in rows]
-    return table(head(["reward function", *columns]), cells, f"{GRID};margin-top:8px")
+    return table(head(["reward function", *columns], method), cells, f"{GRID};margin-top:8px")
 
 
 def memory_text(memory: dict[str, float]) -> str:
@@ -95,9 +126,9 @@ def memory_html(memory: dict[str, float] | None) -> str:
     return f"<div style='margin-top:8px'><small>{text}</small>{bar(bars)}</div>"
 
 
-def meanings_html(names: Iterable[str]) -> str:
+def meanings_html(names: Iterable[str], method: str) -> str:
     """What the numbers mean, for those who have no mouse to point at them."""
-    told = "".join(f"<li><b>{name}</b>: {HELP[name]}</li>" for name in names if name in HELP)
+    told = "".join(f"<li><b>{name}</b>: {told}</li>" for name in names if (told := meaning(name, method)))
     return f"<details style='margin-top:6px'><summary>What do these numbers mean?</summary><ul>{told}</ul></details>"
 
 
@@ -132,19 +163,23 @@ def asked_html(asked: list[tuple[int, str, str]]) -> str:
     return table(head, rows, f"{GRID};margin-bottom:10px")
 
 
-def pair_html(pair: list[Sample], step: int) -> str:
-    """The best and the worst answer of one group, side by side. Model text is escaped: it may hold anything."""
+def pair_html(pair: list[Sample], step: int, method: str) -> str:
+    """The best and the worst answer of one group, side by side, with their rewards and what `method` learns from."""
     if not pair:
         return ""
-    shown = [(f"step {step}: best answer of a group", pair[0]), ("worst answer of the same group", pair[-1])]
+    best, worst, alike = PAIR.get(method, BEST_AND_WORST)
+    shown = [(f"step {step}: {best}", pair[0]), (worst, pair[-1])]
     if len(pair) == 1:
-        shown = [(f"step {step}: an answer (in each group all have the same reward)", pair[0])]
+        shown = [(f"step {step}: an answer ({alike})", pair[0])]
     cells = []
     for title, sample in shown:
-        given = " · ".join(f"{name} {number(value)}" for name, value in sample.rewards.items())
-        advantage = "" if sample.advantage is None else f" · advantage {sample.advantage:+.2f}"
+        used = sample.used if sample.advantage is None else {"advantage": sample.advantage}
+        given = " · ".join(
+            [*(f"{name} {number(value)}" for name, value in sample.rewards.items()),
+             *(f"{name} {value:{'+.2f' if name == 'advantage' else '+.3g'}}" for name, value in used.items())]
+        )  # fmt: skip
         inside = (
-            f"<b>{title}</b><br><small>{html.escape(given)}{advantage}</small>"
+            f"<b>{title}</b><br><small>{html.escape(given)}</small>"
             f"{pre(shortened(sample.prompt), f'{TEXT};opacity:.75')}{pre(shortened(sample.completion))}"
         )
         cells.append(cell(inside, f"{BOX};width:50%"))

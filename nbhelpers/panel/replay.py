@@ -48,6 +48,7 @@ class Replay(display.View):
                 recorded["total_steps"],
                 f"REPLAY of a recorded run: {self.model}, {self.hardware}, {self.date} — nothing was trained here",
             )
+            self.method = recorded.get("method", "GRPO")
             self._history, self._seconds = recorded["history"], recorded["seconds"]
             self._pairs = {int(step): [Sample(**s) for s in pair] for step, pair in recorded["pairs"].items()}
             self._probed = {int(step): [_answer(a) for a in answers] for step, answers in recorded["probed"].items()}

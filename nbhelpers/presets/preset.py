@@ -36,6 +36,7 @@ class Preset:
     questions_per_step: int = 4  # each answered num_generations times
     max_prompt_length: int = 256
     max_completion_length: int = 768
+    kv_bits: int = 16  # of keys and values while completions are written: LeanGRPOConfig's
     learning_rate: float = 1e-5
     max_steps: int = 250
     dataset: str = "openai/gsm8k"  # what the notebooks hand to tasks.gsm8k

@@ -10,7 +10,7 @@ in penalties.py, rewards for spelling and by a judge in prose.py, and checking.p
 of it can be imported from this package.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nbhelpers.models.tags import REASONING, THINK, Tags
 
@@ -31,7 +31,7 @@ from .answers import (
 )
 from .by_hand import playground
 from .checking import check
-from .countdown_rules import verify
+from .countdown_rules import solved, verify
 from .penalties import get_language_consistency, get_length_penalty, get_repetition_penalty
 from .prose import helpfulness, spelling
 from .reading import read, right
@@ -42,8 +42,8 @@ __all__ = [
     "REASONING", "TAGS", "THINK", "Reward", "Sample", "Tags", "check", "correctness", "countdown", "extract_answer",
     "extract_boxed", "form", "formatted", "get_language_consistency", "get_length_penalty", "get_repetition_penalty",
     "helpfulness", "in_form", "integer_answer", "is_correct", "math_correctness", "number_of", "playground",
-    "question_of", "read", "right", "same", "sandboxed", "soft_format", "spelling", "strict_format", "tag_count",
-    "text_of",
+    "question_of", "read", "right", "same", "sandboxed", "soft_format", "solved", "spelling", "strict_format",
+    "tag_count", "text_of",
 ]  # fmt: skip
 
 
@@ -56,12 +56,14 @@ class Sample:
         completion (`str`): What the model wrote.
         rewards (`dict[str, float | None]`): Score by reward function; a function that did not apply is missing or None.
         advantage (`float`, *optional*): Its advantage over its group, in the units of the loss.
+        used (`dict[str, float]`): What a method learns from that has no such advantage, by name.
     """
 
     prompt: str
     completion: str
     rewards: dict[str, float | None]
     advantage: float | None = None
+    used: dict[str, float] = field(default_factory=dict)
 
 
 # ---- the classic five rewards ----

@@ -5,7 +5,7 @@ Model text is hostile: nothing here takes more than linear time in it.
 
 import re
 import struct
-from decimal import ROUND_DOWN, ROUND_HALF_UP, Decimal, InvalidOperation
+from decimal import ROUND_DOWN, ROUND_HALF_UP, Context, Decimal, InvalidOperation
 from numbers import Real
 
 from nbhelpers.models.tags import REASONING, Tags
@@ -14,6 +14,7 @@ _BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # an escaped brace is 
 _CURRENCY = re.compile(r"\s*([-+]?)\s*\\?[$€£¥₹]\s*(?=[-+.\d])")
 _EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d{1,3}", re.ASCII)  # as JSON and CSV files have numbers
 _GOES_ON = re.compile(r"-?\d{1,9}\.\d{2,20}(?:\.\.\.|…)", re.ASCII)  # 3.14159…
+_EXACT = Context(prec=40)  # decimal's own 28 digits are fewer than those have
 TAGS = REASONING.all
 
 
@@ -211,4 +212,5 @@ def _begins(given: str, digits: Decimal) -> bool:
     places, known = (-int(n.as_tuple().exponent) for n in (number, digits))
     shorter = Decimal(1).scaleb(-min(places, known))
     roundings = (ROUND_DOWN, ROUND_HALF_UP) if places < known else (ROUND_DOWN,)
-    return places >= 2 and number.quantize(shorter, ROUND_DOWN) in [digits.quantize(shorter, how) for how in roundings]
+    begun = [digits.quantize(shorter, how, _EXACT) for how in roundings]
+    return places >= 2 and number.quantize(shorter, ROUND_DOWN, _EXACT) in begun

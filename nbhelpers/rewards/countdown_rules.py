@@ -6,6 +6,8 @@ sign are not.
 
 The text comes from a model, so it is never handed to `eval`: what is too long, or holds a number that was not given,
 is refused as text before anything is computed; the rest is evaluated with two stacks, in linear time.
+
+`verify` takes an expression and nothing else. `solved` looks for one in a completion, as a person would who is careful.
 """
 
 import random
@@ -13,12 +15,25 @@ import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
+from nbhelpers.models.tags import REASONING, Tags
+
+from .answers import extract_boxed
+
 _ALLOWED = re.compile(r"[0-9+\-*/()\s]*", re.ASCII)
 _TOKEN = re.compile(r"[0-9]+|[-+*/()]")
 _BINDS = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2, "sign+": 3, "sign-": 3}
 _TARGETS = range(10, 101)
 _TRIES = 100_000  # without a new puzzle: there are hardly any left
 LONGEST = 1000  # characters: no honest answer about a handful of numbers comes near
+_SPELLINGS = (
+    (re.compile(r"\\(?:times|cdot)\b|[×·]|(?<=[0-9)]) ?x ?(?=[0-9(])"), "*"),
+    (re.compile(r"\\div\b|÷"), "/"),
+    (re.compile(r"[−–]"), "-"),
+    (re.compile(r"\\[()\[\]]|\\(?:left|right)\b|\*\*|[`$]"), " "),
+)
+_POINT = re.compile(r"^ *(?:[-+*]|[0-9]{1,2}[.)]) ", re.MULTILINE)  # of a list
+_PIECE = re.compile(r"(?<![\w.])[0-9+\-*/()= ]+")
+_GOES_ON = re.compile(r"\w|\.[0-9]")  # 3 * x, 3 * 2.5
 
 
 def verify(expression: str, numbers: Sequence[int], target: int | Fraction) -> bool:
@@ -50,6 +65,42 @@ def solves(expression: str, solution: str) -> bool:
     tokens = _TOKEN.findall(solution)
     target = evaluate(tokens)
     return target is not None and verify(expression, [int(token) for token in tokens if token.isdigit()], target)
+
+
+def solved(text: str, solution: str, tags: Tags = REASONING) -> bool:
+    """Whether a completion solves the puzzle that `solution`, a row's `answer`, solves, whatever its form.
+
+    The expression is read between the answer tags, else in the last `\\boxed{}`, else in all of the text; of several
+    the last counts. `×`, `\\div` and markdown are read as a person would, and "= 80" may stand on either side of it if
+    that is true.
+
+    Args:
+        text (`str`): What a model wrote.
+        solution (`str`): An expression that uses the given numbers and reaches the target.
+        tags (`Tags`): What encloses the answer.
+
+    Example:
+    >>> solved("So (19 − 3) × 5 = 80.", "5 * (19 - 3)"), solved("19 * 5 - 15 = 80", "5 * (19 - 3)")
+    (True, False)
+    """
+    inside = tags.extract(text)
+    if inside is None:
+        inside = extract_boxed(text)
+    said = (text if inside is None else inside)[-4 * LONGEST :]  # the last expression stands at the end
+    for pattern, new in _SPELLINGS:
+        said = pattern.sub(new, said)
+    if inside is None:  # in the place of the answer "- 3" is a sign
+        said = _POINT.sub("", said)
+    last = ""
+    for match in _PIECE.finditer(said):
+        signs = set(match[0])
+        if signs & set("+-*/") and signs & set("0123456789") and not _GOES_ON.match(said, match.end()):
+            last = match[0]
+    sides = last.strip("= ").split("=")
+    target = evaluate(_TOKEN.findall(solution))
+    if len(last) > LONGEST or target is None or not any(solves(side, solution) for side in sides):
+        return False
+    return all(evaluate(_TOKEN.findall(side)) == target for side in sides)
 
 
 def evaluate(tokens: Sequence[str]) -> Fraction | None:

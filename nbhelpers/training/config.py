@@ -72,9 +72,10 @@ class OfThisMachine:
 
 @dataclass
 class LeanGRPOConfig(OfThisMachine, trl.GRPOConfig):
-    """TRL's GRPOConfig with what `OfThisMachine` says, dynamic sampling, stages and a time limit of rewards.
+    """TRL's GRPOConfig with what `OfThisMachine` says, dynamic sampling, stages, a time limit of rewards and `kv_bits`.
 
-    With `stages` the run begins with the first stage's `max_completion_length`.
+    With `stages` the run begins with the first stage's `max_completion_length`. `kv_bits=8` keeps keys and values in 8
+    bits while the graph engine writes: about twice as many completions at once, or twice as long.
 
     Where engine and trainer disagree about a token's probability, that token's loss is importance-weighted. TRL's own
     default, the product of a completion's ratios, turns rounding noise into a factor: 0.3 to 1.9 in bf16 at 256 tokens
@@ -86,6 +87,7 @@ class LeanGRPOConfig(OfThisMachine, trl.GRPOConfig):
     dynamic_sampling: int = 0  # rounds in which groups without a signal are replaced before the update (DAPO)
     reward_seconds: float = SECONDS  # for one call of a reward function, before its rows count as not scored
     stages: list[Stage] | None = None  # of the length of completions
+    kv_bits: int = 16  # or 8
 
     def _settle(self) -> None:
         if self.stages:

@@ -54,6 +54,10 @@ class RunHooks(Trainer):
         """Micro-batches of TRL's that one rollout is cut into."""
         return 1
 
+    def _numbers(self) -> defaultdict[str, list[float]]:
+        """What is logged next of the mode, training or evaluation, that the model is in."""
+        return self._metrics["train" if self.model.training else "eval"]
+
     def _panels(self) -> list[panel.Live]:
         """The panels among the callbacks; with one, transformers' own progress goes: one updating output, not two.
 

@@ -130,7 +130,6 @@ class LeanStepHooks(StepHooks, Hooks):
         if not self.lean or "pixel_values" in inputs or inputs["advantages"].dim() != self.advantage_dims:
             return super()._compute_loss(model, inputs)
         training = self.model.training
-        mode = "train" if training else "eval"
         accumulation = self.current_gradient_accumulation_steps if training else 1.0
         items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if training:  # TRL counts the items of a whole rollout; an update uses this share of it
@@ -149,7 +148,7 @@ class LeanStepHooks(StepHooks, Hooks):
             self._average_gradients(model)
         metrics = objective.metrics(outcome, inputs, settings, self.accelerator.reduce, self.accelerator.gather)
         for name, value in metrics.items():
-            self._metrics[mode][name].append(value)
+            self._numbers()[name].append(value)
         if training and settings.entropy_bonus:
             self._adapt_entropy_coef(outcome.entropies, outcome.acts)
         # the gradients are in place: TRL calls backward() on this detached scalar, which does nothing
@@ -179,7 +178,7 @@ class LeanStepHooks(StepHooks, Hooks):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in TRL, which averages what is known; an entropy that misses some of a step's rows is no entropy of it."""
-        measured = self._metrics["train" if self.model.training else "eval"]
+        measured = self._numbers()
         if any(math.isnan(value) for value in measured.get("entropy", ())):
             measured["entropy"] = [math.nan]
         super().log(logs, start_time)

@@ -10,6 +10,8 @@ is freed before the next. Whatever the cut, the gradients are those of the whole
 by its share of the whole (grpo.token_weights). A group's prompt is computed once for all of its completions.
 """
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
@@ -19,17 +21,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from nbhelpers import kernels
+from nbhelpers import gpu, kernels
+from nbhelpers.architecture import GB
 from nbhelpers.engines.forward import Decoder
 from nbhelpers.kernels import ahead
-from nbhelpers.memory.micro_batches import TILES, CannotFit, Lengths, MicroBatch, StepCost, count
+from nbhelpers.memory.micro_batches import RECOMPUTED, TILES, CannotFit, Lengths, MicroBatch, StepCost, count
 from nbhelpers.memory.residents import scratch_bytes
 from nbhelpers.memory.room import Reserved, Room
+from nbhelpers.memory.seconds import REACHED, card_of, launch_tokens
 from nbhelpers.models import families
 from nbhelpers.models.finite import first_not_finite
 
 from .layerwise import Layers, LayerwiseDecoder, same_random
-from .packed_attention import choose
+from .packed_attention import choose, prefers_sdpa
 from .packing import Packed, Row, Rows, pack
 
 if TYPE_CHECKING:
@@ -80,11 +84,16 @@ class LeanStep:
             embedding = next(model.get_input_embeddings().parameters())
             dtype = torch.get_autocast_dtype(self.device.type) if on else embedding.dtype
         backend = attention or choose(self.device, dtype)
+        shapes = families.architecture(model.config.to_dict())
+        if backend == "flash":  # timed now, when there is room for it
+            prefers_sdpa(self.device, dtype, shapes.num_attention_heads, shapes.num_key_value_heads, shapes.head_dim)
         self.decoder = LayerwiseDecoder(model, backend, autocast)
         width = max(embedding.element_size(), dtype.itemsize)
         dropped = max(map(_dropped, self.decoder.layers))
         whole = self.decoder.head.weight.requires_grad
-        self.cost = StepCost(families.architecture(model.config.to_dict()), width, backend, dropped, whole=whole)
+        self.cost = StepCost(shapes, width, backend, dropped, whole=whole)
+        if self.device.type == "cuda":
+            self._set_launches(REACHED.layer)  # until a rehearsal has timed them
         self.model = model
         self.temperature, self.share_prompts = temperature, share_prompts
         self.room = Room(self.device, budget_gb, reserved)
@@ -237,8 +246,9 @@ class LeanStep:
         batch = Rows(all_rows, prompts, completions, scored)
         grads = [p.grad for p in self.trained]
 
+        # what cannot fit is refused with its own lengths, not those of what is timed
+        first = max(self.plan(all_rows), key=lambda one: one.peak)
         if not families.hooked_linears(self.model) and self.decoder.swapped is None:
-            first = max(self.plan(all_rows), key=lambda one: one.peak)
             ahead.compile_for(self.device, lambda: self._dry_pass(batch, first))
             self._forget(grads)
 
@@ -248,7 +258,11 @@ class LeanStep:
             self.differentiate(batch, lambda logps, entropies, packed: logps.sum() * 0.0)
             return micro_batches
 
-        micro_batches = self.retried(largest)
+        on_card = self.device.type == "cuda"
+        with torch.random.fork_rng([self.device] if on_card else []):  # dropout's draws are as many as there are cuts
+            if on_card:
+                self.retried(self.time_launches)
+            micro_batches = self.retried(largest)
         self._forget(grads)
         return micro_batches
 
@@ -267,6 +281,31 @@ class LeanStep:
         layers = Layers(min(micro_batch.saved, len(each)), len(each), micro_batch.tile)
         with same_random(self.device):
             decoder.differentiate(packed, self.temperature, layers, lambda logps, _: logps.sum() * 0.0, Tensor.backward)
+
+    def time_launches(self) -> float:
+        """Time a pass of a few tokens through a layer, most of which is Python and its launches; from now on batches
+        are cut by what it takes here. Returns its seconds. Call it before there are gradients."""
+        few, made_up = 8, torch.zeros(8, dtype=torch.long)
+        batch = Rows([Row(0, 0, few, few)], [made_up], {0: made_up}, {0: torch.arange(few)})
+        times = []
+        for _ in range(3):  # the first one compiles
+            start = time.perf_counter()
+            self.differentiate(batch, lambda logps, entropies, packed: logps.sum() * 0.0)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        self._forget([None] * len(self.trained))
+        saved = self.micro_batches[0].saved
+        seconds = min(times[1:]) / (2 * saved + (2 + RECOMPUTED) * (self.cost.layers - saved))
+        seconds = 2.0 ** round(math.log2(seconds))  # noise of a clock must not cut the same run in another way
+        self._set_launches(seconds)
+        return seconds
+
+    def _set_launches(self, seconds: float) -> None:
+        """Cut batches by this time of a pass through a layer, on the card of this process."""
+        if card := gpu.card():
+            kind = card_of(card.total / GB, card.name)
+            self.cost = replace(self.cost, launches=launch_tokens(self.cost.architecture, kind, seconds))
 
 
 def _dropped(layer: nn.Module) -> int:

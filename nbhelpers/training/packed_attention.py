@@ -3,7 +3,8 @@
 Query i of a sequence with n queries and m keys sees the keys up to m - n + i: a causal mask aligned bottom-right.
 Three backends compute it:
 
-"flash"      one launch for all sequences, keys and values of fewer heads as they are; 16 bits, Ampere and later
+"flash"      one launch for all sequences, keys and values of fewer heads as they are; 16 bits, Ampere and later. A
+             micro-batch of one long sequence goes through SDPA where that was timed to be quicker (`prefers_sdpa`)
 "efficient"  one launch, keys and values expanded to all heads; what a T4 has
 "rows"       one `scaled_dot_product_attention` per sequence; any device, and the reference for the other two
 
@@ -11,6 +12,7 @@ The first two are the operators behind torch's SDPA, called with sequence ends, 
 not torch's public API, so `choose` runs them once on a small input before they are relied upon.
 """
 
+import time
 import warnings
 from functools import cache
 
@@ -22,6 +24,10 @@ from torch.nn.attention.bias import CausalVariant, causal_lower_right
 from nbhelpers import gpu
 
 from .packing import Packed, pack, take, unpad
+
+LONG = 8192  # tokens of a sequence for SDPA: cuDNN makes a plan for each new length, which shorter ones do not repay
+TIMED = 4096  # tokens; on an H200 2.1 ms against 1.3
+QUICKER = 0.9  # less than that and the two may be one kernel, timed twice
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float, backend: str) -> Tensor:
@@ -43,6 +49,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float, backen
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float) -> Tensor:
+    alone = len(packed.sequences) == 1 and len(q) == len(k) >= LONG
+    if alone and prefers_sdpa(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[2]):
+        return _single(q, k, v, packed, scale)
+    return _varlen(q, k, v, packed, scale)
+
+
+def _single(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float) -> Tensor:
+    """One sequence with as many keys as queries, through SDPA's own choice, which is cuDNN on Hopper."""
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)[0].transpose(0, 1)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float) -> Tensor:
     return torch.ops.aten._flash_attention_forward(
         q, k, v, packed.q_ends, packed.k_ends, *packed.longest, 0.0, True, False, scale=scale
     )[0]
@@ -118,3 +138,43 @@ def check(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return f"{type(error).__name__}: {str(error).splitlines()[0]}"
     worst = max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(got, wanted, strict=True))
     return None if worst < 0.03 else f"it is {worst:.3f} off"
+
+
+@cache
+def prefers_sdpa(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> bool:
+    """Whether SDPA's own choice takes at most QUICKER of the time of "flash" for one sequence of TIMED tokens, forward
+    and backward, and gives what that gives. Timed once for heads of this number and size; call it before memory is
+    counted."""
+    if device.type != "cuda":
+        return False
+    ids = torch.zeros(1, TIMED, dtype=torch.long)
+    batch = unpad(ids[:, :1], torch.ones(1, 1), ids[:, 1:], torch.ones(1, TIMED - 1, dtype=torch.bool))
+    packed = pack(batch, batch.rows, device)
+    shapes = [(packed.ids.shape[1], number, dim) for number in (heads, kv_heads, kv_heads, heads)]
+    own = torch.Generator(device).manual_seed(0)  # the run's draws stay what they are
+    try:
+        *leaves, upstream = (torch.randn(shape, device=device, dtype=dtype, generator=own) for shape in shapes)
+        for leaf in leaves:
+            leaf.requires_grad_()
+        return _quicker(leaves, upstream, packed, dim**-0.5)
+    except RuntimeError:  # no memory left for it, or SDPA has nothing for these heads
+        return False
+
+
+@torch.enable_grad()
+def _quicker(leaves: list[Tensor], upstream: Tensor, packed: Packed, scale: float) -> bool:
+    """`prefers_sdpa` of q, k and v, and the gradient of attention's output."""
+    results, seconds = [], []
+    for way in (_varlen, _single):
+        times = []
+        for _ in range(6):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            out = way(leaves[0], leaves[1], leaves[2], packed, scale)
+            result = [out, *torch.autograd.grad(out, leaves, upstream)]
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        results.append(result)
+        seconds.append(min(times[2:]))
+    alike = all((a - b).float().norm() <= 0.03 * b.float().norm() for a, b in zip(*results, strict=True))
+    return alike and seconds[1] <= QUICKER * seconds[0]

@@ -51,7 +51,7 @@ class PromptHooks(Hooks):
             ended = self.accelerator.gather(torch.tensor(self._ended, device=device))
             lengths = self.accelerator.gather(torch.tensor([float(len(ids)) for ids in rollout[1]], device=device))
             whole = lengths[ended] if ended.any() else torch.zeros(1)
-            metrics = self._metrics["train" if self.model.training else "eval"]
+            metrics = self._numbers()
             metrics["completions/clipped_ratio"][-1] = 1.0 - ended.float().mean().item()
             for name, value in (("mean", whole.mean()), ("min", whole.min()), ("max", whole.max())):
                 metrics[f"completions/{name}_terminated_length"][-1] = value.item()

@@ -14,6 +14,7 @@ import trl
 from transformers import TrainingArguments
 
 from nbhelpers import hub_words
+from nbhelpers.memory.kv import KV_BITS
 
 from . import losses
 from .stages import Stage
@@ -168,6 +169,8 @@ SETTINGS = (
     Setting("min_p", optional(number(0, 1)), f"None or {_SHARE}"),
     Setting("repetition_penalty", _positive, _POSITIVE, "1 changes nothing."),
     Setting("dynamic_sampling", whole(0), "a whole number, 0 or more", "Rounds in which silent groups are replaced."),
+    Setting("kv_bits", lambda v: whole(8, 16)(v) and v in KV_BITS, "16 or 8", "With 8 keys and values take half the "
+            "memory while answers are written."),
     Setting("stages", optional(_stages), "None or a list of Stage(max_completion_length), each but the last "
             "with what ends it (steps, cut_off from 0 to 1, or plateau), and the last without"),
     # the run

@@ -114,8 +114,12 @@ class SignalHooks(Hooks):
             self._log_completion_extra("right", hits)
         return rewards
 
+    def _drawn_and_scored(self, inputs: Inputs) -> Batch:
+        """TRL's rollout. A method that has other advantages and still knows silent groups puts them there."""
+        return super()._generate_and_score_completions(inputs)
+
     def _generate_and_score_completions(self, inputs: Inputs) -> Batch:
-        batch = super()._generate_and_score_completions(inputs)
+        batch = self._drawn_and_scored(inputs)
         if not self.model.training or self.multi_objective_aggregation != "sum_then_normalize":
             return batch  # "normalize_then_sum" compares rows across groups: no group is silent by itself
         silent = silent_groups(self._totals, self.num_generations)
@@ -154,7 +158,7 @@ class SignalHooks(Hooks):
                 break
             rows = self._drawn(count, {Difficulty.key(_question(row)) for row in inputs[::size]})
             with self._unlogged():
-                other = super()._generate_and_score_completions(rows)
+                other = self._drawn_and_scored(rows)
             quiet = self._own(silent_groups(self._totals, size).repeat_interleave(size)).view(-1, size)[:, 0].tolist()
             self.difficulty.note([_question(row) for row in rows[::size]], quiet)
             good = [group for group, is_quiet in enumerate(quiet) if not is_quiet]

@@ -49,7 +49,8 @@ class StopWhen:
 
         Args:
             logs (`Sequence[dict]`): The steps so far, oldest first, under TRL's names and `right` and `in_form`, the
-                shares of answers that are right, in whatever form, and in form, whether right or not.
+                shares of answers that are right, in whatever form, and in form, whether right or not. Where
+                `frac_reward_zero_std` is missing, as with PPO, equal rewards are no silence.
             samples (`Sequence[Sample]`): The newest answers.
         """
         return self._gaming(logs, samples, self.gaming_steps) or self._silence(logs, samples) or self._solved(logs)
@@ -59,7 +60,7 @@ class StopWhen:
 
     def _silence(self, logs: Sequence[Log], samples: Sequence["Sample"]) -> str | None:
         newest = _newest(logs, self.silent_steps)
-        if newest is None or any(log["frac_reward_zero_std"] < 1.0 for log in newest):
+        if newest is None or any(log.get("frac_reward_zero_std", 0.0) < 1.0 for log in newest):
             return None
         gamed = self._gaming(logs, samples, len(newest))
         if gamed is not None:  # where all have learned the same trick, groups are silent too
@@ -88,7 +89,7 @@ class StopWhen:
         newest = _newest(logs, self.solved_steps)
         if newest is None or not all(log.get("right", 0.0) > ALMOST_ALL for log in newest):
             return None
-        if fmean(log["frac_reward_zero_std"] for log in newest) < 0.5:
+        if fmean(log.get("frac_reward_zero_std", 1.0) for log in newest) < 0.5:
             return None
         return (
             f"The task is solved: for {len(newest)} steps {fmean(log['right'] for log in newest):.1%} of the answers "
@@ -126,7 +127,7 @@ class Stopper(TrainerCallback):
 
     def on_log(self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: Any) -> None:
         samples = list(vars(state).get("samples", ()))
-        logs = [log for log in state.log_history if "frac_reward_zero_std" in log]
+        logs = [log for log in state.log_history if "reward" in log]
         if self.reason is None and (reason := self.rules.reason(logs, samples)) is not None:
             self.reason = reason
             if self.ends:

@@ -151,6 +151,7 @@ class LeanGRPOTrainer(StageHooks, SignalHooks, ResumeHooks, LeanStepHooks, Promp
         self._begin_signal(correct, rounds, tags)
         self.add_callback(Stopper(SILENCE, ends=False) if stop_when is None else Stopper(stop_when))
         for live in self._panels():
+            live.method = self._name
             live.engine = self.engine  # asks its probes with the engine that writes the completions
             live.tags, live.kept_however_it_ends = self.tags, True
             asked = live.probes[0].decoding.chat_template_kwargs if live.probes else None
@@ -170,7 +171,7 @@ class LeanGRPOTrainer(StageHooks, SignalHooks, ResumeHooks, LeanStepHooks, Promp
             "cache_implementation": args.cache_implementation is not None,
             f"{kind}": kind not in ONE_CARD_EACH,
         }
-        why = next((name for name, wanted in asked.items() if wanted), None)
+        why, kv_bits = next((name for name, wanted in asked.items() if wanted), None), vars(args).get("kv_bits", 16)
         if engine is None or why is not None:
             if why is not None and engine not in ("auto", None):
                 raise ValueError(f"engine={engine!r} and {why} exclude each other: leave one of them out")
@@ -179,6 +180,9 @@ class LeanGRPOTrainer(StageHooks, SignalHooks, ResumeHooks, LeanStepHooks, Promp
                     f"TRL's own generation, taken for {why or 'engine=None'}, cannot look for stop_strings: leave "
                     "either out"
                 )
+            if kv_bits != 16:
+                raise ValueError(f"kv_bits={kv_bits} is an option of the graph engine, and TRL's own generation, taken "
+                                 f"for {why or 'engine=None'}, has none: leave either out")  # fmt: skip
             if args.use_vllm and args.vllm_importance_sampling_correction and not self._sampling(1, 0).plain:
                 print(
                     "TRL's vLLM reports probabilities after top_p, top_k, min_p and repetition_penalty, so the "
@@ -194,7 +198,7 @@ class LeanGRPOTrainer(StageHooks, SignalHooks, ResumeHooks, LeanStepHooks, Promp
             )
         self._sampling(1, 0)  # raises for what is out of range
         model = self.accelerator.unwrap_model(self.model)
-        sizes: dict[str, Any] = {}
+        sizes: dict[str, Any] = {"kv_bits": kv_bits}
         if engine == "vllm":  # allocates its memory once, at the start
             sizes["rows"] = args.per_device_train_batch_size * self._steps_per_generation
             sizes["max_length"] = sum(self._longest_row()[1:])

@@ -1,15 +1,18 @@
 """The benchmark of the methods: the notebooks' names are exchanged, and what its results must show."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
 
 import nbhelpers
 from benchmarks import common, methods
+from benchmarks.real import __main__ as real
 from benchmarks.real import cells
 from benchmarks.real.__main__ import worst
-from nbhelpers import rewards, tasks
+from nbhelpers import presets, rewards, tasks
 
 
 @pytest.fixture
@@ -29,6 +32,45 @@ def test_a_notebooks_cells_get_the_methods_config(method, names, tmp_path):
     assert type(args) is wanted and args.seed == 5
     for name, value in methods.METHODS[method].changes.items():
         assert getattr(args, name) == value
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_the_real_notebooks_own_settings_become_the_methods(method, names, tmp_path, monkeypatch):
+    """Its cell as it stands: beta=0.0, groups of 8 and dynamic sampling are not for every method."""
+    monkeypatch.setenv("NBHELPERS_SMOKE", "1")
+    wanted = getattr(nbhelpers, methods.METHODS[method].config)
+    methods.take(method, str(tmp_path))
+    cell = next(s for _, s in common.code_cells(cells.NOTEBOOK) if s.startswith("from nbhelpers import LeanGRPOConfig"))
+    task = SimpleNamespace(per_step=lambda wanted: wanted)
+    known = {"preset": presets.get("qwen2.5-1.5b"), "task": task, "OUT": str(tmp_path), "STEPS": 60, "SEED": 3}
+    exec(cell, known)
+    args = known["args"]
+    assert type(args) is wanted and (args.max_steps, args.seed) == (60, 3)
+    for name, value in methods.METHODS[method].real_changes.items():
+        assert getattr(args, name) == value
+
+
+def test_a_real_run_takes_eight_questions_a_step_and_its_rows_go_to_a_file_of_their_own(tmp_path, monkeypatch):
+    asked = []
+
+    def run(job):
+        asked.append(job)
+        found = {"shares": {}, "steps": job.steps, "settings": {}, "probes": [], "curve": [[1, 0.5, 0.1, 0.2]]}
+        return worst(real.rows_of(found, f"{job.model}/{job.label}/seed-{job.seed}"))
+
+    monkeypatch.setattr(methods.real, "run", run)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    for method in ("rloo", "ppo"):
+        call = f"methods --method {method} --real w.gguf --questions q --steps 9 --after-only --out {tmp_path}/{method}"
+        monkeypatch.setattr(sys, "argv", call.split())
+        methods.main()
+    assert json.loads(asked[0].preset) == {"questions_per_step": 8} and asked[0].steps == 9 and asked[0].after_only
+    files = [f"{tmp_path}/{method}/methods_gpu.json" for method in ("rloo", "ppo")]
+    monkeypatch.setattr(sys, "argv", ["methods", "--join", *files])
+    methods.main()
+    rows = {row["what"]: row for row in json.loads((tmp_path / "methods_gpu.json").read_text())["rows"]}
+    for method in ("rloo", "ppo"):
+        assert rows[f"qwen2.5-coder-1.5b/{method}/curve"]["points"] == [[1, 0.5, 0.1, 0.2]]
 
 
 def test_texts_are_worked_answers_of_both_kinds(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import readme, tables
+from benchmarks import method_tables, readme, recipe_tables, tables
 from benchmarks.real import __main__ as real
 
 ROOT = Path(__file__).parents[2]
@@ -19,11 +19,12 @@ def test_its_tables_are_those_of_the_results():
     assert done.returncode == 0, "run `python -m benchmarks.readme` and commit README.md and docs"
 
 
-def test_the_check_can_fail_on_either_page(tmp_path):
+def test_the_check_can_fail_on_each_page(tmp_path):
     for name in ("benchmarks", "nbhelpers", "notebooks", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "docs").mkdir()
-    pages = {name: (ROOT / name).read_text() for name in ("README.md", "docs/benchmarks.md", "docs/recipes.md")}
+    names = ("README.md", "docs/benchmarks.md", "docs/recipes.md", "docs/performance.md")
+    pages = {name: (ROOT / name).read_text() for name in names}
     check = [sys.executable, "-m", "benchmarks.readme", "--check"]
     for page, right, wrong, status in (
         ("README.md", "", "", 0),
@@ -52,6 +53,54 @@ def test_the_table_of_methods_shows_the_worst_of_the_seeds_and_a_dash_for_what_w
     assert lines["RLOO"][1:5] == ["32.4% → 97.0%", "2", "30", "1.30"]
     assert lines["PPO"][1:5] == ["–"] * 4
     assert float(lines["PPO"][5]) > float(lines["RLOO"][5]) > 4  # planned: the value head, and groups of two
+
+
+def test_the_table_of_countdown_has_a_row_for_each_step_seen_here_or_published(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert recipe_tables.countdown() == "Nobody has run it on a GPU yet."
+    label, rows = "qwen2.5-coder-1.5b/countdown/seed-0", []
+    for when, value in (("before", 0.04), (50, 0.125), (130, 0.25)):
+        for name in ("solved", "three", "four", "form"):
+            rows.append({"what": f"{label}/{name}_{when}", "who": "ours", "value": value, "unit": "share"})
+    rows.append({"what": f"{label}/seconds", "who": "ours", "value": 480.0, "unit": "s"})
+    rows.append({"what": f"{label}/peak_driver", "who": "ours", "value": 6.9, "unit": "GB"})
+    document = {"host": {"gpu": "any"}, "date": "day", "command": "call", "rows": real.worst(rows)}
+    (tmp_path / "countdown.json").write_text(json.dumps(document))
+    table, _, told = recipe_tables.countdown().partition("\n\n")
+    lines = {line.strip("| ").split(" | ")[0]: line.strip("| ").split(" | ")[1:] for line in table.splitlines()[2:]}
+    assert list(lines) == ["0", "50", "100", "130", "200", "450"]
+    assert lines["50"] == ["12.5%"] * 4 + ["in form"] and lines["100"] == ["–"] * 4 + ["25 %"]
+    assert lines["130"] == ["25.0%"] * 4 + ["–"] and told.startswith(
+        "8.0 minutes of training, 6.90 GB. Measured on any"
+    )
+
+
+def test_the_tables_of_real_runs_and_peaks_have_a_dash_for_what_was_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for made in (method_tables.real(), method_tables.peaks()):
+        body = [line.strip("| ").split(" | ") for line in made.splitlines()[2:-2]]
+        assert body and all(set(cells[1:]) == {"–"} for cells in body) and made.endswith("\n\nNot measured yet.")
+    head, who = "qwen2.5-coder-1.5b", {"who": "ours", "unit": ""}
+    rows = [{"what": f"{head}/{what}", "value": value, **who} for what, value in (
+        ("grpo/numbers_before", 0.4), ("rloo/numbers_after", 0.6), ("rloo/steps", 60), ("rloo/seconds", 99.6),
+        ("rloo/peak_driver", 6.5),
+    )]  # fmt: skip
+    points = [[i, i / 8, 0.1, None] for i in range(1, 9)]
+    rows += [{"what": f"{head}/{name}/curve", "value": 8, "points": points, **who} for name in ("rloo", "sft")]
+    peaks = [{"what": f"llama-3.2-1b/ppo/{what}", "who": one, "value": value, "unit": "GB"} for what, one, value in (
+        ("step_peak", "ours", 4.0), ("step_peak", "planner", 4.2), ("step_peak_driver", "ours", 4.9),
+        ("step_time", "ours", 3.0),
+    )]  # fmt: skip
+    for name, found in (("methods_gpu", rows), ("step", peaks)):
+        document = {"host": {"gpu": "a card"}, "date": "day", "command": "call", "rows": found}
+        (tmp_path / f"{name}.json").write_text(json.dumps(document))
+    lines = {
+        line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in method_tables.real().splitlines()
+    }
+    assert lines["RLOO"][1:] == ["40.0% → 60.0%", "–", "–", "0.19 0.44 0.69 0.94", "60", "100", "6.50"]
+    assert lines["SFT"][4] == "0.10 0.10 0.10 0.10" and lines["PPO"][1:] == ["–"] * 7
+    assert "| PPO | 4.90 | 4.00 | 4.20 | 1.05 | 3.00 |" in method_tables.peaks()
+    assert "Measured on a card" in method_tables.peaks()
 
 
 @pytest.mark.parametrize("file", sorted(tables.RESULTS.glob("*.json")), ids=lambda file: file.stem)

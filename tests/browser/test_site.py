@@ -55,8 +55,8 @@ def pages(site) -> dict[str, Parts]:
 
 
 def test_everything_is_there(pages):
-    for page in ("", "gallery/", "faq/", "ARCHITECTURE/", "compatibility/", "reliability/", "benchmarks/", "api/",
-                 "api/training/", "api/rewards/", "contributing/", "changelog/"):  # fmt: skip
+    for page in ("", "gallery/", "faq/", "ARCHITECTURE/", "compatibility/", "reliability/", "benchmarks/",
+                 "performance/", "api/", "api/training/", "api/rewards/", "contributing/", "changelog/"):  # fmt: skip
         assert f"{HOST}/{page}" in pages
     for notebook in (ROOT / "notebooks").rglob("*.ipynb"):
         assert f"{HOST}/{notebook.relative_to(ROOT).with_suffix('')}/" in pages

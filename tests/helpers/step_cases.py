@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -183,12 +182,12 @@ def through(model, rows, weights, **options):
     return seen, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}, one.micro_batches
 
 
-def in_two_processes(file: str, folder: Path) -> None:
-    """`file folder` as a script in two processes (gloo), which must end well."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", file]
+def in_two_processes(python: list[str], file: str, folder: Path) -> None:
+    """`file folder` as a script of `python` in two processes (gloo), which must end well."""
+    command = [*python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python", *python]
     helpers = Path(__file__).parent
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{helpers.parents[1]}{os.pathsep}{helpers}"}
-    out = subprocess.run([*command, str(folder)], env=env, capture_output=True, text=True, timeout=300)
+    out = subprocess.run([*command, file, str(folder)], env=env, capture_output=True, text=True, timeout=300)
     assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-4000:]
 
 

@@ -1,7 +1,7 @@
 """Python processes that have imported what is slow to import, forked from one that did it once.
 
     with warm_python.server() as command:         # a list: what stands for `python`
-        subprocess.run([*command, "script.py"])   # or [*command, "-m", "module", "argument"]
+        subprocess.run([*command, "script.py"])   # or [*command, "-m", "module", "argument"], or "-c"
 
 A notebook's kernel imports torch, transformers and TRL for six seconds of CPU time before it does anything. The server
 imports them and waits; the command is a small process that hands over its arguments, environment, folder and output,
@@ -10,6 +10,7 @@ Imports start no thread, which a fork would lose. They may look for a GPU, which
 with one the tests take fresh processes (tests/conftest.py).
 """
 
+import atexit
 import gc
 import json
 import os
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import types
 from contextlib import contextmanager, suppress
 from importlib import import_module
 
@@ -101,13 +103,23 @@ def run(asked: dict, connection: socket.socket) -> None:
     os.environ.update(asked["environment"])
     threading.Thread(target=lambda: connection.recv(1) or os._exit(1), daemon=True).start()
     program, *rest = asked["arguments"]
-    sys.path[0] = ""
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:1] = ["" if program in ("-m", "-c") else os.path.dirname(os.path.abspath(program)), *filter(None, paths)]
     if program == "-m":
         sys.argv[:] = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif program == "-c":
+        sys.argv[:] = ["-c", *rest[1:]]
+        sys.modules["__main__"] = main = types.ModuleType("__main__")
+        exec(compile(rest[0], "<string>", "exec"), vars(main))
     else:
         sys.argv[:] = [program, *rest]
         runpy.run_path(program, run_name="__main__")
+    # It came to its end. What Python does at its end, but for taking apart all that was imported: half a second.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(0)
 
 
 def ask(address: str, arguments: list[str]) -> None:

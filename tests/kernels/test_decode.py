@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nbhelpers import kernels
-from nbhelpers.kernels import HeadNorms, Projection
+from nbhelpers.kernels import EightBits, HeadNorms, Projection, eight_bits
 
 
 def attention_case(
@@ -23,8 +23,11 @@ def attention_case(
     layer=1,
     rotary=None,
     norms=False,
+    bits=16,
+    bias=False,
 ):
-    """(arguments, what a copy of the cache holds in its stead) with more rows in the cache than in the batch."""
+    """The arguments, with more rows in the cache than in the batch. bits=8: in int8, with angles of a real rope;
+    bias: and k has one that is far larger than what is beside it in two channels of each head."""
     generator = torch.Generator().manual_seed(0)
     cache = torch.randn(2, 2, rows + 1, kv_heads, 48, dim, generator=generator).to(device, dtype)
     # as a projection leaves them: [B, 1, heads * D] seen as [B, heads, 1, D]
@@ -34,13 +37,27 @@ def attention_case(
     )
     angles = torch.rand(rows, 1, (rotary or dim) // 2, generator=generator).repeat(1, 1, 2) * 6
     cos, sin = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+    positions, eight, addresses = torch.tensor(positions, device=device), None, [0, 0]
+    if bits == 8:
+        half = (rotary or dim) // 2
+        angles = (torch.arange(48)[:, None] * 10 ** (-3 * torch.arange(half) / half)).repeat(1, 2)  # [length, R]
+        every = [t.to(device, dtype) for t in (angles.cos(), angles.sin())]
+        cos, sin = (t[positions][:, None] for t in every)
+        cache, scales = eight_bits.quantise(cache)
+        offset = None
+        if bias:
+            offset = torch.randn(kv_heads, dim, generator=generator)
+            offset[:, [1, dim // 2]] *= 100
+            offset = offset.to(device, dtype)
+            k = k + offset[:, None]
+        eight = EightBits(scales, eight_bits.angles_of(*every, dim), offset)
+        addresses = [eight.scales.data_ptr(), eight.angles.data_ptr()]
     strides = cache.stride()
-    table = torch.tensor([cache.data_ptr(), strides[0], strides[2], strides[3]], device=device)
-    positions = torch.tensor(positions, device=device)
+    table = torch.tensor([cache.data_ptr(), strides[0], strides[2], strides[3], *addresses], device=device)
     weights = [(torch.randn(dim, generator=generator) + 1).to(device, dtype) for _ in range(2)]
     head_norms = HeadNorms(*weights, 1e-6) if norms else None
     longest = int(positions.max()) + 1
-    return (q, k, v, cos, sin, cache, table, layer, positions, longest, dim**-0.5, window, head_norms)
+    return (q, k, v, cos, sin, cache, table, layer, positions, longest, dim**-0.5, window, head_norms, eight)
 
 
 def check_attention(tolerance=1e-5, **case):
@@ -51,7 +68,11 @@ def check_attention(tolerance=1e-5, **case):
         wanted = kernels.decode_attention(*truth)
     torch.testing.assert_close(got, wanted, atol=tolerance, rtol=tolerance)
     # the cache: K and V of the new token at its place, and nothing else
-    torch.testing.assert_close(ours[5], truth[5], atol=tolerance, rtol=tolerance)
+    if ours[-1] is None:
+        torch.testing.assert_close(ours[5], truth[5], atol=tolerance, rtol=tolerance)
+    else:  # what lies between two steps may be rounded to either
+        assert (ours[5].int() - truth[5].int()).abs().max() <= 1
+        torch.testing.assert_close(ours[-1].scales, truth[-1].scales, atol=0, rtol=max(tolerance, 1e-5))
     assert ((ours[5] != attention_case(**case)[5]).sum((-2, -1)) <= case["dim"]).all()
 
 
@@ -64,6 +85,16 @@ CASES = [
     {"rows": 1, "heads": 2, "kv_heads": 1, "dim": 64, "positions": [30], "window": 100, "layer": 0},
     {"rows": 2, "heads": 4, "kv_heads": 2, "dim": 16, "positions": [9, 21], "dtype": torch.float16, "tolerance": 2e-3},
 ]
+IN_8_BITS = [
+    {"rows": 3, "heads": 6, "kv_heads": 2, "dim": 16, "positions": [0, 17, 40], "bits": 8},
+    {"rows": 3, "heads": 4, "kv_heads": 2, "dim": 16, "positions": [0, 17, 40], "bits": 8, "norms": True},
+    {"rows": 3, "heads": 6, "kv_heads": 2, "dim": 16, "positions": [0, 17, 40], "bits": 8, "bias": True,
+     "tolerance": 1e-4},
+    {"rows": 2, "heads": 4, "kv_heads": 2, "dim": 24, "positions": [5, 33], "rotary": 16, "bits": 8, "bias": True,
+     "window": 9, "layer": 0, "tolerance": 1e-4},
+    {"rows": 2, "heads": 4, "kv_heads": 2, "dim": 16, "positions": [9, 21], "dtype": torch.float16, "bits": 8,
+     "tolerance": 2e-3},
+]  # fmt: skip
 
 
 @pytest.fixture(params=[False, True], ids=["sums", "dot"])
@@ -79,7 +110,7 @@ class TestAttention:
     __test__ = interpreter.ON
 
     @pytest.mark.parametrize("splits", [1, 4])
-    @pytest.mark.parametrize("case", CASES, ids=str)
+    @pytest.mark.parametrize("case", CASES + IN_8_BITS, ids=str)
     def test_equals_torch(self, case, splits, dot, monkeypatch):
         module = import_module("nbhelpers.kernels.triton.decode_attention")
         monkeypatch.setattr(module, "splits_for", lambda rows, kv_heads: splits)
@@ -255,7 +286,7 @@ def test_torch_attention_equals_the_whole_softmax():
     """The reference itself: one row at a time, by the formula."""
     for case in CASES[:4]:
         arguments = attention_case(**{k: v for k, v in case.items() if k != "tolerance"})
-        q, k, v, cos, sin, cache, _, layer, positions, _, scale, window, norms = arguments
+        q, k, v, cos, sin, cache, _, layer, positions, _, scale, window, norms, _ = arguments
         q, k = kernels.rope(q, k, cos, sin, norms)
         before = cache.clone()
         got = kernels.decode_attention(*arguments)

@@ -1,6 +1,7 @@
 """The planner: counted by hand where that is possible, monotone everywhere, quick, and of one mind with the step and
 the graph engine."""
 
+import functools
 import subprocess
 import sys
 import time
@@ -12,10 +13,11 @@ from nbhelpers import architecture, gpu, memory, presets
 from nbhelpers.architecture import GB
 from nbhelpers.engines import Sampling, graph
 from nbhelpers.engines.base import Writer
-from nbhelpers.memory import kv, micro_batches, residents
+from nbhelpers.memory import kv, micro_batches, residents, seconds
 from nbhelpers.models import families
 from nbhelpers.training import lean_step
 
+LONG = {"max_prompt_length": 480, "max_completion_length": 20_000, "num_generations": 8}
 LLAMA = {"lora_rank": 16, "quantization": "nf4", "max_prompt_length": 256, "max_completion_length": 768}
 
 
@@ -162,7 +164,7 @@ def written_at_once(plan, texts, monkeypatch):
     resident = sum(plan.generation.get(part, 0) for part in ("weights", "adapters", "optimizer", "dense scratch"))
     free = (plan.card_gb - memory.CONTEXT_GB) * (1 - memory.FRAGMENTED) - resident
     width = 2 if s.lora_rank else 4
-    token = memory.kv_bytes_per_token(a.num_hidden_layers, a.num_key_value_heads, a.head_dim, width)
+    token = memory.kv_bytes_per_token(a.num_hidden_layers, a.num_key_value_heads, a.head_dim, width, s.kv_bits)
     engine, sampling = object.__new__(graph.GraphEngine), Sampling(s.max_completion_length)
     engine.max_rows = kv.MAX_ROWS
     requests = [graph.Request([1] * s.max_prompt_length, i, Writer(sampling)) for i in range(texts)]
@@ -178,12 +180,26 @@ def written_at_once(plan, texts, monkeypatch):
 @pytest.mark.parametrize("name", presets.names())
 def test_the_graph_engine_writes_as_many_at_once_as_planned(name, monkeypatch):
     for gb in CARDS:
-        for changes in ({}, {"max_completion_length": 1003}, {"max_completion_length": 64, "rows": 96}):
+        for changes in ({}, {"max_completion_length": 1003}, {"max_completion_length": 64, "rows": 96}, {"kv_bits": 8}):
             plan = memory.plan(name, card_gb=gb, **changes)
             assert plan.at_once == written_at_once(plan, plan.setting.rows, monkeypatch), (gb, changes)
             affordable = written_at_once(plan, kv.MAX_ROWS, monkeypatch)
             if plan.fits:
                 assert plan.largest_group == (affordable if affordable > 1 else 0), (gb, changes)
+
+
+def test_keys_and_values_in_8_bits_are_planned_in_half_the_room():
+    plans = [memory.plan("llama-3.1-8b", card_gb=15, **{**LONG, "kv_bits": bits}) for bits in (16, 8)]
+    assert [plan.at_once for plan in plans] == [2, 5] and all(plan.fits for plan in plans)
+    assert plans[1].generation["KV cache"] / 5 < 0.52 * plans[0].generation["KV cache"] / 2
+    assert plans[1].training == plans[0].training
+    assert plans[1].step_seconds < 0.75 * plans[0].step_seconds  # fewer one after another
+    assert "keys and values in 8 bits" in str(plans[1].setting) and "8 bits" not in str(plans[0].setting)
+    preset = replace(presets.get("llama-3.1-8b"), kv_bits=8)
+    assert memory.plan(preset, card_gb=15, **LONG) == replace(plans[1], preset=preset.on_card(15))
+    for wrong in (4, 8.0, True):
+        with pytest.raises(ValueError, match=f"kv_bits={wrong}: it is 16, or 8"):
+            memory.plan("llama-3.1-8b", card_gb=15, kv_bits=wrong)
 
 
 def test_on_tight_cards_fewer_are_written_than_fit_beside_nothing():
@@ -199,6 +215,9 @@ def test_a_budget_holds_for_the_engine_too():
     assert tight.generation_peak <= 7.3
 
 
+that_fit = functools.cache(memory.that_fit)  # of every preset, and asked again for each
+
+
 @pytest.mark.parametrize("name", presets.names())
 def test_the_smallest_card_is_the_one_that_a_plan_is_found_for(name):
     preset = presets.get(name)
@@ -206,7 +225,7 @@ def test_the_smallest_card_is_the_one_that_a_plan_is_found_for(name):
     for gb in (0.1, floor - 0.1, floor, floor + 0.1, *range(1, 25), 40, 80):
         plan = memory.plan(preset, card_gb=gb)
         assert (plan.fits or plan.nearest is not None) == memory.can_train(preset, gb) == (gb >= floor), gb
-        assert (name in memory.that_fit(gb)) == (gb >= floor)
+        assert (name in that_fit(gb)) == (gb >= floor)
 
 
 def test_what_fits():
@@ -231,7 +250,8 @@ def test_a_plan_for_texts_has_no_generation_and_cuts_as_the_step_does():
     shape = preset.architecture
     held = residents.resident(shape, "nf4", 16, preset.lora_targets, "adamw_8bit")
     room = memory.step_budget(70 * GB, 9.0 * GB - held.generating, coming=held.gradients)
-    step = micro_batches.StepCost(shape, 2, "flash")
+    card = seconds.card_of(80)  # what its launches take decides the cut too
+    step = micro_batches.StepCost(shape, 2, "flash", launches=seconds.launch_tokens(shape, card))
     assert plan.micro_batches == tuple(step.split([(i, 256, 768) for i in range(24)], room))
     assert memory.plan("llama-3.1-8b", method="rloo", **given).training == memory.plan("llama-3.1-8b", **given).training
     with pytest.raises(ValueError, match="method is one of grpo, rloo, sft"):

@@ -1,7 +1,6 @@
 """What tests of notebooks share."""
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 
@@ -18,14 +17,10 @@ def build():
 
 
 @pytest.fixture
-def smoke(monkeypatch, warm, tmp_path):
+def smoke(monkeypatch, kernel):
     """Smoke mode, and a kernel of the name "warm" for Jupyter."""
     if sys.platform == "win32":
         pytest.skip("Windows has no SIGINT to send")
     monkeypatch.setenv("NBHELPERS_SMOKE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
-    argv = [*warm, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    spec = tmp_path / "jupyter" / "kernels" / "warm" / "kernel.json"
-    spec.parent.mkdir(parents=True)
-    spec.write_text(json.dumps({"argv": argv, "display_name": "warm", "language": "python"}))
+    kernel("warm")

@@ -1,4 +1,6 @@
-"""Each exercise of a lesson has an answer that folds out, and the answer's code prints what stands below it."""
+"""Each exercise of a lesson has an answer that folds out, and the answer's code prints what stands below it.
+
+Lessons run as forks of a process that has imported what they import (`warm_python`)."""
 
 import json
 import re
@@ -30,6 +32,12 @@ SHORT: dict[str, tuple[tuple[str, str], ...]] = {
         ("preset.max_steps // 5", "1"), ("range(256)", "range(16)"), ('"max_steps": 5', '"max_steps": 1'),
     ),
 }  # fmt: skip
+# Here answers print the same all the same, and what they print is compared.
+SHORT_AND_TOLD = {
+    "04_one_set_of_weights": (
+        ("range(12)", "range(3)"), ("(0, 1, 11)", "(0, 1, 2)"), ('["a copy"][11]', '["a copy"][2]'),
+    ),
+}  # fmt: skip
 
 
 def cells_of(path: Path, kind: str) -> list[str]:
@@ -51,27 +59,29 @@ def script_of(path: Path) -> str:
     for code, _ in answers_of(path):
         parts += [f"print({MARK!r})", code]
     text = "\n\n".join(parts)
-    for old, new in SHORT.get(path.stem, ()):
+    for old, new in {**SHORT, **SHORT_AND_TOLD}.get(path.stem, ()):
         assert old in text, old
         text = text.replace(old, new)
     return text
 
 
-def said_by(path: Path, folder: Path) -> list[str]:
+def said_by(path: Path, folder: Path, warm: list[str]) -> list[str]:
     """What each answer prints, run in `folder` below its lesson."""
-    (folder / "lesson.py").write_text(script_of(path))  # Triton reads a kernel's source from its file
-    done = subprocess.run([sys.executable, "lesson.py"], cwd=folder, capture_output=True, text=True, timeout=1200)
+    script = script_of(path)
+    (folder / "lesson.py").write_text(script)  # Triton reads a kernel's source from its file
+    python = [sys.executable] if "TRITON_INTERPRET" in script else warm  # wanted before `import triton`
+    done = subprocess.run([*python, "lesson.py"], cwd=folder, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     return [said.removeprefix("\n") for said in done.stdout.split(MARK)[1:]]
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
-def test_every_exercise_has_an_answer_that_runs(path, tmp_path):
+def test_every_exercise_has_an_answer_that_runs(path, tmp_path, warm):
     text = cells_of(path, "markdown")[-1]
     exercises = re.findall(r"^\d+\. ", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
     answers = answers_of(path)
     assert len(exercises) == len(ANSWER.findall(text)) == len(answers) > 0
-    said = said_by(path, tmp_path)
+    said = said_by(path, tmp_path, warm)
     assert len(said) == len(answers)
     if path.stem not in SHORT:
         assert said == [told for _, told in answers]

@@ -1,7 +1,7 @@
 """Model notebooks as a reader runs them, in smoke mode: stopped and gone on with, killed and run again from the top.
 
 And as a script in two processes, as for two GPUs. Kernels and processes are forks of one that has imported what they
-import (`warm_python`); `make test` runs every notebook in a fresh one too.
+import (`warm_python`); nbmake, in `make test`, runs one of each kind in a fresh one.
 """
 
 import json

@@ -94,6 +94,10 @@ def test_the_command_lists_plans_and_refuses_in_a_sentence(command, real, capsys
     with pytest.raises(SystemExit, match="It does NOT fit"):
         command.main(["32b-lora", "--out", str(tmp_path / "x")])
     assert not (tmp_path / "x").exists()
+    for few in ("0", "-1"):  # neither all of them nor TRL's three epochs
+        with pytest.raises(SystemExit):
+            command.main(["limo", "--plan", "--steps", few])
+        assert f"--steps {few}: 1 or more" in capsys.readouterr().err
     with pytest.raises(ValueError, match="there is no recipe 'lima'; there are long-run, limo, 32b-lora"):
         recipes.get("lima")
 

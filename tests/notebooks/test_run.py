@@ -11,7 +11,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "notebooks/run.py", "notebooks/00_quickstart.ipynb"]
+COMMAND = ["notebooks/run.py", "notebooks/00_quickstart.ipynb"]
 
 
 def finish(process, seconds=240) -> str:
@@ -19,18 +19,19 @@ def finish(process, seconds=240) -> str:
     return out
 
 
-def start(out, *sets):
+def start(python, out, *sets):
     sets = [word for pair in sets for word in ("--set", pair)]
     return subprocess.Popen(
-        [*COMMAND, str(out), *sets], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*python, *COMMAND, str(out), *sets], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
-def test_own_questions_that_this_model_cannot_learn(tmp_path):
+def test_own_questions_that_this_model_cannot_learn(tmp_path, warm, kernel):
+    kernel("python3")
     questions = [{"question": f"How many legs have {n} cats?", "answer": str(4 * n)} for n in range(2, 22)]
     questions.append({"question": "And a snake?", "answer": ""})
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, questions)))
-    process = start(tmp_path / "out", f"DATA={tmp_path / 'mine.jsonl'}", "STEPS=2")
+    process = start(warm, tmp_path / "out", f"DATA={tmp_path / 'mine.jsonl'}", "STEPS=2")
     text = finish(process)
     assert process.returncode == 0, text
     assert "left out 1 row (line 21) of mine.jsonl: no answer" in text
@@ -48,9 +49,10 @@ def test_own_questions_that_this_model_cannot_learn(tmp_path):
     assert "widgets" not in executed.metadata
 
 
-def test_a_mistake_in_the_file_is_one_clear_line(tmp_path):
+def test_a_mistake_in_the_file_is_one_clear_line(tmp_path, warm, kernel):
+    kernel("python3")
     (tmp_path / "mine.csv").write_text("prompt,answer\nHow many?,4\n")
-    process = start(tmp_path / "out", f"DATA={tmp_path / 'mine.csv'}")
+    process = start(warm, tmp_path / "out", f"DATA={tmp_path / 'mine.csv'}")
     text = finish(process)
     assert process.returncode == 1
     assert "ValueError" in text and "no column 'question'; it has 'prompt', 'answer'" in text
@@ -59,7 +61,7 @@ def test_a_mistake_in_the_file_is_one_clear_line(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to hand on")
 def test_ctrl_c_keeps_what_was_learned_and_goes_on(tmp_path):
-    process = start(tmp_path / "out", "STEPS=5000")
+    process = start([sys.executable], tmp_path / "out", "STEPS=5000")
     lines = []
     for line in process.stdout:
         lines.append(line)

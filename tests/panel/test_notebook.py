@@ -237,14 +237,15 @@ live = run(panel.Live(every=0.0), [logs()] * 3, total=3)
 """
 
 
-def test_in_a_real_kernel_one_place_stays_and_no_widget_state():
+def test_in_a_real_kernel_one_place_stays_and_no_widget_state(kernel):
     import nbformat
     from nbclient import NotebookClient
 
     root = Path(__file__).parents[2]
     cell = nbformat.v4.new_code_cell(NOTEBOOK.format(path=[str(root / "tests" / "helpers"), str(root)]))
     book = nbformat.v4.new_notebook(cells=[cell])
-    NotebookClient(book, timeout=120, kernel_name="python3").execute()
+    kernel("warm")
+    NotebookClient(book, timeout=120, kernel_name="warm").execute()
     head, curves, numbers, answers = [
         out for out in cell.outputs if out.output_type != "stream" or out.name != "stderr"
     ]

@@ -30,6 +30,7 @@ def test_history_holds_what_trl_logs(clock):
         "length": 41.4, "shortest": 11.0, "longest": 60.0, "clipped": 0.02, "clip_ratio": 0.0, "zero_signal": 0.31,
         "kl": None, "tokens": 1000.0, "speed": 1000.0, "format": pytest.approx(1 / 3), "seconds": 1.0,
         "right": None, "alike": None, "gaming": [], "replaced": None, "loss": 0.0, "grad_norm": None,
+            "kl_answer": None, "margin": None, "agree": None, "value_loss": None,
     }  # fmt: skip
     assert [(row["step"], row["reward"], row["kl"]) for row in live.history] == [(1, 1.5, None), (2, 2.0, 0.5)]
     assert second["speed"] == pytest.approx(600.0)  # what drawing took since is not counted
@@ -202,3 +203,14 @@ def test_a_real_run(tmp_path, capsys):
 
     with pytest.raises(RewardError, match=r"no reward function \(nothing\) scored any completion"):
         trainer([nothing], 5)[0].train()
+
+
+def test_tokens_per_second_are_those_of_all_updates_with_a_rollout(clock):
+    """TRL logs the tokens with the rollout; the updates that follow it take time too."""
+    live = panel.Live()
+    clock.step = 1.0
+    again = {"loss": 0.1}
+    run(live, [logs(), again, again, logs(num_tokens=5000.0)])
+    first, *_, last = (row["speed"] for row in live.history)
+    assert [row["speed"] for row in live.history[1:3]] == [first, first]
+    assert last == pytest.approx(4000 / 3)

@@ -5,7 +5,7 @@ from itertools import islice
 
 import pytest
 
-from nbhelpers.rewards import countdown_rules
+from nbhelpers.rewards import THINK, countdown_rules
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,47 @@ def test_what_is_not(expression):
     assert not countdown_rules.verify(expression, [3, 7, 25], 46)
 
 
+SOLUTION = "5 * (19 - 3)"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<answer>\n(19 - 3) * 5\n</answer>", "<answer>80 = (19-3)*5</answer>", "<answer>(19-3)*5 = 16*5 = 80</answer>",
+        "So (19 − 3) × 5 = 80.", r"thus \boxed{(19 - 3) \times 5 = 80}", r"\[ \left(19-3\right) \cdot 5 = 80 \]",
+        "**(19 - 3) * 5**", "- (19 - 3) * 5 = 80", "2. (19 - 3) x 5 = 80\n", "`5*(19-3)` =", "$(19-3)*5 = 80$",
+        "(19-3)*5 = 80. It uses 3, 5 and 19, each once.", "19 * 5 - 15 = 80? No: (19 - 3) * 5 = 80",
+    ],
+)  # fmt: skip
+def test_what_solves_a_puzzle_in_whatever_form(text):
+    assert countdown_rules.solved(text, SOLUTION)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "80", "<answer>80</answer> (19-3)*5", "<answer></answer>(19-3)*5", "19 * 5 - 15 = 80", "(19-3)*5 = 81",
+        "(19-3)*5 or 19+3-5", "(19-3)*5.0", "(19-3)*5*x", "(19-3)*5*1", "(19-3)**5", "((19-3)*5", "1(19-3)*5",
+        "(19-3)*5 = 80 = 79", "(19-3)*5" + " + 0" * 400,
+    ],
+)  # fmt: skip
+def test_what_does_not(text):
+    assert not countdown_rules.solved(text, SOLUTION)
+
+
+@pytest.mark.parametrize("place", ["<answer>\n{}\n</answer>", r"So \boxed{{{}}}."])
+def test_in_the_place_of_the_answer_a_dash_is_a_sign_and_no_point_of_a_list(place):
+    assert countdown_rules.solved(place.format("- 3 + 83"), "83 - 3")
+    assert not countdown_rules.solved(place.format("- 5 * (19 - 3)"), SOLUTION)
+    assert countdown_rules.solved(place.format("1. (19 - 3) * 5"), SOLUTION)
+
+
+def test_other_tags_enclose_the_answer_too():
+    text = "<think>19 - 3 * 5</think>\n(19 - 3) * 5 = 80"
+    assert countdown_rules.solved(text, SOLUTION, THINK)
+    assert not countdown_rules.solved("<think>(19 - 3) * 5</think>\n19 - 3 * 5", SOLUTION, THINK)
+
+
 def test_division_by_zero_is_wrong():
     assert not countdown_rules.verify("7 / (3 - 3)", [3, 3, 7], 0)
     assert not countdown_rules.verify("0 / 0", [0, 0], 0)
@@ -68,6 +109,9 @@ def test_hostile_text_is_wrong_and_fast(text):
     started = time.perf_counter()
     assert not countdown_rules.verify(text, [3, 7, 25], 99)
     assert time.perf_counter() - started < 0.05
+    started = time.perf_counter()
+    assert not any(countdown_rules.solved(one, "(3 + 7) * 25") for one in (text, f"<answer>{text}</answer>"))
+    assert time.perf_counter() - started < 0.1
 
 
 def test_nesting_to_the_limit_is_evaluated():

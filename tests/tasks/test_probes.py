@@ -102,6 +102,9 @@ def test_in_the_tags_it_is_the_same_and_nothing_else_may_stand_there():
     for said, good in (("3.14", True), ("3.14159…", True), ("3.1416", True), ("3.15", False), ("about 3.14", False)):
         assert is_correct(f"<answer>\n{said}\n</answer>", DIGITS) is good, said
     assert is_correct("<answer>-0.33</answer>", "-0.333333…") and not is_correct("<answer>0.33</answer>", "-0.333333…")
+    long = "123456789.12345678901234567890"  # more digits than decimal's context has
+    assert is_correct(f"<answer>{long}</answer>", f"{long}…") and right(f"It is {long}1", f"{long}…")
+    assert not is_correct(f"<answer>1000000000.{'0' * 20}</answer>", f"999999999.{'9' * 18}12…")
     assert is_correct("<answer>0.67</answer>", "0.666666...") and not is_correct("<answer>0.68</answer>", "0.666666...")
 
 

@@ -173,6 +173,8 @@ def test_countdown_rows_can_be_scored():
         assert sorted(map(int, re.findall(r"\d+", question))) == sorted([*row["numbers"], row["target"]])
     assert {len(row["numbers"]) for row in task.train} == {3, 4, 5}
     assert task.train[:] == tasks.countdown(40, 10, numbers=(3, 4, 5), seed=5).train[:]
+    system, user = tasks.countdown(1, 1, system_prompt="In this form").train[0]["prompt"]
+    assert system["content"] == "In this form" and user["role"] == "user"
 
 
 def test_countdown_holds_its_test_out():

@@ -59,8 +59,8 @@ def run(folder: str) -> None:
     end_of_a_process()
 
 
-def test_two_processes_have_the_gradients_of_one(tmp_path):
-    in_two_processes(__file__, tmp_path)
+def test_two_processes_have_the_gradients_of_one(tmp_path, warm):
+    in_two_processes(warm, __file__, tmp_path)
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for kind in SETTINGS:
         wanted = gradients_of(kind, tmp_path, list(ANSWERS))

@@ -11,7 +11,6 @@ from method_cases import ANSWERS, PROMPTS, SCORES, gradients, rollout, scored, t
 from step_cases import difference, make_model
 
 from nbhelpers import LeanOnlineDPOConfig, LeanOnlineDPOTrainer
-from nbhelpers.training.methods import online_dpo
 
 
 def trls(model, folder, **settings):
@@ -121,11 +120,11 @@ def test_trls_own_config_counts_prompts(tmp_path):
 
     theirs = OnlineDPOConfig(str(tmp_path), per_device_train_batch_size=3, beta=0.3, loss_type="ipo",
                              missing_eos_penalty=0.5, max_new_tokens=9, use_cpu=True, bf16=False)  # fmt: skip
-    ours = online_dpo.from_trl(theirs)
+    ours = LeanOnlineDPOConfig.of(theirs)
     assert (ours.per_device_train_batch_size, ours.beta, ours.loss_type) == (6, 0.3, "ipo")
     assert (ours.missing_eos_penalty, ours.max_completion_length, ours.temperature) == (0.5, 9, 0.9)
     with pytest.raises(ValueError, match="max_length=100 is not served with online DPO"):
-        online_dpo.from_trl(OnlineDPOConfig(str(tmp_path), max_length=100, use_cpu=True, bf16=False))
+        LeanOnlineDPOConfig.of(OnlineDPOConfig(str(tmp_path), max_length=100, use_cpu=True, bf16=False))
     with pytest.raises(TypeError, match="args is a str"):
         LeanOnlineDPOTrainer(make_model("qwen2"), [scored], "args")
 

@@ -57,6 +57,7 @@ VALUES = {
     "min_p": ([-0.1, 1.1, NAN], [None, 0, 0.1]),
     "repetition_penalty": ([0, -1, NAN, INF], [1, 1.1]),
     "dynamic_sampling": ([-1, 0.5, None, True], [0, 2]),
+    "kv_bits": ([4, 0, 12, "8", None, True], [8, 16]),
     "stages": (
         [
             [],

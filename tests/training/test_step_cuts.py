@@ -4,9 +4,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from step_cases import FAMILIES, difference, make_model, rollout, through
 
+from nbhelpers import gpu
 from nbhelpers.memory import micro_batches
+from nbhelpers.memory.seconds import card_of, launch_tokens
 from nbhelpers.models import families, patch
 from nbhelpers.training import lean_step, packing
 
@@ -96,15 +99,34 @@ def test_what_cannot_fit_is_refused_with_the_numbers():
         lean_step.CannotFit, match=r"completion of 12 tokens after a prompt of \d+ needs .* GB.*budget_gb"
     ):
         one.plan(rollout()[0].rows)
-    with pytest.raises(lean_step.CannotFit):
-        one.rehearse(4, 4, 100, 200)
+    for device in ("cpu", "cuda"):  # where launches are timed on a few tokens first
+        one.device = torch.device(device)
+        with pytest.raises(lean_step.CannotFit, match="completion of 200 tokens after a prompt of 100 "):
+            one.rehearse(4, 4, 100, 200)
 
 
 def test_a_rehearsal_leaves_no_trace():
     model = make_model()
-    one = lean_step.LeanStep(model, budget_gb=4e-4)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout["default"] = torch.nn.Dropout(0.1)  # draws
+    one, draws = lean_step.LeanStep(model, budget_gb=4e-4), torch.get_rng_state()
     parts = one.rehearse(4, 2, 6, 10)
     assert sum(len(part.rows) for part in parts) == 4
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), draws)
+
+
+def test_launches_are_timed_for_the_card_and_leave_no_trace(monkeypatch):
+    """What is timed decides how batches are cut, not what comes out."""
+    model = make_model()
+    one = lean_step.LeanStep(model)
+    assert one.cost.launches == 0  # a CPU
+    assert one.time_launches() > 0 and one.cost.launches == 0
+    monkeypatch.setattr(gpu, "cards", lambda: [gpu.Card("Tesla T4", int(15.8e9), (7, 5))])
+    seconds = one.time_launches()
+    wanted = launch_tokens(one.cost.architecture, card_of(15.8, "Tesla T4"), seconds)
+    assert one.cost.launches == wanted > 0
     assert all(p.grad is None for p in model.parameters())
 
 

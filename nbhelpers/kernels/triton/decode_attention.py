@@ -12,6 +12,14 @@ Each row's positions are cut into splits, one program per split, so that a few r
 The new token's K and V are arguments: the first split includes them and stores them. The cache's address and strides
 are read from a table, so that a captured CUDA graph stays valid when the cache is reallocated. Triton has no tensor
 core instructions for a T4: there the products are multiplications and sums in fp32 registers.
+
+With int8 in the cache a scale of the position multiplies its score, and its weight. Keys are kept without their bias b;
+what it adds to a score needs no key, only the position's cosines and sines (angles, the same for all rows and layers):
+
+    q . R(p) b = u . [cos(p), sin(p), 1]
+    u = [q1 b1 + q2 b2, q2 b1 - q1 b2, q3 b3]        1 and 2: the halves that are rotated, 3: what is not
+
+u is summed from two numbers of 16 bits, as one would round a product of hundreds by whole units.
 """
 
 import torch
@@ -19,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..eight_bits import EightBits
 from ..reference import HeadNorms
 from .common import begin, early, tensor_cores, wait
 
@@ -30,14 +39,17 @@ MOST_SPLITS = 16
 
 
 @triton.jit
-def _rotated(head_ptr, d, real, cos_ptr, sin_ptr, weight_ptr, eps, D: tl.constexpr, HALF: tl.constexpr,
-             NORM: tl.constexpr, AXIS: tl.constexpr):  # fmt: skip
-    """The channels d (along AXIS) of the head at `head_ptr`, behind its norm if there is one, those below 2 HALF
-    rotated, rounded to its dtype."""
+def _rotated(head_ptr, d, real, cos_ptr, sin_ptr, weight_ptr, eps, bias_ptr, D: tl.constexpr, HALF: tl.constexpr,
+             NORM: tl.constexpr, AXIS: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
+    """The channels d (along AXIS) of the head at `head_ptr`, without a bias or behind its norm if there is one, those
+    below 2 HALF rotated, rounded to its dtype."""
     partner = tl.where(d < HALF, d + HALF, d - HALF)
     rotary = d < 2 * HALF
     value = tl.load(head_ptr + d, real, 0.0).to(tl.float32)
     other = tl.load(head_ptr + partner, real & rotary, 0.0).to(tl.float32)
+    if BIAS:
+        value -= tl.load(bias_ptr + d, real, 0.0).to(tl.float32)
+        other -= tl.load(bias_ptr + partner, real & rotary, 0.0).to(tl.float32)
     if NORM:
         r = 1.0 / tl.sqrt(tl.sum(value * value, axis=AXIS, keep_dims=True) / D + eps)
         value *= r * tl.load(weight_ptr + d, d < D, 0.0).to(tl.float32)
@@ -47,14 +59,40 @@ def _rotated(head_ptr, d, real, cos_ptr, sin_ptr, weight_ptr, eps, D: tl.constex
     return (value * c + tl.where(d < HALF, -other, other) * s).to(head_ptr.dtype.element_ty)
 
 
+@triton.jit
+def _store(numbers_ptrs, scale_ptr, x, real, own):
+    """x [D] as eight_bits.quantise makes it int8 and a scale; returns what they hold, in fp32."""
+    x = x.to(tl.float32)
+    scale = tl.max(tl.abs(x), axis=0) / 127
+    numbers = tl.floor(x / tl.where(scale > 0, scale, 1.0) + 0.5)
+    tl.store(scale_ptr, scale, own)
+    tl.store(numbers_ptrs, numbers.to(tl.int8), real & own)
+    return numbers * scale
+
+
+@triton.jit
+def _of_bias(q_ptrs, d, real, cos_ptr, sin_ptr, bias_ptr, D: tl.constexpr, HALF: tl.constexpr):
+    """u [G, D] of the module's text. q_ptrs [G, 1]: the heads', d [1, D]: channels, bias_ptr: the key head's."""
+    partner = tl.where(d < HALF, d + HALF, tl.where(d < 2 * HALF, d - HALF, d))
+    query = _rotated(q_ptrs, d, real, cos_ptr, sin_ptr, q_ptrs, 0.0, q_ptrs, D, HALF, False, 1, False)
+    other = _rotated(q_ptrs, partner, real, cos_ptr, sin_ptr, q_ptrs, 0.0, q_ptrs, D, HALF, False, 1, False)
+    bias = tl.load(bias_ptr + d, d < D, 0.0).to(tl.float32)
+    other_bias = tl.load(bias_ptr + partner, d < D, 0.0).to(tl.float32)
+    query, other = query.to(tl.float32), other.to(tl.float32)
+    same = query * bias
+    return tl.where(
+        d < HALF, same + other * other_bias, tl.where(d < 2 * HALF, query * other_bias - other * bias, same)
+    )
+
+
 @triton.jit(do_not_specialize=["layer"])
 def _attend(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, table_ptr, positions_ptr, out_ptr, lse_ptr, q_weight_ptr,
-            k_weight_ptr, layer, scale, window, eps,
+            k_weight_ptr, bias_ptr, layer, scale, window, eps,
             q_batch_stride, q_head_stride, k_batch_stride, k_head_stride, v_batch_stride, v_head_stride,
             cos_batch_stride, sin_batch_stride, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
             SPLITS: tl.constexpr, WINDOW: tl.constexpr, GROUP_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr,
-            BLOCK: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, DOT: tl.constexpr,
-            EARLY: tl.constexpr):  # fmt: skip
+            BLOCK: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, EIGHT: tl.constexpr, BIAS: tl.constexpr,
+            DOT: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """One split of the positions of a row and key head, for the query heads that share it; see the module's text."""
     begin(EARLY)
     wait(EARLY)
@@ -64,25 +102,47 @@ def _attend(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, table_ptr, positions_ptr, out
     g, d, n = tl.arange(0, GROUP_BLOCK), tl.arange(0, D_BLOCK), tl.arange(0, BLOCK)
     real_g, real_d = g < GROUP, d < D
 
-    address = tl.load(table_ptr).to(tl.pointer_type(k_ptr.dtype.element_ty))
+    dtype: tl.constexpr = k_ptr.dtype.element_ty
+    kept: tl.constexpr = tl.int8 if EIGHT else dtype
+    address = tl.load(table_ptr).to(tl.pointer_type(kept))
     layer_stride, row_stride, head_stride = tl.load(table_ptr + 1), tl.load(table_ptr + 2), tl.load(table_ptr + 3)
     keys_ptr = tl.multiple_of(address + layer * layer_stride + row * row_stride + head * head_stride, 16)
     values_ptr = tl.multiple_of(keys_ptr + layer_stride // 2, 16)
+    if EIGHT:
+        scales_ptr = tl.load(table_ptr + 4).to(tl.pointer_type(tl.float32))
+        key_scales_ptr = scales_ptr + (layer * layer_stride + row * row_stride + head * head_stride) // D
+        value_scales_ptr = key_scales_ptr + layer_stride // (2 * D)
 
     cos_ptr += row * cos_batch_stride
     sin_ptr += row * sin_batch_stride
     q_ptrs = q_ptr + row * q_batch_stride + (head * GROUP + g[:, None]) * q_head_stride
     real_q = real_g[:, None] & real_d[None, :]
-    query = _rotated(q_ptrs, d[None, :], real_q, cos_ptr, sin_ptr, q_weight_ptr, eps, D, HALF, NORM, 1).to(tl.float32)
+    query = _rotated(
+        q_ptrs, d[None, :], real_q, cos_ptr, sin_ptr, q_weight_ptr, eps, q_ptr, D, HALF, NORM, 1, False
+    ).to(tl.float32)
     new_key_ptr = k_ptr + row * k_batch_stride + head * k_head_stride
-    new_key = _rotated(new_key_ptr, d, real_d, cos_ptr, sin_ptr, k_weight_ptr, eps, D, HALF, NORM, 0)
+    bias_ptr += head * D
+    new_key = _rotated(new_key_ptr, d, real_d, cos_ptr, sin_ptr, k_weight_ptr, eps, bias_ptr, D, HALF, NORM, 0, BIAS)
     new_value = tl.load(v_ptr + row * v_batch_stride + head * v_head_stride + d, real_d, 0.0)
     position = tl.load(positions_ptr + row)
 
     own = split == 0
-    tl.store(keys_ptr + position * D + d, new_key, real_d & own)
-    tl.store(values_ptr + position * D + d, new_value, real_d & own)
-    running_max = tl.where(own, tl.sum(query * new_key.to(tl.float32)[None, :], axis=1) * scale, float("-inf"))  # [G]
+    if EIGHT:
+        new_key = _store(keys_ptr + position * D + d, key_scales_ptr + position, new_key, real_d, own)
+        new_value = _store(values_ptr + position * D + d, value_scales_ptr + position, new_value, real_d, own)
+    else:
+        tl.store(keys_ptr + position * D + d, new_key, real_d & own)
+        tl.store(values_ptr + position * D + d, new_value, real_d & own)
+    own_score = tl.sum(query * new_key.to(tl.float32)[None, :], axis=1) * scale
+    if BIAS:
+        angles_ptr = tl.multiple_of(tl.load(table_ptr + 5).to(tl.pointer_type(dtype)), 16)
+        of_bias = _of_bias(q_ptrs, d[None, :], real_q, cos_ptr, sin_ptr, bias_ptr, D, HALF) * scale
+        most = of_bias.to(dtype)
+        least = (of_bias - most.to(tl.float32)).to(dtype)
+        own_score += tl.sum(
+            of_bias * tl.load(angles_ptr + position * D + d, real_d, 0.0).to(tl.float32)[None, :], axis=1
+        )
+    running_max = tl.where(own, own_score, float("-inf"))  # [G]
     total = tl.where(own, 1.0, 0.0) + tl.zeros([GROUP_BLOCK], tl.float32)
     result = tl.where(own, new_value.to(tl.float32)[None, :] + tl.zeros_like(query), 0.0)  # [G, D]
 
@@ -98,15 +158,26 @@ def _attend(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, table_ptr, positions_ptr, out
         key = tl.load(keys_ptr + index[:, None] * D + d[None, :], real, 0.0)
         value = tl.load(values_ptr + index[:, None] * D + d[None, :], real, 0.0)
         if DOT:
-            score = tl.dot(query.to(key.dtype), tl.trans(key), input_precision="ieee") * scale
+            score = tl.dot(query.to(dtype), tl.trans(key.to(dtype)), input_precision="ieee") * scale
         else:
             score = tl.sum(query[:, None, :] * key.to(tl.float32)[None, :, :], axis=2) * scale
+        if EIGHT:
+            score *= tl.load(key_scales_ptr + index, index < stop, 0.0)[None, :]
+        if BIAS:
+            angle = tl.load(angles_ptr + index[:, None] * D + d[None, :], real, 0.0)
+            if DOT:
+                score = tl.dot(most, tl.trans(angle), score, input_precision="ieee")
+                score = tl.dot(least, tl.trans(angle), score, input_precision="ieee")
+            else:
+                score += tl.sum(of_bias[:, None, :] * angle.to(tl.float32)[None, :, :], axis=2)
         score = tl.where((index < stop)[None, :], score, float("-inf"))  # [G, BLOCK]
         new_max = tl.maximum(running_max, tl.max(score, axis=1))
         old, weight = tl.exp(running_max - new_max), tl.exp(score - new_max[:, None])
         total = total * old + tl.sum(weight, axis=1)
+        if EIGHT:
+            weight *= tl.load(value_scales_ptr + index, index < stop, 0.0)[None, :]
         if DOT:
-            result = tl.dot(weight.to(value.dtype), value, result * old[:, None], input_precision="ieee")
+            result = tl.dot(weight.to(dtype), value.to(dtype), result * old[:, None], input_precision="ieee")
         else:
             fresh = tl.sum(weight[:, :, None] * value.to(tl.float32)[None, :, :], axis=1)
             result = result * old[:, None] + fresh
@@ -143,8 +214,8 @@ def splits_for(rows: int, kv_heads: int) -> int:
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, table: Tensor,
-                     layer: int, positions: Tensor, longest: int, scale: float,
-                     window: int | None = None, norms: HeadNorms | None = None) -> Tensor:  # fmt: skip
+                     layer: int, positions: Tensor, longest: int, scale: float, window: int | None = None,
+                     norms: HeadNorms | None = None, eight: EightBits | None = None) -> Tensor:  # fmt: skip
     """See nbhelpers.kernels.decode_attention."""
     rows, heads, _, dim = q.shape
     kv_heads = k.shape[1]
@@ -152,6 +223,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
     q, k, v, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, cos, sin))
     splits, dot = splits_for(rows, kv_heads), tensor_cores(q.device)
     *weights, eps = norms or (q, k, 0.0)  # not read without norms
+    bias = eight.bias if eight is not None and eight.bias is not None else k  # likewise
     out = torch.empty(rows, 1, heads * dim, dtype=q.dtype, device=q.device)
     parts = torch.empty(rows, heads, splits, dim, dtype=torch.float32, device=q.device) if splits > 1 else out
     lse = torch.empty(rows, heads, splits, dtype=torch.float32, device=q.device) if splits > 1 else out
@@ -160,12 +232,13 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
         group_block, dim_block, block = max(16, group_block), max(16, dim_block), BLOCK
     else:
         block = max(8, min(64, TILE // (group_block * dim_block)))
+    block //= 1 if bias is k else 2  # as much in registers, with the angles beside the keys
     _attend[(rows * kv_heads, splits)](
-        q, k, v, cos, sin, table, positions, parts, lse, *weights, layer, scale, window or 0, eps,
+        q, k, v, cos, sin, table, positions, parts, lse, *weights, bias, layer, scale, window or 0, eps,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         *(t.stride(0) if t.shape[0] > 1 else 0 for t in (cos, sin)),
         kv_heads, group, dim, splits, window is not None, group_block, dim_block, block, cos.shape[-1] // 2,
-        norms is not None, dot,
+        norms is not None, eight is not None, bias is not k, dot,
         num_warps=WARPS, num_stages=STAGES if dot else 1, **early(q.device),
     )  # fmt: skip
     if splits > 1:

@@ -13,17 +13,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-DPO_LOSSES = ("sigmoid", "ipo")
-
 
 def dpo_loss(margins: Tensor, beta: float, loss_type: str = "sigmoid") -> Tensor:
     """The loss of each pair, float [P]: -log sigmoid(beta m), or (m - 1 / (2 beta))^2 with "ipo".
 
-    Args:
-        margins (`Tensor`): float [P], m = log p(chosen) / p_ref(chosen) - log p(rejected) / p_ref(rejected), of whole
-            completions (arXiv:2305.18290, equation 7).
-        beta (`float`): Above 0, the price of leaving the reference; IPO's tau.
-        loss_type (`str`): One of DPO_LOSSES.
+    `margins` are m = log p(chosen) / p_ref(chosen) - log p(rejected) / p_ref(rejected), float [P], of whole completions
+    (arXiv:2305.18290, equation 7). `beta`, above 0, is the price of leaving the reference, IPO's tau.
     """
     if loss_type == "ipo":
         return (margins - 1 / (2 * beta)) ** 2
@@ -31,16 +26,11 @@ def dpo_loss(margins: Tensor, beta: float, loss_type: str = "sigmoid") -> Tensor
 
 
 def token_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor | None, mask: Tensor, kl_coef: float) -> Tensor:
-    """What each token is paid: -kl_coef (logp - ref_logp), and the completion's score at its last token.
+    """What each token is paid: -kl_coef (logp - ref_logp), and the completion's score at its last token; float [B, T].
 
-    Args:
-        scores (`Tensor`): float [B].
-        logps (`Tensor`), ref_logps (`Tensor`, *optional*): float [B, T], under the model that wrote and the reference;
-            None where kl_coef is 0.
-        mask (`Tensor`): [B, T], 1 on the completion's tokens, which come first.
-        kl_coef (`float`): Price of a nat (arXiv:1909.08593, equation 2).
-
-    Returns float [B, T], 0 where the mask is 0.
+    `scores` are float [B]; `logps` and `ref_logps` [B, T], under the model that wrote and the reference (None where
+    kl_coef is 0); `mask` [B, T] is 1 on the completion's tokens, which come first; `kl_coef` is the price of a nat
+    (arXiv:1909.08593, equation 2). What is returned is 0 where the mask is 0.
     """
     rewards = torch.zeros_like(logps) if ref_logps is None else -kl_coef * (logps - ref_logps)
     last = (mask.sum(1, keepdim=True) - 1).clamp(min=0).long()
@@ -50,14 +40,9 @@ def token_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor | None, mask:
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation: A_t = d_t + gamma lam A_(t+1), d_t = r_t + gamma V_(t+1) - V_t.
 
-    Nothing follows the last token: V and A are 0 behind it (arXiv:1506.02438, equation 16).
-
-    Args:
-        rewards (`Tensor`), values (`Tensor`): float [B, T], of each token, and of the text before it.
-        mask (`Tensor`): [B, T], 1 on the completion's tokens, which come first.
-        gamma (`float`), lam (`float`): 0 to 1.
-
-    Returns (advantages, returns), float [B, T] each, 0 where the mask is 0; a return is advantage plus value.
+    Nothing follows the last token: V and A are 0 behind it (arXiv:1506.02438, equation 16). `rewards` are those of each
+    token, `values` those of the text before it, float [B, T]; `mask` [B, T] is 1 on the completion's tokens, which come
+    first. Returns (advantages, returns), float [B, T], 0 where the mask is 0; a return is advantage plus value.
     """
     rewards, values = (torch.where(mask.bool(), x, 0.0) for x in (rewards, values))
     advantages, after = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])

@@ -1,13 +1,9 @@
 """`LeanOnlineDPOTrainer`: the model writes two answers to a prompt, somebody says which is better, and it learns that.
 
 The gradient of a pair's loss is a number, its slope, times that of log p(chosen) - log p(rejected). So the two answers
-need not be in one micro-batch: each goes through GRPO's loss with this number as its advantage.
-
-The hooks touch these private parts of TRL:
-
-    _generate_and_score_completions         advantages become slopes
-    _compute_loss                           reports the loss of the pairs
-    _name, _tag_names, _paper               what the README of a checkpoint says
+need not be in one micro-batch: each goes through GRPO's loss with this number as its advantage. TRL's private
+`_generate_and_score_completions` makes slopes of advantages, `_compute_loss` reports the loss of the pairs; `_name`,
+`_tag_names` and `_paper` are for the README of a checkpoint.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +20,7 @@ from nbhelpers.rewards.guard import is_async, named
 from .. import losses, settings
 from ..lean_step import LeanStep
 from ..signal_hooks import Batch, Inputs
-from .equations import DPO_LOSSES, dpo_loss
+from .equations import dpo_loss
 from .rollouts import RolloutConfig, RolloutTrainer
 
 Judge = Callable[[list[Any], list[list[str]]], Sequence[int | None]]
@@ -38,10 +34,10 @@ class LeanOnlineDPOConfig(RolloutConfig):
     reference, `loss_type` "sigmoid" or "ipo"; `max_new_tokens`, if given, is max_completion_length.
     """
 
-    METHOD = "online DPO"
+    METHOD, TAKES = "online DPO", "pass a LeanOnlineDPOConfig, or TRL's OnlineDPOConfig"
     OWN = (
         settings.Setting("beta", settings.number(0, 1e6, above=True), "a number above 0", "0.1 is usual."),
-        settings.one_of("loss_type", DPO_LOSSES),
+        settings.one_of("loss_type", ("sigmoid", "ipo")),
     )
     ONLY: ClassVar[settings.Values] = {
         "num_generations": (2,), "num_generations_eval": (None, 2), "num_iterations": (1,), "delta": (None,),
@@ -60,6 +56,19 @@ class LeanOnlineDPOConfig(RolloutConfig):
         if self.max_new_tokens is not None:
             self.max_completion_length = self.max_new_tokens
 
+    @classmethod
+    def from_trl(cls, args: Any) -> "LeanOnlineDPOConfig | None":
+        """TRL's batch counts prompts, not answers. Raises ValueError for what has no counterpart here."""
+        if not any(kind.__name__ == "OnlineDPOConfig" for kind in type(args).__mro__):
+            return None
+        settings.refuse_others(cls.METHOD, args, {"reward_model_path": (None,), "max_length": (512,)})
+        plain = type(args)(args.output_dir, use_cpu=True, bf16=True)  # what was not set takes this package's default
+        own = {field.name for field in fields(cls) if field.init} & vars(args).keys()
+        values = {name: getattr(args, name) for name in own if getattr(args, name) != getattr(plain, name)}
+        values |= {name: getattr(args, name) for name in ("output_dir", "max_new_tokens", "use_cpu")}
+        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size")
+        return cls(**values | {name: 2 * getattr(args, name) for name in sizes})
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.steps_per_generation != self.gradient_accumulation_steps:
@@ -68,25 +77,6 @@ class LeanOnlineDPOConfig(RolloutConfig):
         if self.per_device_train_batch_size % 2:
             raise ValueError(f"per_device_train_batch_size={self.per_device_train_batch_size} counts answers, and a "
                              "prompt gets two: take an even number")  # fmt: skip
-
-
-def from_trl(args: Any) -> LeanOnlineDPOConfig:
-    """A copy of a LeanOnlineDPOConfig, or one made of TRL's OnlineDPOConfig, whose batch counts prompts, not answers.
-
-    Raises TypeError for anything else, ValueError for what has no counterpart here.
-    """
-    if isinstance(args, LeanOnlineDPOConfig):
-        return copy(args)
-    if not any(kind.__name__ == "OnlineDPOConfig" for kind in type(args).__mro__):
-        raise TypeError(f"args is a {type(args).__name__}: pass a LeanOnlineDPOConfig, or TRL's OnlineDPOConfig")
-    settings.refuse_others("online DPO", args, {"reward_model_path": (None,), "max_length": (512,)})
-    plain = type(args)(args.output_dir, use_cpu=True, bf16=True)  # what was not set takes this package's default
-    own = {field.name for field in fields(LeanOnlineDPOConfig) if field.init} & vars(args).keys()
-    values = {name: getattr(args, name) for name in own if getattr(args, name) != getattr(plain, name)}
-    values |= {"max_new_tokens": args.max_new_tokens, "use_cpu": args.use_cpu}
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
-        values[name] = 2 * getattr(args, name)
-    return LeanOnlineDPOConfig(**values | {"output_dir": args.output_dir})
 
 
 def as_reward(judge: Judge) -> Callable[..., list[float]]:
@@ -120,17 +110,18 @@ class LeanOnlineDPOTrainer(RolloutTrainer):
             pairs of texts, returns for each pair the place of the better answer, 0 or 1, or -1 for neither. It is
             guarded as a reward function is.
 
-    Raises ValueError for both or neither of reward_funcs and judge, and for what is not served, by its name.
+    Raises ValueError for both or neither of reward_funcs and judge, and as `RolloutTrainer`.
     """
 
     args: LeanOnlineDPOConfig
+    CONFIG = LeanOnlineDPOConfig
     _name, _tag_names, _paper = "Online DPO", ["trl", "online-dpo"], {}
 
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: Any = None, *more: Any, judge: Judge | None = None,
         **options: Any,
     ):  # fmt: skip
-        args = from_trl(LeanOnlineDPOConfig("runs/online_dpo") if args is None else args)
+        args = copy(LeanOnlineDPOConfig.of(args))
         if (judge is None) == (reward_funcs is None):
             raise ValueError("who says which answer is better? Pass either reward_funcs or judge")
         beta, kind = args.beta, args.loss_type
@@ -173,6 +164,10 @@ class LeanOnlineDPOTrainer(RolloutTrainer):
         self._log_mean("rewards/margins", chosen - rejected)
         self._log_mean("rewards/accuracies", (chosen > rejected).float().masked_fill(tied[:, 0], torch.nan))
         self._log_mean("objective/kl", shifts)
+        rows = shifts.numel() * self.accelerator.num_processes
+        drawn = self._own(torch.tensor(list(self._logs["advantages"])[-rows:], device=shifts.device))
+        implicit = (beta * shifts).masked_fill(drawn.view(-1, 2) == 0, torch.nan)  # of a tie, or one replaced since
+        self._log_used({"implicit reward": implicit, "margin": implicit - implicit.flip(1)})
         return batch
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:

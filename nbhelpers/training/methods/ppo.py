@@ -2,17 +2,14 @@
 
 The value head reads the last hidden states that the step computes anyway, and its gradient goes through the adapter.
 What a token was better than the value expected is its advantage, and with one advantage for each token GRPO's clipped
-loss is PPO's.
-
-The hooks touch these private parts of TRL:
-
-    _generate_and_score_completions         values, rewards of tokens, advantages and returns of a rollout
-    _name, _tag_names, _paper               what the README of a checkpoint says
+loss is PPO's. TRL's private `_generate_and_score_completions` gets them; `_name`, `_tag_names` and `_paper` are for the
+README of a checkpoint.
 """
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from nbhelpers.models import adapter
@@ -38,7 +35,7 @@ class LeanPPOConfig(RolloutConfig):
     rewards too with `whiten_rewards`.
     """
 
-    METHOD = "PPO"
+    METHOD, TAKES = "PPO", "PPO takes a LeanPPOConfig"
     OWN = tuple(
         settings.Setting(name, allowed, wanted)
         for names, allowed, wanted in (
@@ -77,19 +74,15 @@ class LeanPPOTrainer(RolloutTrainer):
 
     The value of the text before each token is a linear function, in fp32, of the last hidden state there; it starts at
     0. It is trained with the adapter, saved in checkpoints and resumed with them, and is no part of what `save_model`
-    and `export` write. An answer that no reward function scored takes no loss.
-
-    Raises TypeError for another config, ValueError for what is not served, by its name.
+    and `export` write. An answer that no reward function scored takes no loss. Raises as `RolloutTrainer`.
     """
 
     advantage_dims = 2
     args: LeanPPOConfig
+    CONFIG = LeanPPOConfig
     _name, _tag_names, _paper = "PPO", ["trl", "ppo"], {}
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *more: Any, **options: Any):
-        args = LeanPPOConfig("runs/ppo") if args is None else args
-        if not isinstance(args, LeanPPOConfig):
-            raise TypeError(f"args is a {type(args).__name__}: PPO takes a LeanPPOConfig")
         super().__init__(model, reward_funcs, args, *more, **options)
         inner = self.accelerator.unwrap_model(self.model)
         self._value_head = nn.Linear(inner.config.get_text_config().hidden_size, 1, device=inner.device)
@@ -118,6 +111,9 @@ class LeanPPOTrainer(RolloutTrainer):
         if args.whiten_rewards:
             rewards = whiten(rewards, counts, shift_mean=False, reduce=self.accelerator.reduce)
         advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
+        first = torch.stack((values[:, 0], advantages[:, 0])).masked_fill(scores.isnan(), torch.nan)
+        self._log_used({"value": first[0], "advantage of the first token": first[1]})
+        self._numbers().pop("frac_reward_zero_std", None)  # equal rewards teach too, each against its value
         advantages = whiten(advantages, counts, reduce=self.accelerator.reduce)
         return batch | {
             "advantages": advantages,

@@ -7,11 +7,7 @@ the product of those of its tokens,
     A = R - mean of the other completions' R        (normalize_advantages: minus their mean, over their std + 1e-4)
     loss = -mean over completions of min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A)
 
-These private parts of TRL are touched:
-
-    _generate_and_score_completions     the advantages become RLOO's, below what SignalHooks makes of them
-    _metrics, _logs                     the KL and the advantages that are logged
-    _name, _tag_names, _paper           RLOO's in the model card
+TRL's private `_logs` gets these advantages; `_name`, `_tag_names` and `_paper` are RLOO's, for the model card.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -25,7 +21,7 @@ from nbhelpers.grpo import leave_one_out
 
 from .. import losses, settings
 from ..config import LeanGRPOConfig
-from ..hooks import Hooks
+from ..signal_hooks import Batch, Inputs
 from .rollouts import RolloutConfig, RolloutTrainer
 
 GRPO_ONLY = {field.name for field in fields(trl.GRPOConfig)} - {field.name for field in fields(trl.RLOOConfig)}
@@ -33,16 +29,10 @@ GRPO_ONLY = {field.name for field in fields(trl.GRPOConfig)} - {field.name for f
 
 @dataclass
 class LeanRLOOConfig(RolloutConfig):
-    """TRL's RLOOConfig with what `LeanGRPOConfig` adds. A setting that only GRPO has is refused by name.
-
-    Args:
-        num_generations (`int`): Completions of a prompt, each compared with the mean of the others.
-        beta (`float`): What a nat of KL to the reference costs of the reward; 0 for no reference.
-        normalize_advantages (`bool`): Whether the advantages of a rollout get mean 0 and standard deviation 1.
-        reward_clip_range (`tuple[float, float]`, *optional*): Limits of the reward, before the KL is taken off.
-    """
+    """TRL's RLOOConfig with what `LeanGRPOConfig` adds; what only GRPO has is refused. No reference with `beta=0.0`."""
 
     METHOD = "RLOO"
+    TAKES = "pass a LeanRLOOConfig or trl.RLOOConfig"
     ONLY: ClassVar[settings.Values] = {
         **{one.name: (one.default,) for one in fields(LeanGRPOConfig) if one.name in GRPO_ONLY},
         "vllm_importance_sampling_correction": (False,),
@@ -54,26 +44,33 @@ class LeanRLOOConfig(RolloutConfig):
     reward_clip_range: tuple[float, float] | None = None
 
     @classmethod
-    def of(cls, args: Any) -> "LeanRLOOConfig":
-        """The same settings, be they TRL's RLOOConfig. Raises TypeError for another config."""
-        if isinstance(args, cls):
-            return args
+    def from_trl(cls, args: Any) -> "LeanRLOOConfig | None":
         if not isinstance(args, trl.RLOOConfig):
-            raise TypeError(f"args is a {type(args).__name__}: pass a LeanRLOOConfig or trl.RLOOConfig")
+            return None
         made = cls(args.output_dir)
         vars(made).update(vars(args))  # as TRL has read them
         return made
 
 
-class RLOOHooks(Hooks):
-    """RLOO's advantages in a rollout. It comes after SignalHooks in a trainer, which then sees these."""
+class LeanRLOOTrainer(RolloutTrainer):
+    """RLOO with all that `LeanGRPOTrainer` has, and its arguments; `args` is a `LeanRLOOConfig` or `trl.RLOOConfig`.
+
+    The reference is TRL's. Raises as `RolloutTrainer`.
+    """
 
     args: LeanRLOOConfig
-    _totals: Tensor  # SignalHooks': weighted rewards [B of all processes], by which a group is silent
-    _scored: Any  # RolloutTrainer's
+    CONFIG = LeanRLOOConfig
+    against_base = False
+    _name, _tag_names, _paper = trl.RLOOTrainer._name, trl.RLOOTrainer._tag_names, trl.RLOOTrainer._paper
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = super()._generate_and_score_completions(inputs)
+    def settings(self) -> losses.Settings:
+        """GRPO's loss, with the ratio of whole completions and averaged over them; the KL is in the reward."""
+        return replace(
+            super().settings(), loss_type="grpo", importance_sampling_level="completion", beta=0.0, correction=None
+        )
+
+    def _drawn_and_scored(self, inputs: Inputs) -> Batch:
+        batch = super()._drawn_and_scored(inputs)
         rewards = self._totals
         if self.args.reward_clip_range is not None:
             rewards = rewards.clamp(*self.args.reward_clip_range)
@@ -89,7 +86,7 @@ class RLOOHooks(Hooks):
         batch["advantages"] = self._own(advantages)
         return batch
 
-    def _divergence(self, batch: dict[str, Any]) -> Tensor:
+    def _divergence(self, batch: Batch) -> Tensor:
         """The KL of each completion of all processes to the reference, nats, [B]; the policy's log-probabilities stay
         in the batch, as those of the rollout."""
         if batch.get("old_per_token_logps") is None:
@@ -97,27 +94,5 @@ class RLOOHooks(Hooks):
         mask = batch["completion_mask"]
         of_token = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]) * mask
         total, tokens = self.accelerator.reduce(torch.stack([of_token.sum(), mask.sum().float()])).tolist()
-        self._metrics["train" if self.model.training else "eval"]["kl"].append(total / max(tokens, 1.0))
+        self._numbers()["kl"].append(total / max(tokens, 1.0))
         return self.accelerator.gather(of_token.sum(-1))
-
-
-class LeanRLOOTrainer(RolloutTrainer, RLOOHooks):
-    """RLOO with all that `LeanGRPOTrainer` has, and its arguments; `args`, a `LeanRLOOConfig` or `trl.RLOOConfig`, is
-    `LeanRLOOConfig("runs/rloo")` if not given. The reference is TRL's.
-
-    Raises ValueError as `LeanGRPOTrainer`, and for what is not served, by its name.
-    """
-
-    args: LeanRLOOConfig
-    against_base = False
-    _name, _tag_names, _paper = trl.RLOOTrainer._name, trl.RLOOTrainer._tag_names, trl.RLOOTrainer._paper
-
-    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *more: Any, **options: Any):
-        args = LeanRLOOConfig("runs/rloo") if args is None else LeanRLOOConfig.of(args)
-        super().__init__(model, reward_funcs, args, *more, **options)
-
-    def settings(self) -> losses.Settings:
-        """GRPO's loss, with the ratio of whole completions and averaged over them; the KL is in the reward."""
-        return replace(
-            super().settings(), loss_type="grpo", importance_sampling_level="completion", beta=0.0, correction=None
-        )

@@ -1,17 +1,19 @@
 """What RLOO, Online DPO and PPO have in common: LeanGRPOTrainer's rollouts, and a loss that the lean step alone has.
 
-The hooks touch one private part of TRL: `_metrics`, the numbers that it logs.
+The hooks touch two private parts of TRL: `_metrics`, the numbers that it logs, and `_logs`, the newest rollout.
 """
 
+from collections import deque
 from copy import copy
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 from trl.trainer.utils import use_adapter
 
 from nbhelpers.models import adapter
+from nbhelpers.rewards import Sample
 
 from .. import settings
 from ..config import LeanGRPOConfig
@@ -27,6 +29,7 @@ class RolloutConfig(LeanGRPOConfig):
     """
 
     METHOD: ClassVar[str]  # for the errors
+    TAKES: ClassVar[str]  # which config, too
     ONLY: ClassVar[settings.Values] = {}
 
     num_generations: int | None = 2
@@ -38,21 +41,38 @@ class RolloutConfig(LeanGRPOConfig):
         self._as_grpo()
         super().__post_init__()
 
+    @classmethod
+    def of(cls, args: Any) -> Self:
+        """`args`, or one of the same settings as TRL's for this method, or the defaults for None; else TypeError."""
+        if args is None:
+            return cls(f"runs/{cls.METHOD.lower().replace(' ', '_')}")
+        made = args if isinstance(args, cls) else cls.from_trl(args)
+        if made is None:
+            raise TypeError(f"args is a {type(args).__name__}: {cls.TAKES}")
+        return made
+
+    @classmethod
+    def from_trl(cls, args: Any) -> Self | None:
+        """The same settings, if `args` is TRL's config for this method; None if not."""
+        return None
+
     def _as_grpo(self) -> None:
         """Set what GRPO knows by another name."""
 
 
 class RolloutTrainer(LeanGRPOTrainer):
-    """LeanGRPOTrainer for the method that its config names; the other arguments are the same.
+    """LeanGRPOTrainer for the method that its config, `CONFIG`, names; the other arguments are the same.
 
-    Raises ValueError for tools, `rollout_func`, `environment_factory`, no reward, and what the lean step cannot do; for
-    a model without an adapter where `against_base`; and as LeanGRPOTrainer does.
+    Raises TypeError for another config; ValueError for tools, `rollout_func`, `environment_factory`, no reward, what
+    the lean step cannot do, and a model without an adapter where `against_base`; and as LeanGRPOTrainer does.
     """
 
     args: RolloutConfig
+    CONFIG: ClassVar[type[RolloutConfig]]
     against_base = True  # the model is measured against itself without its adapter
 
-    def __init__(self, model: Any, reward_funcs: Any, args: Any, *more: Any, **options: Any):
+    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *more: Any, **options: Any):
+        args = self.CONFIG.of(args)
         for name in ("tools", "rollout_func", "environment_factory", "lean"):
             if options.get(name) not in (None, True):
                 raise ValueError(f"{name}={options[name]!r} is not served with {args.METHOD}: leave it out")
@@ -93,7 +113,18 @@ class RolloutTrainer(LeanGRPOTrainer):
         with use_adapter(self.accelerator.unwrap_model(self.model), None):
             return self._scored(batch)[0]
 
+    def _log_used(self, of_each: dict[str, Tensor]) -> None:
+        """Show what is learned from in place of an advantage over the group: float of B elements; NaN is left out."""
+        columns = self.accelerator.gather(torch.stack([x.flatten() for x in of_each.values()], dim=1)).tolist()
+        rows = self._logs.setdefault("used", deque(maxlen=self._logs["advantages"].maxlen))
+        rows.extend({name: x for name, x in zip(of_each, row, strict=True) if x == x} for row in columns)
+
+    def samples(self) -> list[Sample]:
+        """As LeanGRPOTrainer's, with what `_log_used` was told."""
+        samples = super().samples()
+        used = self._logs.get("used", ())
+        return [replace(one, advantage=None, used=x) for one, x in zip(samples, used, strict=False)] or samples
+
     def _log_mean(self, name: str, x: Tensor) -> None:
         """Log the mean of all processes' numbers, float of any shape; NaN is left out."""
-        mean = self.accelerator.gather(x.float().nanmean()).nanmean().item()
-        self._metrics["train" if self.model.training else "eval"][name].append(mean)
+        self._numbers()[name].append(self.accelerator.gather(x.float().nanmean()).nanmean().item())

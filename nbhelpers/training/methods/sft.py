@@ -37,11 +37,8 @@ if TYPE_CHECKING:
 def texts_of(batch: dict[str, Tensor]) -> Rows:
     """The texts of a batch as TRL's collator gives it, each up to its last token that counts; of none that has none.
 
-    Args:
-        batch (`dict`): `input_ids` and `labels` int64 [B, T], -100 where a token does not count, and `attention_mask`
-            [B, T]; or, where texts are packed, B = 1 and `position_ids` [1, T], 0 where a text begins.
-
-    The first token of a text is predicted by nothing, and does not count.
+    `input_ids` and `labels` are int64 [B, T], -100 where a token does not count, with `attention_mask` [B, T]; where
+    texts are packed B is 1, and `position_ids` [1, T] are 0 where one begins. The first token of a text never counts.
     """
     ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
     if "attention_mask" in batch:
@@ -108,15 +105,12 @@ class LeanSFTTrainer(ResumeHooks, StepHooks, WholeHooks, trl.SFTTrainer):
         )
         self._say_what_is_cut()
         for live in self._panels():
-            live.kept_however_it_ends, live.writes = True, False
-
-    def _lengths(self) -> list[int]:
-        """Tokens of each of the first texts."""
-        return [len(row["input_ids"]) for row in self._first_rows()]
+            live.method, live.kept_however_it_ends, live.writes = self._name, True, False
 
     def _say_what_is_cut(self) -> None:
         """ValueError if no token counts; a line if texts are as long as they may be: their ends were cut off."""
-        lengths, most = self._lengths(), self.args.max_length
+        lengths, most = [len(row["input_ids"]) for row in self._first_rows()], self.args.max_length
+        self._longest = max(lengths, default=0)
         if not lengths:
             raise ValueError(f"no text has a token to learn within max_length={most}: raise it, or shorten the prompts")
         long = 0 if most is None or self.args.packing else sum(length >= most for length in lengths)
@@ -134,7 +128,7 @@ class LeanSFTTrainer(ResumeHooks, StepHooks, WholeHooks, trl.SFTTrainer):
         }
 
     def _longest_row(self) -> tuple[int, int, int]:
-        return 1, 1, max(1, max(self._lengths()) - 1)
+        return 1, 1, max(1, self._longest - 1)
 
     def _write_state(self, position: Position) -> None:
         super()._write_state(position)
@@ -154,35 +148,30 @@ class LeanSFTTrainer(ResumeHooks, StepHooks, WholeHooks, trl.SFTTrainer):
         """TRL's hook: forward AND, in training, backward of a batch, micro-batch by micro-batch."""
         if not self.lean or return_outputs:  # who wants the logits gets TRL's
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        start, training = time.perf_counter(), self.model.training
-        texts = texts_of(inputs)
+        start, training, step, texts = time.perf_counter(), self.model.training, self._step_of(model), texts_of(inputs)
         counted = sum(map(len, texts.scored.values()))
-        over: Any = counted if num_items_in_batch is None else num_items_in_batch
-        scale = 1.0 / max(float(over), 1.0)
+        scale = 1.0 / max(float(counted if num_items_in_batch is None else num_items_in_batch), 1.0)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             scale *= self.accelerator.num_processes  # the gradients are averaged over them
-        step = self._step_of(model)
         # where it is no sum over the whole update, transformers divides what is returned, and the gradient is here
         divisor = self.current_gradient_accumulation_steps if training and num_items_in_batch is None else 1
 
-        def loss_of(logps: Tensor) -> Tensor:
+        def both(logps: Tensor, entropies: Tensor) -> Tensor:  # [2]: the loss, and the sum of the entropies
             weights = logps.detach().exp() if self.args.loss_type == "dft" else 1.0
-            return -(logps * weights).sum() * scale
+            return torch.stack([-(logps * weights).sum() * scale, entropies.sum()])
 
-        def computed() -> Tensor:  # [2]: the loss, and the sum of the entropies
+        def computed() -> Tensor:
+            if not training:
+                count = 1 + max((row.number for row in texts.rows), default=0)
+                return both(*step.score(texts, (count, inputs["input_ids"].shape[1])))
             sums = torch.zeros(2, device=step.device)
 
             def of_packed(logps: Tensor, entropies: Tensor, packed: Packed) -> Tensor:
-                loss = loss_of(logps)
-                sums.add_(torch.stack([loss.detach(), entropies.detach().sum()]))
-                return loss / divisor
+                part = both(logps, entropies)
+                sums.add_(part.detach())
+                return part[0] / divisor
 
-            if training:
-                step.differentiate(texts, of_packed, self.accelerator.backward)
-            else:
-                count = 1 + max((row.number for row in texts.rows), default=0)
-                logps, entropies = step.score(texts, (count, inputs["input_ids"].shape[1]))
-                sums = torch.stack([loss_of(logps), entropies.sum()])
+            step.differentiate(texts, of_packed, self.accelerator.backward)
             return sums
 
         sums = step.retried(computed, learns=training)
@@ -194,13 +183,12 @@ class LeanSFTTrainer(ResumeHooks, StepHooks, WholeHooks, trl.SFTTrainer):
 
     def _measure(self, inputs: dict[str, Any], entropy: Tensor, counted: int, seconds: float) -> None:
         """Log what TRL logs, without the share of tokens guessed right, and the speed and the peak of GRPO's."""
-        training = self.model.training
-        metrics = self._metrics["train" if training else "eval"]
+        metrics = self._numbers()
         tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
         mine = torch.stack([entropy, *(torch.as_tensor(n, device=entropy.device) for n in (counted, tokens))])
         total, number, tokens = self.accelerator.reduce(mine, reduction="sum").tolist()
         metrics["entropy"].append(total / number if number else 0.0)
-        if training:
+        if self.model.training:
             self._total_train_tokens += int(tokens)
             metrics["tokens_per_second"].append(tokens / max(seconds, 1e-9))
         metrics["num_tokens"] = [self._total_train_tokens]

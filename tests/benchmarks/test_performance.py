@@ -1,0 +1,29 @@
+"""docs/performance.md: its tables come from results files, and what was not run is said to be not run."""
+
+import json
+
+from benchmarks import performance, tables
+
+
+def test_what_was_not_run_is_said_to_be_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert "has not been run" in performance.ratios()
+
+
+def test_a_ratio_stands_beside_its_goal(tmp_path, monkeypatch):
+    host = {"cores": 2, "cpu": "any", "gpu": "NVIDIA H100", "torch": "2.11.0"}
+    rows = [
+        {"what": what, "who": who, "value": value, "unit": unit}
+        for what, unit, values in (
+            ("llama-3.1-8b/batch-8/decode", "tokens/s", (2000.0, 2600.0)), ("llama-3.1-8b/batch-8/step", "ms", (4, 3)),
+            ("llama-3.1-8b/packed/seconds", "s", (6.0, None)),
+        )
+        for who, value in zip(("before", "ours"), values, strict=True) if value
+    ]  # fmt: skip
+    document = {"host": host, "date": "2026-11-26 21:05 UTC", "command": "call", "rows": rows}
+    (tmp_path / "ratios.json").write_text(json.dumps(document))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    lines = performance.ratios().splitlines()
+    assert "| `llama-3.1-8b/batch-8/decode`, tokens/s | 2000.000 | 2600.000 | 1.30 | 1.30 |" in lines
+    assert "| `llama-3.1-8b/packed/seconds`, s | 6.000 | – | – | 0.20 |" in lines
+    assert not any("/step`" in line for line in lines) and "NVIDIA H100, 2026-11-26" in lines[-1]
