@@ -1,4 +1,4 @@
-"""DeepSeek-R1's stages and a completion length that grows, on real weights: `python -m benchmarks.recipes --real`.
+"""What `benchmarks.recipes --real` runs: DeepSeek-R1's stages, or a completion length that grows.
 
 The stages are those of lesson 6, the trainers, rewards and settings those of the model notebook, the questions
 `tasks.word_problems`. The model is loaded once: back to the base means that its LoRA gets its first numbers again.
@@ -29,7 +29,7 @@ from . import cells, worked
 RESULT = "recipes_gpu"  # says of one machine what it measured
 TRAINED_ON = 1000  # questions; those behind them are for the rejection sampling
 ROWS = 128  # answered at once
-FOR_TRAINING = 0.8  # of the time that is left; the rest is for the scores
+FOR_TRAINING = 0.85  # of the time that is left; the rest is for the scores
 KNOWN = ("max_completion_length", "completions/mean_length", "completions/clipped_ratio", "reward", "right")
 
 
