@@ -275,6 +275,8 @@ TABLES = {
     "planned_stages": recipe_tables.stages,
     "measured_recipes": recipe_tables.measured,
     "r1": recipe_tables.r1,
+    "r1_real": recipe_tables.r1_real,
+    "stages_real": recipe_tables.stages_real,
     "countdown": recipe_tables.countdown,
     "ratios": performance.ratios,
 }

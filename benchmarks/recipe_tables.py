@@ -2,6 +2,7 @@
 
 from nbhelpers import memory, recipes
 
+from .method_tables import MODEL, shares
 from .tables import Results, number, table
 
 LENGTHS = (8192, 16_384, 24_576)  # DeepScaleR's
@@ -74,6 +75,45 @@ def r1() -> str:
         [title, "–" if share is None else f"{share:.1%}"] for title, share in zip(stages.values(), shares, strict=True)
     ]
     return f"{table(['', 'right'], rows)}\n\n{_source(results, [what for what, _ in keys])}"
+
+
+REAL = {
+    "base": "the base", "zero": "R1-Zero: RL alone", "cold_start": "1: cold start, 32 worked answers", "rl": "2: RL",
+    "sft": "3 and 4: the base, after SFT on what was kept", "after": "5: RL with a second reward",
+}  # fmt: skip
+
+
+def r1_real() -> str:
+    """The same stages on a real 1.5B."""
+    results = Results("recipes_gpu")
+    known = {row["what"]: row for row in results.document["rows"]}
+    keys = [f"{MODEL}/r1_recipe/accuracy_{stage}" for stage in REAL]
+    rows = []
+    for key, title in zip(keys, REAL.values(), strict=True):
+        found = known.get(key)
+        if found is None:
+            rows.append([title, *"–––––"])
+            continue
+        right = f"{found['value']:.1%} ({found['low']:.1%} to {found['high']:.1%})"
+        counts = number(found["tokens"], 0), number(found["steps"], 0), number(found["seconds"], 0)
+        rows.append([title, right, f"{found['in_form']:.1%}", *counts])
+    header = ["", "right", "in form", "tokens an answer", "updates", "seconds of training"]
+    seconds, gb = (results(f"{MODEL}/r1_recipe/{what}") for what in ("seconds", "peak_driver"))
+    took = "" if seconds is None else f"{seconds / 60:.1f} minutes from the loading on, {number(gb)} GB by the driver. "
+    return f"{table(header, rows)}\n\n{took}{_source(results, keys)}"
+
+
+def stages_real(lengths: tuple[int, ...] = (256, 512, 1024)) -> str:
+    """A real 1.5B in three stages: how long each took, and what ended it."""
+    results, head = Results("recipes_gpu"), f"{MODEL}/stages"
+    ended = {row["what"]: row["ended"] for row in results.document["rows"] if "ended" in row}
+    keys = [f"{head}/steps_{length}" for length in lengths]
+    rows = [
+        [f"{length:,}", ended.get(key, "–"), number(results(key), 0)] for length, key in zip(lengths, keys, strict=True)
+    ]
+    text = table(["tokens an answer", "what ended the stage", "updates"], rows, words=2)
+    right = shares(*(results(f"{head}/right_{when}") for when in ("before", "after")))
+    return f"{text}\n\nRight, of held-out stories: {right}. {_source(results, keys)}"
 
 
 def _most(plan: memory.Plan) -> float:

@@ -38,7 +38,7 @@ def test_every_measured_row_is_one_that_a_case_writes():
 
 def test_without_results_there_are_dashes_and_with_them_figures_and_where_they_are_from(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    for text in (recipe_tables.measured(), recipe_tables.r1()):
+    for text in (recipe_tables.measured(), recipe_tables.r1(), recipe_tables.r1_real(), recipe_tables.stages_real()):
         assert {row[-1] for row in lines(text)[2:]} == {"–"} and text.endswith("a dash is no figure.")
     what = "qwen2.5-3b/long-run/step_time"
     document = {"host": {"gpu": "Some card", "torch": "2"}, "date": "2026-01-02", "command": "call"}
@@ -51,3 +51,26 @@ def test_without_results_there_are_dashes_and_with_them_figures_and_where_they_a
     assert lines(text)[2][-2:] == ["1.23", "1.50"] and lines(text)[3][-2:] == ["–", "–"] and "Some card" in text
     text = recipe_tables.r1()
     assert [row[-1] for row in lines(text)[2:]] == ["–", "–", "–", "–", "98.0%"] and "Some card" in text
+
+
+def test_what_was_measured_of_a_real_model_stands_in_its_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    head, about = "qwen2.5-coder-1.5b", {"low": 0.7, "high": 0.81, "in_form": 0.9, "tokens": 130.4, "steps": 60}
+    values = {
+        "r1_recipe/accuracy_zero": (0.755, about | {"seconds": 181.2}), "r1_recipe/seconds": (480.0, {}),
+        "r1_recipe/peak_driver": (6.9, {}), "stages/steps_256": (10, {"ended": "31% of the completions were cut off"}),
+        "stages/steps_1024": (0, {"ended": "not reached"}), "stages/right_before": (0.4, {}),
+        "stages/right_after": (0.5, {}),
+    }  # fmt: skip
+    rows = [{"what": f"{head}/{what}", "who": "ours", "value": v, **more} for what, (v, more) in values.items()]
+    document = {"host": {"gpu": "Some card"}, "date": "2026-01-02", "command": "call", "rows": rows}
+    (tmp_path / "recipes_gpu.json").write_text(json.dumps(document))
+    text = recipe_tables.r1_real()
+    base, zero, *_ = lines(text)[2:]
+    assert base[1:] == ["–"] * 5 and zero[1:] == ["75.5% (70.0% to 81.0%)", "90.0%", "130", "60", "181"]
+    assert "8.0 minutes from the loading on, 6.90 GB by the driver. Measured on Some card" in text
+    text = recipe_tables.stages_real()
+    assert lines(text)[2:] == [
+        ["256", "31% of the completions were cut off", "10"], ["512", "–", "–"], ["1,024", "not reached", "0"],
+    ]  # fmt: skip
+    assert "Right, of held-out stories: 40.0% → 50.0%. Measured on Some card" in text
