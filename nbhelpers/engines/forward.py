@@ -145,7 +145,7 @@ class Decoder:
         self.vocabulary: int = self.embedding.shape[0]
         self.swapped = swap.of(model)
         # whether a step has to be launched kernel by kernel: a replayed CUDA graph calls no hook, and waits for no copy
-        self.eager: bool = families.hooked_linears(model) or self.swapped is not None
+        self.eager: bool = families.hooked(model, "generation") or self.swapped is not None
 
     def of_each_form(self) -> "Decoder":
         """This decoder with one layer of each form, for which the kernels of all of them are compiled."""

@@ -34,13 +34,14 @@ def dry() -> bool:
 
 def possible(device: torch.device) -> bool:
     """Whether kernels are compiled at all for what is on this device, and this Triton can do it side by side."""
-    if device.type != "cuda" or find_spec("triton") is None or not _compiled_kernels():
+    if device.type != "cuda" or find_spec("triton") is None:
         return False
     try:
         from triton.runtime._async_compile import AsyncCompileMode, active_mode  # noqa: F401  (private in Triton)
-    except ImportError:
+
+        return bool(_compiled_kernels())
+    except Exception:  # whatever a Triton that cannot be imported raises
         return False
-    return True
 
 
 def compile_for(device: torch.device, dry_pass: Callable[[], object]) -> None:
@@ -67,8 +68,8 @@ def side_by_side(device: torch.device) -> Iterator[None]:
 
     global _dry
     every = _compiled_kernels()
-    threads = min(THREADS, len(os.sched_getaffinity(0)))
-    pool = ThreadPoolExecutor(threads, "compile", partial(_enter, device))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on Windows
+    pool = ThreadPoolExecutor(min(THREADS, cores), "compile", partial(_enter, device))
     mode = _async_compile.AsyncCompileMode(_Loading(pool))
 
     def launch(fn: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:

@@ -257,11 +257,6 @@ def _random_state(device: torch.device) -> list[Tensor]:
     return states if device.type == "cpu" else [*states, torch.get_device_module(device).get_rng_state(device)]
 
 
-def same_random(device: torch.device) -> AbstractContextManager:
-    """What is drawn within does not change what is drawn after it."""
-    return _random_from(_random_state(device), device)
-
-
 @contextmanager
 def _random_from(states: list[Tensor], device: torch.device) -> Iterator[None]:
     """What is drawn within is drawn from these states of the generators, and what comes after it as if it were not."""

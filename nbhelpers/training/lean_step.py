@@ -10,11 +10,8 @@ is freed before the next. Whatever the cut, the gradients are those of the whole
 by its share of the whole (grpo.token_weights). A group's prompt is computed once for all of its completions.
 """
 
-import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,16 +20,14 @@ from torch import Tensor, nn
 
 from nbhelpers import gpu, kernels
 from nbhelpers.architecture import GB
-from nbhelpers.engines.forward import Decoder
-from nbhelpers.kernels import ahead
-from nbhelpers.memory.micro_batches import RECOMPUTED, TILES, CannotFit, Lengths, MicroBatch, StepCost, count
+from nbhelpers.memory.micro_batches import TILES, CannotFit, Lengths, MicroBatch, StepCost, count
 from nbhelpers.memory.residents import scratch_bytes
 from nbhelpers.memory.room import Reserved, Room
 from nbhelpers.memory.seconds import REACHED, card_of, launch_tokens
 from nbhelpers.models import families
 from nbhelpers.models.finite import first_not_finite
 
-from .layerwise import Layers, LayerwiseDecoder, same_random
+from .layerwise import Layers, LayerwiseDecoder
 from .packed_attention import choose, prefers_sdpa
 from .packing import Packed, Row, Rows, pack
 
@@ -42,7 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["CannotFit", "LeanStep", "first_non_finite"]
 
-FORMS = 4  # of layers that a dry pass goes through, at most: with LoRA's dropout each layer is one
 T = TypeVar("T")
 Objective = Callable[[Tensor, Tensor, Packed], Tensor]
 
@@ -93,7 +87,7 @@ class LeanStep:
         whole = self.decoder.head.weight.requires_grad
         self.cost = StepCost(shapes, width, backend, dropped, whole=whole)
         if self.device.type == "cuda":
-            self._set_launches(REACHED.layer)  # until a rehearsal has timed them
+            self.set_launches(REACHED.layer)  # until a rehearsal has timed them
         self.model = model
         self.temperature, self.share_prompts = temperature, share_prompts
         self.room = Room(self.device, budget_gb, reserved)
@@ -227,81 +221,7 @@ class LeanStep:
             else:
                 waiting[:0] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
 
-    def rehearse(self, rows: int, num_generations: int, prompt_length: int, completion_length: int) -> list[MicroBatch]:
-        """Run the longest possible batch's largest micro-batch on made-up tokens, and forget its gradients.
-
-        Args:
-            rows (`int`): Completions of the batch.
-            num_generations (`int`): Completions of a prompt.
-            prompt_length (`int`): Tokens of the longest prompt.
-            completion_length (`int`): Tokens of the longest completion.
-
-        Returns how the whole batch is cut. Raises CannotFit, or torch.OutOfMemoryError, now instead of at step 200.
-        Call it before there are gradients.
-        """
-        completions = {i: torch.zeros(completion_length, dtype=torch.long) for i in range(rows)}
-        all_rows = [Row(i, i // num_generations, prompt_length, completion_length) for i in range(rows)]
-        prompts = [torch.zeros(prompt_length, dtype=torch.long)] * (all_rows[-1].prompt + 1)
-        scored = {i: torch.arange(completion_length) for i in range(rows)}
-        batch = Rows(all_rows, prompts, completions, scored)
-        grads = [p.grad for p in self.trained]
-
-        # what cannot fit is refused with its own lengths, not those of what is timed
-        first = max(self.plan(all_rows), key=lambda one: one.peak)
-        if not families.hooked_linears(self.model) and self.decoder.swapped is None:
-            ahead.compile_for(self.device, lambda: self._dry_pass(batch, first))
-            self._forget(grads)
-
-        def largest() -> list[MicroBatch]:
-            micro_batches = self.plan(all_rows)
-            batch.rows = [all_rows[i] for i in max(micro_batches, key=lambda one: one.peak).rows]
-            self.differentiate(batch, lambda logps, entropies, packed: logps.sum() * 0.0)
-            return micro_batches
-
-        on_card = self.device.type == "cuda"
-        with torch.random.fork_rng([self.device] if on_card else []):  # dropout's draws are as many as there are cuts
-            if on_card:
-                self.retried(self.time_launches)
-            micro_batches = self.retried(largest)
-        self._forget(grads)
-        return micro_batches
-
-    def _forget(self, grads: list[Tensor | None]) -> None:
-        """Have these gradients again instead of those that have come since."""
-        for parameter, grad in zip(self.trained, grads, strict=True):
-            parameter.grad = grad
-
-    def _dry_pass(self, batch: Rows, micro_batch: MicroBatch) -> None:
-        """For kernels/ahead.py: forward and backward of a micro-batch through one layer of each form, which saves all
-        where the real ones do, and through the head."""
-        packed = pack(batch, [batch.rows[i] for i in micro_batch.rows], self.device, self.share_prompts)
-        decoder, tensors = copy(self.decoder), Decoder(self.model).layers
-        each = list({of.form(): layer for of, layer in zip(tensors, decoder.layers, strict=True)}.values())[:FORMS]
-        decoder.layers = nn.ModuleList(each if micro_batch.saved in (0, len(tensors)) else 2 * each)
-        layers = Layers(min(micro_batch.saved, len(each)), len(each), micro_batch.tile)
-        with same_random(self.device):
-            decoder.differentiate(packed, self.temperature, layers, lambda logps, _: logps.sum() * 0.0, Tensor.backward)
-
-    def time_launches(self) -> float:
-        """Time a pass of a few tokens through a layer, most of which is Python and its launches; from now on batches
-        are cut by what it takes here. Returns its seconds. Call it before there are gradients."""
-        few, made_up = 8, torch.zeros(8, dtype=torch.long)
-        batch = Rows([Row(0, 0, few, few)], [made_up], {0: made_up}, {0: torch.arange(few)})
-        times = []
-        for _ in range(3):  # the first one compiles
-            start = time.perf_counter()
-            self.differentiate(batch, lambda logps, entropies, packed: logps.sum() * 0.0)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        self._forget([None] * len(self.trained))
-        saved = self.micro_batches[0].saved
-        seconds = min(times[1:]) / (2 * saved + (2 + RECOMPUTED) * (self.cost.layers - saved))
-        seconds = 2.0 ** round(math.log2(seconds))  # noise of a clock must not cut the same run in another way
-        self._set_launches(seconds)
-        return seconds
-
-    def _set_launches(self, seconds: float) -> None:
+    def set_launches(self, seconds: float) -> None:
         """Cut batches by this time of a pass through a layer, on the card of this process."""
         if card := gpu.card():
             kind = card_of(card.total / GB, card.name)
