@@ -44,8 +44,9 @@ def ready(job: Job, row: RowWriter) -> None:
     model, texts, side_by_side = build(job), prompts_of(job, 8), job.get("ahead", True)
     with nullcontext() if side_by_side else mock.patch.object(ahead, "possible", lambda device: False):
         seconds = timed(lambda: GraphEngine(model).generate(texts, Sampling(max_tokens=2)))
-    metric = "ready" if job["triton_cache"] == "warm" else "ready-first-ever"
-    cores = len(os.sched_getaffinity(0))
+    cores, metric = len(os.sched_getaffinity(0)), "ready" if job["triton_cache"] == "warm" else "ready-first-ever"
+    if cores < ahead.THREADS:  # a row of its own
+        metric = f"cores-{cores}/{metric}"
     row(metric, seconds, "s", "graph" if side_by_side else "one by one", triton_cache=job["triton_cache"], cores=cores)
 
 
