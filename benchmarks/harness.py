@@ -34,6 +34,8 @@ from .timing import wait as wait
 
 GB = architecture.GB
 Job = dict[str, Any]
+RESERVE = 0.15  # GB: Triton's and cuBLAS's own modules
+POOL = 0.1  # GB: what torch holds beyond what it has given out
 
 
 # ---- models ----
@@ -78,6 +80,15 @@ def kv_token_bytes(shape: Architecture, dtype: torch.dtype) -> int:
 
 
 # ---- time and memory ----
+
+
+def hold(cap: float) -> float:
+    """From now on this process may take at most `cap` GB of the card, its context and libraries included. Returns the
+    GB that torch may give out. Call it before there is anything on the card."""
+    torch.zeros(1, device="cuda") @ torch.zeros(1, device="cuda")  # the context, and cuBLAS
+    held = cap - driver_gb() - RESERVE
+    torch.cuda.set_per_process_memory_fraction(held * GB / torch.cuda.mem_get_info()[1])
+    return held - POOL
 
 
 @contextmanager

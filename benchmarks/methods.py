@@ -14,7 +14,8 @@ in methods_gpu.json. A row without a seed is the worst of its seeds. `seconds` i
 process's, weights and libraries included: what torch allocated on a GPU, resident memory on a CPU.
 
 --real is `python -m benchmarks.real` with --mode, --n and --after-only as there, and 8 questions a step: 64 answers, in
-groups of 8, or of 2 with online DPO and PPO, or 16 worked answers of SFT. In the row `curve` are its `points`: step,
+groups of 8, or of 2 with online DPO and PPO; SFT takes 16 of its own answers that are right and in form, sampled before
+the training (8 each to 400 questions). In the row `curve` are its `points`: step,
 reward, loss, share of right answers. With NBHELPERS_SMOKE=1 WEIGHTS is any word, and the model a small random one.
 """
 
@@ -30,11 +31,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+
 from benchmarks import common, quickstart
 from benchmarks.method_tables import MODEL
 from benchmarks.real import __main__ as real
 from benchmarks.real import measure
-from nbhelpers import tasks
+from benchmarks.real.recipe import good_ones
+from nbhelpers import evaluate, tasks
 
 QUICKSTART, REAL = "methods", "methods_gpu"  # the files: each says of one machine what it measured
 
@@ -47,12 +51,13 @@ class Method:
     trainer: str
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
     real_changes: dict[str, Any] = dataclasses.field(default_factory=dict)
-    texts: bool = False  # learns from worked answers
+    texts: bool = False  # learns from answers
     without: tuple[str, ...] = ()  # arguments of the notebooks' trainer that it does not have
     parameters: str = ""  # of the quickstart's first cell, set otherwise
 
 
-TEXTS = 2880  # that a method which learns from texts gets: 90 steps of 32
+TEXTS = 2880  # that a method which learns from texts gets in the quickstart: 90 steps of 32
+ASKED = 400  # questions whose answers a method which learns from texts gets in the real run
 OF_TEXTS = {"learning_rate": 1e-4, "per_device_train_batch_size": 16}
 OF_REWARDS = ("reward_funcs", "engine", "tags", "stop_when")
 # a reference and a value head need an adapter on the workshop model
@@ -71,7 +76,7 @@ METHODS = {
 def take(name: str, questions: str | None = None) -> None:
     """From now on `from nbhelpers import LeanGRPOConfig, LeanGRPOTrainer` gives the method's.
 
-    `questions`: of the real run, the folder whose train.jsonl has worked answers.
+    `questions`: the real run's folder; None in the quickstart.
     """
     import nbhelpers
 
@@ -79,33 +84,45 @@ def take(name: str, questions: str | None = None) -> None:
     config, trainer = getattr(nbhelpers, method.config), getattr(nbhelpers, method.trainer)
     fields = {field.name for field in dataclasses.fields(config) if field.init}
     changes = method.real_changes if questions else method.changes
+    longest = 512  # tokens of an answer
 
     def configured(**arguments: Any) -> Any:
+        nonlocal longest
+        longest = arguments.get("max_completion_length", longest)
         return config(**{key: value for key, value in arguments.items() if key in fields} | changes)
 
     def made(model: Any, **arguments: Any) -> Any:
         if method.texts:
-            arguments["train_dataset"] = with_texts(arguments["train_dataset"], questions)
+            arguments["train_dataset"] = (
+                own_answers(model, longest, **arguments) if questions else with_texts(arguments["train_dataset"])
+            )
         return trainer(model, **{key: value for key, value in arguments.items() if key not in method.without})
 
     vars(nbhelpers).update(LeanGRPOConfig=configured, LeanGRPOTrainer=made)
 
 
-def with_texts(rows: Any, questions: str | None) -> Any:
-    """The first TEXTS rows with a column `completion`: the comparison place by place, or the folder's worked answer."""
-    worked: dict[str, str] = {}
-    if questions:
-        lines = Path(questions, "train.jsonl").read_text().splitlines()
-        worked = {row["question"]: row["answer"].rpartition("####")[0].strip() for row in map(json.loads, lines)}
+def with_texts(rows: Any) -> Any:
+    """The first TEXTS rows with a column `completion`: the comparison, place by place."""
 
     def completion(row: dict[str, Any]) -> dict[str, Any]:
-        question = row["prompt"][-1]["content"]
-        text = next((text for asked, text in worked.items() if asked in question), None)
-        if text is None:
-            text = f"{tasks.by_place(*re.findall(r'[0-9.]+[0-9]', question))} So {row['answer']} is bigger."
-        return {"completion": tasks.worked(text, row["answer"])}
+        text = tasks.by_place(*re.findall(r"[0-9.]+[0-9]", row["prompt"][-1]["content"]))
+        return {"completion": tasks.worked(f"{text} So {row['answer']} is bigger.", row["answer"])}
 
     return rows.select(range(min(TEXTS, len(rows)))).map(completion)
+
+
+def own_answers(
+    model: Any, longest: int, args: Any, train_dataset: Any, processing_class: Any, tags: Any, **_: Any
+) -> Any:
+    """Rejection sampling: the model's own answers to the first ASKED questions that are right and in form, one each."""
+    asked = train_dataset.select(range(min(ASKED, len(train_dataset))))
+    sampled = evaluate.pass_at_k(
+        model, processing_class, asked, num_generations=8, tags=tags, max_new_tokens=longest, batch_size=128,
+        seed=args.seed,
+    )  # fmt: skip
+    kept = good_ones(asked, sampled.rows) or asked.map(lambda row: {"completion": tasks.worked("", row["answer"])})
+    print(f"SFT: {len(kept)} of {len(asked)} questions have a text", flush=True)
+    return Dataset.from_list(list(kept))
 
 
 TAKE = "from benchmarks import methods\n\nmethods.take({!r})\n\n"

@@ -9,10 +9,11 @@ each gradient, weight and optimizer state; the log is compared too, but for time
 killed run gets SIGKILL after the gradients of a step are there and before they are used, between two checkpoints and
 inside a rollout.
 
-Writes benchmarks/results/resume.json, `who` is the device: "different", how many of all that was written down differ
-from the undisturbed run's, 0 if all is well, with the first of them and both values. What differs *before* the kill was
-no fault of the resume: that run would not have repeated itself. After a difference everything is done again with
-`full_determinism=True`, in rows of its own. The exit status is 1 if the run as it stands differs.
+Writes benchmarks/results/resume.json, on a GPU resume_gpu.json; `who` is the device: "different", how many of all that
+was written down differ from the undisturbed run's, 0 if all is well, with the first of them and both values. What
+differs *before* the kill was no fault of the resume: that run would not have repeated itself. After a difference
+everything is done again with `full_determinism=True`, in rows of its own. The exit status is 1 if the run as it stands
+differs.
 """
 
 import hashlib
@@ -255,6 +256,7 @@ def main() -> None:
             if not any(row["value"] for row in rows):
                 break
     name = "resume" if asked.processes == 1 else "resume_two"
+    name += "_gpu" if torch.cuda.is_available() else ""
     print(f"written: {common.publish(name, rows, asked.out)}")
     for row in rows:
         print(f"{row['what']} ({row['who']}): {row['value']} of {row['of']} differ")

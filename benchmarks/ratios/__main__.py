@@ -54,7 +54,9 @@ class Child:
 
     def __init__(self, job: Job):
         self.job = job
-        more = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+        # without other copies of this project: an older tree's `benchmarks`, no package yet, would give way to theirs
+        more = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+                if path and not Path(path, "nbhelpers").exists()]  # fmt: skip
         paths = os.pathsep.join([job["tree"], *more])  # absolute: it starts elsewhere
         environment = os.environ | {"PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"}
         command = [sys.executable, "-P", str(SCRIPT), json.dumps(job)]

@@ -61,7 +61,7 @@ def as_committed(notebook: nbformat.NotebookNode, job: harness.Job) -> nbformat.
     for count, cell in enumerate(code, 1):
         cell.metadata.pop("execution", None)  # times of its messages
         cell.execution_count = count if cell.execution_count else None
-        text = json.dumps([output for output in cell.outputs if output.get("name") != "stderr"])
+        text = json.dumps([output for output in cell.outputs if not _bar(output)])
         for there, here in names.items():
             text = text.replace(json.dumps(there)[1:-1], here)
         cell.outputs = nbformat.from_dict(json.loads(text))
@@ -71,6 +71,11 @@ def as_committed(notebook: nbformat.NotebookNode, job: harness.Job) -> nbformat.
     said = nbformat.v4.new_output("stream", name="stdout", text=about(job))
     code[0].outputs.insert(0, said)
     return notebook
+
+
+def _bar(output: nbformat.NotebookNode) -> bool:
+    """Warnings, and progress bars: on stderr, or as a widget of which no state is kept."""
+    return output.get("name") == "stderr" or "application/vnd.jupyter.widget-view+json" in output.get("data", {})
 
 
 def about(job: harness.Job) -> str:

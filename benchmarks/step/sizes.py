@@ -44,8 +44,6 @@ from . import cases
 ENVIRONMENT = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TOKENIZERS_PARALLELISM": "false"}
 STEPS, DECODED = 3, 64
 PROMPT = 256  # tokens
-RESERVE = 0.15  # GB: Triton's and cuBLAS's own modules
-POOL = 0.1  # GB: what torch holds beyond what it has given out
 
 
 @dataclass(frozen=True)
@@ -118,10 +116,7 @@ class Capped(cases.Job):
         if self.cuda:
             name = torch.cuda.get_device_name()
             self.card = name if any(card.name in name for card in CARDS) else None
-            torch.zeros(1, device="cuda") @ torch.zeros(1, device="cuda")
-            held = case.cap - harness.driver_gb() - RESERVE
-            torch.cuda.set_per_process_memory_fraction(held * GB / torch.cuda.mem_get_info()[1])
-            self.budget = held - POOL
+            self.budget = harness.hold(case.cap)
 
     def made(self) -> random_model.Model:
         """The model with its random weights on the device, and nothing else there."""

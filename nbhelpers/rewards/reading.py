@@ -65,12 +65,20 @@ _ONE_NUMBER = re.compile(rf"[-+]?\s*{_PIECE}(?:\s+\d+)?(?:/{_PIECE})?\s*%?", re.
 _NUMBER = re.compile(rf"({_PIECE})(?:\s*/\s*({_PIECE}))?", re.ASCII)
 _MIXED = re.compile(r"(?<![\d.,/])(\d{1,20}) (\d{1,20})/(\d{1,20})(?![\d.,/])")
 _POWER = re.compile(r"(?<=[A-Za-z])(?: ?\^\{?[23]\}?|[23])(?![\w.])")  # m^2, cm3
-_EXPLAINED = re.compile(r"[,;:]? (?:not|rather than|instead of|because|since|as|which|so|for|i\.e\.) .*| ?\(.*")
+_EXPLAINED = re.compile(  # but "is not" denies
+    r"(?<! is)(?<! are)(?<! was)[,;:]? (?:not|rather than|instead of|because|since|as|which|so|for|i\.e\.) .*| ?\(.*"
+)
 _REASON = re.compile(r"[,;:]? (?:because|since)\b")  # what stands behind is never the answer
 _HEDGE = re.compile(
     r"\b(?:or|either|neither|nor|between|not|never|cannot|at least|at most|more than|less than|fewer than|greater than"
     r"|up to|over|under|minimum|maximum|except)\b|n['’]t\b|[<>≠≤≥±]|!="
     r"|\\(?:[gl]eq?|[gl]t|neq?|pm)\b"
+)
+# "9.9 is bigger than 9.11" and "9.9 > 9.11": the first number is the answer, if both are there and nothing else is
+_COMPARISON = re.compile(
+    rf"(?!(?:since|if|because|as|when)\b)(\D{{0,40}}{_PIECE}) ?(?:(?:is|are) (?:[a-z]{{2,12}}er|more|less) than|[<>])"
+    rf"(?! or\b) ?\D{{0,40}}{_PIECE}(?: [a-z]{{1,20}})?\W{{0,3}}",
+    re.ASCII | re.IGNORECASE,
 )
 # what a number is compared with is not what was asked for
 _COMPARED = re.compile(r"\b(?:(?!rath|oth)[a-z]{2,12}er than|exceeds?|beats?|compared (?:to|with)|versus|vs)\W*$")
@@ -99,6 +107,8 @@ def value(words: str, *, leading: bool = False) -> str | None:
     explained = _EXPLAINED.search(words)
     if explained and (_NUMBER.search(words, 0, explained.start()) or _REASON.match(words, explained.start())):
         words = words[: explained.start()]
+    if compared := _COMPARISON.fullmatch(words):
+        words = compared[1]
     if _HEDGE.search(words):
         return None
     if "=" in words:

@@ -73,14 +73,19 @@ def test_a_real_run_takes_eight_questions_a_step_and_its_rows_go_to_a_file_of_th
         assert rows[f"qwen2.5-coder-1.5b/{method}/curve"]["points"] == [[1, 0.5, 0.1, 0.2]]
 
 
-def test_texts_are_worked_answers_of_both_kinds(tmp_path):
-    (tmp_path / "train.jsonl").write_text(json.dumps({"question": "2 pens and 3 pens?", "answer": "2+3=5\n#### 5"}))
-    prompts = [tasks.messages(question) for question in ("2 pens and 3 pens?", "Which is bigger? 9.11 or 9.9?")]
-    rows = Dataset.from_list([{"prompt": p, "answer": a} for p, a in zip(prompts, ("5", "9.9"), strict=True)])
-    texts = [row["completion"][0]["content"] for row in methods.with_texts(rows, str(tmp_path))]
-    assert all(rewards.formatted(text) for text in texts)
-    assert "\n2+3=5\n" in texts[0] and "tenths 1 < 9. So 9.9 is bigger." in texts[1]
-    code = cells.notebook({"method": "sft", "questions": str(tmp_path)})
+def test_texts_are_worked_answers_or_the_models_own_that_are_right_and_in_form(monkeypatch):
+    rows = Dataset.from_list([{"prompt": tasks.messages("Which is bigger? 9.11 or 9.9?"), "answer": "9.9"}] * 3)
+    (text,) = {row["completion"][0]["content"] for row in methods.with_texts(rows)}
+    assert rewards.formatted(text) and "tenths 1 < 9. So 9.9 is bigger." in text
+
+    def answered(*tokens):
+        return [SimpleNamespace(completion=str(n), correct=n > 0, formatted=n < 9, tokens=n) for n in tokens]
+
+    sampled = SimpleNamespace(rows=[answered(0, 9, 0), answered(9, 7, 5), answered(3, 0, 9)])
+    monkeypatch.setattr(methods.evaluate, "pass_at_k", lambda *_, **__: sampled)
+    own = methods.own_answers(None, 8, SimpleNamespace(seed=0), rows, None, None)
+    assert [row["completion"][0]["content"] for row in own] == ["5", "3"]
+    code = cells.notebook({"method": "sft", "questions": "q"})
     assert code.index("methods.take(") < code.index("LeanGRPOConfig")
 
 

@@ -10,6 +10,12 @@ from nbhelpers.rewards import REASONING, THINK, Tags, is_correct, reading
 from nbhelpers.rewards.reading import read, right
 
 RIGHT = [
+    # a comparison: the first number is what was chosen
+    ("9.9 is greater than 9.11.", "9.9"),
+    ("The number 9.92 is bigger than the number 9.919", "9.92"),
+    ("9.9 > 9.11", "9.9"),
+    ("9.11 < 9.9", "9.11"),
+    ("$1,800 is more than $900.", "1800"),
     # a plain number, dressed up
     ("18", "18"),
     ("18.", "18"),
@@ -127,6 +133,12 @@ RIGHT = [
 ]
 
 WRONG = [
+    # comparisons that choose another number, or none
+    ("9.11 > 9.9", "9.9"),
+    ("9.9 is not bigger than 9.11", "9.9"),
+    ("9.9 is bigger than or equal to 9.11", "9.9"),
+    ("Since 18 is greater than 12", "18"),
+    ("the price is greater than 18", "18"),
     # other numbers that look alike
     ("18", "180"),
     ("180", "18"),
