@@ -13,7 +13,7 @@ from copy import copy
 import torch
 from torch import Tensor, nn
 
-from nbhelpers.engines.forward import Decoder
+from nbhelpers.engines.forward import Layer
 from nbhelpers.kernels import ahead
 from nbhelpers.memory.micro_batches import RECOMPUTED, MicroBatch
 from nbhelpers.models import families
@@ -100,9 +100,10 @@ def _dry_pass(step: LeanStep, batch: Rows, micro_batch: MicroBatch) -> None:
     """For kernels/ahead.py: forward and backward of a micro-batch through one layer of each form, which saves all where
     the real ones do, and through the head."""
     packed = pack(batch, [batch.rows[i] for i in micro_batch.rows], step.device, step.share_prompts)
-    decoder, tensors = copy(step.decoder), Decoder(step.model).layers
-    each = list({of.form(): layer for of, layer in zip(tensors, decoder.layers, strict=True)}.values())[:FORMS]
-    decoder.layers = nn.ModuleList(each if micro_batch.saved in (0, len(tensors)) else 2 * each)
+    decoder, family = copy(step.decoder), families.of(step.model)
+    assert family is not None  # or there would be no step
+    each = list({Layer.of(families.layer(family, layer)).form(): layer for layer in decoder.layers}.values())[:FORMS]
+    decoder.layers = nn.ModuleList(each if micro_batch.saved in (0, len(step.decoder.layers)) else 2 * each)
     layers = Layers(min(micro_batch.saved, len(each)), len(each), micro_batch.tile)
     decoder.differentiate(packed, step.temperature, layers, lambda logps, _: logps.sum() * 0.0, Tensor.backward)
 
