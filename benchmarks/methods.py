@@ -163,7 +163,7 @@ def of_real(args: argparse.Namespace) -> list[common.Row]:
     """The model notebook once, on real weights."""
     preset = json.dumps({"questions_per_step": args.questions_per_step})
     job = vars(args) | {"weights": args.real, "model": MODEL, "label": args.method, "preset": preset,
-                        "train_on": "questions", "prompts": False, "executed": None}  # fmt: skip
+                        "train_on": "questions", "prompts": False, "executed": None, "before_only": False}  # fmt: skip
     return real.run(argparse.Namespace(**job))
 
 

@@ -43,6 +43,8 @@ def rows_of(report: dict[str, Any], label: str) -> list[common.Row]:
     for name, share in report["shares"].items():
         interval = {key: round(share[key], 4) for key in ("low", "high")}
         rows.append(common.row(f"{label}/{name}", "ours", round(share["value"], 4), "share", n=share["n"], **interval))
+    if "curve" not in report:  # --before-only
+        return rows
     for name, unit in (("seconds", "s"), ("steps", "steps"), ("peak_driver", "GB"), ("stopped_at", "steps")):
         if report.get(name) is not None:
             rows.append(common.row(f"{label}/{name}", "ours", round(report[name], 3), unit, **report["settings"]))
@@ -114,6 +116,7 @@ def main() -> None:
     parser.add_argument("--preset", default="{}", help="JSON of what to change in the preset; a system_prompt by name")
     parser.add_argument("--prompts", action="store_true", help="measure the system prompts instead")
     parser.add_argument("--after-only", action="store_true", help="no scores before: they are another seed's")
+    parser.add_argument("--before-only", action="store_true", help="the scores of the untrained model, and no training")
     parser.add_argument("--executed", type=Path, help="run by Jupyter, and the notebook with its outputs written there")
     parser.add_argument("--about", default="", help="what the notebook's first output says of the weights")
     parser.add_argument("--against-trl", nargs="*", choices=("ours", "trl"), help="curves and seconds; both, or one")

@@ -35,6 +35,9 @@ tasks.gsm8k = lambda *_, **__: measure.problems(JOB, preset.system_prompt)
     "before": """
 BEFORE = {} if JOB["after_only"] else measure.scores(JOB, model, tokenizer, preset, decimals, passes=True)
 print(*(f"{name}: {share}" for name, share in BEFORE.items()), sep="\\n", flush=True)
+if JOB.get("before_only"):
+    measure.write(JOB, {"shares": measure.named(BEFORE, "before")})
+    raise SystemExit
 TIMER = measure.Timer()
 """,
     "train": """

@@ -127,8 +127,7 @@ def report(
     preset: presets.Preset,
 ) -> None:  # fmt: skip
     """Write what the parent turns into rows, and the recorded run beside it."""
-    shares = {f"{name}_before": vars(share) for name, share in before.items()}
-    shares |= {f"{name}_after": vars(share) for name, share in after.items()}
+    shares = named(before, "before") | named(after, "after")
     probes = [
         {
             "question": old.question,
@@ -149,6 +148,16 @@ def report(
         "curve": curve(live.history),
         "live": live.save(Path(job["folder"]) / "live.json", preset.title).read_text(),
     }  # fmt: skip
+    write(job, found)
+
+
+def named(shares: dict[str, Proportion], when: str) -> dict[str, dict[str, float]]:
+    """Shares as the report has them."""
+    return {f"{name}_{when}": vars(share) for name, share in shares.items()}
+
+
+def write(job: dict[str, Any], found: dict[str, Any]) -> None:
+    """The report, for the parent."""
     Path(job["folder"], "report.json").write_text(json.dumps(found))
 
 
