@@ -83,31 +83,37 @@ def publish(name: str, rows: list[Row], folder: Path | None = None) -> Path:
     return file
 
 
+def _told(document: dict[str, Any]) -> list[Row]:
+    """A file's rows, each with its `run`, "date, command", and its `gpu`, which need not be those of the file they go
+    to."""
+    own = {"run": f"{document['date']}, {document['command']}"}
+    if "gpu" in document["host"]:
+        own["gpu"] = document["host"]["gpu"]
+    return [{**own, **row} for row in document["rows"]]
+
+
 def join(
     name: str, files: list[Path], folder: Path = RESULTS, summed_up: Callable[[list[Row]], list[Row]] = list
 ) -> None:
     """Put the rows of `files` into the committed results file, a later file's over an earlier one's, and write it to
-    `folder`. Each row says in `run` which call it came from; host, date and command are the last file's. `summed_up`
-    makes what is written of all rows."""
+    `folder`. Each row says in `run` which call it came from, and in `gpu` on what; host, date and command are the last
+    file's. `summed_up` makes what is written of all rows."""
     rows: dict[tuple[str, str], Row] = {}
     before = RESULTS / f"{name}.json"
     for file in (before, *files) if before.exists() else files:
         document = json.loads(file.read_text())
-        run = f"{document['date']}, {document['command']}"
-        rows |= {(row["what"], row["who"]): {"run": run, **row} for row in document["rows"]}
+        rows |= {(row["what"], row["who"]): row for row in _told(document)}
     folder.mkdir(parents=True, exist_ok=True)
     joined = {**document, "rows": summed_up(list(rows.values()))}
     (folder / f"{name}.json").write_text(json.dumps(joined, indent=1) + "\n")
 
 
 def merged(name: str, rows: list[Row], summed_up: Callable[[list[Row]], list[Row]]) -> list[Row]:
-    """`rows` and those of the committed results file that they do not replace, which say in `run` when and by which
-    call they came about; `summed_up` makes what is written of all of them."""
+    """`rows` and those of the committed results file that they do not replace, which say in `run` and `gpu` when, by
+    which call and on what they came about; `summed_up` makes what is written of all of them."""
     file, known = RESULTS / f"{name}.json", {}
     if file.exists():
-        document = json.loads(file.read_text())
-        run = f"{document['date']}, {document['command']}"
-        known = {row["what"]: {"run": run, **row} for row in document["rows"]}
+        known = {row["what"]: row for row in _told(json.loads(file.read_text()))}
     return summed_up(list((known | {row["what"]: row for row in rows}).values()))
 
 

@@ -21,15 +21,22 @@ class Results:
 
     def runs(self, *keys: tuple[str, str]) -> list[str]:
         """The runs, "date, command", that rows (what, who) came from; without keys the file's own."""
-        own = f"{self.document['date']}, {self.document['command']}"
-        rows = [row for row in self.document["rows"] if (row["what"], row["who"]) in keys]
-        return sorted({row.get("run", own) for row in rows} or {own})
+        return sorted({run for _, run in self._runs(*keys)})
 
     def where(self, *keys: tuple[str, str]) -> str:
-        """The machine, and the day of the first of those runs."""
+        """The machines, and the day of the first of those runs on each."""
+        first: dict[str, str] = {}
+        for machine, run in sorted(self._runs(*keys)):
+            first.setdefault(machine, run[:10])
+        return "; ".join(f"{machine}, {day}" for machine, day in first.items())
+
+    def _runs(self, *keys: tuple[str, str]) -> set[tuple[str, str]]:
+        """Machine and run of those rows."""
         host = self.document["host"]
         machine = host.get("gpu") or f"{host['cores']} cores ({host['cpu']})"
-        return f"{machine}, {self.runs(*keys)[0][:10]}"
+        own = f"{self.document['date']}, {self.document['command']}"
+        rows = [row for row in self.document["rows"] if (row["what"], row["who"]) in keys]
+        return {(row.get("gpu", machine), row.get("run", own)) for row in rows} or {(machine, own)}
 
     def source(self, *keys: tuple[str, str]) -> str:
         """On what it was measured, with which versions, and by which calls; that it was not, if no row is there."""

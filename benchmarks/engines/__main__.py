@@ -62,6 +62,7 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     for model in args.models or MODELS:
         base = {"model": model, "quick": args.quick}
         if "ready" in args.only:
+            wanted.append({**base, "kind": "ready", "triton_cache": "cold", "ahead": False})
             wanted.append({**base, "kind": "ready", "triton_cache": "cold"})
             wanted.append({**base, "kind": "ready", "triton_cache": "warm"})
         if "decode" in args.only:

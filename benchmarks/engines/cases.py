@@ -1,10 +1,13 @@
 """Generation by one engine: the cases of `python -m benchmarks.engines`, each in a process of its own."""
 
+import os
 import re
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from unittest import mock
 
 import torch
 from torch import nn
@@ -15,6 +18,7 @@ from nbhelpers import gpu
 from nbhelpers.engines import Sampling
 from nbhelpers.engines.base import Engine
 from nbhelpers.engines.graph import GraphEngine
+from nbhelpers.kernels import ahead
 from nbhelpers.models import quantize
 
 PROMPT, COMPLETION = 200, 512
@@ -35,11 +39,15 @@ def completion_of(job: Job) -> int:
 
 def ready(job: Job, row: RowWriter) -> None:
     """From a loaded model to the first tokens of a batch of 8, with all that is made on the way: two tokens, so that a
-    prompt, a captured graph and its replay are in it."""
-    model, texts = build(job), prompts_of(job, 8)
-    seconds = timed(lambda: GraphEngine(model).generate(texts, Sampling(max_tokens=2)))
-    warm = job["triton_cache"] == "warm"
-    row("ready" if warm else "ready-first-ever", seconds, "s", triton_cache=job["triton_cache"])
+    prompt, a captured graph and its replay are in it. A job whose `ahead` is False has no dry pass: kernels are
+    compiled one by one."""
+    model, texts, side_by_side = build(job), prompts_of(job, 8), job.get("ahead", True)
+    with nullcontext() if side_by_side else mock.patch.object(ahead, "possible", lambda device: False):
+        seconds = timed(lambda: GraphEngine(model).generate(texts, Sampling(max_tokens=2)))
+    cores, metric = len(os.sched_getaffinity(0)), "ready" if job["triton_cache"] == "warm" else "ready-first-ever"
+    if cores < ahead.THREADS:  # a row of its own
+        metric = f"cores-{cores}/{metric}"
+    row(metric, seconds, "s", "graph" if side_by_side else "one by one", triton_cache=job["triton_cache"], cores=cores)
 
 
 def decode(job: Job, row: RowWriter) -> None:

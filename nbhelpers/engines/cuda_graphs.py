@@ -12,6 +12,8 @@ from functools import cache
 
 import torch
 
+from nbhelpers.kernels import ahead
+
 from .base import Sampling
 from .forward import Decoder
 from .kv_cache import KVCache
@@ -60,6 +62,7 @@ class ModelRunner:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by batch size
         self._pool = torch.cuda.graph_pool_handle() if self.captures else None
         self._addresses = decoder.addresses()
+        self.compiled = not ahead.possible(device)  # or the engine's dry pass has been
 
     def prepare(self, decoder: Decoder, sampling: Sampling) -> None:
         """Before a generation.
@@ -129,6 +132,15 @@ class ModelRunner:
         self.tick += 1
         self.advance(self.state[:, :batch], new)
 
+    def dry_step(self, batch: int) -> None:
+        """A step's launches for kernels/ahead.py, of one layer of each form. No row may have tokens to come."""
+        self.tick.zero_()
+        whole, self.decoder = self.decoder, self.decoder.of_each_form()
+        try:
+            self._step(batch, 0)
+        finally:
+            self.decoder = whole
+
     def advance(self, state: torch.Tensor, new: torch.Tensor) -> None:
         """Bring the state of n rows up to date with their new tokens, in place.
 
@@ -150,6 +162,8 @@ class ModelRunner:
         """Record a step without running it. One runs for real first, in which compilers and libraries allocate."""
         state, seen = self.state.clone(), None if self.seen is None else self.seen.clone()
         self.state[LEFT] = 0  # so that no row moves on
+        ahead.compile_for(self.state.device, lambda: self.dry_step(batch))
+        self.tick.zero_()
         graph, stream = torch.cuda.CUDAGraph(), _capture_stream(self.state.device)
         current = torch.cuda.current_stream()
         stream.wait_stream(current)

@@ -12,6 +12,7 @@ training reads and writes. An adapter that is switched off leaves its term out.
 """
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,12 @@ class LinearGroup(NamedTuple):
             return kernels.decode_linear(x, self.parts)
         return tuple(kernels.lora_linear_group(x, self.parts))
 
+    def form(self) -> tuple:
+        """What the kernels compiled for it depend on: the same for another layer of the same form."""
+        if self.parts is None:
+            return tuple(map(id, self.modules))
+        return tuple(map(_form, self.parts))
+
     def addresses(self) -> tuple:
         """What a captured graph depends on."""
         if self.parts is None:
@@ -53,6 +60,13 @@ class LinearGroup(NamedTuple):
         return tuple(None if t is None else t.data_ptr() for four in tensors for t in four) + tuple(
             part.scale for part in self.parts
         )
+
+
+def _form(part: Projection) -> tuple:
+    """Dtypes and shapes of a layer's tensors."""
+    state, tensors = part.quant_state, (part.weight, part.bias, part.lora_a, part.lora_b)
+    packed = None if state is None else (tuple(state.shape), state.blocksize, state.nested)
+    return (packed, *(None if t is None else (t.dtype, tuple(t.shape)) for t in tensors))
 
 
 def _part(module: nn.Module) -> Projection | str:
@@ -90,6 +104,11 @@ class Layer(NamedTuple):
             key_bias=None if modules.head_norms or len(modules.qkv) == 1 else getattr(modules.qkv[1], "bias", None),
         )
 
+    def form(self) -> tuple:
+        """The same for two layers for which the same kernels are compiled."""
+        groups = (self.qkv, self.out, self.gate_up, self.down)
+        return (*(group.form() for group in groups), self.window, self.head_norms is None)
+
 
 class Decoder:
     """A view of one model; make a new one (milliseconds) when adapters may have been attached, disabled or merged.
@@ -126,7 +145,13 @@ class Decoder:
         self.vocabulary: int = self.embedding.shape[0]
         self.swapped = swap.of(model)
         # whether a step has to be launched kernel by kernel: a replayed CUDA graph calls no hook, and waits for no copy
-        self.eager: bool = families.hooked_linears(model) or self.swapped is not None
+        self.eager: bool = families.hooked(model, "generation") or self.swapped is not None
+
+    def of_each_form(self) -> "Decoder":
+        """This decoder with one layer of each form, for which the kernels of all of them are compiled."""
+        short = copy(self)
+        short.layers = list({layer.form(): layer for layer in self.layers}.values())
+        return short
 
     def addresses(self) -> tuple:
         """Changes when a graph captured before is no longer this model: other tensors, another adapter or scale."""

@@ -25,11 +25,13 @@ size, or of a text that is recomputed, round differently, so a near-tie may be d
 thousand tokens.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from nbhelpers.architecture import GB
+from nbhelpers.kernels import ahead
 from nbhelpers.memory.kv import MAX_ROWS, SLOT, checked, rows_that_fit, slot_tokens
 from nbhelpers.memory.room import Room
 from nbhelpers.models import families
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+DRY_TOKENS = 272  # of a prompt in a dry pass: some kernels are compiled otherwise for 256 tokens or fewer
 STAGE_TOKENS = 256  # a stage that brings the longest text on by less is left out: it recomputes all of them
 
 
@@ -110,6 +113,10 @@ class GraphEngine(Engine):
                     rows, length = self._stage(going, sampling.max_tokens, budget, cache.token_bytes)
                     try:
                         cache.allocate(rows, length, budget)
+                        if not (runner.compiled or runner.decoder.eager):  # a hook is not to see noise
+                            runner.compiled = True
+                            ahead.compile_for(cache.device, partial(_dry_pass, runner, going, sampling))
+                            cache.allocate(rows, length, budget)  # it has left noise there
                         Scheduler(runner, going, sampling).run()
                     except torch.OutOfMemoryError:  # free memory is in pieces; nothing that was written is lost
                         budget = min(budget, rows * length * cache.token_bytes) * 7 // 8
@@ -142,3 +149,15 @@ class GraphEngine(Engine):
                 return rows, length
             rows = max(size for size in BATCHES if size <= max(1, rows // 2))
         return batch_for(min(len(requests), affordable), affordable), full
+
+
+def _dry_pass(runner: ModelRunner, requests: list[Request], sampling: Sampling) -> None:
+    """For kernels/ahead.py: the beginnings of the first prompts, their first tokens, and a step of all rows."""
+    rows, _ = runner.cache.slots()
+    first = sorted(requests, key=lambda request: len(request.prompt), reverse=True)[:rows]
+    texts = {id(request.prompt): request.prompt[:DRY_TOKENS] for request in first}
+    scheduler = Scheduler(runner, [Request(text, 0, Writer(sampling)) for text in texts.values()], sampling)
+    scheduler.decoder = runner.decoder.of_each_form()
+    scheduler.admit()
+    runner.state.zero_()
+    runner.dry_step(rows)

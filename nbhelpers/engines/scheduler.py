@@ -97,7 +97,7 @@ class Scheduler:
         """Until no request is waiting or in a row."""
         runner = self.runner
         while self.waiting or any(self.rows):
-            self._admit()
+            self.admit()
             batch = self._batch()
             todo = [request.goal - request.asked for request in filter(None, self.rows)]
             if (steps := min(CHUNK if runner.asynchronous else 1, max(todo, default=0))) > 0:
@@ -137,7 +137,7 @@ class Scheduler:
 
     # ---- prompts ----
 
-    def _admit(self) -> None:
+    def admit(self) -> None:
         """Waiting requests take the free rows, and get their next token."""
         free = deque(i for i, request in enumerate(self.rows) if request is None)
         while free and self.waiting:

@@ -292,11 +292,19 @@ def missed_hook(model: "nn.Module", for_: Literal["training", "generation"]) -> 
     return None
 
 
-def hooked_linears(model: "nn.Module") -> bool:
-    """Whether the walk for generation meets a linear layer with hooks, which it calls; a CUDA graph cannot."""
+def hooked(model: "nn.Module", for_: Literal["training", "generation"]) -> bool:
+    """Whether the walk calls a hook of the user's: a CUDA graph cannot, and in a dry pass it would see noise.
+
+    Args:
+        model (`nn.Module`): As for `missed_hook`.
+        for_ (`str`): As in `why_not`. In training a parameter's own hooks are called too.
+    """
     from .projection import watched
 
-    return any(watched(module) for module in _called(model, "generation"))
+    parameters = model.parameters() if for_ == "training" else ()
+    return any(watched(module) for module in _called(model, for_)) or any(
+        parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in parameters
+    )
 
 
 def _hooked(module: "nn.Module", for_: str) -> bool:

@@ -10,8 +10,6 @@ is freed before the next. Whatever the cut, the gradients are those of the whole
 by its share of the whole (grpo.token_weights). A group's prompt is computed once for all of its completions.
 """
 
-import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 
 from nbhelpers import gpu, kernels
 from nbhelpers.architecture import GB
-from nbhelpers.memory.micro_batches import RECOMPUTED, TILES, CannotFit, Lengths, MicroBatch, StepCost, count
+from nbhelpers.memory.micro_batches import TILES, CannotFit, Lengths, MicroBatch, StepCost, count
 from nbhelpers.memory.residents import scratch_bytes
 from nbhelpers.memory.room import Reserved, Room
 from nbhelpers.memory.seconds import REACHED, card_of, launch_tokens
@@ -89,7 +87,7 @@ class LeanStep:
         whole = self.decoder.head.weight.requires_grad
         self.cost = StepCost(shapes, width, backend, dropped, whole=whole)
         if self.device.type == "cuda":
-            self._set_launches(REACHED.layer)  # until a rehearsal has timed them
+            self.set_launches(REACHED.layer)  # until a rehearsal has timed them
         self.model = model
         self.temperature, self.share_prompts = temperature, share_prompts
         self.room = Room(self.device, budget_gb, reserved)
@@ -223,63 +221,7 @@ class LeanStep:
             else:
                 waiting[:0] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
 
-    def rehearse(self, rows: int, num_generations: int, prompt_length: int, completion_length: int) -> list[MicroBatch]:
-        """Run the longest possible batch's largest micro-batch on made-up tokens, and forget its gradients.
-
-        Args:
-            rows (`int`): Completions of the batch.
-            num_generations (`int`): Completions of a prompt.
-            prompt_length (`int`): Tokens of the longest prompt.
-            completion_length (`int`): Tokens of the longest completion.
-
-        Returns how the whole batch is cut. Raises CannotFit, or torch.OutOfMemoryError, now instead of at step 200.
-        Call it before there are gradients.
-        """
-        completions = {i: torch.zeros(completion_length, dtype=torch.long) for i in range(rows)}
-        all_rows = [Row(i, i // num_generations, prompt_length, completion_length) for i in range(rows)]
-        prompts = [torch.zeros(prompt_length, dtype=torch.long)] * (all_rows[-1].prompt + 1)
-        scored = {i: torch.arange(completion_length) for i in range(rows)}
-        batch = Rows(all_rows, prompts, completions, scored)
-        trained = self.trained
-        grads = [p.grad for p in trained]
-
-        def largest() -> list[MicroBatch]:
-            micro_batches = self.plan(all_rows)
-            batch.rows = [all_rows[i] for i in max(micro_batches, key=lambda one: one.peak).rows]
-            self.differentiate(batch, lambda logps, entropies, packed: logps.sum() * 0.0)
-            return micro_batches
-
-        on_card = self.device.type == "cuda"
-        self.plan(all_rows)  # what cannot fit is refused with its own lengths, not those of what is timed
-        with torch.random.fork_rng([self.device] if on_card else []):  # dropout's draws are as many as there are cuts
-            if on_card:
-                self.retried(self.time_launches)
-            micro_batches = self.retried(largest)
-        for parameter, grad in zip(trained, grads, strict=True):
-            parameter.grad = grad
-        return micro_batches
-
-    def time_launches(self) -> float:
-        """Time a pass of a few tokens through a layer, most of which is Python and its launches; from now on batches
-        are cut by what it takes here. Returns its seconds. Call it before there are gradients."""
-        few, made_up = 8, torch.zeros(8, dtype=torch.long)
-        batch = Rows([Row(0, 0, few, few)], [made_up], {0: made_up}, {0: torch.arange(few)})
-        times = []
-        for _ in range(3):  # the first one compiles
-            start = time.perf_counter()
-            self.differentiate(batch, lambda logps, entropies, packed: logps.sum() * 0.0)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        for parameter in self.trained:
-            parameter.grad = None
-        saved = self.micro_batches[0].saved
-        seconds = min(times[1:]) / (2 * saved + (2 + RECOMPUTED) * (self.cost.layers - saved))
-        seconds = 2.0 ** round(math.log2(seconds))  # noise of a clock must not cut the same run in another way
-        self._set_launches(seconds)
-        return seconds
-
-    def _set_launches(self, seconds: float) -> None:
+    def set_launches(self, seconds: float) -> None:
         """Cut batches by this time of a pass through a layer, on the card of this process."""
         if card := gpu.card():
             kind = card_of(card.total / GB, card.name)

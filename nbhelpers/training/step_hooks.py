@@ -32,6 +32,7 @@ from . import checkpoint, run_folder
 from .hooks import RunHooks
 from .lean_step import LeanStep, first_non_finite
 from .model_check import check_model, restore_masters
+from .rehearsal import rehearse
 
 SAMPLE = 20_000  # rows of a data set that are searched for the longest
 STREAMED = 64  # of one that is streamed: to read it takes time, and is done again for the first step
@@ -206,7 +207,7 @@ class StepHooks(RunHooks):
         if self.accelerator.num_processes > 1:  # NCCL allocates its buffers on first use
             self.accelerator.reduce(torch.zeros(1, device=self.accelerator.device))
         step = self._step_of(self.model)
-        step.rehearse(self.args.per_device_train_batch_size, *self._longest_row())
+        rehearse(step, self.args.per_device_train_batch_size, *self._longest_row())
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

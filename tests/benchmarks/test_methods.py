@@ -94,11 +94,13 @@ def test_rows_of_earlier_runs_keep_their_call_and_the_worst_peak_counts(tmp_path
         return {"what": f"workshop/ppo/seed-{seed}/peak", "who": "ours", "value": value, "unit": "GB"}
 
     monkeypatch.setattr(common, "RESULTS", tmp_path)
-    document = {"date": "2026-11-26 17:06 UTC", "command": "python -m benchmarks.methods", "rows": [row(0, 2.0)]}
+    document = {"host": {"gpu": "T4"}, "date": "2026-11-26 17:06 UTC", "command": "python -m benchmarks.methods"}
+    document["rows"] = [row(0, 2.0)]
     (tmp_path / "methods.json").write_text(json.dumps(document))
     rows = {row["what"]: row for row in common.merged("methods", [row(1, 1.0)], worst)}
     assert rows["workshop/ppo/seed-0/peak"]["run"] == "2026-11-26 17:06 UTC, python -m benchmarks.methods"
-    assert "run" not in rows["workshop/ppo/seed-1/peak"], "it is the file's own date and command"
+    assert rows["workshop/ppo/seed-0/peak"]["gpu"] == "T4"
+    assert not {"run", "gpu"} & rows["workshop/ppo/seed-1/peak"].keys(), "the file's own date, command and card"
     assert rows["workshop/ppo/peak"]["value"] == 2.0 and rows["workshop/ppo/peak"]["of_seeds"] == 2
 
 

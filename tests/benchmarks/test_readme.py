@@ -144,3 +144,19 @@ def test_joined_rows_say_which_call_they_came_from(tmp_path):
     wanted = {(row["what"], row["who"]): (row["value"], row.get("run", own)) for row in old["rows"]}
     wanted |= {one: (1.0, "day a, call a"), two: (2.0, "day b, call b"), ("new", "ours"): (2.0, "day b, call b")}
     assert {(row["what"], row["who"]): (row["value"], row["run"]) for row in joined["rows"]} == wanted
+    cards = {(row["what"], row["who"]): row["gpu"] for row in joined["rows"]}
+    assert [cards[key] for key in (one, two, ("new", "ours"))] == ["a", "b", "b"]
+    assert set(cards.values()) == {"a", "b", *(row.get("gpu", old["host"]["gpu"]) for row in old["rows"])}
+
+
+def test_rows_of_several_cards_are_measured_on_each(tmp_path, monkeypatch):
+    """A file's host is its last call's: the other rows would be said to come from a card that they have not seen."""
+    rows = [{"what": what, "who": "ours", "value": 1.0, "unit": "s"} for what in ("old", "older", "own")]
+    rows[0] |= {"gpu": "T4", "run": "2026-01-02 10:00 UTC, a"}
+    rows[1] |= {"gpu": "T4", "run": "2026-01-01 10:00 UTC, b"}
+    document = {"host": {"gpu": "L4"}, "date": "2026-01-03 10:00 UTC", "command": "c", "rows": rows}
+    (tmp_path / "seen.json").write_text(json.dumps(document))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    results, (old, older, own) = tables.Results("seen"), [(row["what"], row["who"]) for row in rows]
+    assert results.where(own) == results.where() == "L4, 2026-01-03" and results.where(old) == "T4, 2026-01-02"
+    assert results.source(old, older, own) == "Measured on L4, 2026-01-03; T4, 2026-01-01; ; `b`, `a`, `c`."

@@ -3,6 +3,7 @@
 
 import interpreter
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 pytest.importorskip("bitsandbytes")
@@ -13,6 +14,8 @@ if interpreter.ON:
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
 from benchmarks.kernels import ahead  # noqa: E402
+from nbhelpers import kernels  # noqa: E402
+from nbhelpers.kernels import Projection  # noqa: E402
 from nbhelpers.kernels.triton import plain_few_rows  # noqa: E402
 
 # of a program at most: a T4's, a gaming card's of that generation (less than an A100's), an H100's
@@ -61,3 +64,22 @@ def test_a_dot_would_be_seen():
     source = ASTSource(product, {"x": "*fp16", "BLOCK": "constexpr"}, {"BLOCK": 16})
     compiled = triton.compile(source, target=GPUTarget("cuda", 75, 32))
     assert "tt.dot" in compiled.asm["ttir"]
+
+
+def test_products_of_a_few_rows_have_one_variant_for_every_group_of_layers():
+    x = torch.randn(8, 1, 64, dtype=torch.bfloat16)
+    with ahead.noted("sm_90") as found:
+        for rank in (8, 16):
+            lora = {"lora_a": torch.randn(rank, 64), "lora_b": torch.randn(128, rank), "scale": 2.0}
+            packed = Projection(*ahead.nf4(128, 64, True), **lora)
+            plain = Projection(torch.randn(128, 64, dtype=torch.bfloat16), None, **lora)
+            for part in (packed, plain):
+                for parts in (
+                    (part,),
+                    (part, part),
+                    (part, part, part),
+                    (part, part._replace(lora_a=None, lora_b=None)),
+                ):
+                    kernels.decode_linear(x, parts)
+    products = [launch.name for launch in found.values() if launch.name.endswith("._few_rows")]
+    assert sorted(products) == ["nf4_few_rows._few_rows", "plain_few_rows._few_rows"]

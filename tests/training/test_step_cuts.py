@@ -11,7 +11,7 @@ from nbhelpers import gpu
 from nbhelpers.memory import micro_batches
 from nbhelpers.memory.seconds import card_of, launch_tokens
 from nbhelpers.models import families, patch
-from nbhelpers.training import lean_step, packing
+from nbhelpers.training import lean_step, packing, rehearsal
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -102,7 +102,7 @@ def test_what_cannot_fit_is_refused_with_the_numbers():
     for device in ("cpu", "cuda"):  # where launches are timed on a few tokens first
         one.device = torch.device(device)
         with pytest.raises(lean_step.CannotFit, match="completion of 200 tokens after a prompt of 100 "):
-            one.rehearse(4, 4, 100, 200)
+            rehearsal.rehearse(one, 4, 4, 100, 200)
 
 
 def test_a_rehearsal_leaves_no_trace():
@@ -111,7 +111,7 @@ def test_a_rehearsal_leaves_no_trace():
         if isinstance(module, LoraLayer):
             module.lora_dropout["default"] = torch.nn.Dropout(0.1)  # draws
     one, draws = lean_step.LeanStep(model, budget_gb=4e-4), torch.get_rng_state()
-    parts = one.rehearse(4, 2, 6, 10)
+    parts = rehearsal.rehearse(one, 4, 2, 6, 10)
     assert sum(len(part.rows) for part in parts) == 4
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), draws)
@@ -122,9 +122,9 @@ def test_launches_are_timed_for_the_card_and_leave_no_trace(monkeypatch):
     model = make_model()
     one = lean_step.LeanStep(model)
     assert one.cost.launches == 0  # a CPU
-    assert one.time_launches() > 0 and one.cost.launches == 0
+    assert rehearsal.time_launches(one) > 0 and one.cost.launches == 0
     monkeypatch.setattr(gpu, "cards", lambda: [gpu.Card("Tesla T4", int(15.8e9), (7, 5))])
-    seconds = one.time_launches()
+    seconds = rehearsal.time_launches(one)
     wanted = launch_tokens(one.cost.architecture, card_of(15.8, "Tesla T4"), seconds)
     assert one.cost.launches == wanted > 0
     assert all(p.grad is None for p in model.parameters())
@@ -133,7 +133,7 @@ def test_launches_are_timed_for_the_card_and_leave_no_trace(monkeypatch):
 def test_a_rehearsal_that_runs_out_of_memory_is_done_again_in_less_room(monkeypatch, capsys):
     model = make_model()
     one = lean_step.LeanStep(model, budget_gb=3e-4)
-    planned, backward, calls = one.rehearse(4, 2, 6, 10), one.decoder._differentiate, []
+    planned, backward, calls = rehearsal.rehearse(one, 4, 2, 6, 10), one.decoder._differentiate, []
 
     def short_of_memory(*arguments):
         calls.append(arguments)
@@ -142,7 +142,7 @@ def test_a_rehearsal_that_runs_out_of_memory_is_done_again_in_less_room(monkeypa
         backward(*arguments)
 
     monkeypatch.setattr(one.decoder, "_differentiate", short_of_memory)
-    smaller = one.rehearse(4, 2, 6, 10)
+    smaller = rehearsal.rehearse(one, 4, 2, 6, 10)
     assert "Out of memory" in capsys.readouterr().out and one.room.share == 0.8
     assert max(part.peak for part in smaller) < max(part.peak for part in planned)
     assert all(p.grad is None for p in model.parameters())

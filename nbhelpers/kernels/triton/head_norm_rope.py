@@ -98,11 +98,10 @@ def _launch(
     strides = [t.stride(n) for t in (q, k, q_out, k_out, dq, dk) for n in (0, 1, 2)]
     table_strides = [stride for t in (cos, sin) for stride in (t.stride(0) if t.shape[0] > 1 else 0, t.stride(1))]
     heads_block, half_block = power_of_2(q_heads), power_of_2(dim // 2)
-    elements = 512 if batch * tokens > 256 else 256  # per warp, as in rope.py
     _norm_rotate[(tokens, batch)](
         q, k, q_out, k_out, dq, dk, *weights, cos, sin, eps, *strides, *table_strides, dim // 2, q_heads, k.shape[1],
         heads_block, power_of_2(k.shape[1]), half_block, grads is not None,
-        num_warps=min(8, max(1, heads_block * half_block // elements)),
+        num_warps=min(8, max(1, heads_block * half_block // 512)),  # as in rope.py
     )  # fmt: skip
 
 

@@ -70,7 +70,8 @@ def stack_adapters(parts: Sequence[Projection], dtype: torch.dtype) -> tuple[Ten
     inputs = first.shape[1]
     a = torch.empty(rank, inputs, dtype=dtype, device=first.device)
     b = torch.empty(out, rank, dtype=dtype, device=first.device)
-    columns = power_of_2(rank)
+    # what three parts of such ranks would take, also for one or two of them: fewer kernels to compile
+    columns = power_of_2(MOST_PARTS * max(0 if part.lora_a is None else len(part.lora_a) for part in parts))
     rows = max(1, A_BLOCK // columns)
     values = (a_list, b_list, scales, outs, ranks)
     padded = [pad_to_three(each, each[-1]) for each in values]  # the last repeated: a part of no rows and no columns

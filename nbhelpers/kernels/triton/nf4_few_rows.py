@@ -164,7 +164,7 @@ def _in_registers(x_ptr, y_ptr, code8_ptr, w_ptr, absmax_ptr, outer_ptr, offset_
 
 
 @triton.jit
-def _adapter(x_ptr, t_ptr, a_ptr, split, rows, iters, K, R: tl.constexpr, first, t_stride, x_stride,
+def _adapter(x_ptr, t_ptr, a_ptr, split, rows, iters, K, R, first, t_stride, x_stride,
              R_BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """The columns of t_split from `first` on: x by all of A."""
     wait(EARLY)
@@ -184,7 +184,7 @@ def _adapter(x_ptr, t_ptr, a_ptr, split, rows, iters, K, R: tl.constexpr, first,
     tl.store(t_ptr + (split * rows + m[:, None]) * t_stride + first + r[None, :], total, real_m & (r < R)[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "iters", "thin_iters"])
+@triton.jit(do_not_specialize=["rows", "iters", "thin_iters", "R0", "R1", "R2", "thin", "pieces"])
 def _few_rows(
     x_ptr, y_ptr, t_ptr, code_ptr, code8_ptr,
     w0_ptr, w1_ptr, w2_ptr,  # int32 [N K / 8]
@@ -192,30 +192,31 @@ def _few_rows(
     outer0_ptr, outer1_ptr, outer2_ptr,  # of the nested absmax, fp32 [blocks / NESTED_BLOCK]
     offset0_ptr, offset1_ptr, offset2_ptr,  # likewise, fp32 []
     a0_ptr, a1_ptr, a2_ptr,  # [R, K] in fp32 or 16 bits
-    rows, iters, thin_iters, K, N0, N1, N2, y_stride, x_stride,
-    NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
-    THIN: tl.constexpr, PIECES: tl.constexpr, R_BLOCK: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, PTX: tl.constexpr, WARPS: tl.constexpr, REGISTERS: tl.constexpr, ASM: tl.constexpr,
-    CONSTRAINTS: tl.constexpr, EARLY: tl.constexpr,
+    rows, iters, thin_iters, K, N0, N1, N2, y_stride, x_stride, R0, R1, R2, thin, pieces,
+    NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, THIN: tl.constexpr, R_BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PTX: tl.constexpr, WARPS: tl.constexpr, REGISTERS: tl.constexpr,
+    ASM: tl.constexpr, CONSTRAINTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program per block of y's columns and split, preceded by PIECES programs per part for the thin product t."""
+    """One program per block of y's columns and split, preceded by `pieces` programs per part for the thin product t.
+
+    One variant serves every group of layers, whatever its parts and ranks: none of them is worth compiling another.
+    """
     begin(EARLY)
     program, split = tl.program_id(0), tl.program_id(1)
-    R: tl.constexpr = R0 + R1 + R2
+    thin_programs = thin * pieces
     DOT_ROWS: tl.constexpr = max(16, ROWS)
-    if THIN > 0:  # otherwise tl.dot must not be compiled: this is a T4's kernel too
-        piece = split * PIECES + program % PIECES
-        if program < PIECES:
-            _adapter(x_ptr, t_ptr, a0_ptr, piece, rows, thin_iters, K, R0, 0, R, x_stride, R_BLOCK, DOT_ROWS, WIDTH,
-                     EARLY)  # fmt: skip
-        elif program < 2 * PIECES and THIN > 1:
-            _adapter(x_ptr, t_ptr, a1_ptr, piece, rows, thin_iters, K, R1, R0, R, x_stride, R_BLOCK, DOT_ROWS, WIDTH,
-                     EARLY)  # fmt: skip
-        elif program < 3 * PIECES and THIN > 2:
-            _adapter(x_ptr, t_ptr, a2_ptr, piece, rows, thin_iters, K, R2, R0 + R1, R, x_stride, R_BLOCK, DOT_ROWS,
-                     WIDTH, EARLY)  # fmt: skip
-    if program >= THIN * PIECES:
-        block = program - THIN * PIECES
+    if THIN:  # otherwise tl.dot must not be compiled: this is a T4's kernel too  # noqa: SIM102
+        if program < thin_programs:
+            a_ptr, rank, column = a0_ptr, R0, 0
+            if program >= pieces:
+                if program < 2 * pieces:
+                    a_ptr, rank, column = a1_ptr, R1, R0
+                else:
+                    a_ptr, rank, column = a2_ptr, R2, R0 + R1
+            _adapter(x_ptr, t_ptr, a_ptr, split * pieces + program % pieces, rows, thin_iters, K, rank, column,
+                     R0 + R1 + R2, x_stride, R_BLOCK, DOT_ROWS, WIDTH, EARLY)  # fmt: skip
+    if program >= thin_programs:
+        block = program - thin_programs
         w_ptr, absmax_ptr, outer_ptr, offset_ptr = w0_ptr, absmax0_ptr, outer0_ptr, offset0_ptr
         N, first = N0, 0
         blocks0, blocks1 = tl.cdiv(N0, COLUMNS), tl.cdiv(N1, COLUMNS)
@@ -336,11 +337,12 @@ def few_rows_product(x: Tensor, parts: Sequence[Projection], others: int = 0) ->
     _few_rows[(programs + thin * (pieces - 1), splits)](
         x, y, t, state.code, nested.code if nested else state.code,
         *(tensor for tensors in (words, absmax, outer, offset, a) for tensor in pad_to_three(tensors, tensors[0])),
-        rows, iters, thin_iters, width, *pad_to_three(outs, 0), y.stride(1), x.stride(0),
-        nested is not None, nested.blocksize if nested else 1, *pad_to_three(ranks, 0), thin, pieces,
+        rows, iters, thin_iters, width, *pad_to_three(outs, 0), y.stride(1), x.stride(0), *pad_to_three(ranks, 0), thin,
+        pieces, nested is not None, nested.blocksize if nested else 1, thin > 0,
         max(16, power_of_2(max(1, *ranks))), thin_width, cut.rows, cut.columns, PTX, WARPS, cut.registers,
         *(instructions(cut.rows, x.dtype, dot) if cut.registers else ("", "")),
         **early(x.device), num_warps=WARPS,
+        maxnreg=96 if cut.rows == 64 else None,  # five programs on a multiprocessor, as its tile says
         num_stages=1,  # pipelined by hand: Triton would stage the absmax table in shared memory as well
         enable_fp_fusion=False,  # a fused multiply-add would round once where nf4.py rounds twice
     )  # fmt: skip

@@ -45,31 +45,30 @@ def _block(x_ptr, y_ptr, w_ptr, first_row, split, rows, span, K, N, first, y_str
     tl.store(y_ptrs, total, real_m & (n < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "R0", "R1", "R2", "thin", "pieces"])
 def _few_rows(
     x_ptr, y_ptr, t_ptr,
     w0_ptr, w1_ptr, w2_ptr,  # [N, K] in fp32 or 16 bits
     a0_ptr, a1_ptr, a2_ptr,  # [R, K] likewise
-    rows, span, K, N0, N1, N2, y_stride, x_stride,
-    R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, THIN: tl.constexpr, PIECES: tl.constexpr,
+    rows, span, K, N0, N1, N2, y_stride, x_stride, R0, R1, R2, thin, pieces,
     R_BLOCK: tl.constexpr, THIN_WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program per block of y's columns and split, preceded by PIECES programs per LoRA for the thin product t."""
+    """One program per block of y's columns and split, preceded by `pieces` programs per LoRA for the thin product t."""
     begin(EARLY)
     wait(EARLY)
     program, split = tl.program_id(0), tl.program_id(1)
-    R: tl.constexpr = R0 + R1 + R2
-    if program < THIN * PIECES:
-        r = program % PIECES * R_BLOCK
-        if program < PIECES:
-            _block(x_ptr, t_ptr, a0_ptr, r, split, rows, span, K, R0, 0, R, x_stride, ROWS, R_BLOCK, THIN_WIDTH)
-        elif program < 2 * PIECES:
-            _block(x_ptr, t_ptr, a1_ptr, r, split, rows, span, K, R1, R0, R, x_stride, ROWS, R_BLOCK, THIN_WIDTH)
-        else:
-            _block(x_ptr, t_ptr, a2_ptr, r, split, rows, span, K, R2, R0 + R1, R, x_stride, ROWS, R_BLOCK, THIN_WIDTH)
+    if program < thin * pieces:
+        a_ptr, rank, column = a0_ptr, R0, 0
+        if program >= pieces:
+            if program < 2 * pieces:
+                a_ptr, rank, column = a1_ptr, R1, R0
+            else:
+                a_ptr, rank, column = a2_ptr, R2, R0 + R1
+        _block(x_ptr, t_ptr, a_ptr, program % pieces * R_BLOCK, split, rows, span, K, rank, column, R0 + R1 + R2,
+               x_stride, ROWS, R_BLOCK, THIN_WIDTH)  # fmt: skip
     else:
-        block = program - THIN * PIECES
+        block = program - thin * pieces
         w_ptr, N, first = w0_ptr, N0, 0
         blocks0, blocks1 = tl.cdiv(N0, COLUMNS), tl.cdiv(N1, COLUMNS)
         if block >= blocks0:

@@ -134,7 +134,7 @@ def backward(
     dy2, s2 = _rows(dy), _rows(s)
     ds2 = dy2 if ds is None else _rows(ds)
     rows, hidden = s2.shape
-    tiles = _tiles(hidden, rows <= 256)
+    tiles = _tiles(hidden, False)
     # with a weight gradient: few enough programs that their partial sums stay small, but enough to fill the device
     steps = power_of_2(max(1, ceil_div(ceil_div(rows, tiles["ROWS"]), 512))) if weight_grad else 1
     programs = ceil_div(rows, tiles["ROWS"] * steps)

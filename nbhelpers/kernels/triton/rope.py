@@ -41,14 +41,14 @@ def _rotate(
     q_batch_stride, q_head_stride, q_pos_stride, k_batch_stride, k_head_stride, k_pos_stride,
     q_out_batch_stride, q_out_head_stride, q_out_pos_stride, k_out_batch_stride, k_out_head_stride, k_out_pos_stride,
     cos_batch_stride, cos_pos_stride, sin_batch_stride, sin_pos_stride,
-    SIGN: tl.constexpr, HALF: tl.constexpr, QH: tl.constexpr, KH: tl.constexpr,
+    sign, HALF: tl.constexpr, QH: tl.constexpr, KH: tl.constexpr,
     QH_BLOCK: tl.constexpr, KH_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rotate all heads of q and k at one position of one row."""
     t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i = tl.arange(0, HALF_BLOCK)[None, :]
     c = tl.load(cos_ptr + b * cos_batch_stride + t * cos_pos_stride + i, i < HALF, 0.0).to(tl.float32)
-    s = tl.load(sin_ptr + b * sin_batch_stride + t * sin_pos_stride + i, i < HALF, 0.0).to(tl.float32) * SIGN
+    s = tl.load(sin_ptr + b * sin_batch_stride + t * sin_pos_stride + i, i < HALF, 0.0).to(tl.float32) * sign
     q_ptr = q_ptr + b * q_batch_stride + t * q_pos_stride
     q_out_ptr = q_out_ptr + b * q_out_batch_stride + t * q_out_pos_stride
     _rotate_heads(q_ptr, q_out_ptr, q_head_stride, q_out_head_stride, c, s, HALF, QH, QH_BLOCK, HALF_BLOCK)
@@ -77,12 +77,10 @@ def rotate(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, cos: Tensor, sin:
     strides = [t.stride(n) for t in (q, k, q_out, k_out) for n in (0, 1, 2)]
     table_strides = [stride for t in (cos, sin) for stride in (t.stride(0) if t.shape[0] > 1 else 0, t.stride(1))]
     heads_block, half_block = power_of_2(q_heads), power_of_2(half)
-    # 16 elements per thread if the tokens fill the device, else 8: a decoding step waits for a single program
-    elements = 512 if batch * tokens > 256 else 256
     _rotate[(tokens, batch)](
         q, k, q_out, k_out, cos, sin, *strides, *table_strides, sign, half, q_heads, k.shape[1],
         heads_block, power_of_2(k.shape[1]), half_block,
-        num_warps=min(8, max(1, heads_block * half_block // elements)),
+        num_warps=min(8, max(1, heads_block * half_block // 512)),  # 16 elements per thread
     )  # fmt: skip
 
 

@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import ahead
+
 BLOCK = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["seeds_ptr", "counters_ptr"])  # read one by one
 def _race(logits_ptr, seeds_ptr, counters_ptr, max_ptr, sum_ptr, best_ptr, word_ptr, logits_stride, words,
           PARTS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Maximum, sum of exponentials, and winner of one part of a row."""
@@ -67,7 +69,8 @@ def draw(logits: Tensor, seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tenso
     rows, words = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     parts = triton.cdiv(words, BLOCK)
-    most, total, best = torch.empty(3, rows, parts, dtype=torch.float32, device=logits.device)
+    # each on its own, not parts of one tensor: their alignment, which is compiled in, would depend on the rows
+    most, total, best = (torch.empty(rows, parts, dtype=torch.float32, device=logits.device) for _ in range(3))
     word = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
     token = torch.empty(rows, dtype=torch.int64, device=logits.device)
     logp = torch.empty(rows, dtype=torch.float32, device=logits.device)
@@ -89,4 +92,6 @@ def draw(logits: Tensor, seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tenso
     _winner[(rows,)](
         logits, most, total, best, word, token, logp, step, parts, triton.next_power_of_2(parts), num_warps=1
     )
+    if ahead.dry():  # nothing was drawn, and others index with it
+        token.zero_()
     return token, logp
