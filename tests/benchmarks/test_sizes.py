@@ -17,7 +17,7 @@ def test_every_case_is_planned_to_fit_its_cap(monkeypatch):
         plan = memory.plan(
             case.preset, card_gb=case.cap, num_generations=rows, max_prompt_length=256, rows=rows,
             max_completion_length=case.tokens - 256, lora_rank=case.rank, quantization="nf4", attention="flash",
-            budget_gb=case.cap - 0.55 - sizes.RESERVE - sizes.POOL, train="all" if case.whole else None,
+            budget_gb=case.cap - 0.55 - harness.RESERVE - harness.POOL, train="all" if case.whole else None,
             swap=case.swap,
         )  # fmt: skip
         assert plan.fits, f"{name}\n{plan}"
