@@ -38,14 +38,14 @@ def shares(before: float | None, after: float | None) -> str:
 
 
 def real() -> str:
-    """What each method taught the real 1.5B. All start from the same model, which GRPO's run has asked before."""
-    results = Results("methods_gpu")
+    """What each method taught the real 1.5B. All start from the same model, which README's first table has asked."""
+    results, untrained = Results("methods_gpu"), Results("real")
     curves = {row["what"]: row["points"] for row in results.document["rows"] if "points" in row}
     rows, keys = [], []
     for name, title in METHODS.items():
         head = f"{MODEL}/{name}"
         kinds = [
-            shares(results(f"{MODEL}/grpo/{kind}_before"), results(f"{head}/{kind}_after"))
+            shares(untrained(f"{MODEL}/7GB/{kind}_before"), results(f"{head}/{kind}_after"))
             for kind in ("numbers", "templates", "decimals")
         ]
         figures = [results(f"{head}/{what}") for what in ("steps", "seconds", "peak_driver")]

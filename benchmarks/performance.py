@@ -1,4 +1,4 @@
-"""The table of docs/performance.md: how much faster than before, on one card."""
+"""The tables of docs/performance.md: how much faster than before, on one card, and keys and values in 8 bits."""
 
 from .tables import Results, number, table
 
@@ -26,3 +26,21 @@ def ratios() -> str:
         rows.append([f"`{what}`, {unit}", number(before, 3), number(ours, 3), number(share), number(GOALS.get(what))])
     header = ["", f"{BASE}", "now", "ratio", "goal"]
     return f"{table(header, rows)}\n\n{results.source()}"
+
+
+def eight_bits() -> str:
+    """Keys and values in 16 bits and in 8: how far the sampler is from the model, and what a decoding step takes."""
+    results, rows, keys = Results("engines"), [], []
+    for what, title, digits in (
+        ("logprob_gap", "mean gap of a token's log-probability, nats", 4),
+        ("batch-8-at-456/step", "8 texts of 456 tokens, a step, ms", 2),
+        ("batch-2-at-20000/step", "2 texts of 20,000 tokens, a step, ms", 2),
+    ):
+        row = [title]
+        for head in ("qwen2.5-1.5b", "llama-3.1-8b", *(["qwen2.5-1.5b/qwen"] if what == "logprob_gap" else [])):
+            names = [f"{head}/kv-{bits}/{what}" for bits in (16, 8)]
+            row.append(" → ".join(number(results(name, "graph"), digits) for name in names))
+            keys += [(name, "graph") for name in names]
+        rows.append(row + ["–"] * (4 - len(row)))
+    header = ["16 → 8 bits", "Qwen2.5-1.5B", "Llama-3.1-8B", "Qwen2.5-Coder-1.5B, real weights"]
+    return f"{table(header, rows)}\n\n{results.source(*keys)}"

@@ -279,6 +279,7 @@ TABLES = {
     "stages_real": recipe_tables.stages_real,
     "countdown": recipe_tables.countdown,
     "ratios": performance.ratios,
+    "eight_bits": performance.eight_bits,
 }
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "recipes", "performance")))
 

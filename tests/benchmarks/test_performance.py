@@ -27,3 +27,16 @@ def test_a_ratio_stands_beside_its_goal(tmp_path, monkeypatch):
     assert "| `llama-3.1-8b/batch-8/decode`, tokens/s | 2000.000 | 2600.000 | 1.30 | 1.30 |" in lines
     assert "| `llama-3.1-8b/packed/seconds`, s | 6.000 | – | – | 0.20 |" in lines
     assert not any("/step`" in line for line in lines) and "NVIDIA H100, 2026-11-26" in lines[-1]
+
+
+def test_eight_bits_stand_behind_sixteen(tmp_path, monkeypatch):
+    rows = [
+        {"what": f"llama-3.1-8b/kv-{bits}/{what}", "who": "graph", "value": value, "unit": ""}
+        for bits, gap, step in ((16, 0.026, 5.65), (8, 0.033, 5.91))
+        for what, value in (("logprob_gap", gap), ("batch-2-at-20000/step", step))
+    ]
+    document = {"host": {"gpu": "a card"}, "date": "day", "command": "call", "rows": rows}
+    (tmp_path / "engines.json").write_text(json.dumps(document))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    made = performance.eight_bits()
+    assert "nats | – → – | 0.0260 → 0.0330 | – → – |" in made and "ms | – → – | 5.65 → 5.91 | – |" in made

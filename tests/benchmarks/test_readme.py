@@ -82,7 +82,7 @@ def test_the_tables_of_real_runs_and_peaks_have_a_dash_for_what_was_not_measured
         assert body and all(set(cells[1:]) == {"–"} for cells in body) and made.endswith("\n\nNot measured yet.")
     head, who = "qwen2.5-coder-1.5b", {"who": "ours", "unit": ""}
     rows = [{"what": f"{head}/{what}", "value": value, **who} for what, value in (
-        ("grpo/numbers_before", 0.4), ("rloo/numbers_after", 0.6), ("rloo/steps", 60), ("rloo/seconds", 99.6),
+        ("rloo/numbers_after", 0.6), ("rloo/steps", 60), ("rloo/seconds", 99.6),
         ("rloo/peak_driver", 6.5),
     )]  # fmt: skip
     points = [[i, i / 8, 0.1, None] for i in range(1, 9)]
@@ -91,7 +91,8 @@ def test_the_tables_of_real_runs_and_peaks_have_a_dash_for_what_was_not_measured
         ("step_peak", "ours", 4.0), ("step_peak", "planner", 4.2), ("step_peak_driver", "ours", 4.9),
         ("step_time", "ours", 3.0),
     )]  # fmt: skip
-    for name, found in (("methods_gpu", rows), ("step", peaks)):
+    untrained = [{"what": f"{head}/7GB/numbers_before", "value": 0.4, **who}]
+    for name, found in (("methods_gpu", rows), ("step", peaks), ("real", untrained)):
         document = {"host": {"gpu": "a card"}, "date": "day", "command": "call", "rows": found}
         (tmp_path / f"{name}.json").write_text(json.dumps(document))
     lines = {
