@@ -84,7 +84,8 @@ def plan(
         card (`str`, *optional*): The card's name, as "RTX 4090": its speed, and its GB where `card_gb` is not given.
         kv_bits (`int`, *optional*): Of keys and values while completions are written, 16 or 8: LeanGRPOConfig's.
 
-    Raises ValueError for another optimizer, train, method or kv_bits, and for an unknown name of a preset or a card.
+    Raises ValueError for another optimizer, train, method or kv_bits, for a method without the adapter that it needs,
+    and for an unknown name of a preset or a card.
     """
     if optimizer not in ("adamw_8bit", "adamw"):
         raise ValueError(f'optimizer is "adamw_8bit" or "adamw", not {optimizer!r}')
@@ -96,6 +97,9 @@ def plan(
     preset = preset.on_card(card_gb)
     if method not in METHODS:
         raise ValueError(f"method is one of {', '.join(METHODS)}, not {method!r}")
+    if method in ("online_dpo", "ppo") and (train or lora_rank == 0):
+        named_so = "lora_rank=0" if train is None else 'train="all"'
+        raise ValueError(f"{method} measures the model against itself without its adapter: leave out {named_so}")
     answers = num_generations or GROUPS.get(method, preset.num_generations)
     group = 1 if method == "sft" else answers
     whole = train == "all"

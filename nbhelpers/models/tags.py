@@ -1,6 +1,13 @@
 """The tags between thought and answer, as different models write them: `<reasoning>` and `<answer>`, or `<think>`."""
 
+import re
 from dataclasses import dataclass
+
+# [your answer], <reasoning here>, {answer}: words in brackets that name what should stand there
+_PLACEHOLDER = re.compile(
+    r"[\[{<(]+[^\d\[\]{}<>()]{0,40}\b(?:your|answer|reasoning|thoughts?|solution|here)\b[^\d\[\]{}<>()]{0,40}[\]}>)]+",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -70,8 +77,9 @@ class Tags:
         """How much of the form is there, 0.0 to 1.0: two thirds for the tags one by one, a third for the exact form.
 
         Nothing for a form without content: where thought or answer holds no letter and no digit, as in the placeholder
-        "..." of a system prompt, which small models learn to copy because it is paid; and where the thought is copied
-        from the prompt word for word, be it the example of a thought there or the question.
+        "..." of a system prompt, which small models learn to copy because it is paid, or is one in brackets, as "[your
+        answer]"; and where the thought is copied from the prompt word for word, be it the example of a thought there or
+        the question.
 
         Args:
             text (`str`): What the model wrote.
@@ -115,7 +123,7 @@ class Tags:
 
 
 def _blank(text: str) -> bool:
-    return not any(map(str.isalnum, text))
+    return not any(map(str.isalnum, text)) or bool(_PLACEHOLDER.fullmatch(text.strip()))
 
 
 def _words(text: str | list[dict[str, str]]) -> str:

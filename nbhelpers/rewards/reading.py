@@ -32,6 +32,7 @@ _THEN = (
     (re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname) ?\{([^{}]*)\}"), r" \1 "),
     (re.compile(r"\\(?:times|cdot|ast)\b"), "*"),
     (re.compile(r"\\div\b"), "/"),
+    (re.compile(r"={1,2}>|[⇒→]|\\(?:implies|Rightarrow)\b"), " = "),
     (re.compile(r"\^ ?\{? ?\\circ ?\}?|°"), " degrees "),
     (re.compile(r"\\(?:left|right|q?quad|displaystyle)\b|\\[()\[\]]|\\(?=[$%&#_ \n])|~"), " "),
     (re.compile(r"- ?(?:US)?[$€£¥₹] ?(?=[\d.])"), "-"),  # -$5
@@ -65,23 +66,38 @@ _ONE_NUMBER = re.compile(rf"[-+]?\s*{_PIECE}(?:\s+\d+)?(?:/{_PIECE})?\s*%?", re.
 _NUMBER = re.compile(rf"({_PIECE})(?:\s*/\s*({_PIECE}))?", re.ASCII)
 _MIXED = re.compile(r"(?<![\d.,/])(\d{1,20}) (\d{1,20})/(\d{1,20})(?![\d.,/])")
 _POWER = re.compile(r"(?<=[A-Za-z])(?: ?\^\{?[23]\}?|[23])(?![\w.])")  # m^2, cm3
-_EXPLAINED = re.compile(  # but "is not" denies
-    r"(?<! is)(?<! are)(?<! was)[,;:]? (?:not|rather than|instead of|because|since|as|which|so|for|i\.e\.) .*| ?\(.*"
+_EXPLAINED = re.compile(  # but "is not" denies, and "(or 19)" takes back
+    r"(?<! is)(?<! are)(?<! was)[,;:]? (?:not|rather than|instead of|because|since|as|which|so|for|i\.e\.) .*"
+    rf"| ?\((?!(?:or|maybe|perhaps|possibly)\b).*| out of \D{{0,20}}{_PIECE}\D{{0,20}}$",
+    re.ASCII,
+)
+_BEFORE = re.compile(  # not 17 but 18; 9 > 1, so 9.9 is bigger: what stands behind counts
+    rf"(?:\bnot|n['’]t) \D{{0,20}}{_PIECE}\D{{0,20}} but (?!not\b|also\b)"
+    rf"|^.*(?:than|[<>]) ?\D{{0,40}}{_PIECE}\D{{0,20}}, so (?=.*\d)(?!.*\b(?:smaller|less|lower)\b)",
+    re.ASCII,
 )
 _REASON = re.compile(r"[,;:]? (?:because|since)\b")  # what stands behind is never the answer
 _HEDGE = re.compile(
     r"\b(?:or|either|neither|nor|between|not|never|cannot|at least|at most|more than|less than|fewer than|greater than"
-    r"|up to|over|under|minimum|maximum|except)\b|n['’]t\b|[<>≠≤≥±]|!="
+    r"|up to|over|under|(?:minimum|maximum)(?! is)|except)\b|n['’]t\b|[<>≠≤≥±]|!="
     r"|\\(?:[gl]eq?|[gl]t|neq?|pm)\b"
 )
-# "9.9 is bigger than 9.11" and "9.9 > 9.11": the first number is the answer, if both are there and nothing else is
+# "9.9 is bigger than 9.11", "9.9 > 9.11" and nothing else: the first. "9.11 < 9.9" may answer "which is smaller?" too
 _COMPARISON = re.compile(
-    rf"(?!(?:since|if|because|as|when)\b)(\D{{0,40}}{_PIECE}) ?(?:(?:is|are) (?:[a-z]{{2,12}}er|more|less) than|[<>])"
-    rf"(?! or\b) ?\D{{0,40}}{_PIECE}(?: [a-z]{{1,20}})?\W{{0,3}}",
+    r"(?!.{0,40}\b(?:since|if|because|as|when|whether|wrong|false|incorrect|untrue|doubt)\b)"
+    rf"(\D{{0,40}}{_PIECE}) ?(?:(?:is|are|has) (?:(?:indeed|actually|clearly|much|far|slightly|an?|the) ){{0,2}}"
+    r"(?:(?:bigg|larg|great|high)er|more)(?: number| value)? than|exceeds|>(?!=))"
+    rf"(?! or\b) ?\D{{0,40}}{_PIECE}(?: [a-z]{{1,20}})?[^\w?]{{0,3}}",
     re.ASCII | re.IGNORECASE,
 )
 # what a number is compared with is not what was asked for
 _COMPARED = re.compile(r"\b(?:(?!rath|oth)[a-z]{2,12}er than|exceeds?|beats?|compared (?:to|with)|versus|vs)\W*$")
+_UNFINISHED = re.compile(r"\b(?:half|twice|double|triple)(?: of)? $")
+_TAKEN_BACK = re.compile(  # what stands behind a number and makes it another, or none
+    r" ?(?:[a-z]{1,20} )?(?:or (?:more|less|fewer|higher|lower|above|below)|at (?:least|most))\b|\s*[<>≠≤≥]"
+    r"| (?:is|was)(?:(?: not|n['’]t) (?:the|right|correct|true|bigger|greater|larger)| (?:wrong|incorrect|false))\b"
+    r"| can(?:not|['’]t) be\b| are (?:equal|the same)\b(?! to)| (?:squared|cubed)\b"
+)
 _UNREAD = re.compile(r"[\\^√]")  # a formula
 _JOINED = re.compile(r"\b(?:and|to|plus|minus|times|divided|multiplied|of)\b|[-+*/:,;&]\s*\d")
 _AND_PART = re.compile(r"\s*and a (?:half|third|quarter)")
@@ -104,6 +120,8 @@ def value(words: str, *, leading: bool = False) -> str | None:
     words = " ".join(words.split()).strip("\"' ")
     if words[:1] + words[-1:] in ("()", "{}", "[]"):
         words = words[1:-1]
+    if passed := _BEFORE.search(words):
+        words = words[passed.end() :]
     explained = _EXPLAINED.search(words)
     if explained and (_NUMBER.search(words, 0, explained.start()) or _REASON.match(words, explained.start())):
         words = words[: explained.start()]
@@ -144,6 +162,8 @@ def _number_at(words: str, match: re.Match) -> str | None:
     minus = sign == "-" and (before.endswith("-") or not left.strip())  # after a word and before a space it is a dash
     # x18, ...18, 18 and a half; a root or a box cut off; 3 * 18
     if before[-1:].isalnum() or before[-1:] == "." or _AND_PART.match(after) or _COMPARED.search(before):
+        return None
+    if _UNFINISHED.search(before) or _TAKEN_BACK.match(after):
         return None
     if sign in tuple("{√") or (sign in tuple("*/+^") and left.strip()):
         return None
@@ -189,6 +209,7 @@ _MARK = re.compile(r"^[ \t]*####(?!#)[ \t]*(\S[^\n]*)$", re.MULTILINE)
 _SENTENCE_END = re.compile(r"\n|[.!?]\s")
 _BEGINS = re.compile(rf"[-+]?\s*{_PIECE}")
 _PUNCTUATION = " .,;:!?\"'()"
+_DENIED = re.compile(r"(?:not|never|n['’]t) be\b ?:?$")  # the answer cannot be
 _TAG = re.compile(r"</?(?:answer|reasoning|think)>")
 
 
@@ -276,7 +297,8 @@ def _found(text: str, tags: Tags = REASONING) -> tuple[str | None, str | None]:
     if phrase is not None:
         return phrase, value(phrase, leading=True)
     last = lines[-1] if lines else ""
-    if "=" in last and (number := value(last.rpartition("=")[2].rstrip(" .!"), leading=True)) is not None:
+    left, equals, behind = last.rpartition("=")
+    if equals and left[-1:] not in tuple("<>!") and (number := value(behind.rstrip(" .!"), leading=True)) is not None:
         return last, number
     return (last or None), _last_number(text)
 
@@ -303,7 +325,7 @@ def _after_phrase(text: str) -> str | None:
         return None
     rest = text[found.end() :].lstrip()
     end = _SENTENCE_END.search(rest)
-    return rest[: end.start()] if end else rest
+    return ("not " if _DENIED.search(found[0]) else "") + (rest[: end.start()] if end else rest)
 
 
 def _last_number(text: str) -> str | None:

@@ -280,6 +280,14 @@ def test_every_weight_in_16_bits_takes_six_bytes_a_weight():
     assert small.fits and sum(small.training.values()) < 12
 
 
+@pytest.mark.parametrize("method", ["online_dpo", "ppo"])
+def test_a_method_that_needs_an_adapter_is_not_planned_without(method):
+    with pytest.raises(ValueError, match=f"{method} measures .* leave out train="):
+        memory.plan("llama-3.2-1b", card_gb=24, method=method, train="all")
+    with pytest.raises(ValueError, match="leave out lora_rank=0"):
+        memory.plan("llama-3.2-1b", card_gb=24, method=method, lora_rank=0)
+
+
 def test_a_trained_heads_gradient_counts_unless_those_of_the_layers_are_put_aside_and_not_there_yet():
     a = presets.get("qwen2.5-1.5b").architecture
     cost, tokens = micro_batches.StepCost(a, whole=True), micro_batches.Tokens(1000, 900, 1000)

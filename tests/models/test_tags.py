@@ -74,6 +74,9 @@ def test_think_with_answer_tags():
     GOOD.replace("9 tenths", "…"),
     GOOD.replace("9.9", "..."),
     "<reasoning>\n...\n</reasoning>",
+    GOOD.replace("9 tenths", "[your reasoning]").replace("9.9", "[your answer]"),
+    GOOD.replace("9.9", "{answer}"),
+    GOOD.replace("9.9", "<Your answer here>"),
 ])  # fmt: skip
 def test_a_form_without_content_counts_nothing(text):
     assert REASONING.form(text) == 0.0 and REASONING.form(GOOD) == 1.0
@@ -117,6 +120,11 @@ def test_a_model_that_thinks_before_it_begins_with_the_form():
 )
 def test_a_form_without_content_pays_nothing(text, pays):
     assert THINK.form(text) == rewards.form(text, THINK) == pytest.approx(pays)
+
+
+@pytest.mark.parametrize("answer", ["[1, 2]", "{Paris}", "(the answer is 9.9)", "your answer", "<b>here it is</b>"])
+def test_brackets_with_content_are_content(answer):
+    assert REASONING.form(GOOD.replace("9.9", answer)) == 1.0
 
 
 @pytest.mark.parametrize("tags", [REASONING, THINK, BOTH], ids=["reasoning", "think", "both"])

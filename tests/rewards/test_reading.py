@@ -10,12 +10,6 @@ from nbhelpers.rewards import REASONING, THINK, Tags, is_correct, reading
 from nbhelpers.rewards.reading import read, right
 
 RIGHT = [
-    # a comparison: the first number is what was chosen
-    ("9.9 is greater than 9.11.", "9.9"),
-    ("The number 9.92 is bigger than the number 9.919", "9.92"),
-    ("9.9 > 9.11", "9.9"),
-    ("9.11 < 9.9", "9.11"),
-    ("$1,800 is more than $900.", "1800"),
     # a plain number, dressed up
     ("18", "18"),
     ("18.", "18"),
@@ -133,12 +127,6 @@ RIGHT = [
 ]
 
 WRONG = [
-    # comparisons that choose another number, or none
-    ("9.11 > 9.9", "9.9"),
-    ("9.9 is not bigger than 9.11", "9.9"),
-    ("9.9 is bigger than or equal to 9.11", "9.9"),
-    ("Since 18 is greater than 12", "18"),
-    ("the price is greater than 18", "18"),
     # other numbers that look alike
     ("18", "180"),
     ("180", "18"),
@@ -302,7 +290,8 @@ HOSTILE = (
     "</think>", "\\boxed{", "\\boxed{}", "\\text{", "\\text {a", "\\frac{", "\\frac{1}{", "\\frac 1", "\\", "answer ",
     "answer: ", "the answer is ", "final answer\n", "####", "#### \n", "not ", " or 1", ", not", ", ", "½", "²",
     "\u0301\u0316", "\ufdfa", "−", "１", "\u2009", "1\u2009", "m2", "m ^", "18. ", "x=", "\"'", "A",
-    "1e", "1e3", "1e3 ", "1 * 10^", "1*10^{", "10^3",
+    "1e", "1e3", "1e3 ", "1 * 10^", "1*10^{", "10^3", "=>", "<", "> 1, so ", "than 1, so ", "not 1 but ", " out of 1",
+    "1 is bigger than ", "1 is not ", "1 or ", "half of ",
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import pytest
 import tiny_model
 import torch
 from datasets import Dataset
-from method_cases import ANSWERS, PROMPTS, SCORES, gradients, rollout, scored, tiny
+from method_cases import ANSWERS, PROMPTS, QUIET, SCORES, Fixed, gradients, rollout, scored, tiny
 from step_cases import difference, make_model
 
 from nbhelpers import LeanOnlineDPOConfig, LeanOnlineDPOTrainer
@@ -113,6 +113,28 @@ def test_a_whole_run_learns_from_fixed_pairs(tmp_path):
     logs = [log for log in one.state.log_history if "rewards/margins" in log]
     assert len(logs) >= 6 and logs[5]["rewards/margins"] > logs[0]["rewards/margins"] + 1
     assert logs[5]["loss"] < logs[0]["loss"] and logs[5]["rewards/accuracies"] == 1.0
+
+
+@pytest.mark.parametrize("more", [
+    {"completion": " two numbers"}, {"chosen": "a", "rejected": "b", "info": {"subreddit": "r/numbers"}},
+])  # fmt: skip
+def test_the_rows_of_tldr_are_taken_as_they_are(tmp_path, more):
+    """Plain prompts, and beside them what people wrote; TRL hands all of it to a reward but a column `completion`."""
+    seen = {}
+
+    def reward(completion_ids, **columns):
+        seen.update(columns)
+        return scored(completion_ids)
+
+    settings = {"max_steps": 1, "per_device_train_batch_size": 6, "max_completion_length": 6, **QUIET}
+    rows = Dataset.from_list([{"prompt": prompt, **more} for prompt in PROMPTS])
+    one = LeanOnlineDPOTrainer(
+        make_model("qwen2"), [reward], LeanOnlineDPOConfig(str(tmp_path), **settings), rows,
+        processing_class=tiny_model.tokenizer(), engine=Fixed(),
+    )  # fmt: skip
+    one.train()
+    assert one.state.log_history[0]["grad_norm"] > 0
+    assert {name: values[0] for name, values in seen.items() if name in more} == (more if "chosen" in more else {})
 
 
 def test_trls_own_config_counts_prompts(tmp_path):

@@ -110,6 +110,9 @@ class LeanOnlineDPOTrainer(RolloutTrainer):
             pairs of texts, returns for each pair the place of the better answer, 0 or 1, or -1 for neither. It is
             guarded as a reward function is.
 
+    Rows need a `prompt`, a text or messages, as those of TL;DR have; reward functions get the other columns, as in TRL
+    without one named `completion`.
+
     Raises ValueError for both or neither of reward_funcs and judge, and as `RolloutTrainer`.
     """
 
