@@ -24,7 +24,7 @@ from nbhelpers.memory.micro_batches import TILES, CannotFit, Lengths, MicroBatch
 from nbhelpers.memory.residents import scratch_bytes
 from nbhelpers.memory.room import Reserved, Room
 from nbhelpers.memory.seconds import REACHED, card_of, launch_tokens
-from nbhelpers.models import families
+from nbhelpers.models import each, families
 from nbhelpers.models.finite import first_not_finite
 
 from .layerwise import Layers, LayerwiseDecoder
@@ -106,7 +106,7 @@ class LeanStep:
     @property
     def trained(self) -> list[nn.Parameter]:
         """What is trained now: while TRL asks for the reference's log-probabilities it is another adapter."""
-        return [p for p in self.model.parameters() if p.requires_grad]
+        return [p for p in each.parameters(self.model) if p.requires_grad]
 
     def _refuse_hooks(self) -> None:
         """Raises ValueError for a hook that would not be called, set since this step was made."""
@@ -150,7 +150,8 @@ class LeanStep:
 
     def plan(self, rows: list[Row]) -> list[MicroBatch]:
         """How these rows would be cut now. Raises CannotFit if not one of them fits."""
-        return self.cost.split(_lengths(rows), self.available(), self.share_prompts, self._coming())
+        coming = self._coming()
+        return self.cost.split(_lengths(rows), self.room.for_step(coming), self.share_prompts, coming)
 
     # -------------------------------------------------------------------------------------------------- the work
 
