@@ -44,7 +44,7 @@ class Use(NamedTuple):
         return min(limits) * self.warps / WARPS
 
 
-def assembled(ptx: str, shared: int, warps: int) -> Use:
+def assembled(ptx: str, shared: int, warps: int, arch: str = "sm_75") -> Use:
     """Use of a kernel, by ptxas; shared: bytes, which Triton allocates at the launch."""
     import triton.backends.nvidia as nvidia
 
@@ -52,7 +52,7 @@ def assembled(ptx: str, shared: int, warps: int) -> Use:
         file = Path(folder, "kernel.ptx")
         file.write_text(ptx)
         ptxas = Path(nvidia.__file__).parent / "bin" / "ptxas"
-        run = [str(ptxas), "-v", "-arch=sm_75", str(file), "-o", str(file.with_suffix(".cubin"))]
+        run = [str(ptxas), "-v", f"-arch={arch}", str(file), "-o", str(file.with_suffix(".cubin"))]
         said = subprocess.run(run, capture_output=True, text=True, check=True).stderr
     spilled = sum(int(number) for number in re.findall(r"(\d+) bytes spill", said))
     return Use(int(re.findall(r"Used (\d+) registers", said)[0]), spilled, shared, warps)

@@ -131,8 +131,10 @@ def generate(job: Job, model: Any, row: RowWriter, batch: int, kind: str, weight
     def write(tokens: int) -> float:
         return timed(engine.generate, texts, Sampling(max_tokens=tokens, seed=1))
 
-    write(2), write(9)
-    first, seconds = write(1), statistics.median(write(new) for _ in range(1 if new < 256 else 3 if batch < 64 else 2))
+    write(2), write(9), write(new)  # what is captured, and the cache at its largest, which empties torch's caches
+    # a step is the difference of the two: both are read as often, as 0.1 s more or less would be 0.4 ms of a step
+    times = [(write(1), write(new)) for _ in range(1 if new < 256 else 3)]
+    first, seconds = (statistics.median(column) for column in zip(*times, strict=True))
     step = 1000 * (seconds - first) / (new - 1)
     row(f"batch-{batch}{kind}/decode", batch * new / seconds, "tokens/s", prompt=width, completion=new)
     row(f"batch-{batch}{kind}/step", step, "ms", prefill_s=round(first, 4))
@@ -224,7 +226,7 @@ def cell(job: Job, model: Any, row: RowWriter, setting: str, rows: int, length: 
         objective.run(step, batch, settings, backward=torch.Tensor.backward)
 
     timed(once)
-    repeats = 1 if job["warm"] or job["smoke"] or length > 8192 else 2 if length > 2048 else 4
+    repeats = 1 if job["warm"] or job["smoke"] or length > 8192 else 3 if length > 2048 else 4
     seconds = statistics.median(timed(once) for _ in range(repeats))
     note = {"note": "one of 8 rows, time x 8"} if rows == 1 else {}
     cut = len(step.micro_batches if hasattr(step, "micro_batches") else step.parts)

@@ -177,8 +177,8 @@ class Decoder:
         for i, layer in enumerate(self.layers):
             if self.swapped is not None:
                 self.swapped.need(i, (i + 1) % len(self.layers))
-            q, k, v = self._heads(layer.qkv(_normed(layer.norm, x)))
-            (y,) = layer.out(attend(i, layer, q, k, v, tables))
+            # no name for q, k and v: they would stay beside the MLP, whose tensors then find no block of memory free
+            (y,) = layer.out(attend(i, layer, *self._heads(layer.qkv(_normed(layer.norm, x))), tables))
             x, y = kernels.rms_norm(y, layer.mlp_norm.weight, layer.mlp_norm.variance_epsilon, x)
             x = _mlp(layer, y, x)
         return _normed(self.norm, x)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from nbhelpers.architecture import Architecture, Family
 
-from . import tuners
+from . import each, tuners
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -283,13 +283,18 @@ def missed_hook(model: "nn.Module", for_: Literal["training", "generation"]) -> 
 
     if torch_module._has_any_global_hook():
         return "it has hooks on all modules (torch's register_module_forward_hook and its like)"
-    called = {id(module) for module in _called(model, for_)}
     whole = (model, unwrap(model))  # accelerate and TRL give it another forward, for autocast and for the loss
-    for name, module in model.named_modules():
-        replaced = "forward" in vars(module) and module not in whole
-        if id(module) not in called and (replaced or _hooked(module, for_)):
-            return f"it has a hook on {name or 'the whole model'}, which would not be called"
-    return None
+    found = {
+        id(module)
+        for module in each.modules(model)
+        if ("forward" in vars(module) and module not in whole) or _hooked(module, for_)
+    }
+    if not found:  # asked before each step, while the GPU has nothing to do
+        return None
+    found.difference_update(map(id, _called(model, for_)))
+    names = (name for name, module in model.named_modules() if id(module) in found)
+    name = next(names, None)
+    return None if name is None else f"it has a hook on {name or 'the whole model'}, which would not be called"
 
 
 def hooked(model: "nn.Module", for_: Literal["training", "generation"]) -> bool:
@@ -308,6 +313,8 @@ def hooked(model: "nn.Module", for_: Literal["training", "generation"]) -> bool:
 
 
 def _hooked(module: "nn.Module", for_: str) -> bool:
+    if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks):
+        return False
     harmless = HARMLESS if for_ == "training" else (*HARMLESS, NEFTUNE)
     forward = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     backward = bool(module._backward_hooks or module._backward_pre_hooks) and for_ == "training"

@@ -10,7 +10,7 @@ is freed before the next. Whatever the cut, the gradients are those of the whole
 by its share of the whole (grpo.token_weights). A group's prompt is computed once for all of its completions.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,7 +24,7 @@ from nbhelpers.memory.micro_batches import TILES, CannotFit, Lengths, MicroBatch
 from nbhelpers.memory.residents import scratch_bytes
 from nbhelpers.memory.room import Reserved, Room
 from nbhelpers.memory.seconds import REACHED, card_of, launch_tokens
-from nbhelpers.models import families
+from nbhelpers.models import each, families
 from nbhelpers.models.finite import first_not_finite
 
 from .layerwise import Layers, LayerwiseDecoder
@@ -88,7 +88,7 @@ class LeanStep:
         self.cost = StepCost(shapes, width, backend, dropped, whole=whole)
         if self.device.type == "cuda":
             self.set_launches(REACHED.layer)  # until a rehearsal has timed them
-        self.model = model
+        self.model, self._parameters = model, each.parameters(model)
         self.temperature, self.share_prompts = temperature, share_prompts
         self.room = Room(self.device, budget_gb, reserved)
         if any(p.dtype == torch.uint8 and p.is_cuda for p in model.parameters()) and kernels.triton is not None:
@@ -106,11 +106,20 @@ class LeanStep:
     @property
     def trained(self) -> list[nn.Parameter]:
         """What is trained now: while TRL asks for the reference's log-probabilities it is another adapter."""
-        return [p for p in self.model.parameters() if p.requires_grad]
+        self._parameters = each.parameters(self.model)
+        return self._known()
 
-    def _refuse_hooks(self) -> None:
-        """Raises ValueError for a hook that would not be called, set since this step was made."""
+    def _known(self) -> list[nn.Parameter]:
+        """`trained` without a look at every module, for which the GPU would wait before a step: an adapter that was
+        added since the last step is missing."""
+        return [p for p in self._parameters if p.requires_grad]
+
+    def _refuse_hooks(self, trained: Iterable[nn.Parameter] = ()) -> None:
+        """Raises ValueError for a hook that was not called, set since this step was made; the gradients of `trained`,
+        made without it, are dropped. Asked last: the GPU is at work then, and the update comes later."""
         if (why := families.missed_hook(self.model, "training")) is not None:
+            for parameter in trained:
+                parameter.grad = None
             raise ValueError(f"this model cannot run through the lean step: {why}. Remove the hook, set it before the "
                              "trainer is made, or give the trainer lean=False")  # fmt: skip
 
@@ -122,7 +131,7 @@ class LeanStep:
 
     def _coming(self) -> int:
         """Bytes of gradients that are not there yet."""
-        return sum(p.numel() * p.element_size() for p in self.trained if p.grad is None)
+        return sum(p.numel() * p.element_size() for p in self._known() if p.grad is None)
 
     def retried(self, call: Callable[[], T], learns: bool = True) -> T:
         """call(); if memory runs out in it, it is called again with smaller micro-batches from then on.
@@ -134,7 +143,7 @@ class LeanStep:
         Raises torch.OutOfMemoryError where a retry would lose the gradients of an earlier batch, and once the room has
         shrunk as far as it may (`Room.shrink`).
         """
-        lost = learns and any(p.grad is not None for p in self.trained)
+        lost = learns and any(p.grad is not None for p in self._known())
         while True:
             try:
                 return call()
@@ -150,7 +159,8 @@ class LeanStep:
 
     def plan(self, rows: list[Row]) -> list[MicroBatch]:
         """How these rows would be cut now. Raises CannotFit if not one of them fits."""
-        return self.cost.split(_lengths(rows), self.available(), self.share_prompts, self._coming())
+        coming = self._coming()
+        return self.cost.split(_lengths(rows), self.room.for_step(coming), self.share_prompts, coming)
 
     # -------------------------------------------------------------------------------------------------- the work
 
@@ -173,7 +183,6 @@ class LeanStep:
 
         Raises CannotFit if not even one row fits, ValueError for a hook that would not be called.
         """
-        self._refuse_hooks()
         self.micro_batches = self.plan(batch.rows) if batch.rows else []
         for micro_batch in self.micro_batches:
             packed = pack(batch, [batch.rows[i] for i in micro_batch.rows], self.device, self.share_prompts)
@@ -183,9 +192,11 @@ class LeanStep:
 
             layers = Layers(micro_batch.saved, micro_batch.on_device, micro_batch.tile)
             self.decoder.differentiate(packed, self.temperature, layers, of_tokens, backward, entropy_grad)
-        for parameter in self.trained:  # without a signal the gradients are 0, and the optimizer's momentum still acts
+        trained = self.trained
+        for parameter in trained:  # without a signal the gradients are 0, and the optimizer's momentum still acts
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        self._refuse_hooks(trained)
 
     @torch.no_grad()
     def score(self, batch: Rows, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -197,7 +208,6 @@ class LeanStep:
 
         Raises ValueError for a hook that would not be called.
         """
-        self._refuse_hooks()
         logps, entropies, given = (torch.zeros(shape, device=self.device) for _ in range(3))
         for rows, tile in self._forward_batches(batch.rows, self.available()):
             packed = pack(batch, rows, self.device, self.share_prompts)
@@ -207,6 +217,7 @@ class LeanStep:
             if self.decoder.values is not None:
                 given[packed.number, packed.column] = self.decoder.values
         self.values = None if self.decoder.value_head is None else given
+        self._refuse_hooks()
         return logps, entropies
 
     def _forward_batches(self, rows: list[Row], room: float) -> Iterator[tuple[list[Row], int]]:

@@ -85,11 +85,13 @@ def _efficient(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float) ->
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float) -> Tensor:
     k, v = _expand(k, q.shape[1]), _expand(v, q.shape[1])
+    queries = [end - first for first, end, _, _ in packed.sequences]
+    keys = [end - first for _, _, first, end in packed.sequences]
     outputs = []
-    for first_query, last_query, first_key, last_key in packed.sequences:
-        queries, keys = slice(first_query, last_query), slice(first_key, last_key)
-        mask = causal_lower_right(last_query - first_query, last_key - first_key)
-        batched = [t.transpose(0, 1).unsqueeze(0) for t in (q[queries], k[keys], v[keys])]
+    # split, not sliced: the gradient of a slice is as long as all sequences together
+    for row in zip(q.split(queries), k.split(keys), v.split(keys), strict=True):
+        mask = causal_lower_right(len(row[0]), len(row[1]))
+        batched = [t.transpose(0, 1).unsqueeze(0) for t in row]
         outputs.append(F.scaled_dot_product_attention(batched[0], batched[1], batched[2], attn_mask=mask, scale=scale))
     return torch.cat([out.squeeze(0).transpose(0, 1) for out in outputs])
 

@@ -68,6 +68,7 @@ def test_the_step_trains_with_every_hook_or_is_refused(family, lora, kind):
                 assert name in why
                 with pytest.raises(ValueError, match="lean=False"):
                     step.differentiate(rows, lambda logps, *_: logps.sum())
+                assert all(parameter.grad is None for parameter in step.trained)  # made without the hook
                 with pytest.raises(ValueError, match="lean=False"):
                     step.score(rows, weights.shape)
                 refused.add(name.removeprefix("base_model.model."))

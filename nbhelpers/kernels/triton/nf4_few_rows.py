@@ -203,6 +203,7 @@ def _few_rows(
     """
     begin(EARLY)
     program, split = tl.program_id(0), tl.program_id(1)
+    pieces = pieces if REGISTERS else 1  # known to be: `_base` then fits 96 registers, 5 programs on a multiprocessor
     thin_programs = thin * pieces
     DOT_ROWS: tl.constexpr = max(16, ROWS)
     if THIN:  # otherwise tl.dot must not be compiled: this is a T4's kernel too  # noqa: SIM102
@@ -342,7 +343,6 @@ def few_rows_product(x: Tensor, parts: Sequence[Projection], others: int = 0) ->
         max(16, power_of_2(max(1, *ranks))), thin_width, cut.rows, cut.columns, PTX, WARPS, cut.registers,
         *(instructions(cut.rows, x.dtype, dot) if cut.registers else ("", "")),
         **early(x.device), num_warps=WARPS,
-        maxnreg=96 if cut.rows == 64 else None,  # five programs on a multiprocessor, as its tile says
         num_stages=1,  # pipelined by hand: Triton would stage the absmax table in shared memory as well
         enable_fp_fusion=False,  # a fused multiply-add would round once where nf4.py rounds twice
     )  # fmt: skip
