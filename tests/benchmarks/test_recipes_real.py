@@ -79,8 +79,8 @@ def test_the_base_comes_back_and_a_run_that_breaks_leaves_its_rows(args, tmp_pat
     assert all(torch.equal(p, run.first[name].to(p.device)) for name, p in run.trained().items())
     with pytest.raises(RewardError):
         run.learn_rewards("curve_rl", [None], 1, 1)
-    (base, *_) = json.loads((tmp_path / "recipes_gpu.json").read_text())["rows"]
-    assert base["what"] == f"{HEAD}/r1_recipe/accuracy_base"
+    rows = {row["what"]: row for row in json.loads((tmp_path / "recipes_gpu.json").read_text())["rows"]}
+    assert rows[f"{HEAD}/r1_recipe/accuracy_base"]["n"] == 2, "this run's, not the one in benchmarks/results"
 
 
 def test_brief_pays_for_a_right_answer_alone_and_more_for_a_short_one(args):
