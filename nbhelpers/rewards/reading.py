@@ -74,9 +74,12 @@ _HEDGE = re.compile(
     r"|up to|over|under|minimum|maximum|except)\b|n['’]t\b|[<>≠≤≥±]|!="
     r"|\\(?:[gl]eq?|[gl]t|neq?|pm)\b"
 )
-# "9.9 is bigger than 9.11" and "9.9 > 9.11": the first number is the answer, if both are there and nothing else is
+# "9.9 is bigger than 9.11" and "9.9 > 9.11": the first number is the answer, if both are there and nothing else is. Not of
+# "9.9 is smaller than 9.11": mostly the larger is asked for, and then that is what a model says that gets it wrong.
+_LESS = "small|low|few|short|light|young|old|cheap|slow|less"
 _COMPARISON = re.compile(
-    rf"(?!(?:since|if|because|as|when)\b)(\D{{0,40}}{_PIECE}) ?(?:(?:is|are) (?:[a-z]{{2,12}}er|more|less) than|[<>])"
+    r"(?!(?:since|if|because|as|when)\b)"
+    rf"(\D{{0,40}}{_PIECE}) ?(?:(?:is|are) (?!{_LESS})(?:[a-z]{{2,12}}er|more) than|>)"
     rf"(?! or\b) ?\D{{0,40}}{_PIECE}(?: [a-z]{{1,20}})?\W{{0,3}}",
     re.ASCII | re.IGNORECASE,
 )

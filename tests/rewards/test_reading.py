@@ -14,7 +14,6 @@ RIGHT = [
     ("9.9 is greater than 9.11.", "9.9"),
     ("The number 9.92 is bigger than the number 9.919", "9.92"),
     ("9.9 > 9.11", "9.9"),
-    ("9.11 < 9.9", "9.11"),
     ("$1,800 is more than $900.", "1800"),
     # a plain number, dressed up
     ("18", "18"),
@@ -135,6 +134,8 @@ RIGHT = [
 WRONG = [
     # comparisons that choose another number, or none
     ("9.11 > 9.9", "9.9"),
+    ("9.9 < 9.11", "9.9"),
+    ("9.9 is less than 9.11", "9.9"),
     ("9.9 is not bigger than 9.11", "9.9"),
     ("9.9 is bigger than or equal to 9.11", "9.9"),
     ("Since 18 is greater than 12", "18"),

@@ -40,27 +40,27 @@ def test_the_smaller_one_both_and_nothing_are_wrong(said):
     assert not right(said, tasks.PROBE_ANSWERS[NEAR])
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "is bigger than",
-        "is larger than",
-        "is greater than",
-        "is smaller than",
-        "is higher than",
-        "is lower than",
-        "is newer than",
-        "is heavier than",
-        "exceeds",
-        "beats",
-        "versus",
-        "compared with",
-    ],
-)
-def test_of_a_comparison_nobody_knows_which_of_the_two_is_meant(how):
-    """ "9.9 is smaller than 9.11" is what a model says that gets it wrong, and the last number is no answer either."""
-    for said in (f"9.9 {how} 9.11.", f"So **9.9** {how} **9.11**", f"Yes, it {how} 9.11"):
+LARGER = ["is bigger than", "is larger than", "is greater than", "is higher than", "is newer than", "is heavier than"]
+SMALLER = ["is smaller than", "is lower than", "is less than", "is lighter than", "is older than", "<"]
+
+
+@pytest.mark.parametrize("how", LARGER)
+def test_of_a_comparison_the_one_that_is_called_larger_is_the_answer(how):
+    for said in (f"9.9 {how} 9.11.", f"9.9 {how} the number 9.11"):
+        assert right(said, "9.9") and not right(said, "9.11"), said
+
+
+@pytest.mark.parametrize("how", [*SMALLER, "exceeds", "beats", "versus", "compared with"])
+def test_of_any_other_comparison_nobody_knows_which_of_the_two_is_meant(how):
+    """ "9.9 is smaller than 9.11" is what a model says that gets it wrong."""
+    for said in (f"9.9 {how} 9.11.", f"So **9.9** {how} **9.11**"):
         assert not right(said, "9.9") and not right(said, "9.11"), said
+
+
+@pytest.mark.parametrize("how", [*LARGER, *SMALLER, "exceeds", "beats"])
+def test_the_last_number_of_a_comparison_is_never_the_answer(how):
+    for said in (f"Yes, it {how} 9.11", f"9.9 {how} 9.11."):
+        assert not right(said, "9.11"), said
 
 
 @pytest.mark.parametrize(
