@@ -74,8 +74,8 @@ _HEDGE = re.compile(
     r"|up to|over|under|minimum|maximum|except)\b|n['’]t\b|[<>≠≤≥±]|!="
     r"|\\(?:[gl]eq?|[gl]t|neq?|pm)\b"
 )
-# "9.9 is bigger than 9.11" and "9.9 > 9.11": the first number is the answer, if both are there and nothing else is. Not of
-# "9.9 is smaller than 9.11": mostly the larger is asked for, and then that is what a model says that gets it wrong.
+# "9.9 is bigger than 9.11" and "9.9 > 9.11": the first number is the answer, if both are there and nothing else is. Not
+# of "9.9 is smaller than 9.11": mostly the larger is asked for, and that is what a model says that gets it wrong.
 _LESS = "small|low|few|short|light|young|old|cheap|slow|less"
 _COMPARISON = re.compile(
     r"(?!(?:since|if|because|as|when)\b)"
