@@ -179,6 +179,7 @@ def learned(model: str = "qwen2.5-coder-1.5b", runs: tuple[tuple[str, str, str],
     )  # fmt: skip
     header = ["right, in whatever form", *(title for _, title, _ in runs)]
     keys = [(f"{model}/{run}/{name}_after", "ours") for run, *_ in runs for name, _ in kinds]
+    keys += [(f"{model}/{untrained}/{name}_before", "ours") for *_, untrained in runs for name, _ in kinds]
 
     def share(key: str) -> str:
         value = results(key)

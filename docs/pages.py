@@ -130,7 +130,9 @@ def _cells(path: Path) -> list[dict[str, Any]]:
 
 def _title(path: Path) -> str:
     """Its first line, without what all have in common."""
-    return _cells(path)[0]["source"].partition("\n")[0].removeprefix("# ").partition(": a reasoning model")[0]
+    return re.sub(
+        r"^# |: (a reasoning model|right in fewer words) by GRPO$", "", _cells(path)[0]["source"].partition("\n")[0]
+    )
 
 
 def _notebook(path: Path, page: str) -> dict[str, str | bytes]:

@@ -381,8 +381,9 @@ print(f"before: {score_before}\nafter:  {score_after}\n{evaluate.paired(score_be
 # %% [markdown]
 # ## 11 · Ask it anything
 #
-# The same model answers twice, without its adapter, which is the model before the training, and with it. Write a
-# question of your own and run the cell again.
+# The same model answers twice, without its adapter, which is the model before the training, and with it. Words that
+# only one of the two has are marked; the last line compares the final answers alone. Write a question of your own and
+# run the cell again.
 
 # %% tags=["chat"]
 QUESTION = "A baker fills 3 trays with 12 rolls each and sells 20 of them. How many are left?"

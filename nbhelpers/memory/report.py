@@ -161,7 +161,7 @@ class Plan:
 
     def _repr_html_(self) -> str:
         """A table, and a bar for each half whose full width is the card."""
-        hues = {name: f"hsl({40 * i} 55% 55%)" for i, name in enumerate(ORDER)}
+        hues = {name: f"hsl({360 * i // len(ORDER)} 55% {42 + 18 * (i % 2)}%)" for i, name in enumerate(ORDER)}
         verdict, *others = self.verdict()
         head = f"<p><b>{verdict}</b></p>{self.preset.title} on {self.card_gb:g} GB: {self.setting}"
         bars = ""

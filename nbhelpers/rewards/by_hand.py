@@ -1,7 +1,7 @@
 """One answer, typed by hand, and at once what every reward pays for it and what is read of it."""
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nbhelpers.hands_on import HandsOn, Slider, Text
@@ -60,7 +60,13 @@ class Reading:
         return framed(asked + table((), lines) + said)
 
 
-def playground(reward_funcs: Reward | Sequence[Reward], task: Questions, *, tags: Tags = REASONING) -> HandsOn:
+def playground(
+    reward_funcs: Reward | Sequence[Reward],
+    task: Questions,
+    *,
+    tags: Tags = REASONING,
+    correct: Callable[[str, str], bool] | None = None,
+) -> HandsOn:
     """A text to type an answer in: as the last line of a cell it shows, at every key, what each reward pays for it, and
     what is read of it. Where nobody can type it shows four answers: right and wrong, in form and not.
 
@@ -68,6 +74,8 @@ def playground(reward_funcs: Reward | Sequence[Reward], task: Questions, *, tags
         reward_funcs (`Reward` or `Sequence[Reward]`): Functions with TRL's signature, as for the trainer.
         task (`tasks.Task`): Its `train` has the columns `prompt` and `answer`. A slider chooses one of the first 100.
         tags (`Tags`): The form that is asked for; a preset's own are `preset.tags`.
+        correct (`Callable[[str, str], bool]`, *optional*): Given the text and the right answer, whether it is right, as
+            for the trainer and `evaluate.accuracy`; `rewards.right` if not given.
 
     Raises ValueError and TypeError as `check` does.
     """
@@ -76,13 +84,15 @@ def playground(reward_funcs: Reward | Sequence[Reward], task: Questions, *, tags
     first, *others = (texts[kind][0] for kind in (RIGHT, WRONG, BAD_FORM, EMPTY))
 
     def show(text: str, row: int = 0) -> Reading:
-        return reading_of(rewards, rows[row], text, tags)
+        return reading_of(rewards, rows[row], text, tags, correct)
 
     several: dict[str, Slider | Text] = {"row": Slider("question", 0, len(rows) - 1, 1, 0)} if len(rows) > 1 else {}
     return HandsOn(show, several | {"text": Text("an answer", first)}, [{"text": text} for text in others])
 
 
-def reading_of(rewards: Mapping[str, Reward], row: dict, text: str, tags: Tags) -> Reading:
+def reading_of(
+    rewards: Mapping[str, Reward], row: dict, text: str, tags: Tags, correct: Callable[[str, str], bool] | None = None
+) -> Reading:
     """What each function pays for one text, and what is read of it."""
     scores: dict[str, float | None] = {}
     problems: list[str] = []
@@ -97,14 +107,18 @@ def reading_of(rewards: Mapping[str, Reward], row: dict, text: str, tags: Tags) 
         problems += [f"{name}: {problem}" for problem in trial.problems]
     wanted = written(row["answer"])
     inside = tags.extract(text)
-    correct = "right" if right(text, wanted, tags) else "not right"
-    if correct == "right" and not is_correct(text, wanted, tags):
-        correct += ", but not where it belongs"
+    if correct:  # it reads the text in its own way, which nobody here knows
+        found, placed = {}, inside is not None and correct(inside, wanted)
+    else:
+        found = {"the answer that is read": _named(None if tags.thinks_on(text) else read(text))}
+        placed = is_correct(text, wanted, tags)
+    counts = "right" if (correct(text, wanted) if correct else right(text, wanted, tags)) else "not right"
+    if counts == "right" and not placed:
+        counts += ", but not where it belongs"
     form = tags.form(text, row["prompt"])
-    return Reading(question_of(row["prompt"]), wanted, scores, problems, {
-        "the answer that is read": _named(None if tags.thinks_on(text) else read(text)),
+    return Reading(question_of(row["prompt"]), wanted, scores, problems, found | {
         "in the place of the answer": _named(inside),
-        "counts as": correct,
+        "counts as": counts,
         "form": "exact" if tags.in_form(text) and form else f"{form:.0%} of it",
     })  # fmt: skip
 

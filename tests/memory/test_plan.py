@@ -2,6 +2,7 @@
 the graph engine."""
 
 import functools
+import re
 import subprocess
 import sys
 import time
@@ -104,6 +105,12 @@ def test_text_and_html_say_the_same():
         assert f"{plan.training['weights']:.2f}" in shown and "KV cache" in shown
     assert str(plan).startswith("It fits. ") and plan._repr_html_().startswith("<div><p><b>It fits. ")
     assert repr(plan) == str(plan) and max(map(len, str(plan).splitlines()[:12])) < 100
+
+
+def test_each_part_has_a_colour_of_its_own():
+    page = memory.plan("qwen2.5-1.5b", card_gb=15)._repr_html_()
+    hues = [int(hue) % 360 for hue in re.findall(r"color:hsl\((\d+) [^\"]*\">■", page)]
+    assert len(set(hues)) == len(hues) == page.count("■") >= 9
 
 
 def test_unknown_names_are_refused():

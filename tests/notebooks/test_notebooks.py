@@ -47,6 +47,15 @@ def test_its_cells_are_short_and_its_outputs_without_errors(path):
             assert output["output_type"] != "error" and output.get("name") != "stderr", f"code cell {number}: {output}"
 
 
+@parametrize(NOTEBOOKS)
+def test_every_picture_is_told_in_words(path):
+    for number, cell in enumerate(cells(path)):
+        for output in cell["outputs"]:
+            if "image/png" in output.get("data", {}):
+                alt, text = output["metadata"].get("image/png", {}).get("alt"), "".join(output["data"]["text/plain"])
+                assert alt and " " in alt and text and not text.startswith("<"), f"code cell {number}"
+
+
 @parametrize(LESSONS)
 def test_a_lesson_has_at_most_250_lines_of_code(path):
     lines = [line for cell in cells(path) for line in "".join(cell["source"]).splitlines() if line.strip()]
@@ -121,8 +130,10 @@ def test_a_model_notebook_can_be_read_aloud(path):
 
 
 def different_cells(paths: list[Path]) -> set[int]:
-    """The numbers of the cells in which any of these notebooks differs from the first."""
-    first, *others = (json.loads(path.read_text())["cells"] for path in paths)
+    """The numbers of the cells in which any of these notebooks differs from the first, whatever they printed."""
+    printed = {"outputs": [], "execution_count": None}
+    every = [json.loads(path.read_text())["cells"] for path in paths]
+    first, *others = ([cell | printed for cell in cells] for cells in every)
     return {i for cells in others for i, (own, other) in enumerate(zip(cells, first, strict=True)) if own != other}
 
 

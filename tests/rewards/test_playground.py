@@ -40,6 +40,22 @@ def test_a_thought_that_goes_on_has_no_answer():
     assert seen.reading["counts as"] == "right" and "together" not in dict(seen.rows())
 
 
+@pytest.mark.parametrize(
+    "text, counts",
+    [
+        (REASONING.frame.format(reasoning="I add.", answer="7 + 2"), "right"),
+        ("I think it is 2 + 7", "right, but not where it belongs"),
+        (REASONING.frame.format(reasoning="I see it.", answer="9"), "not right"),
+    ],
+)
+def test_what_is_right_is_for_a_function_of_yours_to_say(text, counts):
+    """As for the trainer and `evaluate.accuracy`: the answer to a puzzle is no number, and one of many expressions."""
+    puzzle = tasks.Task("puzzle", Dataset.from_list([ROWS[0] | {"answer": "2 + 7"}]), TASK.test)
+    ground = rewards.playground(rewards.correctness, puzzle, correct=rewards.solved)
+    reading = ground.show(text).reading
+    assert reading["counts as"] == counts and "the answer that is read" not in reading
+
+
 def test_a_reward_that_fails_or_hangs_says_so_and_the_others_go_on(monkeypatch):
     def boom(completions, **_):
         raise KeyError("x")
