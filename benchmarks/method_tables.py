@@ -58,6 +58,15 @@ def real() -> str:
     return f"{table(header, rows)}\n\n{results.source(*keys)}"
 
 
+def cost() -> str:
+    """README's: seconds and GB of those runs, a method in each column."""
+    results = Results("methods_gpu")
+    runs = [[number(results(f"{MODEL}/{name}/{what}"), digits) for what, digits in (("seconds", 0), ("peak_driver", 2))]
+            for name in METHODS]  # fmt: skip
+    row = ["60 updates of the real 1.5B", *(f"{seconds} s, {gb} GB" for seconds, gb in runs)]
+    return table(["", *METHODS.values()], [row])
+
+
 def quarters(values: list[float | None]) -> str:
     """The mean of each quarter of a curve; a step without a value is left out."""
     known = [value for value in values if value is not None]

@@ -14,7 +14,7 @@ from notebooks.build import badges
 
 from . import performance, recipe_tables
 from .fits import sizes, whole_learned
-from .method_tables import methods, peaks, real
+from .method_tables import cost, methods, peaks, real
 from .plots import plots
 from .tables import MODELS, ROOT, Results, number, table
 
@@ -269,6 +269,7 @@ TABLES = {
     "whole": whole,
     "methods": methods,
     "methods_real": real,
+    "methods_cost": cost,
     "method_peaks": peaks,
     "sizes": sizes,
     "whole_learned": whole_learned,
