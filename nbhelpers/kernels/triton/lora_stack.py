@@ -49,6 +49,18 @@ def _stack(
     tl.store(b_ptr + row * r3 + col, value.to(b_ptr.dtype.element_ty), (row < o3) & (col < r3))
 
 
+@triton.jit
+def whose(program, pieces, a0_ptr, a1_ptr, a2_ptr, R0, R1, R2):
+    """Of the programs of a thin product, `pieces` for each of three parts: A, its rank, and where its columns begin."""
+    a_ptr, rank, column = a0_ptr, R0, 0
+    if program >= pieces:
+        if program < 2 * pieces:
+            a_ptr, rank, column = a1_ptr, R1, R0
+        else:
+            a_ptr, rank, column = a2_ptr, R2, R0 + R1
+    return a_ptr, rank, column
+
+
 def stack_adapters(parts: Sequence[Projection], dtype: torch.dtype) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """(A, B) of the parts in `dtype`, or (None, None) if no part has a LoRA. No autograd.
 

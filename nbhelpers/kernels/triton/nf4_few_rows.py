@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..reference import Projection
 from .common import begin, ceil_div, early, fill_none, in_16_bytes, pad_to_three, power_of_2, tensor_cores, turing, wait
+from .lora_stack import whose
 from .nf4 import multiprocessors
 from .nf4_lookup import PTX, eight_weights
 from .nf4_mma import LOAD, product
@@ -208,12 +209,7 @@ def _few_rows(
     DOT_ROWS: tl.constexpr = max(16, ROWS)
     if THIN:  # otherwise tl.dot must not be compiled: this is a T4's kernel too  # noqa: SIM102
         if program < thin_programs:
-            a_ptr, rank, column = a0_ptr, R0, 0
-            if program >= pieces:
-                if program < 2 * pieces:
-                    a_ptr, rank, column = a1_ptr, R1, R0
-                else:
-                    a_ptr, rank, column = a2_ptr, R2, R0 + R1
+            a_ptr, rank, column = whose(program, pieces, a0_ptr, a1_ptr, a2_ptr, R0, R1, R2)
             _adapter(x_ptr, t_ptr, a_ptr, split * pieces + program % pieces, rows, thin_iters, K, rank, column,
                      R0 + R1 + R2, x_stride, R_BLOCK, DOT_ROWS, WIDTH, EARLY)  # fmt: skip
     if program >= thin_programs:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..reference import Projection
 from .common import begin, ceil_div, early, fill_none, in_16_bytes, pad_to_three, power_of_2, tensor_cores, wait
+from .lora_stack import whose
 from .nf4 import multiprocessors
 from .nf4_few_rows import splits_for
 
@@ -59,12 +60,7 @@ def _few_rows(
     wait(EARLY)
     program, split = tl.program_id(0), tl.program_id(1)
     if program < thin * pieces:
-        a_ptr, rank, column = a0_ptr, R0, 0
-        if program >= pieces:
-            if program < 2 * pieces:
-                a_ptr, rank, column = a1_ptr, R1, R0
-            else:
-                a_ptr, rank, column = a2_ptr, R2, R0 + R1
+        a_ptr, rank, column = whose(program, pieces, a0_ptr, a1_ptr, a2_ptr, R0, R1, R2)
         _block(x_ptr, t_ptr, a_ptr, program % pieces * R_BLOCK, split, rows, span, K, rank, column, R0 + R1 + R2,
                x_stride, ROWS, R_BLOCK, THIN_WIDTH)  # fmt: skip
     else:
