@@ -1,9 +1,5 @@
 """Answers in whole sentences, as people and models write them: what is chosen, what is denied, what is left open."""
 
-import pytest
-
-from nbhelpers.rewards.reading import right
-
 RIGHT = [
     # a comparison: what is said to be more was chosen
     ("9.9 is greater than 9.11.", "9.9"),
@@ -87,13 +83,3 @@ WRONG = [
     ("The answer is twice 18", "18"),
     ("18 squared", "18"),
 ]
-
-
-@pytest.mark.parametrize(("text", "gold"), RIGHT)
-def test_right(text, gold):
-    assert right(text, gold)
-
-
-@pytest.mark.parametrize(("text", "gold"), WRONG)
-def test_wrong(text, gold):
-    assert not right(text, gold)

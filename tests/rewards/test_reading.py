@@ -4,6 +4,7 @@ import doctest
 import time
 
 import pytest
+import reading_phrases
 
 from nbhelpers import rewards
 from nbhelpers.rewards import REASONING, THINK, Tags, is_correct, reading
@@ -245,12 +246,12 @@ def test_the_examples_in_the_docstrings():
     assert result.attempted == 3 and result.failed == 0
 
 
-@pytest.mark.parametrize(("text", "gold"), RIGHT)
+@pytest.mark.parametrize(("text", "gold"), RIGHT + reading_phrases.RIGHT)
 def test_right(text, gold):
     assert right(text, gold)
 
 
-@pytest.mark.parametrize(("text", "gold"), WRONG)
+@pytest.mark.parametrize(("text", "gold"), WRONG + reading_phrases.WRONG)
 def test_wrong(text, gold):
     assert not right(text, gold)
 
