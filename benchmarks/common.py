@@ -29,6 +29,12 @@ def row(what: str, who: str, value: float, unit: str, **more: Any) -> Row:
     return {"what": what, "who": who, "value": value, "unit": unit, **more}
 
 
+def share(what: str, of: dict[str, float], **more: Any) -> Row:
+    """Ours of a share as an evaluation reports it: `value`, `n`, and its interval from `low` to `high`."""
+    interval = {key: round(of[key], 4) for key in ("low", "high")}
+    return row(what, "ours", round(of["value"], 4), "share", n=of["n"], **interval, **more)
+
+
 def host() -> dict[str, Any]:
     """GPU, driver and versions; what is not there, or was kept from this process, is left out."""
     from nbhelpers.host import cpu
@@ -76,11 +82,18 @@ def write(name: str, rows: list[Row], folder: Path = RESULTS) -> Path:
 
 
 def publish(name: str, rows: list[Row], folder: Path | None = None) -> Path:
-    """`write`, and once more below $OUT, where that is set: what a lent machine hands back. Returns the first path."""
-    file = write(name, rows, folder or RESULTS)
+    """`write` to all `places`. Returns the first path."""
+    files = [write(name, rows, place) for place in places(folder)]
+    return files[0]
+
+
+def places(folder: Path | None) -> list[Path]:
+    """Where results go: `folder`, or the committed ones' where none is given, and below $OUT, where that is set: what a
+    lent machine hands back."""
+    here = [folder or RESULTS]
     if out := os.environ.get("OUT"):  # by the folder's own name there too: parallel calls may share $OUT
-        write(name, rows, Path(out, folder.name) if folder else Path(out))
-    return file
+        here.append(Path(out, folder.name) if folder else Path(out))
+    return here
 
 
 def _told(document: dict[str, Any]) -> list[Row]:

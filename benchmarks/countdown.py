@@ -103,8 +103,7 @@ class Watch(TrainerCallback):
         if self.live.history:
             file = self.live.save(folder / f"{RESULT}-run.json", self.job["preset"]["title"])
             run = json.loads(file.read_text()) | {"held_out": points, "seconds": points[-1]["seconds"]}
-            places = [folder, Path(os.environ["OUT"], folder.name)] if "OUT" in os.environ else [folder]
-            for place in places:
+            for place in common.places(folder):
                 (place / file.name).write_text(json.dumps(run, separators=(",", ":")))
 
     def rows(self) -> list[common.Row]:
@@ -114,9 +113,7 @@ class Watch(TrainerCallback):
         for point in points:
             when = point["step"] or "before"
             for name in ("solved", "three", "four", "form"):
-                share = point[name]
-                interval = {"n": share["n"], **{key: round(share[key], 4) for key in ("low", "high")}}
-                rows.append(common.row(f"{label}/{name}_{when}", "ours", round(share["value"], 4), "share", **interval))
+                rows.append(common.share(f"{label}/{name}_{when}", point[name]))
         settings = {
             "learning_rate": args.learning_rate, "num_generations": args.num_generations, "max_steps": args.max_steps,
             "answers_per_step": args.per_device_train_batch_size, "max_completion_length": args.max_completion_length,

@@ -149,11 +149,7 @@ def of_quickstart(name: str, seed: int) -> list[common.Row]:
     label, rows = f"workshop/{name}/seed-{seed}", []
     about = {"seed": seed, "seconds": round(report["seconds"], 1), "peak": round(report["peak"], 3)}
     for what in ("accuracy_before", "accuracy_after", "format_after"):
-        share = report[what]
-        interval = {key: round(share[key], 4) for key in ("low", "high")}
-        rows.append(
-            common.row(f"{label}/{what}", "ours", round(share["value"], 4), "share", n=share["n"], **interval, **about)
-        )
+        rows.append(common.share(f"{label}/{what}", report[what], **about))
     rows.append(common.row(f"{label}/seconds", "ours", about["seconds"], "s", steps=report["steps"]))
     rows.append(common.row(f"{label}/peak", "ours", about["peak"], "GB"))
     return rows

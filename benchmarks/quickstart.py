@@ -85,11 +85,7 @@ def rows_of(name: str, parameters: str) -> list[common.Row]:
         common.row(f"workshop/{name}/generated", "ours", report["generated"], "tokens"),
     ]
     for what in ("accuracy_before", "accuracy_after", "format_before", "format_after"):
-        share = report[what]
-        interval = {key: round(share[key], 4) for key in ("low", "high")}
-        rows.append(
-            common.row(f"workshop/{name}/{what}", "ours", round(share["value"], 4), "share", n=share["n"], **interval)
-        )
+        rows.append(common.share(f"workshop/{name}/{what}", report[what]))
     for what in ("probe_before", "probe_after"):
         rows.append(common.row(f"workshop/{name}/{what}", "ours", float(report[what] or "nan"), "answer"))
     return rows

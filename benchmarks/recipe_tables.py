@@ -129,7 +129,7 @@ def _source(results: Results, whats: list[str]) -> str:
 PUBLISHED = {50: "in form", 100: "25 %", 200: "40 %", 450: "50 %"}  # mini-R1's 3B, by step
 
 
-def countdown(label: str = "qwen2.5-coder-1.5b/countdown") -> str:
+def countdown(label: str = f"{MODEL}/countdown") -> str:
     """What a real model learned of Countdown, by step, beside what others published of theirs."""
     results = Results("countdown")
     seconds = results(f"{label}/seconds")

@@ -53,10 +53,8 @@ def rows_of(seed: int, parameters: str = "", python: Sequence[str] = (sys.execut
         report = json.loads(Path(out, "report.json").read_text())
     label, rows = f"workshop/r1_recipe/seed-{seed}", []
     for what, stage in (("before", "base"), ("zero", "R1-Zero"), ("rl", "2 RL"), ("sft", "4 SFT"), ("after", "5 RL")):
-        share, tokens = report[stage]["accuracy"], round(report[stage]["tokens"], 1)
-        interval = {key: round(share[key], 4) for key in ("low", "high")}
-        about = {"n": share["n"], "seed": seed, "tokens": tokens, **interval}
-        rows.append(common.row(f"{label}/accuracy_{what}", "ours", round(share["value"], 4), "share", **about))
+        tokens = round(report[stage]["tokens"], 1)
+        rows.append(common.share(f"{label}/accuracy_{what}", report[stage]["accuracy"], seed=seed, tokens=tokens))
     rows.append(common.row(f"{label}/seconds", "ours", round(seconds, 1), "s"))
     return rows
 

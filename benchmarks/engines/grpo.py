@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import GB, Job, build, driver_gb, peak_driver, wait
+from benchmarks.harness import Job, build, hold, peak_driver, wait
 
 from .cases import RowWriter
 
@@ -95,18 +95,14 @@ def steps(job: Job, row: RowWriter) -> None:
 
     cap, gpus, bits = job["cap"], job.get("gpus", 1), job.get("kv_bits", 16)
     if torch.cuda.is_available():
-        torch.zeros(1, device="cuda") @ torch.zeros(1, device="cuda")
         if gpus > 1:
             PartialState().wait_for_everyone()  # NCCL's memory is not torch's
-        context = driver_gb()
-        budget = cap - context - 0.15  # Triton's and cuBLAS's own modules come on top
-        torch.cuda.set_per_process_memory_fraction(budget * GB / torch.cuda.mem_get_info()[1])
+        budget = hold(cap)
     model = build(job)
     settings, parts, times = workload(job["quick"], job["context"])
     with tempfile.TemporaryDirectory() as folder, peak_driver() as peak:
         args = LeanGRPOConfig(folder, max_steps=job["steps"], kv_bits=bits, **settings)
-        # the cap counts what torch holds, the budget what it gives out: the graphs' pool lies between them
-        extra = {"budget_gb": budget - 0.1} if torch.cuda.is_available() else {}
+        extra = {"budget_gb": budget} if torch.cuda.is_available() else {}
         trainer = LeanGRPOTrainer(model, args=args, engine="graph", **parts, **extra)
         generated, trained = watch(trainer.engine, "generate"), watch(trainer, "compute_loss")
         trainer.train()

@@ -39,10 +39,7 @@ MODES = {"7GB": 7.0, "t4": 15.0}  # GB of the process, by the driver
 
 def rows_of(report: dict[str, Any], label: str) -> list[common.Row]:
     """The report of one run as rows of a results file."""
-    rows = []
-    for name, share in report["shares"].items():
-        interval = {key: round(share[key], 4) for key in ("low", "high")}
-        rows.append(common.row(f"{label}/{name}", "ours", round(share["value"], 4), "share", n=share["n"], **interval))
+    rows = [common.share(f"{label}/{name}", share) for name, share in report["shares"].items()]
     if "curve" not in report:  # --before-only
         return rows
     for name, unit in (("seconds", "s"), ("steps", "steps"), ("peak_driver", "GB"), ("stopped_at", "steps")):
