@@ -185,7 +185,9 @@ def decoding(
         parts = tuple(Projection(*nf4(128, 64, True), **lora) for _ in range(3))
         kernels.decode_linear(x, parts)
         down = {"lora_a": torch.randn(rank, 128), "lora_b": torch.randn(64, rank), "scale": 1.0}
-        kernels.decode_mlp(x, parts[:2], Projection(*nf4(64, 128, True), **down), x)
+        norm = (torch.ones(64, dtype=dtype), 1e-6)
+        kernels.decode_mlp(x, parts[:2], Projection(*nf4(64, 128, True), **down), x, norm)
+        kernels.decode_out(torch.randn(rows, 1, 128, dtype=dtype), Projection(*nf4(64, 128, True), **down), x, norm)
         for master in (dtype, torch.float32)[: len(ranks) - 1]:  # a bias beside, and adapters in 16 bits
             one = lora | {name: lora[name].to(master) for name in ("lora_a", "lora_b")}
             first = Projection(*nf4(128, 64, True), torch.randn(128, dtype=dtype), **one)
@@ -194,7 +196,9 @@ def decoding(
             kernels.decode_linear(x, (first._replace(lora_a=None, lora_b=None), first))
             kernels.decode_linear(x, (first._replace(lora_a=None, lora_b=None),))
         lora["lora_b"] = torch.randn(256, rank)
-        kernels.decode_mlp(x, (Projection(*nf4(256, 64, True), **lora),), Projection(*nf4(64, 128, True), **down), x)
+        kernels.decode_mlp(
+            x, (Projection(*nf4(256, 64, True), **lora),), Projection(*nf4(64, 128, True), **down), x, norm
+        )
 
 
 def kernels_of_the_package() -> set[tuple[str, str]]:

@@ -174,14 +174,15 @@ class Decoder:
         """
         x = F.embedding(tokens, self.embedding)
         tables = self.rotary(x, positions)
+        norms = [*(layer.norm for layer in self.layers), self.norm]
+        y = kernels.rms_norm(x, *_of(norms[0]))
         for i, layer in enumerate(self.layers):
             if self.swapped is not None:
                 self.swapped.need(i, (i + 1) % len(self.layers))
             # no name for q, k and v: they would stay beside the MLP, whose tensors then find no block of memory free
-            (y,) = layer.out(attend(i, layer, *self._heads(layer.qkv(_normed(layer.norm, x))), tables))
-            x, y = kernels.rms_norm(y, layer.mlp_norm.weight, layer.mlp_norm.variance_epsilon, x)
-            x = _mlp(layer, y, x)
-        return _normed(self.norm, x)
+            x, y = _out(layer, attend(i, layer, *self._heads(layer.qkv(y)), tables), x)
+            x, y = _mlp(layer, y, x, norms[i + 1])
+        return y
 
     def _heads(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """q, k, v [B, heads, S, D] of the three projections, or of Phi3's one, as views."""
@@ -200,14 +201,26 @@ class Decoder:
         return self.head(hidden[:, None])[0][:, 0].float()
 
 
-def _normed(norm: Any, x: Tensor) -> Tensor:
-    return kernels.rms_norm(x, norm.weight, norm.variance_epsilon)
+def _of(norm: Any) -> tuple[Tensor, float]:
+    """An RMSNorm's weight and eps."""
+    return norm.weight, norm.variance_epsilon
 
 
-def _mlp(layer: Layer, x: Tensor, residual: Tensor) -> Tensor:
-    if layer.gate_up.parts is not None and layer.down.parts is not None:
-        mlp = kernels.decode_mlp if x.shape[-2] == 1 else kernels.lora_mlp
-        return mlp(x, layer.gate_up.parts, layer.down.parts[0], residual)
-    wide = layer.gate_up(x)
-    (y,) = layer.down(kernels.swiglu(*wide) if len(wide) == 2 else kernels.swiglu_packed(*wide))
-    return residual + y
+def _out(layer: Layer, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """residual + the output projection, and its norm."""
+    if layer.out.parts is not None and attended.shape[-2] == 1:
+        return kernels.decode_out(attended, layer.out.parts[0], residual, _of(layer.mlp_norm))
+    (y,) = layer.out(attended)
+    return kernels.rms_norm(y, *_of(layer.mlp_norm), residual)
+
+
+def _mlp(layer: Layer, x: Tensor, residual: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+    """residual + the MLP, and that by the norm of what comes next."""
+    if layer.gate_up.parts is None or layer.down.parts is None:
+        wide = layer.gate_up(x)
+        (y,) = layer.down(kernels.swiglu(*wide) if len(wide) == 2 else kernels.swiglu_packed(*wide))
+        return kernels.rms_norm(y, *_of(norm), residual)
+    if x.shape[-2] == 1:
+        return kernels.decode_mlp(x, layer.gate_up.parts, layer.down.parts[0], residual, _of(norm))
+    x = kernels.lora_mlp(x, layer.gate_up.parts, layer.down.parts[0], residual)
+    return x, kernels.rms_norm(x, *_of(norm))

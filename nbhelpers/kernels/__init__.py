@@ -333,16 +333,25 @@ def decode_linear(x: Tensor, parts: tuple[Projection, ...]) -> tuple[Tensor, ...
         return _for(x).decode_linear(x, parts)
 
 
-def decode_mlp(x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor) -> Tensor:
-    """`lora_mlp` for a decoding step, without a gradient: residual + down(swiglu(gate(x), up(x))).
+def decode_out(x: Tensor, part: Projection, residual: Tensor, norm: tuple[Tensor, float]) -> tuple[Tensor, Tensor]:
+    """s = residual + `decode_linear`(x, (part,)), and `rms_norm` of s by norm's weight [H] and eps: both [..., H]."""
+    with device_of(x):
+        return _for(x).decode_out(x, part, residual, norm)
+
+
+def decode_mlp(
+    x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor, norm: tuple[Tensor, float]
+) -> tuple[Tensor, Tensor]:
+    """`lora_mlp` for a decoding step, without a gradient: s = residual + down(swiglu(gate(x), up(x))).
 
     Args:
         x (`Tensor`): [..., H].
         gate_up (`tuple[Projection, ...]`): Two projections H -> I, or one H -> 2 I in Phi-3's layout.
         down (`Projection`): I -> H.
         residual (`Tensor`): [..., H].
+        norm (`tuple[Tensor, float]`): Weight [H] and eps of an RMSNorm.
 
-    Returns [..., H] in residual's dtype.
+    Returns s in residual's dtype, and `rms_norm` of s: both [..., H].
     """
     with device_of(x):
-        return _for(x).decode_mlp(x, gate_up, down, residual)
+        return _for(x).decode_mlp(x, gate_up, down, residual, norm)

@@ -290,6 +290,13 @@ def decode_linear(x: Tensor, parts: tuple[Projection, ...]) -> tuple[Tensor, ...
     return tuple(lora_linear(x, part) for part in parts)
 
 
-def decode_mlp(x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor) -> Tensor:
+def decode_out(x: Tensor, part: Projection, residual: Tensor, norm: tuple[Tensor, float]) -> tuple[Tensor, Tensor]:
+    """See nbhelpers.kernels.decode_out."""
+    return _residual_norm(lora_linear(x, part), *norm, residual)
+
+
+def decode_mlp(
+    x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor, norm: tuple[Tensor, float]
+) -> tuple[Tensor, Tensor]:
     """See nbhelpers.kernels.decode_mlp."""
-    return lora_mlp(x, gate_up, down, residual)
+    return _residual_norm(lora_mlp(x, gate_up, down, residual), *norm, None)

@@ -212,18 +212,35 @@ class TestLinear:
         gate_up = projections(ranks[0], hidden, (2 * wide,) if packed else (wide, wide), dtype)
         (down,) = projections(ranks[1], wide, (hidden,), dtype)
         x, residual = torch.randn(2, 9, 1, hidden, generator=torch.Generator().manual_seed(3)).to(dtype)
+        arguments = (x * 0.3, gate_up, down, residual, (torch.rand(hidden).to(dtype), 1e-5))
         with kernels.use("triton"):
-            got = kernels.decode_mlp(x * 0.3, gate_up, down, residual)
-        wanted = kernels.decode_mlp(x * 0.3, gate_up, down, residual)
-        assert got.dtype == wanted.dtype and got.shape == wanted.shape
-        close = {"atol": 1e-3, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 1.0, "rtol": 2e-2}
-        torch.testing.assert_close(got, wanted, **close)
+            got = kernels.decode_mlp(*arguments)
+        for ours, wanted, most in zip(got, kernels.decode_mlp(*arguments), (1.0, 0.02), strict=True):
+            assert ours.dtype == wanted.dtype and ours.shape == wanted.shape
+            close = {"atol": 1e-3, "rtol": 1e-4} if dtype == torch.float32 else {"atol": most, "rtol": 2e-2}
+            torch.testing.assert_close(ours, wanted, **close)
+
+    @pytest.mark.parametrize("rows", [1, 3, 17])
+    @pytest.mark.parametrize("rank, width", [(0, 40), (5, 40), (3, 2100)], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_the_output_with_its_norm_equals_torch(self, rows, rank, width, dtype, dot):
+        """2,100 columns are more than a program adds at once, and 17 rows too many for a program each."""
+        (part,) = projections(rank, 24, (width,), dtype, bias=rank != 5)
+        x, generator = torch.randn(rows, 1, 24).to(dtype), torch.Generator().manual_seed(1)
+        residual = torch.randn(rows, 1, width, generator=generator).to(dtype)
+        arguments = (x, part, residual, (torch.rand(width, generator=generator).to(dtype), 1e-5))
+        with kernels.use("triton"):
+            got = kernels.decode_out(*arguments)
+        for ours, wanted in zip(got, kernels.decode_out(*arguments), strict=True):
+            assert ours.dtype == wanted.dtype and ours.shape == wanted.shape
+            close = {"atol": 1e-3, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.05, "rtol": 1e-2}
+            torch.testing.assert_close(ours, wanted, **close)
 
     def test_fp16_saturates_where_it_would_overflow(self):
         gate_up, (down,) = projections(2, 16, (32, 32), torch.float16), projections(2, 32, (16,), torch.float16)
         x = torch.full((2, 1, 16), 90.0, dtype=torch.float16)
         with kernels.use("triton"):
-            got = kernels.decode_mlp(x, gate_up, down, torch.zeros_like(x))
+            got, _ = kernels.decode_mlp(x, gate_up, down, torch.zeros_like(x), (torch.ones(16).half(), 1e-5))
         assert got.isfinite().all() and got.abs().max() == 65504.0
 
     @pytest.mark.parametrize("nested", [True, False])

@@ -1,7 +1,7 @@
 """The Triton implementations of the functions of nbhelpers.kernels, one kernel per file."""
 
 from .decode_attention import decode_attention
-from .decode_linear import decode_linear, decode_mlp
+from .decode_linear import decode_linear, decode_mlp, decode_out
 from .head_norm_rope import rope, rope_packed
 from .linear_logprob import linear_logprob
 from .lora_linear import lora_linear, lora_linear_group
@@ -15,6 +15,7 @@ __all__ = [
     "decode_attention",
     "decode_linear",
     "decode_mlp",
+    "decode_out",
     "dequantize_nf4",
     "draw",
     "linear_logprob",

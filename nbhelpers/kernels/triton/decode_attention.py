@@ -5,7 +5,7 @@
 q and the new token's k are rotated to their position as they are loaded, with the rounding of rope.py.
 
 Each row's positions are cut into splits, one program per split, so that a few rows fill the card too
-("flash-decoding"); a second kernel joins the splits, each with the logarithm of its softmax's denominator:
+("flash-decoding"); the program that ends last joins the splits, each with the logarithm of its softmax's denominator:
 
     o = sum_s exp(lse_s - max) o_s / sum_s exp(lse_s - max)
 
@@ -29,13 +29,14 @@ from torch import Tensor
 
 from ..eight_bits import EightBits
 from ..reference import HeadNorms
-from .common import begin, early, tensor_cores, wait
+from .common import begin, counters, early, tensor_cores, wait
 
 TILE = 8192  # without tensor cores: query heads of a group x positions x D that a program multiplies per iteration
 BLOCK = 64  # with tensor cores: positions per iteration
 WARPS, STAGES = 2, 2
 PROGRAMS = 264  # at least this many, for a card of 40 to 140 multiprocessors
 MOST_SPLITS = 16
+JOINED = 4096  # numbers of all splits together that are joined at once
 
 
 @triton.jit
@@ -86,13 +87,13 @@ def _of_bias(q_ptrs, d, real, cos_ptr, sin_ptr, bias_ptr, D: tl.constexpr, HALF:
 
 
 @triton.jit(do_not_specialize=["layer"])
-def _attend(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, table_ptr, positions_ptr, out_ptr, lse_ptr, q_weight_ptr,
-            k_weight_ptr, bias_ptr, layer, scale, window, eps,
+def _attend(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, table_ptr, positions_ptr, out_ptr, lse_ptr,
+            joined_ptr, counters_ptr, q_weight_ptr, k_weight_ptr, bias_ptr, layer, scale, window, eps,
             q_batch_stride, q_head_stride, k_batch_stride, k_head_stride, v_batch_stride, v_head_stride,
             cos_batch_stride, sin_batch_stride, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
             SPLITS: tl.constexpr, WINDOW: tl.constexpr, GROUP_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr,
             BLOCK: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, EIGHT: tl.constexpr, BIAS: tl.constexpr,
-            DOT: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+            DOT: tl.constexpr, AT_ONCE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """One split of the positions of a row and key head, for the query heads that share it; see the module's text."""
     begin(EARLY)
     wait(EARLY)
@@ -191,21 +192,28 @@ def _attend(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, table_ptr, positions_ptr, out
     if SPLITS > 1:
         split_lse = tl.where(not_empty, running_max + tl.log(total), float("-inf"))
         tl.store(lse_ptr + slot * SPLITS + split, split_lse, real_g)
+        tl.debug_barrier()
+        if tl.atomic_add(counters_ptr + tl.program_id(0), 1, sem="acq_rel") == SPLITS - 1:
+            tl.store(counters_ptr + tl.program_id(0), 0)
+            first_slot = (row * KV_HEADS + head) * GROUP
+            _join(out_ptr + first_slot * SPLITS * D, lse_ptr + first_slot * SPLITS, joined_ptr + first_slot * D,
+                  GROUP, D, SPLITS, AT_ONCE)  # fmt: skip
 
 
 @triton.jit
-def _join(parts_ptr, lse_ptr, out_ptr, D: tl.constexpr, SPLITS: tl.constexpr, D_BLOCK: tl.constexpr,
-          EARLY: tl.constexpr):  # fmt: skip
-    """The output of a row and query head from its splits."""
-    begin(EARLY)
-    wait(EARLY)
-    slot = tl.program_id(0).to(tl.int64)
-    s, d = tl.arange(0, SPLITS), tl.arange(0, D_BLOCK)
-    weight = tl.load(lse_ptr + slot * SPLITS + s)
-    weight = tl.exp(weight - tl.max(weight, axis=0))
-    part = tl.load(parts_ptr + (slot * SPLITS + s[:, None]) * D + d[None, :], (d < D)[None, :], 0.0)
-    joined = tl.sum(part * weight[:, None], axis=0) / tl.sum(weight, axis=0)
-    tl.store(out_ptr + slot * D + d, joined.to(out_ptr.dtype.element_ty), d < D)
+def _join(parts_ptr, lse_ptr, out_ptr, GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
+          AT_ONCE: tl.constexpr):  # fmt: skip
+    """The output of a row and key head's query heads from its splits, so many channels at once."""
+    s = tl.arange(0, SPLITS)[:, None]
+    for start in range(0, GROUP * D, AT_ONCE):
+        i = start + tl.arange(0, AT_ONCE)[None, :]
+        real = i < GROUP * D
+        at = (i // D) * SPLITS + s
+        weight = tl.load(lse_ptr + at, real, 0.0)
+        weight = tl.exp(weight - tl.max(weight, axis=0, keep_dims=True))
+        part = tl.load(parts_ptr + at * D + i % D, real, 0.0)
+        joined = tl.sum(part * weight, axis=0, keep_dims=True) / tl.sum(weight, axis=0, keep_dims=True)
+        tl.store(out_ptr + i, joined.to(out_ptr.dtype.element_ty), real)
 
 
 def splits_for(rows: int, kv_heads: int) -> int:
@@ -234,13 +242,13 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
         block = max(8, min(64, TILE // (group_block * dim_block)))
     block //= 1 if bias is k else 2  # as much in registers, with the angles beside the keys
     _attend[(rows * kv_heads, splits)](
-        q, k, v, cos, sin, table, positions, parts, lse, *weights, bias, layer, scale, window or 0, eps,
+        q, k, v, cos, sin, table, positions, parts, lse, out, counters(q.device), *weights, bias, layer, scale,
+        window or 0, eps,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         *(t.stride(0) if t.shape[0] > 1 else 0 for t in (cos, sin)),
         kv_heads, group, dim, splits, window is not None, group_block, dim_block, block, cos.shape[-1] // 2,
         norms is not None, eight is not None, bias is not k, dot,
+        min(triton.next_power_of_2(group * dim), JOINED // splits),
         num_warps=WARPS, num_stages=STAGES if dot else 1, **early(q.device),
     )  # fmt: skip
-    if splits > 1:
-        _join[(rows * heads,)](parts, lse, out, dim, splits, dim_block, num_warps=4, **early(q.device))
     return out

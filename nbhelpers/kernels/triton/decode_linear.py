@@ -25,10 +25,12 @@ from . import nf4_few_rows, plain_few_rows
 from .common import begin, early, fill_none, pad_to_three, tensor_cores, wait
 from .lora_linear import project, without_lora
 from .lora_mlp import SHRINK_FP16
+from .rms_norm import forward as norm_forward
 
 TILE = 8192  # rows x ranks x columns that a program of the thin product multiplies per iteration
 SPLIT, ROWS = 256, 4  # columns per split of the thin product, and rows per program
 OUT_COLUMNS, OUT_WARPS = 32, 1  # per program of the last launch
+MOST_ROWS_A_PROGRAM = 16  # rows up to which each has a program that adds and norms it
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -65,12 +67,18 @@ def _sum(ptrs, real, split_stride, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _delta(b_ptr, t_ptr, n, m, real_n, real_m, rows, first, rank, R: tl.constexpr, SPLITS: tl.constexpr,
-           R_BLOCK: tl.constexpr, DOT: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
+def _rows_of_b(b_ptr, n, real_n, rank, R_BLOCK: tl.constexpr):
+    """B's rows n [COLUMNS, R_BLOCK]. No kernel writes B: it may be read before the one before has ended."""
+    r = tl.arange(0, R_BLOCK)
+    return tl.load(b_ptr + n[:, None] * rank + r, real_n[:, None] & (r < rank), 0.0)
+
+
+@triton.jit
+def _delta(rows_b, t_ptr, m, real_m, rows, first, rank, R: tl.constexpr, SPLITS: tl.constexpr, R_BLOCK: tl.constexpr,
+           DOT: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
     """t_i B_i^T [ROWS, COLUMNS], where t_i begins at column `first` of the R columns of t."""
     r = tl.arange(0, R_BLOCK)
     thin = _sum(t_ptr + m[:, None] * R + first + r, real_m[:, None] & (r < rank), rows * R, SPLITS)  # [ROWS, R_BLOCK]
-    rows_b = tl.load(b_ptr + n[:, None] * rank + r, real_n[:, None] & (r < rank), 0.0)  # [COLUMNS, R_BLOCK]
     if DOT:
         return tl.dot(thin.to(dtype), tl.trans(rows_b.to(dtype)), input_precision="ieee")
     return tl.sum(thin[:, None, :] * rows_b.to(tl.float32)[None, :, :], axis=2)
@@ -91,7 +99,6 @@ def _add(y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, split_stride, 
          EARLY: tl.constexpr):  # fmt: skip
     """out = [z_1, z_2, ..], or residual + alpha (y + s t B^T) + b of a single part."""
     begin(EARLY)
-    wait(EARLY)
     block = tl.program_id(0)
     y_ptr, y_stride, bias_ptr, b_ptr = y0_ptr, y0_stride, bias0_ptr, b0_ptr
     N, scale, rank, t_column, first, has_bias = N0, scale0, R0, 0, 0, BIAS0
@@ -108,10 +115,13 @@ def _add(y0_ptr, y1_ptr, y2_ptr, y0_stride, y1_stride, y2_stride, split_stride, 
     n, m = block * COLUMNS + tl.arange(0, COLUMNS), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     real_n, real_m = n < N, m < rows
     real = real_m[:, None] & real_n[None, :]
+    if R0 + R1 + R2 > 0:
+        rows_b = _rows_of_b(b_ptr, n, real_n, rank, R_BLOCK)
+    wait(EARLY)
     value = _sum(y_ptr + m[:, None] * y_stride + n[None, :], real, split_stride, Y_SPLITS)
     if R0 + R1 + R2 > 0:
         value += scale * _delta(
-            b_ptr, t_ptr, n, m, real_n, real_m, rows, t_column, rank, R0 + R1 + R2, SPLITS, R_BLOCK, DOT, DTYPE
+            rows_b, t_ptr, m, real_m, rows, t_column, rank, R0 + R1 + R2, SPLITS, R_BLOCK, DOT, DTYPE
         )
     value = alpha * value + tl.load(bias_ptr + n, real_n & has_bias, 0.0).to(tl.float32)[None, :]
     if RESIDUAL:
@@ -128,16 +138,20 @@ def _gate(g_ptr, u_ptr, y_stride, split_stride, bias_g_ptr, bias_u_ptr, b_g_ptr,
           COLUMNS: tl.constexpr, DOT: tl.constexpr, DTYPE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """h = silu(z_gate) * z_up * inverse; up's ranks begin at column FIRST of the R columns of t."""
     begin(EARLY)
-    wait(EARLY)
     n, m = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     real_n, real_m = n < N, m < rows
     real = real_m[:, None] & real_n[None, :]
+    if RG > 0:
+        rows_g = _rows_of_b(b_g_ptr, n, real_n, RG, R_BLOCK)
+    if RU > 0:
+        rows_u = _rows_of_b(b_u_ptr, n, real_n, RU, R_BLOCK)
+    wait(EARLY)
     gate = _sum(g_ptr + m[:, None] * y_stride + n[None, :], real, split_stride, Y_SPLITS)
     up = _sum(u_ptr + m[:, None] * y_stride + n[None, :], real, split_stride, Y_SPLITS)
     if RG > 0:
-        gate += scale_g * _delta(b_g_ptr, t_ptr, n, m, real_n, real_m, rows, 0, RG, R, SPLITS, R_BLOCK, DOT, DTYPE)
+        gate += scale_g * _delta(rows_g, t_ptr, m, real_m, rows, 0, RG, R, SPLITS, R_BLOCK, DOT, DTYPE)
     if RU > 0:
-        up += scale_u * _delta(b_u_ptr, t_ptr, n, m, real_n, real_m, rows, FIRST, RU, R, SPLITS, R_BLOCK, DOT, DTYPE)
+        up += scale_u * _delta(rows_u, t_ptr, m, real_m, rows, FIRST, RU, R, SPLITS, R_BLOCK, DOT, DTYPE)
     if BIAS:
         gate += tl.load(bias_g_ptr + n, real_n, 0.0).to(tl.float32)[None, :]
         up += tl.load(bias_u_ptr + n, real_n, 0.0).to(tl.float32)[None, :]
@@ -147,6 +161,52 @@ def _gate(g_ptr, u_ptr, y_stride, split_stride, bias_g_ptr, bias_u_ptr, b_g_ptr,
     if h_ptr.dtype.element_ty == tl.float16:
         value = _within_fp16(value)
     tl.store(h_ptr + m[:, None] * N + n[None, :], value.to(h_ptr.dtype.element_ty), real)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _add_norm(y_ptr, y_stride, split_stride, bias_ptr, b_ptr, t_ptr, residual_ptr, weight_ptr, s_ptr, norm_ptr, rows,
+              scale, alpha, eps, H: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr, ROUND: tl.constexpr,
+              Y_SPLITS: tl.constexpr, SPLITS: tl.constexpr, R_BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+              DOT: tl.constexpr, DTYPE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    """A row of s = residual + alpha (y + s t B^T) + b, as `_add` makes it, and of its RMSNorm."""
+    begin(EARLY)
+    row, n = tl.program_id(0), tl.arange(0, CHUNK)
+    r, squares = tl.arange(0, R_BLOCK), tl.zeros([CHUNK], tl.float32)
+    if R > 0:
+        next_b = _rows_of_b(b_ptr, n, n < H, R, R_BLOCK)
+    wait(EARLY)
+    if R > 0:
+        thin = _sum(t_ptr + row * R + r, r < R, rows * R, SPLITS)
+        if DOT:  # as the tensor cores would read it
+            thin = thin.to(DTYPE).to(tl.float32)
+    for start in tl.static_range(0, H, CHUNK):
+        n = start + tl.arange(0, CHUNK)
+        value = _sum(y_ptr + row * y_stride + n, n < H, split_stride, Y_SPLITS)
+        if R > 0:
+            rows_b = next_b
+            if start + CHUNK < H:
+                next_b = _rows_of_b(b_ptr, n + CHUNK, n + CHUNK < H, R, R_BLOCK)
+            if DOT:
+                rows_b = rows_b.to(DTYPE)
+            value += scale * tl.sum(rows_b.to(tl.float32) * thin[None, :], axis=1)
+        value *= alpha
+        if BIAS:
+            value += tl.load(bias_ptr + n, n < H, 0.0).to(tl.float32)
+        if ROUND:
+            value = value.to(DTYPE).to(tl.float32)
+        value += tl.load(residual_ptr + row * H + n, n < H, 0.0).to(tl.float32)
+        if s_ptr.dtype.element_ty == tl.float16:
+            value = _within_fp16(value)
+        rounded = value.to(s_ptr.dtype.element_ty)
+        tl.store(s_ptr + row * H + n, rounded, n < H)
+        squares += rounded.to(tl.float32) * rounded.to(tl.float32)
+    root = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / H + eps)
+    tl.debug_barrier()  # s is read again by whichever thread
+    for start in tl.static_range(0, H, CHUNK):
+        n = start + tl.arange(0, CHUNK)
+        value = tl.load(s_ptr + row * H + n, n < H, 0.0).to(tl.float32)
+        value *= root * tl.load(weight_ptr + n, n < H, 0.0).to(tl.float32)
+        tl.store(norm_ptr + row * H + n, value.to(norm_ptr.dtype.element_ty), n < H)
 
 
 # ------------------------------------------------------------------------------------------------- the three launches
@@ -241,11 +301,41 @@ def decode_linear(x: Tensor, parts: tuple[Projection, ...]) -> tuple[Tensor, ...
     return out.view(*x.shape[:-1], -1).split(widths, dim=-1)
 
 
-def decode_mlp(x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor) -> Tensor:
+def decode_out(
+    x: Tensor, part: Projection, residual: Tensor, norm: tuple[Tensor, float], *, alpha: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """See nbhelpers.kernels.decode_out; alpha: a factor of the product, which is not rounded then."""
+    weight, eps = norm
+    x, shape = x.reshape(-1, x.shape[-1]), residual.shape
+    if x.shape[0] > MOST_ROWS_A_PROGRAM:  # programs that share B are quicker then
+        if alpha is None:
+            s, normed, _ = norm_forward(_finish(x, (part,)).view(shape), weight, eps, residual)
+        else:
+            s = _finish(x, (part,), residual.reshape(x.shape[0], -1).contiguous(), alpha).view(shape)
+            _, normed, _ = norm_forward(s, weight, eps)
+        return s, normed
+    y, t = _products(x, (part,))
+    residual, width, rank, dot = residual.contiguous(), part.out_features, _rank(part), tensor_cores(x.device)
+    s = torch.empty(shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
+    normed = torch.empty(shape, dtype=torch.promote_types(s.dtype, weight.dtype), device=x.device)
+    r_block = triton.next_power_of_2(max(1, rank))
+    (bias,), (b,) = fill_none([part.bias], t), fill_none([part.lora_b], t)
+    _add_norm[(x.shape[0],)](
+        y[0], y[0].stride(1), y[0].stride(0), bias, b, t, residual, weight, s, normed, x.shape[0], float(part.scale),
+        1.0 if alpha is None else alpha, eps, width, rank, part.bias is not None, alpha is None, y[0].shape[0],
+        t.shape[0], r_block, min(triton.next_power_of_2(width), 2048, 32768 // r_block), dot, TYPES[x.dtype],
+        num_warps=16, **early(x.device),
+    )  # fmt: skip
+    return s, normed
+
+
+def decode_mlp(
+    x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor, norm: tuple[Tensor, float]
+) -> tuple[Tensor, Tensor]:
     """See nbhelpers.kernels.decode_mlp."""
     shrink = SHRINK_FP16 if x.dtype == torch.float16 else 1.0
     h = _gated(x.reshape(-1, x.shape[-1]), gate_up, 1.0 / shrink)
-    return _finish(h, (down,), residual.reshape(h.shape[0], -1).contiguous(), shrink).view(residual.shape)
+    return decode_out(h, down, residual, norm, alpha=shrink)
 
 
 def _gated(x: Tensor, parts: Sequence[Projection], inverse: float) -> Tensor:
