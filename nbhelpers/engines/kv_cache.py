@@ -16,12 +16,14 @@ from torch.nn.attention.bias import causal_lower_right
 
 from nbhelpers import kernels
 from nbhelpers.gpu import capability
-from nbhelpers.kernels import EightBits, eight_bits
+from nbhelpers.kernels import EightBits, decode_step, eight_bits
+from nbhelpers.kernels.decode_step import Rows
 from nbhelpers.memory.kv import kv_bytes_per_token
 
 from .forward import Decoder, Layer
 
 Tables = tuple[Tensor, Tensor]  # cos and sin
+PIECE = 2048  # positions whose cosines and sines are computed at once: in fp32 those of a long slot are large
 
 
 class KVCache:
@@ -40,7 +42,8 @@ class KVCache:
         self.most = 0  # bytes of its largest allocation so far
         self.data: Tensor | None = None  # [layers, 2, rows, kv heads, length, D]
         self.scales: Tensor | None = None  # with 8 bits: fp32 [layers, 2, rows, kv heads, length]
-        self.angles: Tensor | None = None  # with 8 bits: [length, D], see eight_bits
+        self.angles: Tensor | None = None  # [length, D], see eight_bits: what each position is rotated by
+        self.half = 0  # frequencies in them
         self.shared_heads = capability(self.device) >= (8, 0)
         # FlashAttention takes no mask of a long text's later pieces
         self.lower_right = self.shared_heads and self.dtype != torch.float32 and lower_right(self.device, self.dtype)
@@ -69,11 +72,14 @@ class KVCache:
             budget (`int`): Bytes that the cache may take; rows * length tokens fit.
         """
         self.free()  # first: the old block and the new one need not fit at the same time
-        if self.bits == 8:  # before the block: in fp32 the angles of a long slot are large
-            x, positions = torch.empty(1, dtype=self.dtype, device=self.device), torch.arange(length)[None]
-            cos, sin = self.rotary(x, positions.to(self.device))
-            self.angles = eight_bits.angles_of(cos[0], sin[0], self.dim)
-            del cos, sin
+        # before the block, which may take all there is
+        self.angles = torch.empty(length, self.dim, dtype=self.dtype, device=self.device)
+        for piece in self.angles.split(PIECE):
+            start = piece.storage_offset() // self.dim
+            positions = torch.arange(start, start + len(piece), device=self.device)
+            cos, sin = self.rotary(piece, positions[None])
+            self.half = cos.shape[-1] // 2
+            piece.copy_(eight_bits.angles_of(cos[0], sin[0], self.dim))
         size = rows * length * self.token_bytes
         if not size <= self.most <= budget:
             self.most = size  # torch would keep the old block besides the new one
@@ -177,6 +183,18 @@ class KVCache:
     def _for_every_head(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         group = q.shape[1] // k.shape[1]
         return k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+
+    def embed(self, rows: Rows, weight: Tensor) -> tuple[Tensor, Tables]:
+        """A step begins: the rows' last tokens embedded, [B, 1, H], and the tables [B, 1, R] of their positions.
+
+        Args:
+            rows (`Rows`): No position is beyond the slots.
+            weight (`Tensor`): [V, H], the embedding.
+        """
+        self._allocated()
+        assert self.angles is not None
+        x, cos, sin = decode_step.embed(rows, weight, self.angles, self.table, self.half)
+        return x, (cos, sin)
 
     def step(self, positions: Tensor, longest: int) -> Callable[..., Tensor]:
         """An attend for one token in each of the first B rows.
