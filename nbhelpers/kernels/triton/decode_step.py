@@ -84,7 +84,7 @@ def embed(rows: Rows, weight: Tensor, angles: Tensor, table: Tensor, half: int) 
 
 def append_drawn(rows: Rows, logits: Tensor, temperature: float) -> None:
     """See nbhelpers.kernels.decode_step.append_drawn."""
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    logits, temperature = logits if logits.stride(1) == 1 else logits.contiguous(), float(temperature)
     most, total, best, word = race(logits, rows.state[SEED], rows.state[WRITTEN], temperature)
     _launch(rows, logits, most, total, best, word, temperature, most.shape[1])
 
