@@ -177,16 +177,12 @@ def decoding(
         kernels.decode_attention(q, k, v, cos, sin, cache, table, 1, positions, 1, 0.1, window, each, kept)
     logits = torch.empty(rows, vocabulary)
     kernels.draw(logits, positions, positions)
-    state, tick, results = (
-        torch.zeros(5, rows, dtype=torch.int64),
-        torch.zeros(1, dtype=torch.int64),
-        torch.zeros(8, rows),
-    )
-    writing = decode_step.Rows(state, torch.zeros(2, dtype=torch.int64), tick, results.long(), results)
+    state, stops, tick, tokens = (torch.zeros(*size, dtype=torch.int64) for size in ((5, rows), (2,), (1,), (8, rows)))
+    writing = decode_step.Rows(state, stops, tick, tokens, torch.zeros(8, rows))
     decode_step.embed(writing, torch.empty(vocabulary, heads * 128, dtype=dtype), angles, table, 64)
     for temperature in (1.0, 0.7):
         decode_step.append_drawn(writing, logits, temperature)
-    decode_step.append(writing, positions, results[0])
+    decode_step.append(writing, positions, torch.empty(rows))
     x = torch.randn(rows, 1, 64, dtype=dtype)
     dense = {"lora_a": torch.randn(8, 64), "lora_b": torch.randn(128, 8), "scale": 2.0}
     plain = Projection(torch.randn(128, 64, dtype=dtype), None, **dense)  # a layer left in 16 bits
