@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from nbhelpers import kernels
-from nbhelpers.kernels import EightBits, HeadNorms, Projection, eight_bits
+from nbhelpers.kernels import EightBits, HeadNorms, Projection, decode_step, eight_bits
 from nbhelpers.kernels.triton import common, nf4_few_rows
 
 TARGETS = {"sm_75": torch.float16, "sm_80": torch.bfloat16, "sm_90": torch.bfloat16}
@@ -170,11 +170,19 @@ def decoding(
     norms = HeadNorms(*torch.empty(2, 128, dtype=dtype), 1e-6)
     for window, each in ((None, None), (512, None), (None, norms)):
         kernels.decode_attention(q, k, v, cos, sin, cache, table, 1, positions, 1, 0.1, window, each)
-    eight = EightBits(*eight_bits.quantise(cache)[1:], torch.empty(4, 128, dtype=dtype))
+    angles = torch.empty(4, 128, dtype=dtype)
+    eight = EightBits(*eight_bits.quantise(cache)[1:], angles)
     biased = eight._replace(bias=torch.empty(kv_heads, 128, dtype=dtype))
     for window, each, kept in ((None, None, eight), (512, None, eight), (None, norms, eight), (None, None, biased)):
         kernels.decode_attention(q, k, v, cos, sin, cache, table, 1, positions, 1, 0.1, window, each, kept)
-    kernels.draw(torch.empty(rows, vocabulary), positions, positions)
+    logits = torch.empty(rows, vocabulary)
+    kernels.draw(logits, positions, positions)
+    state, stops, tick, tokens = (torch.zeros(*size, dtype=torch.int64) for size in ((5, rows), (2,), (1,), (8, rows)))
+    writing = decode_step.Rows(state, stops, tick, tokens, torch.zeros(8, rows))
+    decode_step.embed(writing, torch.empty(vocabulary, heads * 128, dtype=dtype), angles, table, 64)
+    for temperature in (1.0, 0.7):
+        decode_step.append_drawn(writing, logits, temperature)
+    decode_step.append(writing, positions, torch.empty(rows))
     x = torch.randn(rows, 1, 64, dtype=dtype)
     dense = {"lora_a": torch.randn(8, 64), "lora_b": torch.randn(128, 8), "scale": 2.0}
     plain = Projection(torch.randn(128, 64, dtype=dtype), None, **dense)  # a layer left in 16 bits

@@ -12,16 +12,14 @@ from functools import cache
 
 import torch
 
-from nbhelpers.kernels import ahead
+from nbhelpers.kernels import ahead, decode_step
+from nbhelpers.kernels.decode_step import LEFT, POSITION, SEED, WRITTEN, Rows
 
 from .base import Sampling
 from .forward import Decoder
 from .kv_cache import KVCache
 from .sampler import next_token
 
-# of a row: the last token, its position, the request's seed, tokens written so far, and tokens still to come, which are
-# 0 when the request has ended or the row is empty
-TOKEN, POSITION, SEED, WRITTEN, LEFT = range(5)
 CHUNK = 8  # steps between two reads by the host; the next ones run while it reads
 BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # batch sizes that get a graph
 GRAPHS = 24  # kept at most; the oldest is dropped first
@@ -54,7 +52,7 @@ class ModelRunner:
         self.state = torch.zeros(5, rows, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(CHUNK, rows, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(CHUNK, rows, dtype=torch.float32, device=device)
-        self.tick = torch.zeros(1, dtype=torch.int64, device=device)  # the next row of `tokens` and `logprobs`
+        self.tick = torch.zeros(1, dtype=torch.int64, device=device)  # steps that have begun since `run`
         self.seen: torch.Tensor | None = None  # bool [rows, V], with a repetition penalty
         self.sampling, self.stops = Sampling(), torch.zeros(0, dtype=torch.int64, device=device)
         self.asynchronous = device.type == "cuda"
@@ -74,7 +72,7 @@ class ModelRunner:
         if decoder.addresses() != self._addresses:
             self._drop_graphs()
             self._addresses = decoder.addresses()
-        self.decoder = decoder
+        self.decoder, self.cache.rotary = decoder, decoder.rotary
         # what is not part of a step is left out, so that another seed or length finds the same graph
         sampling = replace(sampling, max_tokens=max(1, sampling.min_tokens), num_generations=1, stop_strings=(), seed=0)
         if sampling != self.sampling:
@@ -122,15 +120,17 @@ class ModelRunner:
         return to_host(self.tokens[:steps, :batch]), to_host(self.logprobs[:steps, :batch])
 
     def _step(self, batch: int, longest: int) -> None:
-        token, position, seed, written, _ = self.state[:, :batch]
-        attend = self.cache.step(position, longest)
-        hidden = self.decoder.hidden(token[:, None], position[:, None], attend)[:, 0]
+        state, decoder, sampling = self.state[:, :batch], self.decoder, self.sampling
+        rows = Rows(state, self.stops, self.tick, self.tokens[:, :batch], self.logprobs[:, :batch])
+        x, tables = self.cache.embed(rows, decoder.embedding)
+        if decoder.watched_rotary:
+            tables = decoder.rotary(x, state[POSITION, :, None])
+        logits = decoder.logits(decoder.walk(x, tables, self.cache.step(state[POSITION], longest))[:, 0])
+        if sampling.plain and sampling.temperature > 0.0:
+            decode_step.append_drawn(rows, logits, sampling.temperature)
+            return
         seen = None if self.seen is None else self.seen[:batch]
-        new, logp = next_token(self.decoder.logits(hidden), seed, written, self.sampling, self.stops, seen)
-        self.tokens[:, :batch].index_copy_(0, self.tick, new[None])
-        self.logprobs[:, :batch].index_copy_(0, self.tick, logp[None])
-        self.tick += 1
-        self.advance(self.state[:, :batch], new)
+        decode_step.append(rows, *next_token(logits, state[SEED], state[WRITTEN], sampling, self.stops, seen))
 
     def dry_step(self, batch: int) -> None:
         """A step's launches for kernels/ahead.py, of one layer of each form. No row may have tokens to come."""
@@ -140,23 +140,6 @@ class ModelRunner:
             self._step(batch, 0)
         finally:
             self.decoder = whole
-
-    def advance(self, state: torch.Tensor, new: torch.Tensor) -> None:
-        """Bring the state of n rows up to date with their new tokens, in place.
-
-        A row that has ended stays as it is, and so does its slot: its last token is fed to the same position again.
-
-        Args:
-            state (`Tensor`): int64 [5, n], see TOKEN and the others.
-            new (`Tensor`): int64 [n].
-        """
-        token, position, _, written, left = state
-        going = left > 0
-        token.copy_(torch.where(going, new, token))
-        position += going
-        written += going
-        stopped = (new[:, None] == self.stops).any(-1)
-        left.copy_(torch.where(stopped, 0, (left - 1).clamp_(min=0)))
 
     def _capture(self, batch: int) -> torch.cuda.CUDAGraph:
         """Record a step without running it. One runs for real first, in which compilers and libraries allocate."""

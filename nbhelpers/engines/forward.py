@@ -130,6 +130,7 @@ class Decoder:
         # Any: a type checker cannot know the attributes of transformers' modules
         skeleton: Any = families.skeleton(model)
         self.rotary: Any = skeleton.rotary
+        self.watched_rotary: bool = watched(skeleton.rotary)  # then it is called in each step
         self.norm: Any = skeleton.norm
         self.embedding: Tensor = skeleton.embedding.weight  # [V, H]
         self.layers = [Layer.of(families.layer(family, layer)) for layer in skeleton.layers]
@@ -173,7 +174,10 @@ class Decoder:
                 heads if it has them; it returns [B, S, heads * D].
         """
         x = F.embedding(tokens, self.embedding)
-        tables = self.rotary(x, positions)
+        return self.walk(x, self.rotary(x, positions), attend)
+
+    def walk(self, x: Tensor, tables: tuple[Tensor, Tensor], attend: Callable[..., Tensor]) -> Tensor:
+        """`hidden` of embeddings x [B, S, H], rotated by the tables (cos, sin), each [1 or B, S, R]."""
         norms = [*(layer.norm for layer in self.layers), self.norm]
         y = kernels.rms_norm(x, *_of(norms[0]))
         for i, layer in enumerate(self.layers):

@@ -1,8 +1,10 @@
 """Keys and values of the rows that are being written, in slots: row i of the batch is slot i of the cache.
 
 A token takes 28 kB in Qwen2.5-1.5B and 131 kB in Llama-3.1-8B in 16 bits (memory.kv), and about half of it in 8
-(kernels.eight_bits). The memory is allocated at the start of each stage of a generation and freed at the end of the
-last one. A captured CUDA graph keeps addresses, so the kernels read the cache's from `table`, which never moves.
+(kernels.eight_bits). Beside them is one table of cosines and sines for all rows and layers, 256 bytes a position with
+heads of 128 channels in 16 bits: 5 MB for 20K. The memory is allocated at the start of each stage of a generation and
+freed at the end of the last one. A captured CUDA graph keeps addresses, so the kernels read those of the cache from
+`table`, which never moves.
 """
 
 import math
@@ -16,12 +18,14 @@ from torch.nn.attention.bias import causal_lower_right
 
 from nbhelpers import kernels
 from nbhelpers.gpu import capability
-from nbhelpers.kernels import EightBits, eight_bits
+from nbhelpers.kernels import EightBits, decode_step, eight_bits
+from nbhelpers.kernels.decode_step import Rows
 from nbhelpers.memory.kv import kv_bytes_per_token
 
 from .forward import Decoder, Layer
 
 Tables = tuple[Tensor, Tensor]  # cos and sin
+PIECE = 2048  # positions whose cosines and sines are computed at once: in fp32 those of a long slot are large
 
 
 class KVCache:
@@ -40,7 +44,8 @@ class KVCache:
         self.most = 0  # bytes of its largest allocation so far
         self.data: Tensor | None = None  # [layers, 2, rows, kv heads, length, D]
         self.scales: Tensor | None = None  # with 8 bits: fp32 [layers, 2, rows, kv heads, length]
-        self.angles: Tensor | None = None  # with 8 bits: [length, D], see eight_bits
+        self.angles: Tensor | None = None  # [length, D], see eight_bits: what each position is rotated by
+        self.half = 0  # frequencies in them
         self.shared_heads = capability(self.device) >= (8, 0)
         # FlashAttention takes no mask of a long text's later pieces
         self.lower_right = self.shared_heads and self.dtype != torch.float32 and lower_right(self.device, self.dtype)
@@ -69,11 +74,13 @@ class KVCache:
             budget (`int`): Bytes that the cache may take; rows * length tokens fit.
         """
         self.free()  # first: the old block and the new one need not fit at the same time
-        if self.bits == 8:  # before the block: in fp32 the angles of a long slot are large
-            x, positions = torch.empty(1, dtype=self.dtype, device=self.device), torch.arange(length)[None]
-            cos, sin = self.rotary(x, positions.to(self.device))
-            self.angles = eight_bits.angles_of(cos[0], sin[0], self.dim)
-            del cos, sin
+        # before the block, which may take all there is
+        self.angles = torch.empty(length, self.dim, dtype=self.dtype, device=self.device)
+        for start in range(0, length, PIECE):
+            positions = torch.arange(start, min(start + PIECE, length), device=self.device)
+            cos, sin = self.rotary(self.angles, positions[:, None])  # each on its own, as the rows of a step
+            self.angles[start : start + PIECE] = eight_bits.angles_of(cos[:, 0], sin[:, 0], self.dim)
+            self.half = cos.shape[-1] // 2
         size = rows * length * self.token_bytes
         if not size <= self.most <= budget:
             self.most = size  # torch would keep the old block besides the new one
@@ -177,6 +184,18 @@ class KVCache:
     def _for_every_head(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         group = q.shape[1] // k.shape[1]
         return k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+
+    def embed(self, rows: Rows, weight: Tensor) -> tuple[Tensor, Tables]:
+        """A step begins: the rows' last tokens embedded, [B, 1, H], and the tables [B, 1, R] of their positions.
+
+        Args:
+            rows (`Rows`): No position is beyond the slots.
+            weight (`Tensor`): [V, H], the embedding.
+        """
+        self._allocated()
+        assert self.angles is not None
+        x, cos, sin = decode_step.embed(rows, weight, self.angles, self.table, self.half)
+        return x, (cos, sin)
 
     def step(self, positions: Tensor, longest: int) -> Callable[..., Tensor]:
         """An attend for one token in each of the first B rows.

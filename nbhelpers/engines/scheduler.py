@@ -15,10 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nbhelpers.kernels.decode_step import LEFT, advance
 from nbhelpers.memory.kv import prefill_tokens
 
 from .base import Sampling, Writer
-from .cuda_graphs import CHUNK, LEFT, ModelRunner, batch_for, to_host
+from .cuda_graphs import CHUNK, ModelRunner, batch_for, to_host
 from .sampler import next_token
 
 
@@ -198,7 +199,7 @@ class Scheduler:
                 seen[i, torch.tensor(request.text, device=device)] = True
         of_group = torch.tensor([i for i, group in enumerate(groups) for _ in group], device=device)
         token, logp = next_token(logits[of_group], state[2], state[3], runner.sampling, runner.stops, seen)
-        runner.advance(state, token)
+        advance(state, token, runner.stops)
         runner.state[:, row] = state
         if runner.seen is not None and seen is not None:
             runner.seen[row] = seen

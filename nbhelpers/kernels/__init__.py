@@ -300,8 +300,8 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
         sin (`Tensor`): Like cos.
         cache (`Tensor`): [layers, 2, rows, kv heads, length, D] with B <= rows; K and V are written in place.
         table (`Tensor`): int64 [6], the cache's address and its strides of layer, row and head in elements, then the
-            addresses of `eight`'s scales and angles, or 0. The Triton kernel reads these, not the tensors, so that a
-            captured CUDA graph stays valid when the cache is reallocated.
+            addresses of `eight`'s scales, or 0, and of the positions' angles. The Triton kernel reads these, not the
+            tensors, so that a captured CUDA graph stays valid when the cache is reallocated.
         layer (`int`): Index into the cache's first dimension.
         positions (`Tensor`): int64 [B], each token's position in its row.
         longest (`int`): Greater than every position. torch reads this many positions; Triton reads each row up to its

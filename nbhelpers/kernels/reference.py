@@ -49,6 +49,21 @@ class HeadNorms(NamedTuple):
     eps: float
 
 
+# of a row: the last token, its position, the request's seed, tokens written so far, and tokens still to come, which are
+# 0 when the request has ended or the row is empty
+TOKEN, POSITION, SEED, WRITTEN, LEFT = range(5)
+
+
+class Rows(NamedTuple):
+    """B rows that are being written, and where a decoding step puts what it has written: see kernels/decode_step.py."""
+
+    state: Tensor  # int64 [5, B], see TOKEN and the others
+    stops: Tensor  # int64 [stop ids]
+    tick: Tensor  # int64 [1], steps that have begun: this one's results go to row tick - 1 of the next two
+    tokens: Tensor  # int64 [steps, B]
+    logprobs: Tensor  # fp32 [steps, B]
+
+
 # ---------------------------------------------------------------------------------------------- element-wise
 
 
@@ -254,6 +269,45 @@ def draw(logits: Tensor, seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tenso
     probabilities = logits.softmax(-1)
     token = exponential.div_(probabilities).argmax(-1)  # the largest -E_i / p_i: same winner as logit_i - log E_i
     return token, probabilities.gather(-1, token[:, None]).squeeze(-1).log()
+
+
+def embed(rows: Rows, weight: Tensor, angles: Tensor, table: Tensor | None, half: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See nbhelpers.kernels.decode_step.embed."""
+    rows.tick.add_(1)
+    cos, sin = (angles[rows.state[POSITION], None, at : at + half].repeat(1, 1, 2) for at in (0, half))
+    return F.embedding(rows.state[TOKEN, :, None], weight), cos, sin
+
+
+def append_drawn(rows: Rows, logits: Tensor, temperature: float) -> None:
+    """See nbhelpers.kernels.decode_step.append_drawn."""
+    logits = logits / temperature if temperature != 1.0 else logits
+    append(rows, *draw(logits, rows.state[SEED], rows.state[WRITTEN]))
+
+
+def append(rows: Rows, token: Tensor, logp: Tensor) -> None:
+    """See nbhelpers.kernels.decode_step.append."""
+    rows.tokens.index_copy_(0, rows.tick - 1, token[None])
+    rows.logprobs.index_copy_(0, rows.tick - 1, logp[None])
+    advance(rows.state, token, rows.stops)
+
+
+def advance(state: Tensor, new: Tensor, stops: Tensor) -> None:
+    """Bring the state of n rows up to date with their new tokens, in place.
+
+    A row that has ended stays as it is, and so does its slot: its last token is fed to the same position again.
+
+    Args:
+        state (`Tensor`): int64 [5, n], see TOKEN and the others.
+        new (`Tensor`): int64 [n].
+        stops (`Tensor`): int64 [stop ids].
+    """
+    token, position, _, written, left = state
+    going = left > 0
+    token.copy_(torch.where(going, new, token))
+    position += going
+    written += going
+    stopped = (new[:, None] == stops).any(-1)
+    left.copy_(torch.where(stopped, 0, (left - 1).clamp_(min=0)))
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, table: Tensor | None,

@@ -46,19 +46,21 @@ def kernels_of(fn):
 
 @contextmanager
 def played(real=False, fail=()):
-    """Yields `launched` and, afterwards, `compiled`, sets of (module, kernel, key); and `dry`, how many dry launches.
+    """Yields `launched` and, afterwards, `compiled`, sets of (module, kernel, key); `dry` and `launches`, how many dry
+    ones and others.
 
     Args:
         real (`bool`): Compile, not only pretend to.
         fail (`tuple[str, ...]`): Kernels that cannot be compiled.
     """
-    card = SimpleNamespace(launched=set(), compiled=set(), dry=0)
+    card = SimpleNamespace(launched=set(), compiled=set(), dry=0, launches=0)
     run, compile_one = JITFunction.run, triton.compiler.compile
 
     def launch(fn, *args, grid, warmup, **options):
         if warmup:
             card.dry += 1
             return run(fn, *args, grid=grid, warmup=True, **options)
+        card.launches += 1
         card.launched.add((fn.__module__, fn.__name__, key(fn, args, options)))
 
     def compiled(source, **more):

@@ -2,6 +2,7 @@
 
 from .decode_attention import decode_attention
 from .decode_linear import decode_linear, decode_mlp, decode_out
+from .decode_step import append, append_drawn, embed
 from .head_norm_rope import rope, rope_packed
 from .linear_logprob import linear_logprob
 from .lora_linear import lora_linear, lora_linear_group
@@ -12,12 +13,15 @@ from .sampling import draw
 from .swiglu import swiglu, swiglu_packed
 
 __all__ = [
+    "append",
+    "append_drawn",
     "decode_attention",
     "decode_linear",
     "decode_mlp",
     "decode_out",
     "dequantize_nf4",
     "draw",
+    "embed",
     "linear_logprob",
     "lora_linear",
     "lora_linear_group",

@@ -30,6 +30,7 @@ from .rms_norm import forward as norm_forward
 TILE = 8192  # rows x ranks x columns that a program of the thin product multiplies per iteration
 SPLIT, ROWS = 256, 4  # columns per split of the thin product, and rows per program
 OUT_COLUMNS, OUT_WARPS = 32, 1  # per program of the last launch
+ROW_CHUNK, ROW_WARPS = 2048, 16
 MOST_ROWS_A_PROGRAM = 16  # rows up to which each has a program that adds and norms it
 
 
@@ -323,8 +324,8 @@ def decode_out(
     _add_norm[(x.shape[0],)](
         y[0], y[0].stride(1), y[0].stride(0), bias, b, t, residual, weight, s, normed, x.shape[0], float(part.scale),
         1.0 if alpha is None else alpha, eps, width, rank, part.bias is not None, alpha is None, y[0].shape[0],
-        t.shape[0], r_block, min(triton.next_power_of_2(width), 2048, 32768 // r_block), dot, TYPES[x.dtype],
-        num_warps=16, **early(x.device),
+        t.shape[0], r_block, min(triton.next_power_of_2(width), ROW_CHUNK, 32768 // r_block), dot, TYPES[x.dtype],
+        num_warps=ROW_WARPS, **early(x.device),
     )  # fmt: skip
     return s, normed
 
