@@ -221,10 +221,10 @@ class TestLinear:
             torch.testing.assert_close(ours, wanted, **close)
 
     @pytest.mark.parametrize("rows", [1, 3, 17])
-    @pytest.mark.parametrize("rank, width", [(0, 40), (5, 40), (3, 2100)], ids=str)
+    @pytest.mark.parametrize("rank, width", [(0, 40), (5, 40), (3, 2100), (20, 1100)], ids=str)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     def test_the_output_with_its_norm_equals_torch(self, rows, rank, width, dtype, dot):
-        """2,100 columns are more than a program adds at once, and 17 rows too many for a program each."""
+        """2,100 columns are too many for one program, 20 ranks beside 1,100 too, and 17 rows for a program each."""
         (part,) = projections(rank, 24, (width,), dtype, bias=rank != 5)
         x, generator = torch.randn(rows, 1, 24).to(dtype), torch.Generator().manual_seed(1)
         residual = torch.randn(rows, 1, width, generator=generator).to(dtype)

@@ -69,7 +69,7 @@ def counters(device: torch.device) -> Tensor:
     """int32 [COUNTERS], by which the programs of one launch tell one another that they have ended.
 
     All are 0 between two launches: whoever counts makes them 0 again. They take one stream for each device, and are
-    never freed, since captured graphs keep the address.
+    never freed, since captured graphs keep the address. Whoever captures one has run the kernel before.
     """
     return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 

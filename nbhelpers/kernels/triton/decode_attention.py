@@ -36,7 +36,7 @@ BLOCK = 64  # with tensor cores: positions per iteration
 WARPS, STAGES = 2, 2
 PROGRAMS = 264  # at least this many, for a card of 40 to 140 multiprocessors
 MOST_SPLITS = 16
-JOINED = 4096  # numbers of all splits together that are joined at once
+JOINED = 2048  # numbers of all splits together that a warp joins at once
 
 
 @triton.jit
@@ -240,6 +240,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
         group_block, dim_block, block = max(16, group_block), max(16, dim_block), BLOCK
     else:
         block = max(8, min(64, TILE // (group_block * dim_block)))
+    warps = 2 * WARPS if dot and group > 4 else WARPS  # joining them takes as many numbers as the group has heads
     block //= 1 if bias is k else 2  # as much in registers, with the angles beside the keys
     _attend[(rows * kv_heads, splits)](
         q, k, v, cos, sin, table, positions, parts, lse, out, counters(q.device), *weights, bias, layer, scale,
@@ -248,7 +249,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
         *(t.stride(0) if t.shape[0] > 1 else 0 for t in (cos, sin)),
         kv_heads, group, dim, splits, window is not None, group_block, dim_block, block, cos.shape[-1] // 2,
         norms is not None, eight is not None, bias is not k, dot,
-        min(triton.next_power_of_2(group * dim), JOINED // splits),
-        num_warps=WARPS, num_stages=STAGES if dot else 1, **early(q.device),
+        min(triton.next_power_of_2(group * dim), warps * JOINED // splits),
+        num_warps=warps, num_stages=STAGES if dot else 1, **early(q.device),
     )  # fmt: skip
     return out

@@ -30,8 +30,8 @@ from .rms_norm import forward as norm_forward
 TILE = 8192  # rows x ranks x columns that a program of the thin product multiplies per iteration
 SPLIT, ROWS = 256, 4  # columns per split of the thin product, and rows per program
 OUT_COLUMNS, OUT_WARPS = 32, 1  # per program of the last launch
-ROW_CHUNK, ROW_WARPS = 2048, 16
-MOST_ROWS_A_PROGRAM = 16  # rows up to which each has a program that adds and norms it
+ROW, ROW_RANKS, ROW_WARPS = 2048, 32768, 16  # channels, and channels x ranks, of a row that one program adds and norms
+MOST_ROWS = 16  # that are added so: of more, programs that share B are quicker
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -167,47 +167,34 @@ def _gate(g_ptr, u_ptr, y_stride, split_stride, bias_g_ptr, bias_u_ptr, b_g_ptr,
 @triton.jit(do_not_specialize=["rows"])
 def _add_norm(y_ptr, y_stride, split_stride, bias_ptr, b_ptr, t_ptr, residual_ptr, weight_ptr, s_ptr, norm_ptr, rows,
               scale, alpha, eps, H: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr, ROUND: tl.constexpr,
-              Y_SPLITS: tl.constexpr, SPLITS: tl.constexpr, R_BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+              Y_SPLITS: tl.constexpr, SPLITS: tl.constexpr, R_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
               DOT: tl.constexpr, DTYPE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """A row of s = residual + alpha (y + s t B^T) + b, as `_add` makes it, and of its RMSNorm."""
     begin(EARLY)
-    row, n = tl.program_id(0), tl.arange(0, CHUNK)
-    r, squares = tl.arange(0, R_BLOCK), tl.zeros([CHUNK], tl.float32)
+    row, n, r = tl.program_id(0), tl.arange(0, BLOCK), tl.arange(0, R_BLOCK)
     if R > 0:
-        next_b = _rows_of_b(b_ptr, n, n < H, R, R_BLOCK)
+        rows_b = _rows_of_b(b_ptr, n, n < H, R, R_BLOCK)
     wait(EARLY)
+    value = _sum(y_ptr + row * y_stride + n, n < H, split_stride, Y_SPLITS)
     if R > 0:
         thin = _sum(t_ptr + row * R + r, r < R, rows * R, SPLITS)
-        if DOT:  # as the tensor cores would read it
-            thin = thin.to(DTYPE).to(tl.float32)
-    for start in tl.static_range(0, H, CHUNK):
-        n = start + tl.arange(0, CHUNK)
-        value = _sum(y_ptr + row * y_stride + n, n < H, split_stride, Y_SPLITS)
-        if R > 0:
-            rows_b = next_b
-            if start + CHUNK < H:
-                next_b = _rows_of_b(b_ptr, n + CHUNK, n + CHUNK < H, R, R_BLOCK)
-            if DOT:
-                rows_b = rows_b.to(DTYPE)
-            value += scale * tl.sum(rows_b.to(tl.float32) * thin[None, :], axis=1)
-        value *= alpha
-        if BIAS:
-            value += tl.load(bias_ptr + n, n < H, 0.0).to(tl.float32)
-        if ROUND:
-            value = value.to(DTYPE).to(tl.float32)
-        value += tl.load(residual_ptr + row * H + n, n < H, 0.0).to(tl.float32)
-        if s_ptr.dtype.element_ty == tl.float16:
-            value = _within_fp16(value)
-        rounded = value.to(s_ptr.dtype.element_ty)
-        tl.store(s_ptr + row * H + n, rounded, n < H)
-        squares += rounded.to(tl.float32) * rounded.to(tl.float32)
-    root = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / H + eps)
-    tl.debug_barrier()  # s is read again by whichever thread
-    for start in tl.static_range(0, H, CHUNK):
-        n = start + tl.arange(0, CHUNK)
-        value = tl.load(s_ptr + row * H + n, n < H, 0.0).to(tl.float32)
-        value *= root * tl.load(weight_ptr + n, n < H, 0.0).to(tl.float32)
-        tl.store(norm_ptr + row * H + n, value.to(norm_ptr.dtype.element_ty), n < H)
+        if DOT:  # as the tensor cores would read them
+            thin, rows_b = thin.to(DTYPE).to(tl.float32), rows_b.to(DTYPE)
+        value += scale * tl.sum(rows_b.to(tl.float32) * thin[None, :], axis=1)
+    value *= alpha
+    if BIAS:
+        value += tl.load(bias_ptr + n, n < H, 0.0).to(tl.float32)
+    if ROUND:
+        value = value.to(DTYPE).to(tl.float32)
+    value += tl.load(residual_ptr + row * H + n, n < H, 0.0).to(tl.float32)
+    if s_ptr.dtype.element_ty == tl.float16:
+        value = _within_fp16(value)
+    rounded = value.to(s_ptr.dtype.element_ty)
+    tl.store(s_ptr + row * H + n, rounded, n < H)
+    value = tl.where(n < H, rounded.to(tl.float32), 0.0)  # what is stored is normalised
+    value *= 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / H + eps)
+    value *= tl.load(weight_ptr + n, n < H, 0.0).to(tl.float32)
+    tl.store(norm_ptr + row * H + n, value.to(norm_ptr.dtype.element_ty), n < H)
 
 
 # ------------------------------------------------------------------------------------------------- the three launches
@@ -307,25 +294,22 @@ def decode_out(
 ) -> tuple[Tensor, Tensor]:
     """See nbhelpers.kernels.decode_out; alpha: a factor of the product, which is not rounded then."""
     weight, eps = norm
-    x, shape = x.reshape(-1, x.shape[-1]), residual.shape
-    if x.shape[0] > MOST_ROWS_A_PROGRAM:  # programs that share B are quicker then
+    x, shape, width, rank = x.reshape(-1, x.shape[-1]), residual.shape, part.out_features, _rank(part)
+    block, r_block = triton.next_power_of_2(width), triton.next_power_of_2(max(1, rank))
+    if x.shape[0] > MOST_ROWS or block > ROW or block * r_block > ROW_RANKS:
         if alpha is None:
-            s, normed, _ = norm_forward(_finish(x, (part,)).view(shape), weight, eps, residual)
-        else:
-            s = _finish(x, (part,), residual.reshape(x.shape[0], -1).contiguous(), alpha).view(shape)
-            _, normed, _ = norm_forward(s, weight, eps)
-        return s, normed
+            return norm_forward(_finish(x, (part,)).view(shape), weight, eps, residual)[:2]
+        s = _finish(x, (part,), residual.reshape(x.shape[0], -1).contiguous(), alpha).view(shape)
+        return norm_forward(s, weight, eps)[:2]
     y, t = _products(x, (part,))
-    residual, width, rank, dot = residual.contiguous(), part.out_features, _rank(part), tensor_cores(x.device)
+    residual = residual.contiguous()
     s = torch.empty(shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
     normed = torch.empty(shape, dtype=torch.promote_types(s.dtype, weight.dtype), device=x.device)
-    r_block = triton.next_power_of_2(max(1, rank))
     (bias,), (b,) = fill_none([part.bias], t), fill_none([part.lora_b], t)
     _add_norm[(x.shape[0],)](
         y[0], y[0].stride(1), y[0].stride(0), bias, b, t, residual, weight, s, normed, x.shape[0], float(part.scale),
         1.0 if alpha is None else alpha, eps, width, rank, part.bias is not None, alpha is None, y[0].shape[0],
-        t.shape[0], r_block, min(triton.next_power_of_2(width), ROW_CHUNK, 32768 // r_block), dot, TYPES[x.dtype],
-        num_warps=ROW_WARPS, **early(x.device),
+        t.shape[0], r_block, block, tensor_cores(x.device), TYPES[x.dtype], num_warps=ROW_WARPS, **early(x.device),
     )  # fmt: skip
     return s, normed
 
