@@ -50,6 +50,8 @@ FEW_ROWS, FEW_ROWS_FILLED, FILLED = 4, 32, 0.8
 # far as bitsandbytes' own rule for Turing says (`_fused_on_turing`), which was made by measurement on a T4.
 SMALL_WEIGHT = 4 * 2**20  # numbers
 
+MOST_FEW_ROWS = 320  # `few_rows` is False beyond, whatever the card and the weight
+
 BLOCKS = 64  # blocks of 64 weights that each program dequantises
 
 
