@@ -45,7 +45,8 @@ class LinearGroup(NamedTuple):
             return tuple(module(x).to(x.dtype) for module in self.modules)
         if x.shape[-2] == 1:  # one token per row: a step of decoding; more: a prompt
             return kernels.decode_linear(x, self.parts)
-        return (kernels.lora_linear_group(x, self.parts, None, True, adapters),)
+        y = kernels.lora_linear_group(x, self.parts, None, True, adapters)
+        return y if isinstance(y, tuple) else (y,)
 
     def form(self) -> tuple:
         """What the kernels compiled for it depend on: the same for another layer of the same form."""

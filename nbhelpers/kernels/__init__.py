@@ -189,11 +189,9 @@ def lora_linear_group(
     Args:
         x (`Tensor`): [..., in].
         projections (`tuple[Projection, ...]`): Each with the same `in`.
-        norm (`tuple[Tensor, float]`, *optional*): (weight [in], eps) of an RMSNorm applied to x first; its output is
-            recomputed in the backward, not kept.
-        packed (`bool`): Return the outputs side by side in one tensor, which is how Triton computes them: a gradient
-            that arrives packed as well (`rope_packed`'s) then needs no concatenation.
-        adapters (`tuple`, *optional*): What adapters.py has stacked for them, where no gradient is wanted.
+        norm (`tuple[Tensor, float]`, *optional*): (weight [in], eps) of an RMSNorm on x; not kept for the backward.
+        packed (`bool`): Return the outputs side by side in one tensor, as Triton computes them.
+        adapters (`tuple`, *optional*): Of adapters.py, for them, where no gradient is wanted.
 
     Returns a tuple of [..., out], or with `packed` one tensor [..., sum of out]. Triton raises ValueError if the norm's
     weight requires a gradient; both do if a W does.

@@ -33,7 +33,7 @@ from nbhelpers.gpu import DEQUANTIZE_BYTES as DENSE_BYTES
 from ..reference import Projection, Stacked
 from .common import ceil_div
 from .lora_stack import stack_adapters
-from .nf4 import MOST_FEW_ROWS, dequantize_nf4, few_rows, matmul_few_rows
+from .nf4 import MOST_FEW_ROWS, dequantize_group, dequantize_nf4, few_rows, matmul_few_rows
 from .rms_norm import backward as norm_backward
 from .rms_norm import forward as norm_forward
 
@@ -72,22 +72,26 @@ def products(parts: Sequence[Projection], dtype: torch.dtype, device: torch.devi
         dtype (`torch.dtype`): What W is needed in.
         device (`torch.device`): Where W is needed.
     """
-    states = [part.quant_state for part in parts]
-    shapes = [(*p.weight.shape, 0) if s is None else (*s.shape, s.blocksize) for p, s in zip(parts, states, strict=True)]
-    inputs = shapes[0][1]
-    for columns, numbers, rows in _cut(tuple(shapes), dtype.itemsize, DENSE_BYTES):
-        state = states[numbers[0]]
-        if state is None:  # a 16-bit weight
+    shapes = tuple([_shape(part) for part in parts])
+    for columns, numbers, rows in _cut(shapes, dtype.itemsize, DENSE_BYTES):
+        if not shapes[numbers[0]][2]:  # a 16-bit weight
             yield columns, parts[numbers[0]].weight.detach().to(dtype)
             continue
-        weight = scratch((columns.stop - columns.start, inputs), dtype, device)
+        weight = scratch((columns.stop - columns.start, shapes[0][1]), dtype, device)
+        states = [state for i in numbers if (state := parts[i].quant_state) is not None]
         if len(numbers) == 1:
-            dequantize_nf4(parts[numbers[0]].weight, state, dtype, weight, rows)
+            dequantize_nf4(parts[numbers[0]].weight, states[0], dtype, weight, rows)
         else:
-            last = 0
-            for i in numbers:
-                dequantize_nf4(parts[i].weight, states[i], dtype, weight[last : (last := last + shapes[i][0])])
+            dequantize_group([parts[i].weight for i in numbers], states, dtype, weight)
         yield columns, weight
+
+
+def _shape(part: Projection) -> tuple[int, int, int]:
+    """(out, in, weights in a block of NF4) of a layer; in 16 bits: 0 for a block."""
+    if (state := part.quant_state) is None:
+        out, inputs = part.weight.shape
+        return out, inputs, 0
+    return (*state.shape, state.blocksize)
 
 
 @cache

@@ -7,8 +7,8 @@ s is the layers' scale. The master weights are mostly fp32, the products 16-bit;
 multiplication and a copy per matrix, and at these sizes (a few hundred kB) a launch costs more than moving the bytes.
 The zeros off the diagonal cost next to nothing in a product that is bound by reading its wide side.
 
-A prompt goes through all layers while the adapters do not change: `LayerAdapters` looks their matrices up in a table that
-is made once, and stacks those of a whole layer in one launch.
+A prompt goes through all layers while the adapters do not change: `LayerAdapters` looks their matrices up in a table
+that is made once, and stacks those of a whole layer in one launch.
 """
 
 import struct
@@ -21,11 +21,10 @@ from torch import Tensor
 
 from .. import reference
 from ..reference import Projection, Stacked
-from .common import ceil_div, pad_to_three, power_of_2
+from .common import MOST_PARTS, ceil_div, pad_to_three, power_of_2
 
 ALIGNED = 64  # elements: where a matrix in the buffer may begin
 A_BLOCK = 2048  # elements of A, and of B, that each program writes
-MOST_PARTS = 3  # Q, K and V
 
 
 @triton.jit
@@ -56,8 +55,8 @@ def _stack(
 
 @triton.jit(do_not_specialize=["layer"])
 def _stack_layer(table_ptr, layer, like_ptr, out_ptr, PARTS: tl.constexpr, FIELDS: tl.constexpr,
-                 RANKS: tl.constexpr, ROWS: tl.constexpr, A_BLOCK: tl.constexpr):  # fmt: skip
-    """A_BLOCK elements of A, and ROWS rows of B, of one part of the layer; like_ptr: of the dtype of all A's and B's."""
+                 EVEN: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, A_BLOCK: tl.constexpr):  # fmt: skip
+    """A_BLOCK elements of A, and ROWS rows of B, of one part of the layer; like_ptr: one of the A's and B's."""
     entry = table_ptr + (layer * PARTS + tl.program_id(1)) * FIELDS
     a_ptr = tl.load(entry).to(tl.pointer_type(like_ptr.dtype.element_ty))
     b_ptr = tl.load(entry + 1).to(tl.pointer_type(like_ptr.dtype.element_ty))
@@ -66,6 +65,12 @@ def _stack_layer(table_ptr, layer, like_ptr, out_ptr, PARTS: tl.constexpr, FIELD
     )  # fmt: skip
     a_at, b_at = tl.load(entry + 7), tl.load(entry + 8)
     scale = tl.load(entry + 9).to(tl.int32).to(tl.float32, bitcast=True)
+    if EVEN:  # said to the compiler, for loads and stores of 16 bytes: an address that is looked up tells it nothing
+        a_ptr, b_ptr = tl.multiple_of(a_ptr, 16), tl.multiple_of(b_ptr, 16)
+        size, rank, column, columns = (
+            tl.multiple_of(size, 8), tl.multiple_of(rank, 8), tl.multiple_of(column, 8), tl.multiple_of(columns, 8)
+        )  # fmt: skip
+        a_at, b_at = tl.multiple_of(a_at, 8), tl.multiple_of(b_at, 8)
 
     i = tl.program_id(0) * A_BLOCK + tl.arange(0, A_BLOCK)
     value = tl.load(a_ptr + i, i < size, 0.0).to(tl.float32)
@@ -149,14 +154,17 @@ class LayerAdapters:
         self.views = [views[place.views] for place in places]
         self.columns = power_of_2(max(part[6] for place in places for part in place.parts))
         self.rows = max(1, A_BLOCK // self.columns)
+        rest = [number for place in places for part in place.parts for number in (part[2], *part[4:9])]
+        self.even = not any(t.data_ptr() % 16 for t in tensors) and not any(number % 8 for number in rest)
         sizes = [(ceil_div(part[2], A_BLOCK), ceil_div(part[3], self.rows)) for p in places for part in p.parts]
         self.grid = (max(map(max, sizes)), most)
 
     def of(self, layer: int) -> list[Stacked]:
         """What `stack_adapters` gives for each of the layer's groups. No autograd."""
         _stack_layer[self.grid](
-            self.table, layer, self.like, self.buffer, self.grid[1], self.FIELDS, self.columns, self.rows, A_BLOCK
-        )
+            self.table, layer, self.like, self.buffer, self.grid[1], self.FIELDS, self.even, self.columns, self.rows,
+            A_BLOCK,
+        )  # fmt: skip
         return self.views[layer]
 
 
