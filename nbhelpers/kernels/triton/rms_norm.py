@@ -84,7 +84,7 @@ def _tiles(hidden: int, few: bool) -> dict[str, int]:
 
 def _rows(t: Tensor) -> Tensor:
     """t as [rows, H] with adjacent channels; a copy only where the strides require one."""
-    t = t.reshape(-1, t.shape[-1])
+    t = t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
