@@ -3,9 +3,12 @@
 import interpreter
 import pytest
 import torch
+from engine_models import make, prompts
 from matmul_cases import layer
 
 from nbhelpers import kernels
+from nbhelpers.engines.forward import Decoder
+from nbhelpers.engines.kv_cache import KVCache
 from nbhelpers.kernels.adapters import by_layer
 
 
@@ -72,6 +75,24 @@ class TestStacked:
                 leaf, before = q.clone().requires_grad_(), q.clone()
                 turned, _ = kernels.rope(leaf, k.clone(), cos, sin)
                 assert turned.equal(wanted[2]) and leaf.equal(before) and not turned.requires_grad
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("name", ["llama", "phi3"])
+    def test_a_prompt_of_a_whole_model_is_as_with_torch(self, name):
+        """In one piece, and in two on rows that are not in order."""
+        model, ids, found = make(name, four_bit=True), torch.tensor(prompts(n=40, longest=1)[:24]).view(2, 12), []
+        for backend in ("torch", "triton"):
+            with kernels.use(backend):
+                cache = KVCache(decoder := Decoder(model))
+                for rows, width in (([0, 1], 12), ([1, 0], 7)):
+                    cache.allocate(2, 16, 10**9)
+                    for at in range(0, 12, width):
+                        piece = ids[:, at : at + width]
+                        positions = torch.arange(at, at + piece.shape[1])[None]
+                        found.append(decoder.hidden(piece, positions, cache.prompt(rows, at)))
+        assert decoder.adapters is not None
+        for wanted, got in zip(found[:3], found[3:], strict=True):
+            assert (got - wanted).norm() < 1e-5 * wanted.norm()
 
 
 def test_in_the_interpreter():
