@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from nbhelpers import kernels
 from nbhelpers.kernels import EightBits, HeadNorms, Projection, decode_step, eight_bits
+from nbhelpers.kernels.adapters import by_layer
 from nbhelpers.kernels.triton import common, nf4_few_rows
 
 TARGETS = {"sm_75": torch.float16, "sm_80": torch.bfloat16, "sm_90": torch.bfloat16}
@@ -150,6 +151,9 @@ def products(dtype: torch.dtype) -> None:
         lora = {"lora_a": torch.randn(8, 64, requires_grad=True), "lora_b": torch.randn(128, 8, requires_grad=True)}
         gate, up = (Projection(*nf4(128, 64, nested), **lora, scale=2.0) for _ in range(2))
         kernels.lora_mlp(x, (gate, up), Projection(*nf4(64, 128, nested)), x).sum().backward()
+    stacked = by_layer([[(gate, up)]], x)
+    assert stacked is not None
+    stacked(0)
     for bias in (None, torch.randn(512, dtype=dtype)):
         weight = torch.randn(512, 64, dtype=dtype, requires_grad=bias is None)
         for entropy, entropy_grad in ((False, False), (True, False), (True, True)):

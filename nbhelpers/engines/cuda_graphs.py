@@ -69,9 +69,11 @@ class ModelRunner:
             decoder (`Decoder`): The model as it is now.
             sampling (`Sampling`): Of this generation.
         """
-        if decoder.addresses() != self._addresses:
+        if (addresses := decoder.addresses()) != self._addresses:
             self._drop_graphs()
-            self._addresses = decoder.addresses()
+            self._addresses = addresses
+        else:
+            decoder.adapters = self.decoder.adapters  # the table of the same addresses
         self.decoder, self.cache.rotary = decoder, decoder.rotary
         # what is not part of a step is left out, so that another seed or length finds the same graph
         sampling = replace(sampling, max_tokens=max(1, sampling.min_tokens), num_generations=1, stop_strings=(), seed=0)

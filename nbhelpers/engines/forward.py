@@ -11,7 +11,7 @@ Nothing is copied: the 4-bit weights with their scales, LoRA's A and B, norms, e
 training reads and writes. An adapter that is switched off leaves its term out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbhelpers import kernels
-from nbhelpers.kernels import HeadNorms, Projection
+from nbhelpers.kernels import HeadNorms, Projection, Stacked
+from nbhelpers.kernels.adapters import by_layer
 from nbhelpers.models import families, swap
 from nbhelpers.models.projection import projection, watched
 
@@ -38,13 +39,14 @@ class LinearGroup(NamedTuple):
         plain = tuple(part for part in parts if not isinstance(part, str))
         return cls(modules, plain if len(plain) == len(parts) else None)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x [B, S, in] -> [B, S, out] of each."""
+    def __call__(self, x: Tensor, adapters: Stacked | None = None) -> tuple[Tensor, ...]:
+        """x [B, S, in] -> [B, S, out] of each, or all side by side in one; adapters: its own, stacked."""
         if self.parts is None:
             return tuple(module(x).to(x.dtype) for module in self.modules)
         if x.shape[-2] == 1:  # one token per row: a step of decoding; more: a prompt
             return kernels.decode_linear(x, self.parts)
-        return tuple(kernels.lora_linear_group(x, self.parts))
+        y = kernels.lora_linear_group(x, self.parts, None, True, adapters)
+        return y if isinstance(y, tuple) else (y,)
 
     def form(self) -> tuple:
         """What the kernels compiled for it depend on: the same for another layer of the same form."""
@@ -104,10 +106,13 @@ class Layer(NamedTuple):
             key_bias=None if modules.head_norms or len(modules.qkv) == 1 else getattr(modules.qkv[1], "bias", None),
         )
 
+    def groups(self) -> tuple[LinearGroup, ...]:
+        """In the order in which they are computed."""
+        return self.qkv, self.out, self.gate_up, self.down
+
     def form(self) -> tuple:
         """The same for two layers for which the same kernels are compiled."""
-        groups = (self.qkv, self.out, self.gate_up, self.down)
-        return (*(group.form() for group in groups), self.window, self.head_norms is None)
+        return (*(group.form() for group in self.groups()), self.window, self.head_norms is None)
 
 
 class Decoder:
@@ -145,19 +150,20 @@ class Decoder:
         self.token_bytes: int = self.dtype.itemsize * (2 * config.intermediate_size + 4 * config.hidden_size)
         self.vocabulary: int = self.embedding.shape[0]
         self.swapped = swap.of(model)
+        self.adapters: Callable[[int], Sequence[Stacked]] | None = None  # made for the first prompt
         # whether a step has to be launched kernel by kernel: a replayed CUDA graph calls no hook, and waits for no copy
         self.eager: bool = families.hooked(model, "generation") or self.swapped is not None
 
     def of_each_form(self) -> "Decoder":
         """This decoder with one layer of each form, for which the kernels of all of them are compiled."""
         short = copy(self)
-        short.layers = list({layer.form(): layer for layer in self.layers}.values())
+        short.layers, short.adapters = list({layer.form(): layer for layer in self.layers}.values()), None
         return short
 
     def addresses(self) -> tuple:
         """Changes when a graph captured before is no longer this model: other tensors, another adapter or scale."""
         norms = [norm.weight.data_ptr() for layer in self.layers for norm in (layer.norm, layer.mlp_norm)]
-        groups = [g for layer in self.layers for g in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        groups = [group for layer in self.layers for group in layer.groups()]
         norms += [self.norm.weight.data_ptr(), self.embedding.data_ptr()]
         heads = [layer.head_norms for layer in self.layers if layer.head_norms]
         norms += [weight.data_ptr() for each in heads for weight in (each.q, each.k)]
@@ -180,18 +186,25 @@ class Decoder:
         """`hidden` of embeddings x [B, S, H], rotated by the tables (cos, sin), each [1 or B, S, R]."""
         norms = [*(layer.norm for layer in self.layers), self.norm]
         y = kernels.rms_norm(x, *_of(norms[0]))
+        if x.shape[1] > 1 and self.adapters is None:
+            self.adapters = by_layer([[group.parts or () for group in layer.groups()] for layer in self.layers], x)
+        adapters: Sequence[Stacked | None] = (None,) * 4
         for i, layer in enumerate(self.layers):
             if self.swapped is not None:
                 self.swapped.need(i, (i + 1) % len(self.layers))
+            if x.shape[1] > 1 and self.adapters is not None:
+                adapters = self.adapters(i)
             # no name for q, k and v: they would stay beside the MLP, whose tensors then find no block of memory free
-            x, y = _out(layer, attend(i, layer, *self._heads(layer.qkv(y)), tables), x)
-            x, y = _mlp(layer, y, x, norms[i + 1])
+            qkv, out, *mlp = adapters
+            x, y = _out(layer, attend(i, layer, *self._heads(layer.qkv(y, qkv)), tables), x, out)
+            x, y = _mlp(layer, y, x, norms[i + 1], *mlp)
         return y
 
     def _heads(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """q, k, v [B, heads, S, D] of the three projections, or of Phi3's one, as views."""
         if len(outputs) == 1:
-            outputs = outputs[0].split([n * self.dim for n in (self.heads, self.kv_heads, self.kv_heads)], dim=-1)
+            heads = outputs[0].unflatten(-1, (-1, self.dim)).transpose(1, 2)
+            return heads.split_with_sizes((self.heads, self.kv_heads, self.kv_heads), dim=1)
         return tuple(y.unflatten(-1, (-1, self.dim)).transpose(1, 2) for y in outputs)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -210,21 +223,24 @@ def _of(norm: Any) -> tuple[Tensor, float]:
     return norm.weight, norm.variance_epsilon
 
 
-def _out(layer: Layer, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """residual + the output projection, and its norm."""
+def _out(layer: Layer, attended: Tensor, residual: Tensor, adapters: Stacked | None) -> tuple[Tensor, Tensor]:
+    """residual + the output projection, and its norm; adapters: the projection's, stacked."""
     if layer.out.parts is not None and attended.shape[-2] == 1:
         return kernels.decode_out(attended, layer.out.parts[0], residual, _of(layer.mlp_norm))
-    (y,) = layer.out(attended)
+    (y,) = layer.out(attended, adapters)
     return kernels.rms_norm(y, *_of(layer.mlp_norm), residual)
 
 
-def _mlp(layer: Layer, x: Tensor, residual: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
-    """residual + the MLP, and that by the norm of what comes next."""
+def _mlp(
+    layer: Layer, x: Tensor, residual: Tensor, norm: Any, wide: Stacked | None, narrow: Stacked | None
+) -> tuple[Tensor, Tensor]:
+    """residual + the MLP, and that by the norm of what comes next; wide, narrow: gate_up's and down's adapters."""
     if layer.gate_up.parts is None or layer.down.parts is None:
-        wide = layer.gate_up(x)
-        (y,) = layer.down(kernels.swiglu(*wide) if len(wide) == 2 else kernels.swiglu_packed(*wide))
+        outputs = layer.gate_up(x, wide)
+        (y,) = layer.down(kernels.swiglu(*outputs) if len(outputs) == 2 else kernels.swiglu_packed(*outputs), narrow)
         return kernels.rms_norm(y, *_of(norm), residual)
     if x.shape[-2] == 1:
         return kernels.decode_mlp(x, layer.gate_up.parts, layer.down.parts[0], residual, _of(norm))
-    x = kernels.lora_mlp(x, layer.gate_up.parts, layer.down.parts[0], residual)
+    stacked = None if wide is None or narrow is None else (wide, narrow)
+    x = kernels.lora_mlp(x, layer.gate_up.parts, layer.down.parts[0], residual, adapters=stacked)
     return x, kernels.rms_norm(x, *_of(norm))

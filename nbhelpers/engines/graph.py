@@ -25,6 +25,7 @@ size, or of a text that is recomputed, round differently, so a near-tie may be d
 thousand tokens.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -103,23 +104,29 @@ class GraphEngine(Engine):
             # 2. The model as it is now: graphs captured from other tensors, or with another adapter, are dropped.
             runner = self._prepare(Decoder(self.model), sampling)
             cache = runner.cache
-            # 3. The bytes for keys and values.
-            budget = self.kv_bytes
+            # 3. The bytes for keys and values, and those beside them for the pieces of a long text.
+            budget, room = self.kv_bytes, Room(cache.device, self.budget_gb)
+            spare: Callable[[], float] = room.for_long_text
             if budget is None:
-                budget = Room(cache.device, self.budget_gb).for_keys_and_values()
+                budget = room.for_keys_and_values()
             # 4. Stage after stage, until every request has ended; then the cache is freed for training.
             try:
                 while going := [request for request in requests if not request.writer.ended]:
                     rows, length = self._stage(going, sampling.max_tokens, budget, cache.token_bytes)
+                    scheduler = None
                     try:
                         cache.allocate(rows, length, budget)
                         if not (runner.compiled or runner.decoder.eager):  # a hook is not to see noise
                             runner.compiled = True
                             ahead.compile_for(cache.device, partial(_dry_pass, runner, going, sampling))
                             cache.allocate(rows, length, budget)  # it has left noise there
-                        Scheduler(runner, going, sampling).run()
+                        scheduler = Scheduler(runner, going, sampling, spare)
+                        scheduler.run()
                     except torch.OutOfMemoryError:  # free memory is in pieces; nothing that was written is lost
-                        budget = min(budget, rows * length * cache.token_bytes) * 7 // 8
+                        if scheduler is not None and scheduler.larger:
+                            spare = float  # 0 bytes: pieces as small as without room
+                        else:
+                            budget = min(budget, rows * length * cache.token_bytes) * 7 // 8
             finally:
                 cache.free()
         # 5. The completions, in the order of the prompts.

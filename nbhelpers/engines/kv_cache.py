@@ -118,20 +118,21 @@ class KVCache:
                 if self.scales is not None:
                     self.scales[:, :, row, :, :tokens] = self.scales[:, :, source, :, :tokens]
 
-    def prompt(self, rows: Tensor, start: int) -> Callable[..., Tensor]:
+    def prompt(self, rows: list[int], start: int) -> Callable[..., Tensor]:
         """An attend for S tokens of each of P rows.
 
         Texts shorter than start + S are padded on the right: what is computed there is never read, and overwritten.
 
         Args:
-            rows (`Tensor`): int64 [P].
+            rows (`list[int]`): P of them.
             start (`int`): Position of the first of the S tokens; those before it are in the cache.
         """
+        place = self._place(rows)
 
         def attend(i: int, layer: Layer, q: Tensor, k: Tensor, v: Tensor, tables: Tables) -> Tensor:
             eight, window = self._eight(layer), layer.window
             end, half = start + q.shape[2], tables[0].shape[-1] // 2
-            numbers, at = self._allocated()[i], (rows, slice(None), slice(start, end))
+            numbers, at = self._allocated()[i], (place, slice(None), slice(start, end))
             k = k if eight is None else eight_bits.without(k, eight.bias)
             q, k = kernels.rope(q, k, *tables, layer.head_norms)
             if eight is None:
@@ -140,14 +141,14 @@ class KVCache:
                 eight_bits.store(numbers, eight.scales[i], at, k, v)
             if start == 0 and (window is None or end <= window):
                 if eight is not None:
-                    k, v = self._read(i, rows, slice(None), end, eight, half)
+                    k, v = self._read(i, place, slice(None), end, eight, half)
                 if not self.shared_heads:  # enable_gqa would take SDPA's slow path on a T4
                     k, v = self._for_every_head(q, k, v)
                 out = F.scaled_dot_product_attention(
                     q, k, v, is_causal=True, scale=self.scale, enable_gqa=self.shared_heads
                 )
             elif window is None and self.lower_right:
-                k, v = self._read(i, rows, slice(None), end, eight, half)
+                k, v = self._read(i, place, slice(None), end, eight, half)
                 corner = causal_lower_right(q.shape[2], end)
                 out = F.scaled_dot_product_attention(q, k, v, attn_mask=corner, scale=self.scale, enable_gqa=True)
             else:
@@ -156,7 +157,7 @@ class KVCache:
                 mask = key <= query if window is None else (key <= query) & (key > query - window)
                 outs = []  # one key head at a time: repeated for all query heads, those of a long text are large
                 for head, group in enumerate(q.chunk(self.heads, dim=1)):
-                    kept = self._read(i, rows, slice(head, head + 1), end, eight, half)
+                    kept = self._read(i, place, slice(head, head + 1), end, eight, half)
                     k, v = self._for_every_head(group, *kept)
                     outs.append(F.scaled_dot_product_attention(group, k, v, attn_mask=mask, scale=self.scale))
                 out = torch.cat(outs, dim=1)
@@ -164,15 +165,28 @@ class KVCache:
 
         return attend
 
+    def without_mask(self, layers: list[Layer], tokens: int, width: int) -> bool:
+        """Whether attention in these layers needs no mask of [width, tokens] for pieces of so many tokens of a text."""
+        windowed = any(layer.window is not None and layer.window < tokens for layer in layers)
+        return not windowed and (width >= tokens or self.lower_right)
+
+    def _place(self, rows: list[int]) -> slice | Tensor:
+        """The rows as an index: a slice if they are evenly spaced, which makes views where int64 [P] makes copies."""
+        step = rows[1] - rows[0] if len(rows) > 1 else 1
+        if step > 0 and rows == list(range(rows[0], rows[-1] + 1, step)):
+            return slice(rows[0], rows[-1] + 1, step)
+        return torch.tensor(rows, device=self.device)
+
     def _read(
-        self, layer: int, rows: Tensor, heads: slice, end: int, eight: EightBits | None, half: int
+        self, layer: int, rows: slice | Tensor, heads: slice, end: int, eight: EightBits | None, half: int
     ) -> tuple[Tensor, Tensor]:
         """Keys and values [P, heads, end, D] in the model's dtype; half: frequencies of the rotation."""
         numbers = self._allocated()[layer]
         if eight is None:
             return numbers[0][rows, heads, :end], numbers[1][rows, heads, :end]
         which, scales = range(self.heads)[heads], eight.scales[layer]
-        kept = torch.empty(2, len(rows), len(which), end, self.dim, dtype=self.dtype, device=self.device)
+        count = len(numbers[0, rows, 0])
+        kept = torch.empty(2, count, len(which), end, self.dim, dtype=self.dtype, device=self.device)
         for n, head in enumerate(which):  # one at a time: in fp32 those of a long text are large
             bias = None if eight.bias is None else eight.bias[head : head + 1]
             bias = eight_bits.rotated_bias(bias, eight.angles[:end], half)

@@ -8,8 +8,9 @@ A Scheduler serves one stage of a generation (graph.py says what a stage is).
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -76,9 +77,12 @@ class Scheduler:
         runner (`ModelRunner`): Takes the steps; its cache has a slot for each row.
         requests (`list[Request]`): Those that have not ended.
         sampling (`Sampling`): Of the whole generation.
+        spare (`Callable[[], float]`): Bytes that may be used now for a larger piece of a long text.
     """
 
-    def __init__(self, runner: ModelRunner, requests: list[Request], sampling: Sampling):
+    def __init__(
+        self, runner: ModelRunner, requests: list[Request], sampling: Sampling, spare: Callable[[], float] = float
+    ):
         self.runner, self.decoder, self.cache = runner, runner.decoder, runner.cache
         rows, self.length = self.cache.slots()
         for request in requests:
@@ -91,6 +95,7 @@ class Scheduler:
         # been given to another group.
         self.prefilled: Prefilled | None = None
         self.at_once = prefill_tokens(self.decoder.token_bytes)
+        self.spare, self.larger = spare, False  # larger: whether a piece of more than `at_once` was tried
         # empty rows are computed too, and the positions of the last stage may be beyond this stage's slots
         runner.state.zero_()
 
@@ -172,16 +177,24 @@ class Scheduler:
         longest = max(map(len, texts))
         tokens = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=device)
         ends = torch.tensor([len(text) - 1 for text in texts], device=device)
-        index = torch.tensor(rows, device=device)
         last, each = torch.empty(0, device=device), torch.arange(len(texts), device=device)
-        width = max(1, self.at_once // len(texts))  # of a piece, so that its activations fit
+        width = self._width(len(texts), longest)
         for start in range(0, longest, width):
             piece = tokens[:, start : start + width]
             positions = torch.arange(start, start + piece.shape[1], device=device)[None]
-            hidden = self.decoder.hidden(piece, positions, self.cache.prompt(index, start))
+            hidden = self.decoder.hidden(piece, positions, self.cache.prompt(rows, start))
             picked = hidden[each, (ends - start).clamp(0, piece.shape[1] - 1)]
             last = picked if start == 0 else torch.where(ends[:, None] >= start, picked, last)
         return self.decoder.logits(last)
+
+    def _width(self, texts: int, longest: int) -> int:
+        """Tokens of each text that are computed at a time, so that their activations fit."""
+        width = max(1, self.at_once // texts)
+        if longest > width and texts == 1:
+            more = min(longest, prefill_tokens(self.decoder.token_bytes, self.spare()))
+            if more > width and self.cache.without_mask(self.decoder.layers, longest, more):
+                self.larger, width = True, more
+        return ceil(longest / ceil(longest / width))  # pieces of similar size
 
     def _first_tokens(self, groups: list[list[int]], logits: Tensor) -> None:
         """Draw the next token of the rows of each group from the logits [groups, V] after the group's text."""

@@ -25,7 +25,7 @@ from nbhelpers.gpu import LOGITS_BYTES
 
 from . import reference
 from .eight_bits import EightBits
-from .reference import HeadNorms, Projection
+from .reference import HeadNorms, Projection, Stacked
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -181,23 +181,23 @@ def lora_linear(x: Tensor, projection: Projection) -> Tensor:
 
 
 def lora_linear_group(
-    x: Tensor, projections: tuple[Projection, ...], norm: tuple[Tensor, float] | None = None, packed: bool = False
-) -> Tensor | tuple[Tensor, ...]:
+    x: Tensor, projections: tuple[Projection, ...], norm: tuple[Tensor, float] | None = None, packed: bool = False,
+    adapters: Stacked | None = None,
+) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
     """`lora_linear` of one x through several projections (QKV, gate and up): x read once, one product with all A's.
 
     Args:
         x (`Tensor`): [..., in].
         projections (`tuple[Projection, ...]`): Each with the same `in`.
-        norm (`tuple[Tensor, float]`, *optional*): (weight [in], eps) of an RMSNorm applied to x first; its output is
-            recomputed in the backward, not kept.
-        packed (`bool`): Return the outputs side by side in one tensor, which is how Triton computes them: a gradient
-            that arrives packed as well (`rope_packed`'s) then needs no concatenation.
+        norm (`tuple[Tensor, float]`, *optional*): (weight [in], eps) of an RMSNorm on x; not kept for the backward.
+        packed (`bool`): Return the outputs side by side in one tensor, as Triton computes them.
+        adapters (`tuple`, *optional*): Of adapters.py, for them, where no gradient is wanted.
 
     Returns a tuple of [..., out], or with `packed` one tensor [..., sum of out]. Triton raises ValueError if the norm's
     weight requires a gradient; both do if a W does.
     """
     with device_of(x):
-        return _for(x).lora_linear_group(x, projections, norm, packed)
+        return _for(x).lora_linear_group(x, projections, norm, packed, adapters)
 
 
 def lora_mlp(
@@ -207,6 +207,7 @@ def lora_mlp(
     residual: Tensor | None = None,
     norm: tuple[Tensor, float] | None = None,
     value: bool = True,
+    adapters: tuple[Stacked, Stacked] | None = None,
 ) -> Tensor:
     """residual + down(swiglu(gate(x), up(x))).
 
@@ -219,12 +220,13 @@ def lora_mlp(
             decoder layer: s + down(swiglu(gate(n), up(n))) with s = x + residual, n = rms_norm(s).
         value (`bool`): False where only the backward is wanted (a checkpoint is recomputed): the result's values are
             then undefined, and the last product, a third of the work, is skipped.
+        adapters (`tuple`, *optional*): As for `lora_linear_group`: of gate_up, and of down.
 
     Returns [..., H]. Triton keeps x (or s), gate and up; its backward can run only once (a second one raises). In fp16
     the product may reach 1e6, and sums saturate.
     """
     with device_of(x):
-        return _for(x).lora_mlp(x, gate_up, down, residual, norm, value)
+        return _for(x).lora_mlp(x, gate_up, down, residual, norm, value, adapters)
 
 
 @overload

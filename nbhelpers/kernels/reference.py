@@ -64,6 +64,9 @@ class Rows(NamedTuple):
     logprobs: Tensor  # fp32 [steps, B]
 
 
+Stacked = tuple[Tensor, Tensor] | tuple[None, None]  # (A, B) of parts that read the same x; no part has a LoRA
+
+
 # ---------------------------------------------------------------------------------------------- element-wise
 
 
@@ -161,7 +164,7 @@ def dequantize_nf4(
     return dense if out is None else out.copy_(dense)
 
 
-def stack_adapters(parts: Sequence[Projection], dtype: torch.dtype) -> tuple[Tensor, Tensor] | tuple[None, None]:
+def stack_adapters(parts: Sequence[Projection], dtype: torch.dtype) -> Stacked:
     """(A, B) of the parts in `dtype`, stacked as in triton/lora_stack.py; (None, None) without a LoRA. No gradients."""
     a_list = [part.lora_a.detach().to(dtype) for part in parts if part.lora_a is not None]
     if not a_list:
@@ -172,6 +175,10 @@ def stack_adapters(parts: Sequence[Projection], dtype: torch.dtype) -> tuple[Ten
         for part in parts
     ]
     return a, torch.block_diag(*blocks)
+
+
+def layer_adapters(layers: Sequence[Sequence[Sequence[Projection]]], dtype: torch.dtype) -> None:
+    """See nbhelpers.kernels.adapters.by_layer: torch stacks none."""
 
 
 def lora_linear(x: Tensor, projection: Projection) -> Tensor:
@@ -189,8 +196,9 @@ def lora_linear(x: Tensor, projection: Projection) -> Tensor:
 
 
 def lora_linear_group(
-    x: Tensor, projections: tuple[Projection, ...], norm: tuple[Tensor, float] | None = None, packed: bool = False
-) -> Tensor | tuple[Tensor, ...]:
+    x: Tensor, projections: tuple[Projection, ...], norm: tuple[Tensor, float] | None = None, packed: bool = False,
+    adapters: Stacked | None = None,
+) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
     """See nbhelpers.kernels.lora_linear_group."""
     x = x if norm is None else _residual_norm(x, *norm, None)[1]
     outputs = tuple(lora_linear(x, projection) for projection in projections)
@@ -204,6 +212,7 @@ def lora_mlp(
     residual: Tensor | None = None,
     norm: tuple[Tensor, float] | None = None,
     value: bool = True,  # no effect: autograd needs the last product to differentiate it
+    adapters: tuple[Stacked, Stacked] | None = None,
 ) -> Tensor:
     """See nbhelpers.kernels.lora_mlp."""
     if norm is not None:

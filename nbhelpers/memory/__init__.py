@@ -28,7 +28,7 @@ from .kv import checked, kv_bytes_per_token, prefill_tokens, rows_that_fit, slot
 from .micro_batches import CannotFit, MicroBatch, StepCost, Tokens, count, largest
 from .report import Plan, Setting, StagePlans, changed
 from .residents import Resident, resident
-from .room import CONTEXT_GB, FRAGMENTED, Reserved, Room, kv_budget, step_budget, vllm_kv_budget
+from .room import CONTEXT_GB, FRAGMENTED, Reserved, Room, kv_budget, long_text_budget, step_budget, vllm_kv_budget
 from .seconds import Card, card_of, launch_tokens, named, of_a_step
 from .swapping import PCIE_GB_S, freed_bytes, moved_bytes
 from .this_card import backend, card_here, name_here
@@ -292,9 +292,12 @@ class _Card:
         slot = slot_tokens(s.max_prompt_length + s.max_completion_length)
         cache = rows * slot * self.kv_bytes(s)
         # all prompts, up to what is computed together; later stages have texts as long as they come
-        together = prefill_tokens(2 * cost.inner(1) + 4 * cost.hidden(1))
-        tokens = min(ceil(s.rows / s.num_generations) * s.max_prompt_length, together) if rows == s.rows else together
-        prompts = cost.forward(Tokens(tokens, ceil(tokens / s.max_prompt_length), tokens))
+        one_stage, activations = rows == s.rows, 2 * cost.inner(1) + 4 * cost.hidden(1)
+        together = prefill_tokens(activations)
+        tokens = min(ceil(s.rows / s.num_generations) * s.max_prompt_length, together) if one_stage else together
+        if (text := s.max_prompt_length if one_stage else slot) > together:  # in pieces as large as there is room for
+            tokens = min(text, prefill_tokens(activations, long_text_budget(min(self.left(s)) - cache)))
+        prompts = cost.forward(Tokens(tokens, ceil(tokens / s.max_prompt_length), tokens), tile=tokens)
         step = rows * (2 * self.preset.architecture.vocab_size * 4 + 4 * cost.hidden(1) + 2 * cost.inner(1))
         return {"KV cache": cache, "layer work": max(prompts, step)}
 

@@ -35,6 +35,12 @@ def rows_that_fit(budget: int, tokens: int, token_bytes: int, most: int = MAX_RO
     return min(budget // (slot_tokens(tokens) * token_bytes), most)
 
 
-def prefill_tokens(activation_bytes: int) -> int:
-    """Tokens of prompts that are computed together, where the activations of one token take `activation_bytes`."""
-    return max(16, int(PREFILL_BYTES / activation_bytes))
+def prefill_tokens(activation_bytes: int, spare: float = 0) -> int:
+    """Tokens of prompts that are computed together.
+
+    Args:
+        activation_bytes (`int`): What the activations of one token take.
+        spare (`float`): Bytes that those of a piece of one long text may take (`room.long_text_budget`), if that is
+            more than short ones take together.
+    """
+    return max(16, int(max(PREFILL_BYTES, spare) / activation_bytes))

@@ -27,6 +27,8 @@ SHRINK, LEAST_SHARE = 0.8, 0.55
 # Of what is free when a generation begins, keys and values get this share, or all but BESIDE_BYTES if that is more:
 # activations of prompts, one dequantised weight and the graphs' own memory need at most that much.
 KV_SHARE, BESIDE_BYTES = 0.7, 0.8e9
+# Of what is free beyond that, the piece of a long text that is computed at a time: few pieces are quicker.
+PIECE_SHARE = 0.7
 VLLM_KV_SHARE = 0.6  # vLLM's activations, graphs and LoRA buffers take the rest
 CPU_BYTES = 2e9  # counts as free on a CPU
 
@@ -45,6 +47,11 @@ def step_budget(free_bytes: float, within: float = float("inf"), coming: float =
 def kv_budget(free_bytes: float) -> int:
     """Bytes for the graph engine's keys and values when `free_bytes` are free."""
     return int(max(KV_SHARE * free_bytes, free_bytes - BESIDE_BYTES))
+
+
+def long_text_budget(free_bytes: float) -> float:
+    """Bytes for the activations of a piece of a long text when `free_bytes` are free beside all keys and values."""
+    return max(0.0, PIECE_SHARE * (free_bytes - BESIDE_BYTES))
 
 
 def vllm_kv_budget(free_bytes: float) -> int:
@@ -88,6 +95,10 @@ class Room:
     def for_keys_and_values(self) -> int:
         """Bytes that the graph engine's keys and values may take."""
         return kv_budget(self.free())
+
+    def for_long_text(self) -> float:
+        """Bytes that the activations of a piece of a long text may take; 0 on a CPU, where nothing is counted."""
+        return long_text_budget(self.free()) if self.device.type == "cuda" else 0.0
 
     def shrink(self) -> bool:
         """Memory has run out: the step gets less from now on. False if it has little already, and nothing changes."""

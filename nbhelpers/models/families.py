@@ -335,6 +335,7 @@ def _called(model: "nn.Module", for_: str) -> "Iterator[nn.Module]":
     if for_ == "training":
         yield whole.norm
     for linear in linears:  # with the parts of it that projection.py looks at
-        for name, part in linear.named_modules():
-            if name.split(".")[0] in ("", "base_layer", "lora_A", "lora_B"):
-                yield part
+        yield linear
+        for name in ("base_layer", "lora_A", "lora_B"):
+            if (part := linear._modules.get(name)) is not None:
+                yield from each.modules(part)

@@ -27,9 +27,9 @@ def test_what_attention_read_is_gone_when_the_mlp_begins(monkeypatch):
         attended[:] = map(weakref.ref, (q, k, v))
         return q.transpose(1, 2).flatten(2)
 
-    def watched(*args):
+    def watched(*args, **how):
         looked.append([one() for one in attended])
-        return mlp(*args)
+        return mlp(*args, **how)
 
     monkeypatch.setattr(kernels, "lora_mlp", watched)
     decoder = Decoder(make("qwen3"))

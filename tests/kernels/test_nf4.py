@@ -1,6 +1,7 @@
 """NF4 dequantised: the reference against bitsandbytes, Triton's against the reference."""
 
 import ast
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,6 +52,22 @@ class TestDequantize:
         with kernels.use("triton"):
             dense = kernels.dequantize_nf4(packed, state, dtype)
         assert torch.equal(dense, reference.dequantize_nf4(packed, state, dtype))
+
+    @pytest.mark.parametrize("nested", [(True, True, True), (False, False, False), (True, False, True)])
+    @pytest.mark.parametrize(
+        "rows, width", [((280, 24, 31), 64), ((300, 300), 320), ((24, 8), 140), ((3, 4, 5, 6), 64)]
+    )
+    def test_several_below_each_other(self, rows, width, nested, monkeypatch):
+        """In one launch if two or three are alike and of whole blocks."""
+        module = sys.modules["nbhelpers.kernels.triton.nf4"]
+        one, ones = module.dequantize_nf4, []
+        monkeypatch.setattr(module, "dequantize_nf4", lambda *args: ones.append(1) or one(*args))
+        pairs = [nf4(torch.randn(n, width), nested[i % 3]) for i, n in enumerate(rows)]
+        out = torch.empty(sum(rows), width)
+        module.dequantize_group(*zip(*pairs, strict=True), torch.float32, out)
+        assert out.equal(torch.cat([reference.dequantize_nf4(*pair, torch.float32) for pair in pairs]))
+        alike = len(set(nested[: len(rows)])) == 1 and width % 64 == 0 and len(rows) < 4
+        assert len(ones) == (0 if alike else len(rows))
 
     def test_rows(self):
         packed, state = nf4(torch.randn(150, 48))

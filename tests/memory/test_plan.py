@@ -318,3 +318,16 @@ def test_layers_wait_on_the_host_where_nothing_else_fits():
     enough = memory.plan("llama-3.1-8b", card_gb=24, swap=True, **LLAMA)
     assert enough.setting.swapped == enough.swap_gb == 0 and "PCIe" not in str(enough)
     assert not memory.plan("qwen2.5-3b", card_gb=8, train="all", swap=True).setting.swapped  # nothing is frozen
+
+
+def test_the_pieces_of_a_long_prompt_are_planned_as_large_as_they_get_and_stay_within_the_budget():
+    how = {"max_prompt_length": 13_000, "max_completion_length": 256, "rows": 8, "num_generations": 8}
+    work = {}
+    for gb in (10, 12, 15, 24, 48):
+        plan = memory.plan("llama-3.1-8b", 80.0, budget_gb=float(gb), **how)
+        assert plan.fits and plan.generation_peak <= gb
+        work[gb] = plan.generation["layer work"]
+    assert work[15] < work[24] == work[48]  # keys and values leave little of 15 GB; of 24 the whole prompt is one piece
+    short = how | {"max_prompt_length": 200}
+    tight, roomy = (memory.plan("llama-3.1-8b", 80.0, budget_gb=gb, **short) for gb in (10.0, 48.0))
+    assert tight.generation == roomy.generation

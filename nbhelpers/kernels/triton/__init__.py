@@ -7,6 +7,7 @@ from .head_norm_rope import rope, rope_packed
 from .linear_logprob import linear_logprob
 from .lora_linear import lora_linear, lora_linear_group
 from .lora_mlp import lora_mlp
+from .lora_stack import layer_adapters
 from .nf4 import dequantize_nf4
 from .rms_norm import rms_norm
 from .sampling import draw
@@ -22,6 +23,7 @@ __all__ = [
     "dequantize_nf4",
     "draw",
     "embed",
+    "layer_adapters",
     "linear_logprob",
     "lora_linear",
     "lora_linear_group",

@@ -46,6 +46,9 @@ def turing(device: torch.device) -> bool:
     return capability(device) >= (7, 5)
 
 
+MOST_PARTS = 3  # Q, K and V
+
+
 def pad_to_three(values: Sequence[Any], filler: Any) -> tuple[Any, ...]:
     """The values, padded to three: a launch for one, two or three layers takes three of every argument."""
     return (*values, *[filler] * (3 - len(values)))

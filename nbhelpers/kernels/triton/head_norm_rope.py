@@ -25,6 +25,7 @@ from ..reference import HeadNorms
 from .common import power_of_2
 from .rms_norm import rms_norm
 from .rope import Rope, RopePacked, adjacent, heads_of
+from .rope import forward as rotated
 
 
 @triton.jit
@@ -167,7 +168,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, norms: HeadNorms | None
         return _HeadNormRope.apply(q, k, cos, sin, *norms)
     if norms is not None:
         q, k = cast(Tensor, rms_norm(q, norms.q, norms.eps)), cast(Tensor, rms_norm(k, norms.k, norms.eps))
-    return Rope.apply(q, k, cos, sin)
+    return Rope.apply(q, k, cos, sin) if torch.is_grad_enabled() else rotated(q, k, adjacent(cos), adjacent(sin))
 
 
 def rope_packed(

@@ -16,8 +16,10 @@ def may_overwrite(t: Tensor) -> bool:
     element of it stands for several (an expanded dimension).
     """
     base = t if t._base is None else t._base  # of a view: the tensor that it views
-    expanded = any(stride == 0 and n > 1 for n, stride in zip(t.shape, t.stride(), strict=True))
-    return not (base.is_leaf and base.requires_grad) and not expanded
+    if base.requires_grad and base.is_leaf:
+        return False
+    strides = t.stride()
+    return 0 not in strides or all(stride or n <= 1 for n, stride in zip(t.shape, strides, strict=True))
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:

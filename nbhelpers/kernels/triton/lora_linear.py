@@ -20,17 +20,20 @@ elsewhere anyway, and the normalised rows are recomputed in the backward.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nbhelpers.gpu import DEQUANTIZE_BYTES as DENSE_BYTES
 
-from ..reference import Projection
+from ..reference import Projection, Stacked
 from .common import ceil_div
 from .lora_stack import stack_adapters
-from .nf4 import dequantize_nf4, few_rows, matmul_few_rows
+from .nf4 import MOST_FEW_ROWS, dequantize_group, dequantize_nf4, few_rows, matmul_few_rows
 from .rms_norm import backward as norm_backward
 from .rms_norm import forward as norm_forward
 
@@ -68,68 +71,88 @@ def products(parts: Sequence[Projection], dtype: torch.dtype, device: torch.devi
         parts (`Sequence[Projection]`): Layers that read the same x.
         dtype (`torch.dtype`): What W is needed in.
         device (`torch.device`): Where W is needed.
-
-    The narrow ones come first: a sum kept in 16 bits is rounded after each addition, relative to its size by then, so
-    the large terms should come last.
     """
-    spans, last = [], 0
-    for part in parts:
-        spans.append(slice(last, last := last + part.out_features))
-    inputs = parts[0].in_features
-    states = [part.quant_state for part in parts if part.quant_state is not None]
-    if len(states) == len(parts) > 1 and last * inputs * dtype.itemsize <= DENSE_BYTES:
-        weight = scratch((last, inputs), dtype, device)
-        for part, state, span in zip(parts, states, spans, strict=True):
-            dequantize_nf4(part.weight, state, dtype, weight[span])
-        yield slice(0, last), weight
-    else:
-        for part, span in sorted(zip(parts, spans, strict=True), key=lambda pair: pair[0].out_features):
-            for first, weight in pieces(part, dtype, device):
-                yield slice(span.start + first, span.start + first + len(weight)), weight
+    shapes = tuple([_shape(part) for part in parts])
+    for columns, numbers, rows in _cut(shapes, dtype.itemsize, DENSE_BYTES):
+        if not shapes[numbers[0]][2]:  # a 16-bit weight
+            yield columns, parts[numbers[0]].weight.detach().to(dtype)
+            continue
+        weight = scratch((columns.stop - columns.start, shapes[0][1]), dtype, device)
+        states = [state for i in numbers if (state := parts[i].quant_state) is not None]
+        if len(numbers) == 1:
+            dequantize_nf4(parts[numbers[0]].weight, states[0], dtype, weight, rows)
+        else:
+            dequantize_group([parts[i].weight for i in numbers], states, dtype, weight)
+        yield columns, weight
 
 
-def pieces(part: Projection, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first row, W [rows, in] in `dtype` from that row on).
+def _shape(part: Projection) -> tuple[int, int, int]:
+    """(out, in, weights in a block of NF4) of a layer; in 16 bits: 0 for a block."""
+    if (state := part.quant_state) is None:
+        out, inputs = part.weight.shape
+        return out, inputs, 0
+    return (*state.shape, state.blocksize)
 
-    A 16-bit weight comes as one piece, an NF4 weight in blocks of rows of at most DENSE_BYTES.
+
+@cache
+def _cut(
+    shapes: tuple[tuple[int, int, int], ...], width: int, most: int
+) -> tuple[tuple[slice, tuple[int, ...], tuple[int, int] | None], ...]:
+    """The products of layers of these (out, in, block of NF4 or 0), `width` bytes a number.
+
+    Returns (columns of y, numbers of the layers, rows of its NF4 weight if not all) of each. An NF4 weight that is too
+    large comes in blocks of rows of at most `most` bytes. The narrow ones come first: a sum kept in 16 bits is rounded
+    after each addition, relative to its size by then, so the large terms should come last.
     """
-    state = part.quant_state
-    if state is None:
-        yield 0, part.weight.detach().to(dtype)
-        return
-    height, width = state.shape
-    block = state.blocksize  # this many rows are whole quantisation blocks, whatever their width
-    most = max(1, DENSE_BYTES // (width * dtype.itemsize * block))  # blocks of rows
-    rows = block * ceil_div(height, block * ceil_div(height, block * most))  # pieces of similar size
-    for first in range(0, height, rows):
-        last = min(first + rows, height)
-        weight = scratch((last - first, width), dtype, device)
-        yield first, dequantize_nf4(part.weight, state, dtype, weight, (first, last))
+    out, inputs = sum(shape[0] for shape in shapes), shapes[0][1]
+    if len(shapes) > 1 and all(block for _, _, block in shapes) and out * inputs * width <= most:
+        return ((slice(0, out), tuple(range(len(shapes))), None),)
+    starts = list(accumulate((shape[0] for shape in shapes), initial=0))
+    cuts: list[tuple[slice, tuple[int, ...], tuple[int, int] | None]] = []
+    for i, (height, _, block) in sorted(enumerate(shapes), key=lambda pair: pair[1][0]):
+        rows = height
+        if block:  # this many rows are whole quantisation blocks, whatever their width
+            blocks = max(1, most // (inputs * width * block))  # of rows
+            rows = block * ceil_div(height, block * ceil_div(height, block * blocks))  # pieces of similar size
+        for first in range(0, height, rows):
+            last = min(first + rows, height)
+            cuts.append((slice(starts[i] + first, starts[i] + last), (i,), (first, last) if rows < height else None))
+    return tuple(cuts)
 
 
-def project(x: Tensor, parts: Sequence[Projection]) -> Tensor:
-    """y [N, sum of out] of all parts side by side, for x [N, in] in the dtype of the products. No autograd."""
-    a, b = stack_adapters(parts, x.dtype)
-    states = [part.quant_state for part in parts if part.quant_state is not None]
-    if len(states) == len(parts) and all(few_rows(x, state) for state in states):
-        biases = [_stack_bias([part], x.dtype) for part in parts]  # added before the product is rounded
-        triples = zip(parts, states, biases, strict=True)
-        outputs = [matmul_few_rows(x, part.weight, state, bias) for part, state, bias in triples]
-        y = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
+def project(x: Tensor, parts: Sequence[Projection], adapters: Stacked | None = None) -> Tensor:
+    """y [N, sum of out] of all parts side by side, for x [N, in] in the dtype of the products. No autograd.
+
+    adapters: their stacked A and B, if somebody has made them.
+    """
+    a, b = stack_adapters(parts, x.dtype) if adapters is None else adapters
+    if len(x) <= MOST_FEW_ROWS and (y := _few(x, parts)) is not None:
         return y if a is None or b is None else y.addmm_(x @ a.t(), b.t())
     bias = _stack_bias(parts, x.dtype)
     if a is None or b is None:
-        y = x.new_empty(x.shape[0], sum(part.out_features for part in parts))
+        y = x.new_empty(len(x), sum(part.out_features for part in parts))
     else:
-        y = x @ a.t() @ b.t() if bias is None else torch.addmm(bias, x @ a.t(), b.t())
+        y = F.linear(F.linear(x, a), b, bias)
     for columns, weight in products(parts, x.dtype, x.device):
+        into = y if len(weight) == y.shape[1] else y[:, columns]
         if a is not None:
-            y[:, columns].addmm_(x, weight.t())
+            into.addmm_(x, weight.t())
         elif bias is not None:
-            torch.addmm(bias[columns], x, weight.t(), out=y[:, columns])
+            torch.addmm(bias[columns], x, weight.t(), out=into)
         else:
-            torch.mm(x, weight.t(), out=y[:, columns])
+            torch.mm(x, weight.t(), out=into)
     return y
+
+
+def _few(x: Tensor, parts: Sequence[Projection]) -> Tensor | None:
+    """`project` without LoRA by bitsandbytes' fused product, if that is faster for each part."""
+    states = [part.quant_state for part in parts if part.quant_state is not None]
+    if len(states) < len(parts) or not all(few_rows(x, state) for state in states):
+        return None
+    biases = [_stack_bias([part], x.dtype) for part in parts]  # added before the product is rounded
+    triples = zip(parts, states, biases, strict=True)
+    outputs = [matmul_few_rows(x, part.weight, state, bias) for part, state, bias in triples]
+    return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
 
 
 def _stack_bias(parts: Sequence[Projection], dtype: torch.dtype) -> Tensor | None:
@@ -246,30 +269,38 @@ def prepare(x: Tensor, parts: Sequence[Projection], norm: tuple[Tensor, float] |
 
     Raises ValueError where a part's W or the norm's weight requires a gradient, or a LoRA has only one of A and B.
     """
+    if torch.is_grad_enabled():
+        for part in parts:
+            if part.weight.requires_grad:
+                raise ValueError("lora_linear gives W no gradient: freeze it (requires_grad_(False)) or use nn.Linear")
+        if norm is not None and norm[0].requires_grad:
+            raise ValueError("a norm that is folded in gets no weight gradient: freeze it, or call rms_norm before")
     for part in parts:
-        if part.weight.requires_grad:
-            raise ValueError("lora_linear gives W no gradient: freeze it (requires_grad_(False)) or use nn.Linear")
         if (part.lora_a is None) != (part.lora_b is None):
             raise ValueError("a LoRA has both A and B, or neither")
-    if norm is not None and norm[0].requires_grad:
-        raise ValueError("a norm that is folded in gets no weight gradient: freeze it, or call rms_norm before")
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _side_by_side(x: Tensor, projections: tuple[Projection, ...], norm: tuple[Tensor, float] | None) -> Tensor:
+def _side_by_side(
+    x: Tensor, projections: tuple[Projection, ...], norm: tuple[Tensor, float] | None, adapters: Stacked | None = None
+) -> Tensor:
     """The outputs of `lora_linear_group` as one tensor [..., sum of out]."""
     dtype = prepare(x, projections, norm)
+    if not torch.is_grad_enabled():
+        y = project(normed(x, norm, dtype)[0], projections, adapters)
+        return y.view(*x.shape[:-1], y.shape[-1])
     x = x.to(dtype) if norm is None else x  # cast a wider x before it is saved; a norm's input is kept elsewhere anyway
     a_and_b = [t for part in projections for t in (part.lora_a, part.lora_b)]
     return LoraLinear.apply(x, projections, norm, dtype, *a_and_b)
 
 
 def lora_linear_group(
-    x: Tensor, projections: tuple[Projection, ...], norm: tuple[Tensor, float] | None = None, packed: bool = False
-) -> Tensor | tuple[Tensor, ...]:
+    x: Tensor, projections: tuple[Projection, ...], norm: tuple[Tensor, float] | None = None, packed: bool = False,
+    adapters: Stacked | None = None,
+) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
     """See nbhelpers.kernels.lora_linear_group."""
-    y = _side_by_side(x, projections, norm)
+    y = _side_by_side(x, projections, norm, adapters)
     return y if packed else y.split([part.out_features for part in projections], dim=-1)
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference import Projection
+from ..reference import Projection, Stacked
 from .inplace import overwritten
 from .lora_linear import input_grad, lora_grads, normed, prepare, project, with_lora, without_lora
 from .lora_stack import stack_adapters
@@ -38,44 +38,59 @@ SHRINK_FP16 = 16.0
 FP16_MAX = 65504.0
 
 
+def shrink_of(dtype: torch.dtype) -> float:
+    """What h is divided by."""
+    return SHRINK_FP16 if dtype == torch.float16 else 1.0
+
+
+def forward(
+    x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor | None,
+    norm: tuple[Tensor, float] | None, dtype: torch.dtype, value: bool, over: bool,
+    adapters: tuple[Stacked, Stacked] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`lora_mlp` without autograd; over: write h over g.
+
+    Returns y [..., H]; x, with a norm s; and wide [N, 2 I], g and u side by side.
+    """
+    shrink = shrink_of(dtype)
+    if norm is None:
+        rows = x.reshape(-1, x.shape[-1])
+    else:
+        x, rows, _ = norm_forward(x, *norm, residual)
+        rows, residual = rows.view(-1, x.shape[-1]).to(dtype), x
+    wide = project(rows, gate_up, adapters and adapters[0])
+    if not value:
+        return torch.empty_like(rows if residual is None else residual).view(x.shape), x, wide
+    g, u = wide.chunk(2, dim=1)
+    h = swiglu_forward(g, u, shrink, over)
+    if down.bias is not None:
+        down = down._replace(bias=down.bias / shrink)
+    y = project(h, (down,), adapters and adapters[1]).view(x.shape)
+    if residual is not None:
+        y = torch.add(residual, y, alpha=shrink)
+    elif shrink != 1.0:
+        y.mul_(shrink)
+    return y.clamp_(-FP16_MAX, FP16_MAX) if y.dtype == torch.float16 else y, x, wide
+
+
 class LoraMLP(torch.autograd.Function):
     """`lora_mlp` for autograd; see the module's docstring for what is kept."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor | None,
-        norm: tuple[Tensor, float] | None, dtype: torch.dtype, value: bool, grad_enabled: bool,
-        *a_and_b: Tensor | None,
+        norm: tuple[Tensor, float] | None, dtype: torch.dtype, value: bool, *a_and_b: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        ctx.shrink = SHRINK_FP16 if dtype == torch.float16 else 1.0
-        if norm is None:
-            rows = x.reshape(-1, x.shape[-1])
-        else:
-            x, rows, _ = norm_forward(x, *norm, residual)
-            rows, residual = rows.view(-1, x.shape[-1]).to(dtype), x
-        wide = project(rows, gate_up)  # g and u side by side
-        if grad_enabled:
-            ctx.save_for_backward(x, wide, *a_and_b)
-        ctx.parts, ctx.norm = without_lora((*gate_up, down)), norm
-        if not value:
-            return torch.empty_like(rows if residual is None else residual).view(x.shape)
-        g, u = wide.chunk(2, dim=1)
-        h = swiglu_forward(g, u, ctx.shrink, over=not grad_enabled)
-        if down.bias is not None:
-            down = down._replace(bias=down.bias / ctx.shrink)
-        y = project(h, (down,))
-        y = y.view(*x.shape[:-1], y.shape[-1])
-        if residual is not None:
-            y = torch.add(residual, y, alpha=ctx.shrink)
-        elif ctx.shrink != 1.0:
-            y.mul_(ctx.shrink)
-        return y.clamp_(-FP16_MAX, FP16_MAX) if y.dtype == torch.float16 else y
+        y, x, wide = forward(x, gate_up, down, residual, norm, dtype, value, over=False)
+        ctx.save_for_backward(x, wide, *a_and_b)
+        ctx.parts, ctx.norm, ctx.shrink = without_lora((*gate_up, down)), norm, shrink_of(dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, wide, *a_and_b = ctx.saved_tensors
         *gate_up, down = with_lora(ctx.parts, a_and_b)
-        need_lora = any(ctx.needs_input_grad[8:])
+        need_lora = any(ctx.needs_input_grad[7:])
         dtype = wide.dtype
         rows = dy.reshape(-1, dy.shape[-1]).to(dtype)
 
@@ -104,7 +119,7 @@ class LoraMLP(torch.autograd.Function):
             if r is not None:
                 dx, _ = norm_backward(dx, dy, x, ctx.norm[0], r, weight_grad=False)
                 dresidual = dx if ctx.needs_input_grad[3] else None
-        return dx, None, None, dresidual, *[None] * 4, *flat
+        return dx, None, None, dresidual, *[None] * 3, *flat
 
 
 def lora_mlp(
@@ -114,10 +129,12 @@ def lora_mlp(
     residual: Tensor | None = None,
     norm: tuple[Tensor, float] | None = None,
     value: bool = True,
+    adapters: tuple[Stacked, Stacked] | None = None,
 ) -> Tensor:
     """See nbhelpers.kernels.lora_mlp."""
     dtype = prepare(x, (*gate_up, down), norm)
     x = x.to(dtype) if norm is None else x
+    if not torch.is_grad_enabled():
+        return forward(x, gate_up, down, residual, norm, dtype, value, True, adapters)[0]
     a_and_b = [t for part in (*gate_up, down) for t in (part.lora_a, part.lora_b)]
-    grad_enabled = torch.is_grad_enabled()  # read here: inside forward it is always False
-    return LoraMLP.apply(x, tuple(gate_up), down, residual, norm, dtype, value, grad_enabled, *a_and_b)
+    return LoraMLP.apply(x, tuple(gate_up), down, residual, norm, dtype, value, *a_and_b)

@@ -12,8 +12,10 @@ bitsandbytes dequantises in three launches with an fp32 absmax in between; here 
 are not fused, so the result equals bitsandbytes' bit for bit: training and generation see the same weights.
 """
 
+from collections.abc import Sequence
 from functools import cache
-from math import ceil
+from itertools import accumulate
+from math import ceil, prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import ceil_div, tensor_cores, turing
+from .common import MOST_PARTS, ceil_div, pad_to_three, tensor_cores, turing
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -50,7 +52,40 @@ FEW_ROWS, FEW_ROWS_FILLED, FILLED = 4, 32, 0.8
 # far as bitsandbytes' own rule for Turing says (`_fused_on_turing`), which was made by measurement on a T4.
 SMALL_WEIGHT = 4 * 2**20  # numbers
 
+MOST_FEW_ROWS = 320  # `few_rows` is False beyond, whatever the card and the weight
+
 BLOCKS = 64  # blocks of 64 weights that each program dequantises
+
+
+@triton.jit
+def _undo(
+    packed_ptr, code_ptr, absmax_ptr, code8_ptr, absmax8_ptr, offset_ptr, out_ptr, program, first_block, n, n_bytes,
+    WHOLE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCK_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The blocks of one program; see _dequantize_kernel. WHOLE: n is a multiple of BLOCK_SIZE."""
+    HALF: tl.constexpr = BLOCK_SIZE // 2
+    # int64: a large model's vocabulary matrix takes more than 2^31 bytes
+    block = first_block + program.to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    real = block * BLOCK_SIZE < n
+    if NESTED:
+        q8 = tl.load(absmax_ptr + block, mask=real, other=0).to(tl.int32)
+        scale = tl.load(code8_ptr + q8) * tl.load(absmax8_ptr + block // NESTED_BLOCK_SIZE, mask=real, other=0.0)
+        scale = scale + tl.load(offset_ptr)
+    else:
+        scale = tl.load(absmax_ptr + block, mask=real, other=0.0)
+
+    byte = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    # of whole blocks the mask is the same for all bytes of one; else by n_bytes, which the compiler sees to be aligned
+    there = real[:, None] if WHOLE else byte < n_bytes
+    q = tl.load(packed_ptr + byte, mask=there, other=0).to(tl.int32)
+    first = tl.load(code_ptr + (q >> 4)) * scale[:, None]
+    second = tl.load(code_ptr + (q & 15)) * scale[:, None]
+
+    weight = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+    out = weight - first_block * BLOCK_SIZE
+    value = tl.interleave(first, second)
+    tl.store(out_ptr + out, value.to(out_ptr.dtype.element_ty), mask=real[:, None] if WHOLE else weight < n)
 
 
 @triton.jit
@@ -71,26 +106,38 @@ def _dequantize_kernel(
     BLOCKS: tl.constexpr,
 ):
     """BLOCKS blocks of weights per program, dequantised into out."""
-    HALF: tl.constexpr = BLOCK_SIZE // 2
-    # int64: a large model's vocabulary matrix takes more than 2^31 bytes
-    block = first_block + tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    real = block * BLOCK_SIZE < n
-    if NESTED:
-        q8 = tl.load(absmax_ptr + block, mask=real, other=0).to(tl.int32)
-        scale = tl.load(code8_ptr + q8) * tl.load(absmax8_ptr + block // NESTED_BLOCK_SIZE, mask=real, other=0.0)
-        scale = scale + tl.load(offset_ptr)
+    _undo(
+        packed_ptr, code_ptr, absmax_ptr, code8_ptr, absmax8_ptr, offset_ptr, out_ptr, tl.program_id(0), first_block,
+        n, n_bytes, False, NESTED, NESTED_BLOCK_SIZE, BLOCK_SIZE, BLOCKS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["last0", "last1"])
+def _dequantize_group(
+    packed0_ptr, packed1_ptr, packed2_ptr, code0_ptr, code1_ptr, code2_ptr, absmax0_ptr, absmax1_ptr, absmax2_ptr,
+    code8_0_ptr, code8_1_ptr, code8_2_ptr, absmax8_0_ptr, absmax8_1_ptr, absmax8_2_ptr,
+    offset0_ptr, offset1_ptr, offset2_ptr, out_ptr,
+    n0, n1, n2,  # of weights
+    last0, last1,  # programs up to the end of the first weight, and of the second
+    NESTED: tl.constexpr, NESTED_BLOCK_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Up to three weights, one below the other in out."""
+    program = tl.program_id(0)
+    if program < last0:
+        _undo(
+            packed0_ptr, code0_ptr, absmax0_ptr, code8_0_ptr, absmax8_0_ptr, offset0_ptr, out_ptr, program, 0,
+            n0, 0, True, NESTED, NESTED_BLOCK_SIZE, BLOCK_SIZE, BLOCKS,
+        )  # fmt: skip
+    elif program < last1:
+        _undo(
+            packed1_ptr, code1_ptr, absmax1_ptr, code8_1_ptr, absmax8_1_ptr, offset1_ptr, out_ptr + n0,
+            program - last0, 0, n1, 0, True, NESTED, NESTED_BLOCK_SIZE, BLOCK_SIZE, BLOCKS,
+        )  # fmt: skip
     else:
-        scale = tl.load(absmax_ptr + block, mask=real, other=0.0)
-
-    byte = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    q = tl.load(packed_ptr + byte, mask=byte < n_bytes, other=0).to(tl.int32)
-    first = tl.load(code_ptr + (q >> 4)) * scale[:, None]
-    second = tl.load(code_ptr + (q & 15)) * scale[:, None]
-
-    weight = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
-    out = weight - first_block * BLOCK_SIZE
-    value = tl.interleave(first, second)
-    tl.store(out_ptr + out, value.to(out_ptr.dtype.element_ty), mask=weight < n)
+        _undo(
+            packed2_ptr, code2_ptr, absmax2_ptr, code8_2_ptr, absmax8_2_ptr, offset2_ptr, out_ptr + n0 + n1,
+            program - last1, 0, n2, 0, True, NESTED, NESTED_BLOCK_SIZE, BLOCK_SIZE, BLOCKS,
+        )  # fmt: skip
 
 
 def dequantize_nf4(
@@ -136,6 +183,47 @@ def dequantize_nf4(
         enable_fp_fusion=False,  # a fused multiply-add would round once where bitsandbytes rounds twice
     )
     return out
+
+
+def dequantize_group(
+    weights: Sequence[Tensor], states: Sequence["QuantState"], dtype: torch.dtype, out: Tensor
+) -> None:
+    """Two weights or more of one width, one below the other in `out`. In one launch, if they are two or three, are
+    quantised alike and consist of whole blocks.
+
+    Args:
+        weights (`Sequence[Tensor]`): As for `dequantize_nf4`, each with its state.
+        states (`Sequence[QuantState]`): bitsandbytes'.
+        dtype (`torch.dtype`): Of the result.
+        out (`Tensor`): [sum of rows, width], contiguous.
+    """
+    nested = [state.state2 for state in states]
+    kinds = {
+        (state.quant_type, state.blocksize, two and two.blocksize) for state, two in zip(states, nested, strict=True)
+    }
+    sizes = [prod(state.shape) for state in states]
+    alike = len(kinds) == 1 and not any(size % states[0].blocksize for size in sizes)
+    if not alike or len(states) > MOST_PARTS or DEQUANTIZE_WITH == "bitsandbytes":
+        last = 0
+        for weight, state in zip(weights, states, strict=True):
+            dequantize_nf4(weight, state, dtype, out[last : (last := last + state.shape[0])])
+        return
+    ((_, block, nested_block),) = kinds
+    pairs = [(state, two or state) for state, two in zip(states, nested, strict=True)]
+    programs = list(accumulate(ceil_div(size, block * BLOCKS) for size in sizes))
+    columns = (
+        [_bytes(weight) for weight in weights],
+        [state.code for state in states],
+        [state.absmax for state in states],
+        [two.code for _, two in pairs],
+        [two.absmax for _, two in pairs],
+        [state.offset if nested_block else state.code for state in states],
+    )
+    pointers = [pointer for column in columns for pointer in pad_to_three(column, column[-1])]
+    _dequantize_group[(programs[-1],)](
+        *pointers, out, *pad_to_three(sizes, sizes[-1]), programs[0], programs[1], NESTED=nested_block is not None,
+        NESTED_BLOCK_SIZE=nested_block or 1, BLOCK_SIZE=block, BLOCKS=BLOCKS, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def _bytes(weight: Tensor) -> Tensor:

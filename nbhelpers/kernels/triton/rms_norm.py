@@ -84,7 +84,7 @@ def _tiles(hidden: int, few: bool) -> dict[str, int]:
 
 def _rows(t: Tensor) -> Tensor:
     """t as [rows, H] with adjacent channels; a copy only where the strides require one."""
-    t = t.reshape(-1, t.shape[-1])
+    t = t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
@@ -171,4 +171,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """See nbhelpers.kernels.rms_norm."""
+    if not torch.is_grad_enabled():
+        s, y, _ = forward(x, weight, eps, residual)
+        return y if residual is None else (s, y)
     return _RMSNorm.apply(x, weight, eps, residual)

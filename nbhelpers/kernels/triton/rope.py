@@ -74,7 +74,7 @@ def rotate(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, cos: Tensor, sin:
     if not q.numel():
         return
     # a table for a batch of one serves all rows: its batch stride is 0
-    strides = [t.stride(n) for t in (q, k, q_out, k_out) for n in (0, 1, 2)]
+    strides = [stride for t in (q, k, q_out, k_out) for stride in t.stride()[:3]]
     table_strides = [stride for t in (cos, sin) for stride in (t.stride(0) if t.shape[0] > 1 else 0, t.stride(1))]
     heads_block, half_block = power_of_2(q_heads), power_of_2(half)
     _rotate[(tokens, batch)](
@@ -95,17 +95,22 @@ def adjacent(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+def forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k rotated, without autograd; cos and sin with adjacent channels."""
+    # a copy where q or k must not be overwritten, or where both are the same tensor
+    alone = q.data_ptr() != k.data_ptr()
+    q, k = (t.detach() if alone and t.stride(-1) == 1 and may_overwrite(t) else t.clone() for t in (q, k))
+    rotate(q, k, q, k, cos, sin, 1.0)
+    overwritten(q, k)
+    return q, k
+
+
 class Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = adjacent(cos), adjacent(sin)
-        # a copy where q or k must not be overwritten, or where both are the same tensor
-        alone = q.data_ptr() != k.data_ptr()
-        q, k = (t.detach() if may_overwrite(t) and t.stride(-1) == 1 and alone else t.clone() for t in (q, k))
-        rotate(q, k, q, k, cos, sin, 1.0)
-        overwritten(q, k)
         ctx.save_for_backward(cos, sin)
-        return q, k
+        return forward(q, k, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:

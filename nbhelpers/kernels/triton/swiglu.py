@@ -73,7 +73,7 @@ def _backward(dh_ptr, g_ptr, u_ptr, dg_ptr, du_ptr, h_ptr, width, blocks, dh_str
 
 def _rows(t: Tensor) -> Tensor:
     """t as [rows, I] with adjacent channels: a view of t wherever its strides allow one."""
-    t = t.reshape(-1, t.shape[-1])
+    t = t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
