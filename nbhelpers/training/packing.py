@@ -83,6 +83,9 @@ class Packed:
     target: Tensor  # int64 [S], the id that it should predict
     number: Tensor  # int64 [S], row of the predicted token in the padded [B, T] batch
     column: Tensor  # int64 [S], and its column
+    rows: Tensor  # int64 [n], the padded batch's rows that are here, ascending
+    local: Tensor  # int64 [S], which of these `number` is
+    width: int  # columns of the padded batch up to the last one that is scored here
     sequences: list[tuple[int, int, int, int]]  # (first query, end, first key, end) of each
     keys: Tensor | None  # int64 [K], tokens whose keys and values lie end to end by sequence; None: the T tokens
     q_ends: Tensor  # int32 [sequences + 1], where the queries of each sequence begin, and the last ones end
@@ -148,14 +151,18 @@ def pack(batch: Rows, rows: list[Row], device: torch.device | str, share: bool =
             number.append(torch.full((len(scored),), row.number))
             column.append(scored)
     shared = total_keys != total
+    here, local = torch.cat(number).unique(return_inverse=True)  # on the host: the device need not be waited for
     ends = [torch.tensor([0, *(s[i] for s in sequences)], dtype=torch.int32) for i in (1, 3)]
+    pinned = torch.device(device).type == "cuda"  # from other memory a copy would wait for what is queued before it
 
     def on_device(tensors: list[Tensor]) -> Tensor:
-        return torch.cat(tensors).to(device, non_blocking=True)
+        joined = torch.cat(tensors)
+        return (joined.pin_memory() if pinned else joined).to(device, non_blocking=True)
 
     return Packed(
         on_device(ids)[None], on_device(positions)[None], on_device(source), on_device(target), on_device(number),
-        on_device(column), sequences, on_device(keys) if shared else None, ends[0].to(device), ends[1].to(device),
+        on_device(column), on_device([here]), on_device([local]), int(torch.cat(column).max()) + 1, sequences,
+        on_device(keys) if shared else None, on_device(ends[:1]), on_device(ends[1:]),
     )  # fmt: skip
 
 
