@@ -59,8 +59,8 @@ def test_a_shared_prompt_is_computed_once():
     assert shared.keys is not None and apart.keys is None
     lengths = [(r.prompt, r.prompt_length, r.completion_length) for r in rows.rows]
     for packed, share in ((shared, True), (apart, False)):
-        keys = packed.ids.shape[1] if packed.keys is None else len(packed.keys)
-        assert micro_batches.count(lengths, share) == (packed.ids.shape[1], len(packed.source), keys)
+        keys = packed.ids.shape[1] if packed.keys is None else len(packed.keys.rows)
+        assert micro_batches.count(lengths, share) == (packed.ids.shape[1], len(packed.source.rows), keys)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
