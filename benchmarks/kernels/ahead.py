@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 from nbhelpers import kernels
 from nbhelpers.kernels import EightBits, HeadNorms, Projection, decode_step, eight_bits
 from nbhelpers.kernels.adapters import by_layer
+from nbhelpers.kernels.taken import Taken, take
 from nbhelpers.kernels.triton import common, nf4_few_rows
 
 TARGETS = {"sm_75": torch.float16, "sm_80": torch.bfloat16, "sm_90": torch.bfloat16}
@@ -142,6 +143,9 @@ def elementwise(hidden: int, wide: int, heads: int, kv_heads: int, dtype: torch.
         for each in (None, norms):
             rotated = kernels.rope(q, k, cos, sin, each)
             (rotated[0].sum() + rotated[1].sum()).backward()
+    for shape in ((tokens, hidden), (tokens, kv_heads, 128)):
+        taken = Taken.of(torch.tensor([0, *range(tokens)]), tokens)
+        take(torch.empty(shape, dtype=dtype, requires_grad=True), taken).sum().backward()
 
 
 def products(dtype: torch.dtype) -> None:

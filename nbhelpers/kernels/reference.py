@@ -123,6 +123,14 @@ def rope_packed(
     return *rope(q, k, cos, sin, norms), v
 
 
+def sum_rows(x: Tensor, places: Tensor, first: Tensor) -> Tensor:
+    """y[i] = sum over j in first[i] .. first[i + 1] - 1 of x[places[j]]; see triton/sum_rows.py."""
+    groups = torch.arange(len(first) - 1, device=x.device).repeat_interleave(first.diff())
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = torch.zeros(len(first) - 1, *x.shape[1:], dtype=wide, device=x.device)
+    return total.index_add_(0, groups, x[places].to(wide)).to(x.dtype)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """See nbhelpers.kernels.swiglu."""
     if gate.dtype == torch.float16:  # an infinite gate or up would make 0 * inf

@@ -240,10 +240,11 @@ class _Card:
 
     def cost(self, s: Setting) -> StepCost:
         preset, dropped = self.preset, 0
+        targets = [m for m in preset.architecture.linears() if m.name in preset.lora_targets]
         if preset.lora_dropout and s.lora_rank:
-            dropped = sum(m.in_features for m in preset.architecture.linears() if m.name in preset.lora_targets)
-        width = s.trained_width if s.lora_rank == 0 else 2
-        return StepCost(preset.architecture, width, self.backend, dropped, s.method == "ppo", s.lora_rank == 0)
+            dropped = sum(m.in_features for m in targets)
+        width, adapted = s.trained_width if s.lora_rank == 0 else 2, s.lora_rank * len(targets)
+        return StepCost(preset.architecture, width, self.backend, dropped, s.method == "ppo", s.lora_rank == 0, adapted)
 
     def left(self, s: Setting) -> tuple[float, float]:
         """(bytes that the card has left between the halves of a step, bytes that the budget has left): see Room."""

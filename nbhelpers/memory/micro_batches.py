@@ -26,7 +26,7 @@ TILES = (8192, 4096, 2048, 1024)  # tokens of the MLP at once, where not all of 
 FIXED_TOKENS = 256  # dequantising a layer costs about as much time as this many tokens in it
 RECOMPUTED = 0.75  # share of a layer's forward that a layer computes again (the MLP's last product is not needed)
 PIECE = 0.377  # of a layer's launches once more for each further piece of the MLP (seconds.py fits it)
-SLACK = 1.02  # small tensors: statistics, indices, products with LoRA's A
+SLACK = 1.02  # small tensors: statistics, indices, products with LoRA's A of a layer that is computed again
 
 
 class CannotFit(ValueError):
@@ -81,6 +81,7 @@ class StepCost:
         valued (`bool`): A value head reads what the head reads, in fp32.
         whole (`bool`): Every weight is trained: the inputs of all linear layers are saved too, and gradients of weights
             are made before they are added up.
+        adapted (`int`): Columns of the products with LoRA's A in a layer, over all of its linear layers.
         launches (`int`): Tokens that a layer computes while Python launches one pass through it: fewer take as long.
     """
 
@@ -90,6 +91,7 @@ class StepCost:
     dropped: int = 0
     valued: bool = False
     whole: bool = False
+    adapted: int = 0
     launches: int = 0
 
     @property
@@ -176,9 +178,9 @@ class StepCost:
         return self.hidden(t.packed) + values + own
 
     def saved(self, t: Tokens) -> int:
-        """A layer whose backward needs nothing computed again: input, its attention, sum, gate and up."""
+        """A layer whose backward needs nothing computed again: input, its attention, sum, gate, up, products with A."""
         own = 2 * self.hidden(t.packed) + 2 * self.inner(t.packed) + self.dropout(t.packed) + self.inputs(t.packed)
-        return self._attention_saved(t) + own
+        return self._attention_saved(t) + own + self.adapted * t.packed * self.width
 
     def saved_backward(self, t: Tokens) -> int:
         """On top of the saved tensors, while such a layer goes backward: the gradients alive in it."""

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from nbhelpers import kernels
+from nbhelpers.kernels.taken import take
 from nbhelpers.models import families, patch, projection, swap
 
 from .offload import Checkpoints
 from .packed_attention import attend
-from .packing import Packed, take
+from .packing import Packed
 
 
 @dataclass(frozen=True)

@@ -83,9 +83,9 @@ class LeanStep:
             prefers_sdpa(self.device, dtype, shapes.num_attention_heads, shapes.num_key_value_heads, shapes.head_dim)
         self.decoder = LayerwiseDecoder(model, backend, autocast)
         width = max(embedding.element_size(), dtype.itemsize)
-        dropped = max(map(_dropped, self.decoder.layers))
+        dropped, adapted = map(max, zip(*map(_of_lora, self.decoder.layers), strict=True))
         whole = self.decoder.head.weight.requires_grad
-        self.cost = StepCost(shapes, width, backend, dropped, whole=whole)
+        self.cost = StepCost(shapes, width, backend, dropped, whole=whole, adapted=adapted)
         if self.device.type == "cuda":
             self.set_launches(REACHED.layer)  # until a rehearsal has timed them
         self.model, self._parameters = model, each.parameters(model)
@@ -239,15 +239,17 @@ class LeanStep:
             self.cost = replace(self.cost, launches=launch_tokens(self.cost.architecture, kind, seconds))
 
 
-def _dropped(layer: nn.Module) -> int:
-    """Features that go through LoRA's dropout in a decoder layer."""
+def _of_lora(layer: nn.Module) -> tuple[int, int]:
+    """Of a decoder layer: features that go through LoRA's dropout, and columns of the products with LoRA's A."""
     from peft.tuners.lora import LoraLayer
 
-    features = 0
+    dropped = columns = 0
     for module in layer.modules():
-        if isinstance(module, LoraLayer) and any(isinstance(one, nn.Dropout) for one in module.lora_dropout.values()):
-            features += module.in_features or 0
-    return features
+        if isinstance(module, LoraLayer):
+            columns += max(module.r.values(), default=0)
+            if any(isinstance(one, nn.Dropout) for one in module.lora_dropout.values()):
+                dropped += module.in_features or 0
+    return dropped, columns
 
 
 def _lengths(rows: list[Row]) -> list[Lengths]:

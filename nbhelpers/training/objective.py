@@ -182,10 +182,9 @@ class _BatchLoss:
         """What a micro-batch adds to the loss, a scalar with gradient, from its tokens' logps and entropies [S]."""
         place = packed.number, packed.column
         self.logps[place], self.entropies[place] = logps.detach(), entropies.detach()
-        rows, local = packed.number.unique(return_inverse=True)
-        padded = torch.zeros(len(rows), int(packed.column.max()) + 1, device=logps.device)
-        place = local, packed.column
-        loss = self.of_rows(rows, padded.index_put(place, logps), padded.index_put(place, entropies))
+        padded = torch.zeros(len(packed.rows), packed.width, device=logps.device)
+        place = packed.local, packed.column
+        loss = self.of_rows(packed.rows, padded.index_put(place, logps), padded.index_put(place, entropies))
         if self.value_loss is None:
             return loss
         of_values = self.value_loss(packed, self.weights[packed.number, packed.column])

@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalVariant, causal_lower_right
 
 from nbhelpers import gpu
+from nbhelpers.kernels.taken import take
 
-from .packing import Packed, pack, take, unpad
+from .packing import Packed, pack, unpad
 
 LONG = 8192  # tokens of a sequence for SDPA: cuDNN makes a plan for each new length, which shorter ones do not repay
 TIMED = 4096  # tokens; on an H200 2.1 ms against 1.3

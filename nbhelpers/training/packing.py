@@ -8,10 +8,12 @@ predicts nothing and is left out; its first is predicted by the prompt's last to
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from nbhelpers.kernels.taken import Taken
 
 
 class Row(NamedTuple):
@@ -79,12 +81,15 @@ class Packed:
 
     ids: Tensor  # int64 [1, T]
     positions: Tensor  # int64 [1, T], of each token in its own text
-    source: Tensor  # int64 [S], the token whose output predicts
+    source: Taken  # S, the tokens whose outputs predict
     target: Tensor  # int64 [S], the id that it should predict
     number: Tensor  # int64 [S], row of the predicted token in the padded [B, T] batch
     column: Tensor  # int64 [S], and its column
+    rows: Tensor  # int64 [n], the padded batch's rows that are here, ascending
+    local: Tensor  # int64 [S], which of these `number` is
+    width: int  # columns of the padded batch up to the last one that is scored here
     sequences: list[tuple[int, int, int, int]]  # (first query, end, first key, end) of each
-    keys: Tensor | None  # int64 [K], tokens whose keys and values lie end to end by sequence; None: the T tokens
+    keys: Taken | None  # K, tokens whose keys and values lie end to end by sequence; None: the T tokens
     q_ends: Tensor  # int32 [sequences + 1], where the queries of each sequence begin, and the last ones end
     k_ends: Tensor  # int32 [sequences + 1], the same of its keys
 
@@ -148,34 +153,19 @@ def pack(batch: Rows, rows: list[Row], device: torch.device | str, share: bool =
             number.append(torch.full((len(scored),), row.number))
             column.append(scored)
     shared = total_keys != total
+    here, local = torch.cat(number).unique(return_inverse=True)  # on the host: the device need not be waited for
     ends = [torch.tensor([0, *(s[i] for s in sequences)], dtype=torch.int32) for i in (1, 3)]
+    pinned = torch.device(device).type == "cuda"  # from other memory a copy would wait for what is queued before it
 
     def on_device(tensors: list[Tensor]) -> Tensor:
-        return torch.cat(tensors).to(device, non_blocking=True)
+        joined = torch.cat(tensors)
+        return (joined.pin_memory() if pinned else joined).to(device, non_blocking=True)
+
+    def taken(tensors: list[Tensor]) -> Taken:
+        return Taken(*(on_device([t]) for t in Taken.of(torch.cat(tensors), total)))
 
     return Packed(
-        on_device(ids)[None], on_device(positions)[None], on_device(source), on_device(target), on_device(number),
-        on_device(column), sequences, on_device(keys) if shared else None, ends[0].to(device), ends[1].to(device),
+        on_device(ids)[None], on_device(positions)[None], taken(source), on_device(target), on_device(number),
+        on_device(column), on_device([here]), on_device([local]), int(torch.cat(column).max()) + 1, sequences,
+        taken(keys) if shared else None, on_device(ends[:1]), on_device(ends[1:]),
     )  # fmt: skip
-
-
-class Take(torch.autograd.Function):
-    """`take`: the gradients of a row that was taken several times are summed in fp32."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.shape = x.shape
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        total = torch.zeros(ctx.shape, dtype=wide, device=grad.device)
-        return total.index_add_(0, index, grad.to(wide)).to(grad.dtype), None
-
-
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """x[index] along the first dimension, index int64 [n], where a row may be taken several times."""
-    return Take.apply(x, index)

@@ -170,14 +170,15 @@ class TestLoraLinear:
         dx, da = torch.autograd.grad(y.float().sum(), [x, part.lora_a])
         assert dx.dtype == da.dtype == torch.float32
 
-    def test_keeps_x_alone(self):
+    def test_keeps_x_and_what_is_thin(self):
         parts = [layer(64, 32, quantised=True) for _ in range(3)]
         x = torch.randn(100, 64, requires_grad=True)
         kept = []
         with keeping(kept), kernels.use("triton"):
             kernels.lora_linear_group(x, parts)
         leaves = {t.data_ptr() for p in parts for t in (p.lora_a, p.lora_b)}
-        assert [t.data_ptr() for t in kept if t.data_ptr() not in leaves] == [x.data_ptr()]
+        own = [t for t in kept if t.data_ptr() not in leaves]
+        assert own[0].data_ptr() == x.data_ptr() and [t.shape for t in own[1:]] == [(100, 9)]  # x A^T
 
 
 class TestLoraMLP:
@@ -274,12 +275,12 @@ class TestLoraMLP:
         rest = (tuple(parts[:2]), parts[2])
         same(*[run(b, kernels.lora_mlp, x, parts, *rest) for b in ("triton", "torch")], 2e-6)
 
-    def test_keeps_x_gate_and_up(self):
+    def test_keeps_x_gate_up_and_what_is_thin(self):
         gate_up, down = self.parts(64, 96, False, quantised=True)
         kept = []
         with keeping(kept), kernels.use("triton"):
             kernels.lora_mlp(torch.randn(100, 64, requires_grad=True), gate_up, down)
-        assert sum(t.numel() for t in kept if t.shape[0] == 100) == 100 * (64 + 96 + 96)
+        assert sum(t.numel() for t in kept if t.shape[0] == 100) == 100 * (64 + 96 + 96 + 3 * 3)
 
     def test_a_second_backward_raises(self):
         gate_up, down = self.parts(64, 96, False)

@@ -258,7 +258,8 @@ def test_a_plan_for_texts_has_no_generation_and_cuts_as_the_step_does():
     held = residents.resident(shape, "nf4", 16, preset.lora_targets, "adamw_8bit")
     room = memory.step_budget(70 * GB, 9.0 * GB - held.generating, coming=held.gradients)
     card = seconds.card_of(80)  # what its launches take decides the cut too
-    step = micro_batches.StepCost(shape, 2, "flash", launches=seconds.launch_tokens(shape, card))
+    launches, adapted = seconds.launch_tokens(shape, card), 16 * len(preset.lora_targets)
+    step = micro_batches.StepCost(shape, 2, "flash", adapted=adapted, launches=launches)
     assert plan.micro_batches == tuple(step.split([(i, 256, 768) for i in range(24)], room))
     assert memory.plan("llama-3.1-8b", method="rloo", **given).training == memory.plan("llama-3.1-8b", **given).training
     with pytest.raises(ValueError, match="method is one of grpo, rloo, sft"):

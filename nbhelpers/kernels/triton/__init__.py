@@ -11,6 +11,7 @@ from .lora_stack import layer_adapters
 from .nf4 import dequantize_nf4
 from .rms_norm import rms_norm
 from .sampling import draw
+from .sum_rows import sum_rows
 from .swiglu import swiglu, swiglu_packed
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_packed",
+    "sum_rows",
     "swiglu",
     "swiglu_packed",
 ]

@@ -245,7 +245,7 @@ def _products(x: Tensor, parts: Sequence[Projection]) -> tuple[Sequence[Tensor],
         order = [*packed, *plain]
         columns = dict(zip(map(id, order), product.split([part.out_features for part in order], dim=2), strict=True))
         return [columns[id(part)] for part in parts], t
-    y = [project(x, [part._replace(bias=None)])[None] for part in without_lora(parts)]
+    y = [project(x, [part._replace(bias=None)])[0][None] for part in without_lora(parts)]
     return y, _thin_product(x, parts)
 
 

@@ -7,8 +7,8 @@
     dA = u^T x                               [r, in]     in A's dtype, summed in fp32
     dB = s dy^T (x A^T)                      [out, r]    in B's dtype, summed in fp32
 
-W never gets a gradient, so the backward needs only x: W is dequantised again, into one scratch buffer that all layers
-share, and x A^T (r columns) is recomputed.
+W never gets a gradient, so the backward needs only x, and x A^T, which is thin (r columns): it is kept, since computing
+it again reads all of x. W is dequantised again, into one scratch buffer that all layers share.
 
 Layers that read the same x (Q, K and V; gate and up) are treated as one layer with the outputs side by side,
 y [N, sum of out]: their A's and B's are stacked (lora_stack.py), their 4-bit weights are dequantised into one stacked
@@ -16,7 +16,7 @@ matrix and multiplied in one product. So each line above is one product whatever
 twice, not once per layer. Only weights stored in 16 bits, or together too large, are multiplied one by one, and a
 large one in blocks of rows. The thin product always comes first: the wide one accumulates onto its result, which needs
 no separate pass over y or dx. An RMSNorm in front can be folded in: then x is the norm's input, which is kept
-elsewhere anyway, and the normalised rows are recomputed in the backward.
+elsewhere anyway, and the normalised rows n = w * x / rms are not needed again (`normed_grads`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -120,28 +120,28 @@ def _cut(
     return tuple(cuts)
 
 
-def project(x: Tensor, parts: Sequence[Projection], adapters: Stacked | None = None) -> Tensor:
-    """y [N, sum of out] of all parts side by side, for x [N, in] in the dtype of the products. No autograd.
-
-    adapters: their stacked A and B, if somebody has made them.
+def project(x: Tensor, parts: Sequence[Projection], adapters: Stacked | None = None) -> tuple[Tensor, Tensor | None]:
+    """y [N, sum of out] of all parts side by side, for x [N, in] in the dtype of the products, and x A^T [N, sum of r],
+    None where no part has a LoRA. No autograd. adapters: their stacked A and B, if somebody has made them.
     """
     a, b = stack_adapters(parts, x.dtype) if adapters is None else adapters
+    z = None if a is None else F.linear(x, a)
     if len(x) <= MOST_FEW_ROWS and (y := _few(x, parts)) is not None:
-        return y if a is None or b is None else y.addmm_(x @ a.t(), b.t())
+        return y if z is None or b is None else y.addmm_(z, b.t()), z
     bias = _stack_bias(parts, x.dtype)
-    if a is None or b is None:
+    if z is None or b is None:
         y = x.new_empty(len(x), sum(part.out_features for part in parts))
     else:
-        y = F.linear(F.linear(x, a), b, bias)
+        y = F.linear(z, b, bias)
     for columns, weight in products(parts, x.dtype, x.device):
         into = y if len(weight) == y.shape[1] else y[:, columns]
-        if a is not None:
+        if z is not None:
             into.addmm_(x, weight.t())
         elif bias is not None:
             torch.addmm(bias[columns], x, weight.t(), out=into)
         else:
             torch.mm(x, weight.t(), out=into)
-    return y
+    return y, z
 
 
 def _few(x: Tensor, parts: Sequence[Projection]) -> Tensor | None:
@@ -175,20 +175,24 @@ def input_grad(dy: Tensor, parts: Sequence[Projection], a: Tensor | None, u: Ten
     return dx
 
 
-def lora_grads(x: Tensor, dy: Tensor, parts: Sequence[Projection], a: Tensor | None, u: Tensor | None) -> list[Tensor]:
+def lora_grads(
+    x: Tensor, dy: Tensor, parts: Sequence[Projection], z: Tensor | None, u: Tensor | None, norm: Tensor | None = None
+) -> list[Tensor]:
     """dA [r, in] and dB [out, r] of every part that has a LoRA, as a flat list: dA1, dB1, dA2, dB2, ...
 
     Args:
-        x (`Tensor`): [N, in].
+        x (`Tensor`): [N, in]: what the layers read, up to `norm`.
         dy (`Tensor`): [N, sum of out].
         parts (`Sequence[Projection]`): Layers that read x.
-        a (`Tensor`, *optional*): Their stacked A [sum of r, in]; None where no part has a LoRA.
-        u (`Tensor`, *optional*): dy times their stacked s B, [N, sum of r]; None like a.
+        z (`Tensor`, *optional*): x A^T [N, sum of r] for their stacked A; None where no part has a LoRA.
+        u (`Tensor`, *optional*): dy times their stacked s B, [N, sum of r]; None like z.
+        norm (`Tensor`, *optional*): [in], what each column of x is multiplied by.
     """
-    if a is None or u is None:
+    if z is None or u is None:
         return []
     dtype = next(part.lora_a.dtype for part in parts if part.lora_a is not None)
-    of_a, of_b = _mm(u.t(), x, dtype), _mm(dy.t(), x @ a.t(), dtype)  # dB_i are the diagonal blocks of of_b
+    of_a = _mm(u.t(), x, dtype) if norm is None else _mm(u.t(), x, torch.float32).mul_(norm)
+    of_b = _mm(dy.t(), z, dtype)  # dB_i are its diagonal blocks
     flat, row, column = [], 0, 0
     for part in parts:
         if part.lora_a is not None and part.lora_b is not None:
@@ -198,6 +202,22 @@ def lora_grads(x: Tensor, dy: Tensor, parts: Sequence[Projection], a: Tensor | N
             column += rank
         row += part.out_features
     return flat
+
+
+def normed_grads(
+    x: Tensor, norm: tuple[Tensor, float] | None, r: Tensor | None, dy: Tensor, parts: Sequence[Projection],
+    z: Tensor | None, u: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    """`lora_grads` where x [.., in] goes through a norm first, of which 1 / rms [N] is kept.
+
+    dA = u^T n = (u / rms)^T x * w: instead of the rows n only u is scaled, which is thin. Not so in fp16, where that
+    could take u out of range, and where x is wider than the products.
+    """
+    dtype = dy.dtype
+    if norm is None or r is None or u is None or dtype == torch.float16 or x.dtype != dtype:
+        return lora_grads(normed(x, norm, dtype)[0], dy, parts, z, u)
+    scaled = torch.mul(u, r[:, None], out=torch.empty_like(u))
+    return lora_grads(x.reshape(-1, x.shape[-1]), dy, parts, z, scaled, norm[0])
 
 
 def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -222,21 +242,20 @@ class LoraLinear(torch.autograd.Function):
         dtype: torch.dtype,
         *a_and_b: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, *a_and_b)
+        rows, r = normed(x, norm, dtype)
+        y, z = project(rows, parts)
+        ctx.save_for_backward(x, r, z, *a_and_b)
         ctx.parts, ctx.norm, ctx.dtype = without_lora(parts), norm, dtype
-        y = project(normed(x, norm, dtype)[0], parts)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, *a_and_b = ctx.saved_tensors
+        x, r, z, *a_and_b = ctx.saved_tensors
         parts, dy = with_lora(ctx.parts, a_and_b), dy.reshape(-1, dy.shape[-1])
         a, b = stack_adapters(parts, ctx.dtype)
         u = None if b is None else dy @ b
-        rows, r = normed(x, ctx.norm, ctx.dtype)
-        grads = iter(lora_grads(rows, dy, parts, a, u) if any(ctx.needs_input_grad[4:]) else ())
+        grads = iter(normed_grads(x, ctx.norm, r, dy, parts, z, u) if any(ctx.needs_input_grad[4:]) else ())
         flat = [None if tensor is None else next(grads, None) for tensor in a_and_b]
-        del rows
         dx = None
         if ctx.needs_input_grad[0]:
             dx = input_grad(dy, parts, a, u).view(x.shape)
@@ -288,7 +307,7 @@ def _side_by_side(
     """The outputs of `lora_linear_group` as one tensor [..., sum of out]."""
     dtype = prepare(x, projections, norm)
     if not torch.is_grad_enabled():
-        y = project(normed(x, norm, dtype)[0], projections, adapters)
+        y, _ = project(normed(x, norm, dtype)[0], projections, adapters)
         return y.view(*x.shape[:-1], y.shape[-1])
     x = x.to(dtype) if norm is None else x  # cast a wider x before it is saved; a norm's input is kept elsewhere anyway
     a_and_b = [t for part in projections for t in (part.lora_a, part.lora_b)]

@@ -7,8 +7,8 @@ With a norm folded in this is the second half of a decoder layer,
 
     s = x + residual        y = s + mlp(rms_norm(s))
 
-Kept for the backward: x (with a norm s instead), g and u. h and the normalised rows are recomputed, and every I-wide
-tensor of the backward is written over another:
+Kept for the backward: x (with a norm s instead), g and u, and what is thin. h is recomputed, and every I-wide tensor of
+the backward is written over another:
 
     dh = dy W_down + ...         a new buffer, the only one
     h over dh, dg over g, du over u, in one launch (swiglu.py)
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..reference import Projection, Stacked
 from .inplace import overwritten
-from .lora_linear import input_grad, lora_grads, normed, prepare, project, with_lora, without_lora
+from .lora_linear import input_grad, lora_grads, normed_grads, prepare, project, with_lora, without_lora
 from .lora_stack import stack_adapters
 from .rms_norm import backward as norm_backward
 from .rms_norm import forward as norm_forward
@@ -47,30 +47,32 @@ def forward(
     x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor | None,
     norm: tuple[Tensor, float] | None, dtype: torch.dtype, value: bool, over: bool,
     adapters: tuple[Stacked, Stacked] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:  # fmt: skip
     """`lora_mlp` without autograd; over: write h over g.
 
-    Returns y [..., H]; x, with a norm s; and wide [N, 2 I], g and u side by side.
+    Returns y [..., H], and what a backward needs: x, with a norm s; the norm's 1 / rms [N]; wide [N, 2 I], g and u side
+    by side; and what A makes of both inputs [N, r].
     """
     shrink = shrink_of(dtype)
     if norm is None:
-        rows = x.reshape(-1, x.shape[-1])
+        rows, r = x.reshape(-1, x.shape[-1]), None
     else:
-        x, rows, _ = norm_forward(x, *norm, residual)
+        x, rows, r = norm_forward(x, *norm, residual)
         rows, residual = rows.view(-1, x.shape[-1]).to(dtype), x
-    wide = project(rows, gate_up, adapters and adapters[0])
+    wide, z = project(rows, gate_up, adapters and adapters[0])
     if not value:
-        return torch.empty_like(rows if residual is None else residual).view(x.shape), x, wide
+        return torch.empty_like(rows if residual is None else residual).view(x.shape), (x, r, wide, z, None)
     g, u = wide.chunk(2, dim=1)
     h = swiglu_forward(g, u, shrink, over)
     if down.bias is not None:
         down = down._replace(bias=down.bias / shrink)
-    y = project(h, (down,), adapters and adapters[1]).view(x.shape)
+    y, of_h = project(h, (down,), adapters and adapters[1])
+    y = y.view(x.shape)
     if residual is not None:
         y = torch.add(residual, y, alpha=shrink)
     elif shrink != 1.0:
         y.mul_(shrink)
-    return y.clamp_(-FP16_MAX, FP16_MAX) if y.dtype == torch.float16 else y, x, wide
+    return y.clamp_(-FP16_MAX, FP16_MAX) if y.dtype == torch.float16 else y, (x, r, wide, z, of_h)
 
 
 class LoraMLP(torch.autograd.Function):
@@ -81,14 +83,14 @@ class LoraMLP(torch.autograd.Function):
         ctx: Any, x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor | None,
         norm: tuple[Tensor, float] | None, dtype: torch.dtype, value: bool, *a_and_b: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        y, x, wide = forward(x, gate_up, down, residual, norm, dtype, value, over=False)
-        ctx.save_for_backward(x, wide, *a_and_b)
+        y, kept = forward(x, gate_up, down, residual, norm, dtype, value, over=False)
+        ctx.save_for_backward(*kept, *a_and_b)
         ctx.parts, ctx.norm, ctx.shrink = without_lora((*gate_up, down)), norm, shrink_of(dtype)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, wide, *a_and_b = ctx.saved_tensors
+        x, r, wide, z, of_h, *a_and_b = ctx.saved_tensors
         *gate_up, down = with_lora(ctx.parts, a_and_b)
         need_lora = any(ctx.needs_input_grad[7:])
         dtype = wide.dtype
@@ -98,19 +100,19 @@ class LoraMLP(torch.autograd.Function):
         u = None if b is None else rows @ b
         dh = input_grad(rows, [down], a, u)
         g, up = wide.chunk(2, dim=1)
-        again = need_lora and a is not None
-        swiglu_backward(dh, g, up, dg=g, du=up, h=dh if again else None, shrink=ctx.shrink)
+        swiglu_backward(dh, g, up, dg=g, du=up, h=dh if need_lora and a is not None else None, shrink=ctx.shrink)
         overwritten(wide)
-        of_down = lora_grads(dh, rows, [down], a, u) if again else []  # dh now holds h / shrink
+        of_down = []
+        if need_lora and a is not None:  # dh now holds h / shrink
+            of_h = dh @ a.t() if of_h is None else of_h
+            of_down = lora_grads(dh, rows, [down], of_h, u)
         if ctx.shrink != 1.0:
             of_down = [grad.mul_(ctx.shrink) for grad in of_down]
         del dh
 
         a, b = stack_adapters(gate_up, dtype)
         u = None if b is None else wide @ b  # wide now holds dg and du
-        rows, r = normed(x, ctx.norm, dtype)
-        of_both = lora_grads(rows, wide, gate_up, a, u) if need_lora else []
-        del rows
+        of_both = normed_grads(x, ctx.norm, r, wide, gate_up, z, u) if need_lora else []
         grads = iter([*of_both, *of_down])
         flat = [next(grads, None) if tensor is not None and need_lora else None for tensor in a_and_b]
         dx, dresidual = None, dy if ctx.needs_input_grad[3] else None
