@@ -132,6 +132,21 @@ def whole() -> str:
     return f"{table(['', 'cap, GB', 'by the driver, GB', 'seconds a step'], rows)}\n\n{results.source(*keys)}"
 
 
+def two_cards() -> str:
+    """A step of one card, and of two that write and learn from twice the texts."""
+    results = Results("engines")
+    rows, keys = [], []
+    for ragged, said in (("", "all of 768 tokens"), ("-ragged", "of 192 to 768 tokens")):
+        what = f"llama-3.1-8b/1K-t4-2-gpus{ragged}/efficiency"
+        keys.append((what, "ours"))
+        row = next((row for row in results.document["rows"] if row["what"] == what), {})
+        one, two, share = (row.get(key) for key in ("one_s", "several_s", "value"))
+        percent = "–" if share is None else f"{share:.1%}"
+        rows.append([f"Llama-3.1-8B, as T4s would, answers {said}", number(one), number(two), percent])
+    header = ["", "one card, 8 texts, s", "two cards, 16 texts, s", "share"]
+    return f"{table(header, rows)}\n\n{results.source(*keys)}"
+
+
 CARDS = (4, 6, 8, 10, 12, 15, 16, 20, 24, 32, 40, 48, 80)  # GB
 
 
@@ -267,6 +282,7 @@ TABLES = {
     "step": step,
     "engines": engines,
     "whole": whole,
+    "two_cards": two_cards,
     "methods": methods,
     "methods_real": real,
     "methods_cost": cost,
