@@ -147,6 +147,15 @@ def two_cards() -> str:
     return f"{table(header, rows)}\n\n{results.source(*keys)}"
 
 
+def outgrow() -> str:
+    """The example for stock TRL with FSDP2 in docs/outgrow.md, as `python -m benchmarks.outgrow` ran it."""
+    results, what = Results("outgrow"), "qwen2.5-1.5b/outgrow-fsdp2-2-gpus"
+    keys = [(f"{what}/{metric}", "trl") for metric in ("step_time", "peak")]
+    rows = [["Qwen2.5-1.5B at its real shape, answers of 64 tokens", *(number(results(*key)) for key in keys)]]
+    header = ["two GPUs", "seconds a step", "GB of a card, by torch"]
+    return f"{table(header, rows)}\n\n{results.source(*keys)}"
+
+
 CARDS = (4, 6, 8, 10, 12, 15, 16, 20, 24, 32, 40, 48, 80)  # GB
 
 
@@ -283,6 +292,7 @@ TABLES = {
     "engines": engines,
     "whole": whole,
     "two_cards": two_cards,
+    "outgrow": outgrow,
     "methods": methods,
     "methods_real": real,
     "methods_cost": cost,
@@ -299,7 +309,10 @@ TABLES = {
     "ratios": performance.ratios,
     "eight_bits": performance.eight_bits,
 }
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "recipes", "performance")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "recipes", "performance", "outgrow")),
+)
 
 
 def render(text: str) -> str:
