@@ -131,8 +131,7 @@ class Stopper(TrainerCallback):
         if self.reason is None and (reason := self.rules.reason(logs, samples)) is not None:
             self.reason = reason
             if self.ends:
-                control.should_training_stop = True
-                control.should_save = args.save_strategy != "no"
+                control.should_training_stop = control.should_save = True
             if not self.ends and state.is_world_process_zero:
                 print(f"Step {state.global_step}: {reason} The run goes on; stop_when=StopWhen() would end it.")
             elif state.is_world_process_zero:

@@ -114,14 +114,3 @@ def test_only_silence_is_told_without_rules():
     assert first_stop(logs(60, right=1.0, reward=1.0, frac_reward_zero_std=0.9), rules=SILENCE) == (None, None)
     gamed = logs(80, reward=(0.3, 0.7), right=(0.9, 0.6), in_form=1.0, completions__mean_length=(1500.0, 100.0))
     assert first_stop(gamed, rules=SILENCE) == (None, None)
-
-
-@pytest.mark.parametrize("strategy", ["no", "steps"])
-def test_a_run_that_ends_saves_where_checkpoints_are_kept(tmp_path, strategy, capsys):
-    from transformers import TrainingArguments
-
-    args = TrainingArguments(str(tmp_path), save_strategy=strategy)
-    state, control = TrainerState(log_history=logs(40, frac_reward_zero_std=1.0), global_step=40), TrainerControl()
-    Stopper(StopWhen()).on_log(args, state, control)
-    assert control.should_training_stop and control.should_save == (strategy == "steps")
-    assert "Stopped after step 40" in capsys.readouterr().out
