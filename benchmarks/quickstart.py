@@ -2,6 +2,9 @@
 
     python -m benchmarks.quickstart        on a CPU: three seeds, and once in NF4 with LoRA, as large models learn
                                            on a GPU: as it stands and in NF4 with LoRA, then that as a T4 would (fp16)
+    python -m benchmarks.quickstart --base ../before    GRPO alone by this tree and by another, seed after seed, taking
+                                           turns: seconds, and seconds of all cores, as other programs cost the first.
+                                           Writes benchmarks/results/quickstart_before.json
     python -m benchmarks.quickstart --whole     every weight in bf16 with 8-bit Adam, three seeds: does it learn as in
                                            fp32? Writes benchmarks/results/whole.json
 
@@ -11,6 +14,8 @@ whole notebook. `generated` are the tokens of all answers that GRPO asked for, t
 """
 
 import json
+import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,6 +41,22 @@ nbhelpers.LeanGRPOConfig = functools.partial(nbhelpers.LeanGRPOConfig, optim="ad
 """
 T4 = "from benchmarks.harness import play_t4\n\nplay_t4()\n\n"
 COUNT = "from benchmarks.quickstart import count_generated\n\ngenerated = count_generated()\n\n"
+CLOCK = """import json
+import time
+from nbhelpers import LeanGRPOTrainer
+
+train = LeanGRPOTrainer.train
+
+def timed(self, *args, **options):
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = train(self, *args, **options)
+    seconds = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+    with open(FILE, "w") as file:
+        json.dump(seconds, file)
+    return result
+
+LeanGRPOTrainer.train = timed
+"""
 KEEP = "\n\nreport['generated'] = sum(generated)\nPath(OUT, 'report.json').write_text(json.dumps(report))\n"
 
 
@@ -55,11 +76,11 @@ def count_generated() -> list[int]:
     return counts
 
 
-def script(parameters: str, folder: str) -> str:
+def script(parameters: str, folder: str, notebook: Path = NOTEBOOK) -> str:
     """The notebook's code with other parameters and results in `folder`; without its install cell and section 9, which
     trains a second time."""
     parts = []
-    for tags, source in common.code_cells(NOTEBOOK):
+    for tags, source in common.code_cells(notebook):
         if "versions" in tags:
             continue
         parts.append(source)
@@ -105,7 +126,42 @@ def whole(seeds: tuple[int, ...] = (0, 1, 2)) -> list[common.Row]:
     return [*rows, common.row("workshop/whole/accuracy_after", "ours", round(ours, 4), "share", fp32=round(fp32, 4))]
 
 
+def grpo_of(tree: Path, seed: int) -> dict[str, float]:
+    """GRPO of a tree's quickstart: `seconds`, `cpu_seconds` of all cores, `steps` and the `accuracy` afterwards."""
+    with tempfile.TemporaryDirectory() as out:
+        file = Path(out, "seconds.json")
+        code = script(f"SEED = {seed}", out, tree / NOTEBOOK.relative_to(common.ROOT))
+        environment = os.environ | {"PYTHONPATH": str(tree)}
+        clock = CLOCK.replace("FILE", repr(str(file)))
+        subprocess.run([sys.executable, "-c", f"{clock}\n\n{code}"], cwd=tree, env=environment, check=True)
+        report = json.loads(Path(out, "report.json").read_text())
+        steps, accuracy = report["steps"], round(report["accuracy_after"]["value"], 4)
+        return {**json.loads(file.read_text()), "steps": steps, "accuracy": accuracy}
+
+
+def against(base: Path, seeds: tuple[int, ...] = (0, 1, 2)) -> list[common.Row]:
+    """GRPO's seconds of `base` and of this tree: the median of the seeds, and this tree's over `base`'s."""
+    trees = {"before": base.resolve(), "ours": common.ROOT}
+    runs: dict[str, list[dict[str, float]]] = {who: [] for who in trees}
+    for seed in seeds:
+        for who, tree in trees.items():
+            runs[who].append(grpo_of(tree, seed))
+            print(f"seed {seed}, {who}: {runs[who][-1]}", flush=True)
+    rows = []
+    for what in ("seconds", "cpu_seconds"):
+        values = {who: statistics.median(run[what] for run in each) for who, each in runs.items()}
+        for who, each in runs.items():
+            more = {key: [run[key] for run in each] for key in ("steps", "accuracy")}
+            more |= {"each": [round(run[what], 1) for run in each], "ratio": round(values[who] / values["before"], 4)}
+            rows.append(common.row(f"quickstart/grpo_{what}", who, round(values[who], 2), "s", **more))
+    return rows
+
+
 def main() -> None:
+    if "--base" in sys.argv:
+        common.write("quickstart_before", rows := against(Path(sys.argv[sys.argv.index("--base") + 1])))
+        print(common.table(rows))
+        return
     if "--whole" in sys.argv:
         common.write("whole", rows := whole())
         print(common.table(rows))

@@ -132,6 +132,30 @@ def whole() -> str:
     return f"{table(['', 'cap, GB', 'by the driver, GB', 'seconds a step'], rows)}\n\n{results.source(*keys)}"
 
 
+def two_cards() -> str:
+    """A step of one card, and of two that write and learn from twice the texts."""
+    results = Results("engines")
+    rows, keys = [], []
+    for ragged, said in (("", "all of 768 tokens"), ("-ragged", "of 192 to 768 tokens")):
+        what = f"llama-3.1-8b/1K-t4-2-gpus{ragged}/efficiency"
+        keys.append((what, "ours"))
+        row = next((row for row in results.document["rows"] if row["what"] == what), {})
+        one, two, share = (row.get(key) for key in ("one_s", "several_s", "value"))
+        percent = "–" if share is None else f"{share:.1%}"
+        rows.append([f"Llama-3.1-8B, as T4s would, answers {said}", number(one), number(two), percent])
+    header = ["", "one card, 8 texts, s", "two cards, 16 texts, s", "share"]
+    return f"{table(header, rows)}\n\n{results.source(*keys)}"
+
+
+def outgrow() -> str:
+    """The example for stock TRL with FSDP2 in docs/outgrow.md, as `python -m benchmarks.outgrow` ran it."""
+    results, what = Results("outgrow"), "qwen2.5-1.5b/outgrow-fsdp2-2-gpus"
+    keys = [(f"{what}/{metric}", "trl") for metric in ("step_time", "peak")]
+    rows = [["Qwen2.5-1.5B at its real shape, answers of 64 tokens", *(number(results(*key)) for key in keys)]]
+    header = ["two GPUs", "seconds a step", "GB of a card, by torch"]
+    return f"{table(header, rows)}\n\n{results.source(*keys)}"
+
+
 CARDS = (4, 6, 8, 10, 12, 15, 16, 20, 24, 32, 40, 48, 80)  # GB
 
 
@@ -267,6 +291,8 @@ TABLES = {
     "step": step,
     "engines": engines,
     "whole": whole,
+    "two_cards": two_cards,
+    "outgrow": outgrow,
     "methods": methods,
     "methods_real": real,
     "methods_cost": cost,
@@ -283,7 +309,10 @@ TABLES = {
     "ratios": performance.ratios,
     "eight_bits": performance.eight_bits,
 }
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "recipes", "performance")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "recipes", "performance", "outgrow")),
+)
 
 
 def render(text: str) -> str:

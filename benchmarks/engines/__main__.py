@@ -3,6 +3,7 @@
     python -m benchmarks.engines --first      about a minute: is it right on this GPU, and one speed
     python -m benchmarks.engines              every model, graph and transformers, and the GRPO steps
     python -m benchmarks.engines --only dynamic    decoding where some layers are in 16 bits, as in dynamic 4-bit
+    python -m benchmarks.engines --only grpo --gpus 2 --steps 5    the step of one card, and of two with twice the texts
     python -m benchmarks.engines --only eight-bits    keys and values in 8 bits: right, how far off, how fast
     python -m benchmarks.engines --vllm       vLLM as well, where it is installed
     python -m benchmarks.engines --trl        the peer's whole GRPO step as well: stock TRL with vLLM beside it
@@ -74,9 +75,12 @@ def jobs(args: argparse.Namespace) -> list[Job]:
         if "transformers" in args.only:
             wanted.append({**base, "kind": "transformers", "batches": [b for b in args.batches if b <= 32]})
         if "grpo" in args.only:
-            cap = args.cap or CAPS[model]
-            wanted.append({**base, "kind": "grpo", "cap": cap, "t4": args.t4, "context": args.context,
-                           "steps": args.steps, "gpus": args.gpus, "kv_bits": args.kv_bits})  # fmt: skip
+            job = {**base, "kind": "grpo", "cap": args.cap or CAPS[model], "t4": args.t4, "context": args.context,
+                   "steps": args.steps, "kv_bits": args.kv_bits}  # fmt: skip
+            if args.gpus == 1:
+                wanted.append(job)
+            for kind in args.lengths if args.gpus > 1 else ():  # one card, then several with the same texts each
+                wanted += [{**job, "gpus": n, "lengths": kind, "shared_by": args.gpus} for n in (1, args.gpus)]
         if args.vllm:
             wanted.append({**base, "kind": "vllm", "batches": args.batches})
     for model in (args.models or TRL) if args.trl else ():
@@ -147,7 +151,9 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--vllm", action="store_true")
     parser.add_argument("--t4", action="store_true", help="decode and GRPO steps in fp16, as a T4 would")
-    parser.add_argument("--gpus", type=int, default=1, help="processes of a GRPO step, each with a GPU and 8 texts")
+    parser.add_argument("--gpus", type=int, default=1, help="GRPO by one process, then by so many, 8 texts each")
+    parser.add_argument("--lengths", nargs="*", choices=("equal", "ragged"), default=["equal", "ragged"],
+                        help="of the completions where --gpus are compared")  # fmt: skip
     parser.add_argument("--trl", action="store_true", help=f"of {', '.join(TRL)} unless --models says otherwise")
     parser.add_argument("--models", nargs="*", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--batches", nargs="*", type=int, default=[8, 32, 128])
@@ -174,7 +180,8 @@ def main() -> None:
         for job in jobs(args):
             rows += run(job, Path(folder), args.seconds)
             if rows and not args.quick:
-                common.publish("engines", rows, args.out)
+                common.publish("engines", rows + grpo.efficiencies(rows), args.out)
+    rows += grpo.efficiencies(rows)
     if rows:
         print(common.table(rows))
 

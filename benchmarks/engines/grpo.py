@@ -1,14 +1,19 @@
 """Whole GRPO steps: the workload that ours and the peer's (trl.py) share, and ours."""
 
+import random
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
 import torch
 
+from benchmarks import common
 from benchmarks.harness import Job, build, hold, peak_driver, wait
+from nbhelpers.engines import Completion, Sampling
+from nbhelpers.engines.base import Engine
 
 from .cases import RowWriter
 
@@ -83,11 +88,67 @@ def workload(quick: bool, context: int, rows: int = 8) -> tuple[dict[str, Any], 
     return settings, parts, times
 
 
+def lengths(kind: str, turn: int, part: int, gpus: int, most: int, rows: int = 8) -> list[int]:
+    """How long the completions of a turn are, decided before they are written.
+
+    Args:
+        kind (`str`): "equal": all have `most` tokens; "ragged": from a quarter of that on, evenly, in another order for
+            each `gpus` turns.
+        turn (`int`): Step of the run, from 0.
+        part (`int`): Which `rows` of the `gpus` x `rows` completions: the process. A process that works alone has them
+            part after part, so that from turn 1 on it has written the same texts as those who share them.
+        gpus (`int`): Processes that share the texts.
+        most (`int`): Tokens of the longest.
+    """
+    if kind == "equal":
+        return [most] * rows
+    every = [most - i * (most - most // 4) // (gpus * rows - 1) for i in range(gpus * rows)]
+    random.Random((turn - 1) // gpus).shuffle(every)
+    return every[part * rows : (part + 1) * rows]
+
+
+def write_lengths(engine: Engine, kind: str, part: int | None, gpus: int) -> None:
+    """From now on this engine's completions are as long as `lengths` says, whatever the model would end with.
+
+    `part` None: a process that works alone. All rows of a turn are written as far as its longest text goes, and then
+    cut: few rows take as long as one.
+    """
+    generate, turns = engine.generate, 0
+
+    def cut(prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
+        nonlocal turns
+        mine = lengths(kind, turns, (turns - 1) % gpus if part is None else part, gpus, sampling.max_tokens,
+                       len(prompts) * sampling.num_generations)  # fmt: skip
+        turns += 1
+        written = generate(prompts, replace(sampling, max_tokens=max(mine), min_tokens=max(mine)))
+        return [
+            replace(completion, token_ids=completion.token_ids[:length], logprobs=completion.logprobs[:length])
+            for completion, length in zip(written, mine, strict=True)
+        ]
+
+    setattr(engine, "generate", cut)  # noqa: B010
+
+
+def efficiencies(rows: list[common.Row]) -> list[common.Row]:
+    """For each step of several cards that share the texts of several steps of one: the share of its time in theirs."""
+    known = {row["what"]: row for row in rows}
+    shares = []
+    for what, row in known.items():
+        one = known.get(f"{row['alone']}/step_time") if "alone" in row else None
+        if one is not None:
+            setting = what.removesuffix("/step_time")
+            share = round(one["mean_s"] / row["mean_s"], 4)
+            seconds = {"one_s": one["mean_s"], "several_s": row["mean_s"], "steps": row["steps"] - 1}
+            shares.append(common.row(f"{setting}/efficiency", "ours", share, "share", **seconds))
+    return shares
+
+
 def steps(job: Job, row: RowWriter) -> None:
     """`steps` whole steps of LeanGRPOTrainer, G=8, a prompt of 256 tokens, in a process that may take `cap` GB in all;
     or as many such processes as there are `gpus`, each with a prompt of its own.
 
-    generating_s and training_s (forward and backward) are the last step's.
+    generating_s and training_s (forward and backward) are the last step's. With `lengths` completions are as long as
+    that says, and `shared_by` counts the processes that this one, or all of them together, are compared with.
     """
     from accelerate import PartialState
 
@@ -104,10 +165,15 @@ def steps(job: Job, row: RowWriter) -> None:
         args = LeanGRPOConfig(folder, max_steps=job["steps"], kv_bits=bits, **settings)
         extra = {"budget_gb": budget} if torch.cuda.is_available() else {}
         trainer = LeanGRPOTrainer(model, args=args, engine="graph", **parts, **extra)
+        if kept := job.get("lengths"):
+            part = trainer.accelerator.process_index if gpus > 1 else None
+            write_lengths(trainer.engine, kept, part, job["shared_by"])
         generated, trained = watch(trainer.engine, "generate"), watch(trainer, "compute_loss")
         trainer.train()
-    kind = f"{'-t4' if job.get('t4') else ''}{f'-{gpus}-gpus' if gpus > 1 else ''}{f'-kv{bits}' if bits != 16 else ''}"
-    setting = f"{job['context'] // 1024}K{kind}"
+    kind = f"{job['context'] // 1024}K{'-t4' if job.get('t4') else ''}"
+    rest = f"{f'-kv{bits}' if bits != 16 else ''}{'-ragged' if job.get('lengths') == 'ragged' else ''}"
+    cards = f"-{gpus}-gpus" if gpus > 1 else f"-1-of-{job['shared_by']}-gpus" if "shared_by" in job else ""
+    setting = f"{kind}{cards}{rest}"
     written: dict[str, Any] = {
         "generating_s": round(generated[-1], 3),
         "training_s": round(trained[-1], 3),
@@ -115,6 +181,10 @@ def steps(job: Job, row: RowWriter) -> None:
     }
     written["dtype"] = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
     written |= logged(trainer.state.log_history[-2], KEPT)  # -1: the whole run's
+    if len(times) > 1:
+        written["mean_s"] = round(statistics.mean(times[1:]), 4)
+    if gpus > 1 and "shared_by" in job:
+        written["alone"] = f"{job['model']}/{kind}-1-of-{gpus}-gpus{rest}"
     if gpus > 1:  # each learned from all of them: the adapters must be the same in the end
         sums = torch.stack([p.double().sum() for p in model.parameters() if p.requires_grad])
         ends = trainer.accelerator.gather(sums).view(gpus, -1)

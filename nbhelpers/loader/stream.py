@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nbhelpers.models import quantize
-from nbhelpers.models.finite import refuse_non_finite
+from nbhelpers.models.finite import Extremes
 from nbhelpers.models.quantize import Choice
 
 from .read_ahead import ReadAhead
@@ -35,12 +35,13 @@ def empty_model(source: Source, dtype: torch.dtype) -> "PreTrainedModel":
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     config = source.model_config()
     if source.prequantized():
         del config.quantization_config  # else transformers would want to do the loading
     try:
-        with init_empty_weights(include_buffers=False):
+        with no_init_weights(), init_empty_weights(include_buffers=False):  # nothing is drawn that is read later
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except ValueError as error:
         raise ValueError(f"{source.id} is not a causal language model: {str(error).splitlines()[0]}") from None
@@ -100,14 +101,16 @@ def fill(
     """
     tied = _tied_head(model)
     wanted = dict(model.named_parameters(remove_duplicate=False))
-    filled, unused, stored = set(), [], _stored(shards)
+    filled, unused, stored, extremes = set(), [], _stored(shards), Extremes()
     layers = model.model.layers[:swapped] if swapped else ()
     waiting = {module for layer in layers for module in layer.modules() if isinstance(module, nn.Linear)}
     with ReadAhead(shards, _in_order(model, shards, tied, weight_dtype, device), device) as ahead:
 
-        def read(name: str, wanted: torch.dtype | None = None) -> torch.Tensor:
-            """On the device; what is not read ahead is converted on the host."""
-            return ahead.take(name) if name in ahead.names else shards.read(name, wanted).to(device, copy=True)
+        def read(name: str, wanted: torch.dtype | None = None, where: torch.device = device) -> torch.Tensor:
+            """On the device, or `where`; what is not read ahead is converted on the host."""
+            if name in ahead.names:
+                return ahead.take(name, where)
+            return shards.read(name, wanted).to(where, copy=True)
 
         for name, entry in shards.entries.items():
             progress(entry.nbytes)
@@ -119,22 +122,23 @@ def fill(
             module = model.get_submodule(owner)
             linear4bit = module if leaf == "weight" and quantize.is_nf4(module) else None
             if linear4bit is not None and f"{name}.absmax" in shards.entries:
-                quantize.fill(linear4bit, _packed(name, stored[name], read, device, dtype))
+                quantize.fill(linear4bit, _packed(name, stored[name], read, extremes, device, dtype))
             elif tuple(wanted[name].shape) != entry.shape:
                 raise ValueError(
                     f"{entry.file.name}: {name} is {entry.shape}, the config says {tuple(wanted[name].shape)}"
                 )
             elif linear4bit is not None:
                 tensor = read(name) if name in ahead.names else shards.read(name).to(device)
-                refuse_non_finite(tensor, f"{name} in {entry.file.name}")
+                extremes.add(tensor, f"{name} in {entry.file.name}")
                 quantize.fill(linear4bit, quantize.pack(tensor, dtype))
             else:
                 tensor = read(name, weight_dtype)
-                refuse_non_finite(tensor, f"{name} in {entry.file.name}")
+                extremes.add(tensor, f"{name} in {entry.file.name}")
                 setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
             if leaf == "weight" and module in waiting:
                 parameter = cast(nn.Linear, module).weight
                 parameter.data = parameter.data.cpu()
+    extremes.refuse()
     _refuse_without_place(model, unused)
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta and name not in filled]
@@ -224,15 +228,17 @@ def _stored(shards: Shards) -> dict[str, list[str]]:
 
 
 def _packed(
-    name: str, keys: list[str], read: Callable[[str], torch.Tensor], device: torch.device, dtype: torch.dtype
-) -> "Params4bit":
+    name: str, keys: list[str], read: Callable[..., torch.Tensor], extremes: Extremes, device: torch.device,
+    dtype: torch.dtype,
+) -> "Params4bit":  # fmt: skip
     """The Params4bit that a checkpoint stores as `name` and its statistics, `keys` together."""
     from bitsandbytes.nn import Params4bit
 
     found = {}
     for key in keys:
-        found[key] = read(key)
-        refuse_non_finite(found[key], key)
+        words = ".quant_state." in key  # JSON in bytes, which is read on the host: the card would be waited for
+        found[key] = read(key, where=torch.device("cpu")) if words else read(key)
+        extremes.add(found[key], key)
     packed = found.pop(name)
     stats = {key.removeprefix(f"{name}."): value for key, value in found.items()}
     weight = Params4bit.from_prequantized(packed, stats, device=device)

@@ -77,7 +77,7 @@ def attach(
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets or names), task_type="CAUSAL_LM"
     )
-    with _without_warnings():
+    with _without_warnings(), tuners.drawn_once():
         return _in_fp32(get_peft_model(model, config))
 
 

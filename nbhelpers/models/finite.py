@@ -28,12 +28,33 @@ def first_not_finite(named: Iterable[tuple[str, torch.Tensor]], order: float = t
     return None if bool(finite.all()) else floats[int(finite.logical_not().int().argmax())][0]
 
 
-def refuse_non_finite(tensor: torch.Tensor, name: str) -> None:
-    """Raises ValueError for NaN or infinity in a tensor of floating point numbers: they reach every answer."""
-    if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:  # on meta there are no numbers
-        return
-    if not all(map(torch.isfinite, torch.aminmax(tensor))):
+class Extremes:
+    """NaN and infinity in many tensors, looked for where each is and asked about once: a card is waited for once."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._finite: list[torch.Tensor] = []  # of each, a bool on its device
+
+    def add(self, tensor: torch.Tensor, name: str) -> None:
+        """Look at a tensor, which may be changed or gone afterwards."""
+        if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:  # on meta there are no numbers
+            return
+        self._names.append(name)
+        self._finite.append(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+    def refuse(self) -> None:
+        """Raises ValueError for NaN or infinity in one of the tensors: they reach every answer."""
+        if not self._names or bool((finite := torch.stack(self._finite)).all()):
+            return
         raise ValueError(
-            f"{name} holds NaN or infinity, so the model would write nonsense: the run that saved it had learned "
-            "none, or float16 was too narrow for it. Take an earlier checkpoint, or another dtype"
+            f"{self._names[int(finite.logical_not().int().argmax())]} holds NaN or infinity, so the model would write "
+            "nonsense: the run that saved it had learned none, or float16 was too narrow for it. Take an earlier "
+            "checkpoint, or another dtype"
         )
+
+
+def refuse_non_finite(tensor: torch.Tensor, name: str) -> None:
+    """Raises ValueError for NaN or infinity in a tensor of floating point numbers."""
+    extremes = Extremes()
+    extremes.add(tensor, name)
+    extremes.refuse()

@@ -6,6 +6,8 @@ front of the prompt, keys and values, norms, hooks on the whole model. So a walk
 nothing else.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -50,6 +52,20 @@ def why_not(model: "nn.Module", for_: Literal["training", "generation"]) -> str 
             if fields.get(field):
                 return f"its adapter {name!r} has {field}, which is drawn anew when a layer is computed again"
     return None
+
+
+@contextmanager
+def drawn_once() -> Iterator[None]:
+    """A linear layer that is made inside the block keeps what its memory held. peft gives those of a LoRA their numbers
+    itself; drawn by torch before, and for nothing, those of an 8B take a second of one core."""
+    from torch import nn
+
+    reset = nn.Linear.reset_parameters
+    nn.Linear.reset_parameters = lambda self: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Linear.reset_parameters = reset  # type: ignore[method-assign]
 
 
 def why_not_rebuilt(config: "PeftConfig") -> str | None:

@@ -52,3 +52,10 @@ def test_whole_in_16_bits_stands_beside_the_same_seeds_in_fp32(monkeypatch):
     *seeds, last = quickstart.whole()
     assert len(seeds) == len(asked) == 3 and all("torch.bfloat16" in text for text in asked.values())
     assert (last["what"], last["value"]) == ("workshop/whole/accuracy_after", 0.9) and last["fp32"] >= 0.98
+
+
+def test_stopping_when_solved_leaves_it_as_right_as_before():
+    file = RESULTS.with_name("quickstart_before.json")
+    runs = {(row["what"], row["who"]): row for row in json.loads(file.read_text())["rows"]}
+    before, ours = (runs["quickstart/grpo_seconds", who]["accuracy"] for who in ("before", "ours"))
+    assert len(ours) == len(before) == 3 and min(ours) >= min(before)

@@ -23,7 +23,7 @@ def test_the_check_can_fail_on_each_page(tmp_path):
     for name in ("benchmarks", "nbhelpers", "notebooks", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "docs").mkdir()
-    names = ("README.md", "docs/benchmarks.md", "docs/recipes.md", "docs/performance.md")
+    names = ("README.md", "docs/benchmarks.md", "docs/recipes.md", "docs/performance.md", "docs/outgrow.md")
     pages = {name: (ROOT / name).read_text() for name in names}
     check = [sys.executable, "-m", "benchmarks.readme", "--check"]
     for page, right, wrong, status in (

@@ -77,6 +77,21 @@ def test_without_pinned_memory_a_checkpoint_is_read_all_the_same(shards, monkeyp
     assert len(asked) == read_ahead.BUFFERS
 
 
+def test_many_small_tensors_share_a_piece(tmp_path, monkeypatch):
+    """A packed base has six a layer: none has a turn between two threads for itself."""
+    save_file({f"t{i}": torch.full((i + 1,), i, dtype=torch.uint8) for i in range(200)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(read_ahead, "PIECE", 1000)
+    monkeypatch.setattr(read_ahead, "LEAST", 100)
+    pieces, put = [], read_ahead.ReadAhead._next
+    monkeypatch.setattr(read_ahead.ReadAhead, "_next", lambda self: pieces.append(put(self)))
+    shards = Shards(tmp_path)
+    with ReadAhead(shards, list(shards.entries), CPU) as ahead:
+        for name in shards.entries:
+            tensor = ahead.take(name)
+            assert tensor.tolist() == [int(name[1:])] * (int(name[1:]) + 1)
+    assert len(pieces) == -(-sum(range(201)) // 1000)
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "dynamic", "none", "kept"])
 def test_a_model_read_ahead_is_the_model(folder, tmp_path, quantization, monkeypatch):
     """As where the device is a card, from 16 bits and from a packed copy."""
@@ -91,9 +106,9 @@ def test_a_model_read_ahead_is_the_model(folder, tmp_path, quantization, monkeyp
     def of_a_card(*arguments):
         return in_order(*arguments[:-1], torch.device("cuda"))
 
-    def counted(self, name):
+    def counted(self, name, *where):
         taken.append(name)
-        return take(self, name)
+        return take(self, name, *where)
 
     monkeypatch.setattr(stream, "_in_order", of_a_card)
     monkeypatch.setattr(ReadAhead, "take", counted)

@@ -9,7 +9,7 @@ from engine_models import make
 from peft import LoraConfig, get_peft_model
 from step_cases import ROWS, length_reward
 
-from nbhelpers.models import families, patch
+from nbhelpers.models import families, patch, tuners
 from nbhelpers.training import trainer
 
 LM = {"task_type": "CAUSAL_LM"}
@@ -101,3 +101,18 @@ def test_the_trainer_falls_back_and_trains_them(name, tmp_path, capsys):
     said = capsys.readouterr().out
     assert not one.lean and one.engine.name == "hf" and said.count(name) == 2
     assert all(not torch.equal(before[key], model.get_parameter(key)) for key in before)
+
+
+def test_a_lora_gets_its_numbers_from_peft_alone(monkeypatch):
+    """torch would draw each of its matrices first, for nothing; outside the block layers are drawn as ever."""
+    nn = torch.nn
+    drawn, uniform = [], nn.init.kaiming_uniform_
+    monkeypatch.setattr(
+        nn.init, "kaiming_uniform_", lambda t, **options: drawn.append(t.shape) or uniform(t, **options)
+    )
+    with tuners.drawn_once():
+        nn.Linear(3, 2)
+    assert not drawn
+    with pytest.raises(KeyboardInterrupt), tuners.drawn_once():
+        raise KeyboardInterrupt
+    assert nn.Linear(3, 2).weight.isfinite().all() and drawn == [torch.Size((2, 3))]
