@@ -18,6 +18,7 @@ from nbhelpers.architecture import Architecture
 from nbhelpers.engines import Completion, Sampling
 from nbhelpers.engines.graph import GraphEngine
 from nbhelpers.engines.hf import HFEngine
+from nbhelpers.kernels import decode_step
 
 GREEDY = Sampling(max_tokens=64, temperature=0.0)
 NEAR = {torch.bfloat16: 0.25, torch.float16: 0.06, torch.float32: 1e-3}  # what counts as a near-tie, in logits
@@ -138,7 +139,7 @@ def plain_weights(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     for parts in ((part(1000, 32), part(64, 8), part(24, 0)), (part(1536, 128),), mixed):
         for rows in (1, 16, 33, 64, 128, 200):
             x = make(rows, 1, 1536).to(dtype)
-            for part_, y in zip(parts, kernels.decode_linear(x, parts), strict=True):
+            for part_, y in zip(parts, decode_step.decode_linear(x, parts), strict=True):
                 wanted = exact(x, part_)
                 worst = max(worst, ((y.float() - wanted).norm() / wanted.norm()).item())
     return worst < (1e-2 if dtype == torch.bfloat16 else 2e-3), f"relative error {worst:.5f}"

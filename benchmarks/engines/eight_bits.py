@@ -27,7 +27,7 @@ from nbhelpers.engines import Sampling
 from nbhelpers.engines.cuda_graphs import CHUNK, LEFT, POSITION
 from nbhelpers.engines.forward import Decoder
 from nbhelpers.engines.graph import GraphEngine
-from nbhelpers.kernels import EightBits, HeadNorms, eight_bits
+from nbhelpers.kernels import EightBits, HeadNorms, decode_step, eight_bits
 from nbhelpers.memory.kv import KV_BITS
 from nbhelpers.models import chat, families
 
@@ -74,7 +74,7 @@ QUICK = (Case(2, 6, 2, 16, 70, bias=True), Case(2, 4, 2, 24, 40, rotary=16, norm
 
 
 def arguments(case: Case, dtype: torch.dtype, place: torch.device) -> dict[str, Any]:
-    """Of `kernels.decode_attention`, the same ones for the same case."""
+    """Of `decode_step.decode_attention`, the same ones for the same case."""
     generator = torch.Generator().manual_seed(case.rows + case.length)
 
     def normal(*size: int) -> Tensor:
@@ -131,10 +131,10 @@ def kernel(place: torch.device, quick: bool, line: Callable[[str], None]) -> int
                     kernels.use("triton"),
                     mock.patch.object(module, "tensor_cores", lambda device, answer=dot: answer),
                 ):
-                    got = kernels.decode_attention(**ours).float()
+                    got = decode_step.decode_attention(**ours).float()
                 exact(wide)
                 with kernels.use("torch"):
-                    wanted = kernels.decode_attention(**wide)
+                    wanted = decode_step.decode_attention(**wide)
                 worst = max(worst, ((got - wanted).norm() / wanted.norm()).item())
                 moved = max(moved, (ours["cache"].int() - wide["cache"].int()).abs().max().item())
                 off = (ours["eight"].scales / wide["eight"].scales - 1).abs()

@@ -177,12 +177,12 @@ def decoding(
     positions, (cos, sin) = torch.zeros(rows, dtype=torch.int64), torch.empty(2, rows, 1, 128, dtype=dtype)
     norms = HeadNorms(*torch.empty(2, 128, dtype=dtype), 1e-6)
     for window, each in ((None, None), (512, None), (None, norms)):
-        kernels.decode_attention(q, k, v, cos, sin, cache, table, 1, positions, 1, 0.1, window, each)
+        decode_step.decode_attention(q, k, v, cos, sin, cache, table, 1, positions, 1, 0.1, window, each)
     angles = torch.empty(4, 128, dtype=dtype)
     eight = EightBits(*eight_bits.quantise(cache)[1:], angles)
     biased = eight._replace(bias=torch.empty(kv_heads, 128, dtype=dtype))
     for window, each, kept in ((None, None, eight), (512, None, eight), (None, norms, eight), (None, None, biased)):
-        kernels.decode_attention(q, k, v, cos, sin, cache, table, 1, positions, 1, 0.1, window, each, kept)
+        decode_step.decode_attention(q, k, v, cos, sin, cache, table, 1, positions, 1, 0.1, window, each, kept)
     logits = torch.empty(rows, vocabulary)
     kernels.draw(logits, positions, positions)
     state, stops, tick, tokens = (torch.zeros(*size, dtype=torch.int64) for size in ((5, rows), (2,), (1,), (8, rows)))
@@ -194,25 +194,25 @@ def decoding(
     x = torch.randn(rows, 1, 64, dtype=dtype)
     dense = {"lora_a": torch.randn(8, 64), "lora_b": torch.randn(128, 8), "scale": 2.0}
     plain = Projection(torch.randn(128, 64, dtype=dtype), None, **dense)  # a layer left in 16 bits
-    kernels.decode_linear(x, (plain,))
-    kernels.decode_linear(x, (plain, Projection(*nf4(128, 64, True)), plain._replace(lora_a=None, lora_b=None)))
+    decode_step.decode_linear(x, (plain,))
+    decode_step.decode_linear(x, (plain, Projection(*nf4(128, 64, True)), plain._replace(lora_a=None, lora_b=None)))
     for rank in ranks:
         lora = {"lora_a": torch.randn(rank, 64), "lora_b": torch.randn(128, rank), "scale": 2.0}
         parts = tuple(Projection(*nf4(128, 64, True), **lora) for _ in range(3))
-        kernels.decode_linear(x, parts)
+        decode_step.decode_linear(x, parts)
         down = {"lora_a": torch.randn(rank, 128), "lora_b": torch.randn(64, rank), "scale": 1.0}
         norm = (torch.ones(64, dtype=dtype), 1e-6)
-        kernels.decode_mlp(x, parts[:2], Projection(*nf4(64, 128, True), **down), x, norm)
-        kernels.decode_out(torch.randn(rows, 1, 128, dtype=dtype), Projection(*nf4(64, 128, True), **down), x, norm)
+        decode_step.decode_mlp(x, parts[:2], Projection(*nf4(64, 128, True), **down), x, norm)
+        decode_step.decode_out(torch.randn(rows, 1, 128, dtype=dtype), Projection(*nf4(64, 128, True), **down), x, norm)
         for master in (dtype, torch.float32)[: len(ranks) - 1]:  # a bias beside, and adapters in 16 bits
             one = lora | {name: lora[name].to(master) for name in ("lora_a", "lora_b")}
             first = Projection(*nf4(128, 64, True), torch.randn(128, dtype=dtype), **one)
-            kernels.decode_linear(x, (first,))
-            kernels.decode_linear(x, (first, first._replace(bias=None)))
-            kernels.decode_linear(x, (first._replace(lora_a=None, lora_b=None), first))
-            kernels.decode_linear(x, (first._replace(lora_a=None, lora_b=None),))
+            decode_step.decode_linear(x, (first,))
+            decode_step.decode_linear(x, (first, first._replace(bias=None)))
+            decode_step.decode_linear(x, (first._replace(lora_a=None, lora_b=None), first))
+            decode_step.decode_linear(x, (first._replace(lora_a=None, lora_b=None),))
         lora["lora_b"] = torch.randn(256, rank)
-        kernels.decode_mlp(
+        decode_step.decode_mlp(
             x, (Projection(*nf4(256, 64, True), **lora),), Projection(*nf4(64, 128, True), **down), x, norm
         )
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbhelpers import kernels
-from nbhelpers.kernels import HeadNorms, Projection, Stacked
+from nbhelpers.kernels import HeadNorms, Projection, Stacked, decode_step
 from nbhelpers.kernels.adapters import by_layer
 from nbhelpers.models import families, swap
 from nbhelpers.models.projection import projection, watched
@@ -44,7 +44,7 @@ class LinearGroup(NamedTuple):
         if self.parts is None:
             return tuple(module(x).to(x.dtype) for module in self.modules)
         if x.shape[-2] == 1:  # one token per row: a step of decoding; more: a prompt
-            return kernels.decode_linear(x, self.parts)
+            return decode_step.decode_linear(x, self.parts)
         y = kernels.lora_linear_group(x, self.parts, None, True, adapters)
         return y if isinstance(y, tuple) else (y,)
 
@@ -226,7 +226,7 @@ def _of(norm: Any) -> tuple[Tensor, float]:
 def _out(layer: Layer, attended: Tensor, residual: Tensor, adapters: Stacked | None) -> tuple[Tensor, Tensor]:
     """residual + the output projection, and its norm; adapters: the projection's, stacked."""
     if layer.out.parts is not None and attended.shape[-2] == 1:
-        return kernels.decode_out(attended, layer.out.parts[0], residual, _of(layer.mlp_norm))
+        return decode_step.decode_out(attended, layer.out.parts[0], residual, _of(layer.mlp_norm))
     (y,) = layer.out(attended, adapters)
     return kernels.rms_norm(y, *_of(layer.mlp_norm), residual)
 
@@ -240,7 +240,7 @@ def _mlp(
         (y,) = layer.down(kernels.swiglu(*outputs) if len(outputs) == 2 else kernels.swiglu_packed(*outputs), narrow)
         return kernels.rms_norm(y, *_of(norm), residual)
     if x.shape[-2] == 1:
-        return kernels.decode_mlp(x, layer.gate_up.parts, layer.down.parts[0], residual, _of(norm))
+        return decode_step.decode_mlp(x, layer.gate_up.parts, layer.down.parts[0], residual, _of(norm))
     stacked = None if wide is None or narrow is None else (wide, narrow)
     x = kernels.lora_mlp(x, layer.gate_up.parts, layer.down.parts[0], residual, adapters=stacked)
     return x, kernels.rms_norm(x, *_of(norm))

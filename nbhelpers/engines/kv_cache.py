@@ -220,7 +220,7 @@ class KVCache:
         """
 
         def attend(i: int, layer: Layer, q: Tensor, k: Tensor, v: Tensor, tables: Tables) -> Tensor:
-            return kernels.decode_attention(
+            return decode_step.decode_attention(
                 q, k, v, *tables, self._allocated(), self.table, i, positions, longest, self.scale, layer.window,
                 layer.head_norms, self._eight(layer),
             )  # fmt: skip

@@ -24,7 +24,7 @@ from torch.cuda import device_of  # kernels launch on the current device, not on
 from nbhelpers.gpu import LOGITS_BYTES
 
 from . import reference
-from .eight_bits import EightBits
+from .eight_bits import EightBits as EightBits
 from .reference import HeadNorms, Projection, Stacked
 
 if TYPE_CHECKING:
@@ -287,73 +287,3 @@ def draw(logits: Tensor, seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tenso
     """
     with device_of(logits):
         return _for(logits).draw(logits, seeds, counters)
-
-
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, table: Tensor,
-                     layer: int, positions: Tensor, longest: int, scale: float, window: int | None = None,
-                     norms: HeadNorms | None = None, eight: EightBits | None = None) -> Tensor:  # fmt: skip
-    """Attention of one new token per row over that row's KV cache, into which the token's K and V are written first.
-
-    Args:
-        q (`Tensor`): [B, heads, 1, D], not rotated yet.
-        k (`Tensor`): [B, kv heads, 1, D], not rotated yet.
-        v (`Tensor`): [B, kv heads, 1, D].
-        cos (`Tensor`): [1 or B, 1, R] as for `rope`.
-        sin (`Tensor`): Like cos.
-        cache (`Tensor`): [layers, 2, rows, kv heads, length, D] with B <= rows; K and V are written in place.
-        table (`Tensor`): int64 [6], the cache's address and its strides of layer, row and head in elements, then the
-            addresses of `eight`'s scales, or 0, and of the positions' angles. The Triton kernel reads these, not the
-            tensors, so that a captured CUDA graph stays valid when the cache is reallocated.
-        layer (`int`): Index into the cache's first dimension.
-        positions (`Tensor`): int64 [B], each token's position in its row.
-        longest (`int`): Greater than every position. torch reads this many positions; Triton reads each row up to its
-            own position.
-        scale (`float`): Multiplies q K^T.
-        window (`int`, *optional*): How many positions a token attends to, itself included.
-        norms (`HeadNorms`, *optional*): RMSNorms that the heads of q and k go through before they are rotated.
-        eight (`EightBits`, *optional*): Of a cache in int8.
-
-    Returns [B, 1, heads * D].
-    """
-    with device_of(q):
-        return _for(q).decode_attention(
-            q, k, v, cos, sin, cache, table, layer, positions, longest, scale, window, norms, eight
-        )
-
-
-def decode_linear(x: Tensor, parts: tuple[Projection, ...]) -> tuple[Tensor, ...]:
-    """`lora_linear_group` for a decoding step: few rows, no gradient, at most three parts.
-
-    Args:
-        x (`Tensor`): [..., in].
-        parts (`tuple[Projection, ...]`): One to three, each with the same `in`.
-
-    Returns [..., out] per part, in x's dtype. The LoRA term is added in fp32; whether the base product is rounded to
-    x's dtype before depends on which kernel computes it.
-    """
-    with device_of(x):
-        return _for(x).decode_linear(x, parts)
-
-
-def decode_out(x: Tensor, part: Projection, residual: Tensor, norm: tuple[Tensor, float]) -> tuple[Tensor, Tensor]:
-    """s = residual + `decode_linear`(x, (part,)), and `rms_norm` of s by norm's weight [H] and eps: both [..., H]."""
-    with device_of(x):
-        return _for(x).decode_out(x, part, residual, norm)
-
-
-def decode_mlp(
-    x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor, norm: tuple[Tensor, float]
-) -> tuple[Tensor, Tensor]:
-    """`lora_mlp` for a decoding step, without a gradient: s = residual + down(swiglu(gate(x), up(x))).
-
-    Args:
-        x (`Tensor`): [..., H].
-        gate_up (`tuple[Projection, ...]`): Two projections H -> I, or one H -> 2 I in Phi-3's layout.
-        down (`Projection`): I -> H.
-        residual (`Tensor`): [..., H].
-        norm (`tuple[Tensor, float]`): Weight [H] and eps of an RMSNorm.
-
-    Returns s in residual's dtype, and `rms_norm` of s: both [..., H].
-    """
-    with device_of(x):
-        return _for(x).decode_mlp(x, gate_up, down, residual, norm)

@@ -10,9 +10,6 @@ from torch.utils.checkpoint import checkpoint
 
 from nbhelpers.gpu import LOGITS_BYTES
 
-from . import eight_bits
-from .eight_bits import EightBits
-
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
@@ -49,21 +46,6 @@ class HeadNorms(NamedTuple):
     eps: float
 
 
-# of a row: the last token, its position, the request's seed, tokens written so far, and tokens still to come, which are
-# 0 when the request has ended or the row is empty
-TOKEN, POSITION, SEED, WRITTEN, LEFT = range(5)
-
-
-class Rows(NamedTuple):
-    """B rows that are being written, and where a decoding step puts what it has written: see kernels/decode_step.py."""
-
-    state: Tensor  # int64 [5, B], see TOKEN and the others
-    stops: Tensor  # int64 [stop ids]
-    tick: Tensor  # int64 [1], steps that have begun: this one's results go to row tick - 1 of the next two
-    tokens: Tensor  # int64 [steps, B]
-    logprobs: Tensor  # fp32 [steps, B]
-
-
 Stacked = tuple[Tensor, Tensor] | tuple[None, None]  # (A, B) of parts that read the same x; no part has a LoRA
 
 
@@ -80,7 +62,7 @@ def _compute(x: Tensor) -> Tensor:
     return x.float() if x.element_size() < 4 else x
 
 
-def _residual_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+def residual_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """(s, y) of `rms_norm`, where s is x if there is no residual."""
     s = x
     if residual is not None:
@@ -94,7 +76,7 @@ def _residual_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | Non
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """See nbhelpers.kernels.rms_norm."""
-    s, y = _residual_norm(x, weight, eps, residual)
+    s, y = residual_norm(x, weight, eps, residual)
     return y if residual is None else (s, y)
 
 
@@ -102,7 +84,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, norms: HeadNorms | None
     """See nbhelpers.kernels.rope."""
     dtypes = q.dtype, k.dtype  # a norm whose weight is fp32 makes fp32 of 16-bit heads, but v stays what it is
     if norms is not None:
-        q, k = _residual_norm(q, norms.q, norms.eps, None)[1], _residual_norm(k, norms.k, norms.eps, None)[1]
+        q, k = residual_norm(q, norms.q, norms.eps, None)[1], residual_norm(k, norms.k, norms.eps, None)[1]
     half = cos.shape[-1] // 2
     c, s = (_compute(t)[..., :half].unsqueeze(1) for t in (cos, sin))  # [1 or B, 1, S, R/2]
 
@@ -208,7 +190,7 @@ def lora_linear_group(
     adapters: Stacked | None = None,
 ) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
     """See nbhelpers.kernels.lora_linear_group."""
-    x = x if norm is None else _residual_norm(x, *norm, None)[1]
+    x = x if norm is None else residual_norm(x, *norm, None)[1]
     outputs = tuple(lora_linear(x, projection) for projection in projections)
     return torch.cat(outputs, dim=-1) if packed else outputs
 
@@ -224,7 +206,7 @@ def lora_mlp(
 ) -> Tensor:
     """See nbhelpers.kernels.lora_mlp."""
     if norm is not None:
-        residual, x = _residual_norm(x, *norm, residual)
+        residual, x = residual_norm(x, *norm, residual)
     outputs = [lora_linear(x, projection) for projection in gate_up]
     gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
     if gate.dtype != torch.float16:
@@ -265,9 +247,6 @@ def linear_logprob(
     return (logp, entropies) if entropy else logp
 
 
-# ------------------------------------------------------------------------------------------------------ decoding
-
-
 def draw(logits: Tensor, seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tensor]:
     """See nbhelpers.kernels.draw."""
     # 64 bits per row (splitmix64's finalizer; constants above 2^63 as negative numbers), 32 per token of the row
@@ -286,88 +265,3 @@ def draw(logits: Tensor, seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tenso
     probabilities = logits.softmax(-1)
     token = exponential.div_(probabilities).argmax(-1)  # the largest -E_i / p_i: same winner as logit_i - log E_i
     return token, probabilities.gather(-1, token[:, None]).squeeze(-1).log()
-
-
-def embed(rows: Rows, weight: Tensor, angles: Tensor, table: Tensor | None, half: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See nbhelpers.kernels.decode_step.embed."""
-    rows.tick.add_(1)
-    cos, sin = (angles[rows.state[POSITION], None, at : at + half].repeat(1, 1, 2) for at in (0, half))
-    return F.embedding(rows.state[TOKEN, :, None], weight), cos, sin
-
-
-def append_drawn(rows: Rows, logits: Tensor, temperature: float) -> None:
-    """See nbhelpers.kernels.decode_step.append_drawn."""
-    logits = logits / temperature if temperature != 1.0 else logits
-    append(rows, *draw(logits, rows.state[SEED], rows.state[WRITTEN]))
-
-
-def append(rows: Rows, token: Tensor, logp: Tensor) -> None:
-    """See nbhelpers.kernels.decode_step.append."""
-    rows.tokens.index_copy_(0, rows.tick - 1, token[None])
-    rows.logprobs.index_copy_(0, rows.tick - 1, logp[None])
-    advance(rows.state, token, rows.stops)
-
-
-def advance(state: Tensor, new: Tensor, stops: Tensor) -> None:
-    """Bring the state of n rows up to date with their new tokens, in place.
-
-    A row that has ended stays as it is, and so does its slot: its last token is fed to the same position again.
-
-    Args:
-        state (`Tensor`): int64 [5, n], see TOKEN and the others.
-        new (`Tensor`): int64 [n].
-        stops (`Tensor`): int64 [stop ids].
-    """
-    token, position, _, written, left = state
-    going = left > 0
-    token.copy_(torch.where(going, new, token))
-    position += going
-    written += going
-    stopped = (new[:, None] == stops).any(-1)
-    left.copy_(torch.where(stopped, 0, (left - 1).clamp_(min=0)))
-
-
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, table: Tensor | None,
-                     layer: int, positions: Tensor, longest: int, scale: float, window: int | None = None,
-                     norms: HeadNorms | None = None, eight: EightBits | None = None) -> Tensor:  # fmt: skip
-    """See nbhelpers.kernels.decode_attention."""
-    rows, q_heads, _, dim = q.shape
-    row = torch.arange(rows, device=q.device)
-    if eight is None:
-        q, k = rope(q, k, cos, sin, norms)
-        keys, values = cache[layer, 0, :rows], cache[layer, 1, :rows]  # [B, kv heads, length, D]
-        keys[row, :, positions], values[row, :, positions] = k[:, :, 0], v[:, :, 0]
-        keys, values = keys[:, :, :longest], values[:, :, :longest]
-    else:
-        q, k = rope(q, eight_bits.without(k, eight.bias), cos, sin, norms)
-        at = (row, slice(None), positions)
-        eight_bits.store(cache[layer], eight.scales[layer], at, k[:, :, 0], v[:, :, 0])
-        numbers, scales = cache[layer, :, :rows, :, :longest], eight.scales[layer, :, :rows, :, :longest]
-        bias = eight_bits.rotated_bias(eight.bias, eight.angles[:longest], cos.shape[-1] // 2)
-        keys = eight_bits.dequantise(numbers[0], scales[0], q.dtype, bias)
-        values = eight_bits.dequantise(numbers[1], scales[1], q.dtype)
-    index = torch.arange(longest, device=q.device)
-    mask = index <= positions[:, None]
-    if window is not None:
-        mask &= index > positions[:, None] - window
-    # the query heads that share a key head take the place of the sequence dimension
-    q = q.reshape(rows, keys.shape[1], -1, dim)
-    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[:, None, None], scale=scale)
-    return out.reshape(rows, 1, q_heads * dim)
-
-
-def decode_linear(x: Tensor, parts: tuple[Projection, ...]) -> tuple[Tensor, ...]:
-    """See nbhelpers.kernels.decode_linear."""
-    return tuple(lora_linear(x, part) for part in parts)
-
-
-def decode_out(x: Tensor, part: Projection, residual: Tensor, norm: tuple[Tensor, float]) -> tuple[Tensor, Tensor]:
-    """See nbhelpers.kernels.decode_out."""
-    return _residual_norm(lora_linear(x, part), *norm, residual)
-
-
-def decode_mlp(
-    x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor, norm: tuple[Tensor, float]
-) -> tuple[Tensor, Tensor]:
-    """See nbhelpers.kernels.decode_mlp."""
-    return _residual_norm(lora_mlp(x, gate_up, down, residual), *norm, None)

@@ -15,8 +15,7 @@ if interpreter.ON:
 
 from benchmarks import t4  # noqa: E402
 from benchmarks.kernels import ahead  # noqa: E402
-from nbhelpers import kernels  # noqa: E402
-from nbhelpers.kernels import Projection  # noqa: E402
+from nbhelpers.kernels import Projection, decode_step  # noqa: E402, decode_step
 from nbhelpers.kernels.triton import nf4_few_rows, plain_few_rows  # noqa: E402
 
 # of a program at most: a T4's, a gaming card's of that generation (less than an A100's), an H100's
@@ -81,7 +80,7 @@ def test_products_of_a_few_rows_have_one_variant_for_every_group_of_layers():
                     (part, part, part),
                     (part, part._replace(lora_a=None, lora_b=None)),
                 ):
-                    kernels.decode_linear(x, parts)
+                    decode_step.decode_linear(x, parts)
     products = [launch.name for launch in found.values() if launch.name.endswith("._few_rows")]
     assert sorted(products) == ["nf4_few_rows._few_rows", "plain_few_rows._few_rows"]
 
@@ -90,7 +89,7 @@ def test_as_many_programs_are_resident_as_the_tile_of_64_rows_says():
     """By its own count of registers: capped, the loop over K was 243 instructions on an H100 and not 228."""
     packed = Projection(*ahead.nf4(128, 64, True), lora_a=torch.randn(16, 64), lora_b=torch.randn(128, 16))
     with ahead.noted("sm_90") as found:
-        kernels.decode_linear(torch.randn(32, 1, 64, dtype=torch.bfloat16), (packed, packed))
+        decode_step.decode_linear(torch.randn(32, 1, 64, dtype=torch.bfloat16), (packed, packed))
     (launch,) = [launch for launch in found.values() if launch.name == "nf4_few_rows._few_rows"]
     compiled, warps = launch.compile("sm_90"), nf4_few_rows.WARPS
     use = t4.assembled(compiled.asm["ptx"], compiled.metadata.shared, warps, "sm_90a")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nbhelpers import kernels
-from nbhelpers.kernels import EightBits, HeadNorms, Projection, eight_bits
+from nbhelpers.kernels import EightBits, HeadNorms, Projection, decode_step, eight_bits
 
 
 def attention_case(
@@ -63,9 +63,9 @@ def attention_case(
 def check_attention(tolerance=1e-5, **case):
     ours, truth = attention_case(**case), attention_case(**case)
     with kernels.use("triton"):
-        got = kernels.decode_attention(*ours)
+        got = decode_step.decode_attention(*ours)
     with kernels.use("torch"):
-        wanted = kernels.decode_attention(*truth)
+        wanted = decode_step.decode_attention(*truth)
     torch.testing.assert_close(got, wanted, atol=tolerance, rtol=tolerance)
     # the cache: K and V of the new token at its place, and nothing else
     if ours[-1] is None:
@@ -199,8 +199,8 @@ class TestLinear:
             parts = (*parts[:1], *projections(rank, width, outs, nf4=True))
             parts = (parts[1], parts[0]._replace(lora_a=None, lora_b=None), *parts[2:3])
         with kernels.use("triton"):
-            got = kernels.decode_linear(x, parts)
-        for ours, wanted in zip(got, kernels.decode_linear(x, parts), strict=True):
+            got = decode_step.decode_linear(x, parts)
+        for ours, wanted in zip(got, decode_step.decode_linear(x, parts), strict=True):
             assert ours.shape == wanted.shape
             torch.testing.assert_close(ours, wanted, atol=1e-3, rtol=1e-4)
 
@@ -214,8 +214,8 @@ class TestLinear:
         x, residual = torch.randn(2, 9, 1, hidden, generator=torch.Generator().manual_seed(3)).to(dtype)
         arguments = (x * 0.3, gate_up, down, residual, (torch.rand(hidden).to(dtype), 1e-5))
         with kernels.use("triton"):
-            got = kernels.decode_mlp(*arguments)
-        for ours, wanted, most in zip(got, kernels.decode_mlp(*arguments), (1.0, 0.02), strict=True):
+            got = decode_step.decode_mlp(*arguments)
+        for ours, wanted, most in zip(got, decode_step.decode_mlp(*arguments), (1.0, 0.02), strict=True):
             assert ours.dtype == wanted.dtype and ours.shape == wanted.shape
             close = {"atol": 1e-3, "rtol": 1e-4} if dtype == torch.float32 else {"atol": most, "rtol": 2e-2}
             torch.testing.assert_close(ours, wanted, **close)
@@ -230,8 +230,8 @@ class TestLinear:
         residual = torch.randn(rows, 1, width, generator=generator).to(dtype)
         arguments = (x, part, residual, (torch.rand(width, generator=generator).to(dtype), 1e-5))
         with kernels.use("triton"):
-            got = kernels.decode_out(*arguments)
-        for ours, wanted in zip(got, kernels.decode_out(*arguments), strict=True):
+            got = decode_step.decode_out(*arguments)
+        for ours, wanted in zip(got, decode_step.decode_out(*arguments), strict=True):
             assert ours.dtype == wanted.dtype and ours.shape == wanted.shape
             close = {"atol": 1e-3, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.05, "rtol": 1e-2}
             torch.testing.assert_close(ours, wanted, **close)
@@ -240,7 +240,7 @@ class TestLinear:
         gate_up, (down,) = projections(2, 16, (32, 32), torch.float16), projections(2, 32, (16,), torch.float16)
         x = torch.full((2, 1, 16), 90.0, dtype=torch.float16)
         with kernels.use("triton"):
-            got, _ = kernels.decode_mlp(x, gate_up, down, torch.zeros_like(x), (torch.ones(16).half(), 1e-5))
+            got, _ = decode_step.decode_mlp(x, gate_up, down, torch.zeros_like(x), (torch.ones(16).half(), 1e-5))
         assert got.isfinite().all() and got.abs().max() == 65504.0
 
     @pytest.mark.parametrize("nested", [True, False])
@@ -294,8 +294,8 @@ class TestLinear:
         parts, x = projections(4, 40, (50, 20)), torch.randn(3, 1, 40)
         parts = (parts[0], parts[1]._replace(lora_a=None, lora_b=None))
         with kernels.use("triton"):
-            got = kernels.decode_linear(x, parts)
-        for ours, wanted in zip(got, kernels.decode_linear(x, parts), strict=True):
+            got = decode_step.decode_linear(x, parts)
+        for ours, wanted in zip(got, decode_step.decode_linear(x, parts), strict=True):
             torch.testing.assert_close(ours, wanted, atol=1e-3, rtol=1e-4)
 
 
@@ -306,7 +306,7 @@ def test_torch_attention_equals_the_whole_softmax():
         q, k, v, cos, sin, cache, _, layer, positions, _, scale, window, norms, _ = arguments
         q, k = kernels.rope(q, k, cos, sin, norms)
         before = cache.clone()
-        got = kernels.decode_attention(*arguments)
+        got = decode_step.decode_attention(*arguments)
         for row, position in enumerate(positions.tolist()):
             first = 0 if window is None else max(0, position - window + 1)
             keys, values = (

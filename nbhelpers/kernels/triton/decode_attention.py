@@ -224,7 +224,7 @@ def splits_for(rows: int, kv_heads: int) -> int:
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, table: Tensor,
                      layer: int, positions: Tensor, longest: int, scale: float, window: int | None = None,
                      norms: HeadNorms | None = None, eight: EightBits | None = None) -> Tensor:  # fmt: skip
-    """See nbhelpers.kernels.decode_attention."""
+    """See nbhelpers.kernels.decode_step.decode_attention."""
     rows, heads, _, dim = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads

@@ -283,7 +283,7 @@ def _finish(x: Tensor, parts: Sequence[Projection], residual: Tensor | None = No
 
 
 def decode_linear(x: Tensor, parts: tuple[Projection, ...]) -> tuple[Tensor, ...]:
-    """See nbhelpers.kernels.decode_linear."""
+    """See nbhelpers.kernels.decode_step.decode_linear."""
     out = _finish(x.reshape(-1, x.shape[-1]), parts)
     widths = [part.out_features for part in parts]
     return out.view(*x.shape[:-1], -1).split(widths, dim=-1)
@@ -292,7 +292,7 @@ def decode_linear(x: Tensor, parts: tuple[Projection, ...]) -> tuple[Tensor, ...
 def decode_out(
     x: Tensor, part: Projection, residual: Tensor, norm: tuple[Tensor, float], *, alpha: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See nbhelpers.kernels.decode_out; alpha: a factor of the product, which is not rounded then."""
+    """See nbhelpers.kernels.decode_step.decode_out; alpha: a factor of the product, which is not rounded then."""
     weight, eps = norm
     x, shape, width, rank = x.reshape(-1, x.shape[-1]), residual.shape, part.out_features, _rank(part)
     block, r_block = triton.next_power_of_2(width), triton.next_power_of_2(max(1, rank))
@@ -317,7 +317,7 @@ def decode_out(
 def decode_mlp(
     x: Tensor, gate_up: tuple[Projection, ...], down: Projection, residual: Tensor, norm: tuple[Tensor, float]
 ) -> tuple[Tensor, Tensor]:
-    """See nbhelpers.kernels.decode_mlp."""
+    """See nbhelpers.kernels.decode_step.decode_mlp."""
     shrink = SHRINK_FP16 if x.dtype == torch.float16 else 1.0
     h = _gated(x.reshape(-1, x.shape[-1]), gate_up, 1.0 / shrink)
     return decode_out(h, down, residual, norm, alpha=shrink)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import SEED, WRITTEN, Rows
+from ..reference_step import SEED, WRITTEN, Rows
 from .common import begin, ceil_div, early, power_of_2, wait
 from .sampling import _best, race
 
