@@ -78,7 +78,7 @@ def jobs(args: argparse.Namespace) -> list[Job]:
             job = {**base, "kind": "grpo", "cap": args.cap or CAPS[model], "t4": args.t4, "context": args.context,
                    "steps": args.steps, "kv_bits": args.kv_bits}  # fmt: skip
             if args.gpus == 1:
-                wanted.append(job)
+                wanted.append(job | ({"lengths": "equal"} if args.whole else {}))
             for kind in args.lengths if args.gpus > 1 else ():  # one card, then several with the same texts each
                 wanted += [{**job, "gpus": n, "lengths": kind, "shared_by": args.gpus} for n in (1, args.gpus)]
         if args.vllm:
@@ -154,6 +154,9 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=1, help="GRPO by one process, then by so many, 8 texts each")
     parser.add_argument("--lengths", nargs="*", choices=("equal", "ragged"), default=["equal", "ragged"],
                         help="of the completions where --gpus are compared")  # fmt: skip
+    parser.add_argument(
+        "--whole", action="store_true", help="completions of a GRPO step end at their full length alone"
+    )
     parser.add_argument("--trl", action="store_true", help=f"of {', '.join(TRL)} unless --models says otherwise")
     parser.add_argument("--models", nargs="*", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--batches", nargs="*", type=int, default=[8, 32, 128])

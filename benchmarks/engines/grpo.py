@@ -167,7 +167,7 @@ def steps(job: Job, row: RowWriter) -> None:
         trainer = LeanGRPOTrainer(model, args=args, engine="graph", **parts, **extra)
         if kept := job.get("lengths"):
             part = trainer.accelerator.process_index if gpus > 1 else None
-            write_lengths(trainer.engine, kept, part, job["shared_by"])
+            write_lengths(trainer.engine, kept, part, job.get("shared_by", 1))
         generated, trained = watch(trainer.engine, "generate"), watch(trainer, "compute_loss")
         trainer.train()
     kind = f"{job['context'] // 1024}K{'-t4' if job.get('t4') else ''}"
@@ -191,5 +191,12 @@ def steps(job: Job, row: RowWriter) -> None:
         written["same_adapter"] = bool((ends == ends[0]).all())
     if torch.cuda.is_available():
         written["allocator_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
-    row(f"{setting}/step_time", statistics.median(times[1:]), "s", "ours", first_step_s=round(times[0], 2), **written)
+    row(
+        f"{setting}/step_time",
+        statistics.median(times[1:] or times),
+        "s",
+        "ours",
+        first_step_s=round(times[0], 2),
+        **written,
+    )
     row(f"{setting}/step_peak_driver", peak[0], "GB", "ours", cap=cap)
