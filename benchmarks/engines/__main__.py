@@ -93,7 +93,8 @@ def run(job: Job, folder: Path, seconds: float) -> list[common.Row]:
     out = folder / "rows.jsonl"
     out.unlink(missing_ok=True)
     gpus = job.get("gpus", 1)  # and no more are seen: TRL refuses one process that sees several
-    environment = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))} | os.environ
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+    environment = ENVIRONMENT | os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(visible.split(",")[:gpus])}
     if "triton_cache" in job:
         cache = folder / f"triton-{job['model']}"
         if job["triton_cache"] == "cold":

@@ -194,9 +194,13 @@ class Decoder:
                 self.swapped.need(i, (i + 1) % len(self.layers))
             if x.shape[1] > 1 and self.adapters is not None:
                 adapters = self.adapters(i)
-            # no name for q, k and v: they would stay beside the MLP, whose tensors then find no block of memory free
             qkv, out, *mlp = adapters
-            x, y = _out(layer, attend(i, layer, *self._heads(layer.qkv(y, qkv)), tables), x, out)
+            # nothing stays that is not read again: in a prompt larger tensors would then find no block of memory free
+            outputs = layer.qkv(y, qkv)
+            del y
+            y = attend(i, layer, *self._heads(outputs), tables)
+            del outputs
+            x, y = _out(layer, y, x, out)
             x, y = _mlp(layer, y, x, norms[i + 1], *mlp)
         return y
 
