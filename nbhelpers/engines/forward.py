@@ -185,23 +185,31 @@ class Decoder:
     def walk(self, x: Tensor, tables: tuple[Tensor, Tensor], attend: Callable[..., Tensor]) -> Tensor:
         """`hidden` of embeddings x [B, S, H], rotated by the tables (cos, sin), each [1 or B, S, R]."""
         norms = [*(layer.norm for layer in self.layers), self.norm]
-        y = kernels.rms_norm(x, *_of(norms[0]))
-        if x.shape[1] > 1 and self.adapters is None:
+        y, step = kernels.rms_norm(x, *_of(norms[0])), x.shape[1] == 1
+        if not step and self.adapters is None:
             self.adapters = by_layer([[group.parts or () for group in layer.groups()] for layer in self.layers], x)
         adapters: Sequence[Stacked | None] = (None,) * 4
         for i, layer in enumerate(self.layers):
             if self.swapped is not None:
                 self.swapped.need(i, (i + 1) % len(self.layers))
-            if x.shape[1] > 1 and self.adapters is not None:
+            if not step and self.adapters is not None:
                 adapters = self.adapters(i)
             qkv, out, *mlp = adapters
-            # nothing stays that is not read again: in a prompt larger tensors would then find no block of memory free
+            # what is not read again is gone at once: in a prompt larger tensors would then find no block of memory free
             outputs = layer.qkv(y, qkv)
             del y
             y = attend(i, layer, *self._heads(outputs), tables)
             del outputs
-            x, y = _out(layer, y, x, out)
-            x, y = _mlp(layer, y, x, norms[i + 1], *mlp)
+            if step and layer.out.parts is not None:
+                x, y = decode_step.decode_out(y, layer.out.parts[0], x, _of(layer.mlp_norm))
+            else:
+                (y,) = layer.out(y, out)
+                x, y = kernels.rms_norm(y, *_of(layer.mlp_norm), x)
+            if step and layer.gate_up.parts is not None and layer.down.parts is not None:
+                x, y = decode_step.decode_mlp(y, layer.gate_up.parts, layer.down.parts[0], x, _of(norms[i + 1]))
+            else:
+                x = _mlp(layer, y, x, *mlp)
+                y = kernels.rms_norm(x, *_of(norms[i + 1]))
         return y
 
     def _heads(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -227,24 +235,11 @@ def _of(norm: Any) -> tuple[Tensor, float]:
     return norm.weight, norm.variance_epsilon
 
 
-def _out(layer: Layer, attended: Tensor, residual: Tensor, adapters: Stacked | None) -> tuple[Tensor, Tensor]:
-    """residual + the output projection, and its norm; adapters: the projection's, stacked."""
-    if layer.out.parts is not None and attended.shape[-2] == 1:
-        return decode_step.decode_out(attended, layer.out.parts[0], residual, _of(layer.mlp_norm))
-    (y,) = layer.out(attended, adapters)
-    return kernels.rms_norm(y, *_of(layer.mlp_norm), residual)
-
-
-def _mlp(
-    layer: Layer, x: Tensor, residual: Tensor, norm: Any, wide: Stacked | None, narrow: Stacked | None
-) -> tuple[Tensor, Tensor]:
-    """residual + the MLP, and that by the norm of what comes next; wide, narrow: gate_up's and down's adapters."""
-    if layer.gate_up.parts is None or layer.down.parts is None:
-        outputs = layer.gate_up(x, wide)
-        (y,) = layer.down(kernels.swiglu(*outputs) if len(outputs) == 2 else kernels.swiglu_packed(*outputs), narrow)
-        return kernels.rms_norm(y, *_of(norm), residual)
-    if x.shape[-2] == 1:
-        return decode_step.decode_mlp(x, layer.gate_up.parts, layer.down.parts[0], residual, _of(norm))
-    stacked = None if wide is None or narrow is None else (wide, narrow)
-    x = kernels.lora_mlp(x, layer.gate_up.parts, layer.down.parts[0], residual, adapters=stacked)
-    return x, kernels.rms_norm(x, *_of(norm))
+def _mlp(layer: Layer, x: Tensor, residual: Tensor, wide: Stacked | None, narrow: Stacked | None) -> Tensor:
+    """The second half of a layer; wide, narrow: the stacked adapters of gate_up and of down."""
+    if layer.gate_up.parts is not None and layer.down.parts is not None:
+        stacked = None if wide is None or narrow is None else (wide, narrow)
+        return kernels.lora_mlp(x, layer.gate_up.parts, layer.down.parts[0], residual, adapters=stacked)
+    outputs = layer.gate_up(x, wide)
+    (y,) = layer.down(kernels.swiglu(*outputs) if len(outputs) == 2 else kernels.swiglu_packed(*outputs), narrow)
+    return residual + y
