@@ -92,6 +92,8 @@ def take(name: str, questions: str | None = None) -> None:
         return config(**{key: value for key, value in arguments.items() if key in fields} | changes)
 
     def made(model: Any, **arguments: Any) -> Any:
+        if not questions:
+            arguments.pop("stop_when", None)  # all of its steps: what is compared takes as many questions
         if method.texts:
             arguments["train_dataset"] = (
                 own_answers(model, longest, **arguments) if questions else with_texts(arguments["train_dataset"])
