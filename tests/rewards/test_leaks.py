@@ -1,6 +1,7 @@
 """A reward function that keeps memory is named, and no other for it."""
 
 import asyncio
+import gc
 
 import numpy as np
 import pytest
@@ -9,6 +10,12 @@ from nbhelpers.rewards import leaks
 from nbhelpers.rewards.guard import guard
 
 FOUR = {"prompts": ["q"] * 4, "completions": ["a"] * 4, "completion_ids": [[1]] * 4, "answer": ["1"] * 4}
+
+
+@pytest.fixture(autouse=True)
+def what_others_left_is_gone():
+    """Else what tests before this one left is collected in the middle, and the process shrinks as a function grows."""
+    gc.collect()
 
 
 def constant(completions, **_):
