@@ -3,8 +3,8 @@
     y_i = x W_i^T,  t_i = x A_i^T               [N, out_i], [N, r_i]    one launch for all NF4 parts (nf4_few_rows.py);
                                                                         or bitsandbytes' few-row product or cuBLAS, and
                                                                         one launch for all t_i
-    z_i = y_i + b_i + s_i t_i B_i^T             one launch for all parts; it includes the SwiGLU of gate and up, and
-                                                the addition of a residual
+    z_i = y_i + b_i + s_i t_i B_i^T             one launch for all parts; it includes the SwiGLU of gate and up, or the
+                                                addition of a residual and, of few channels, the RMSNorm behind it
 
 A step of a small model is launch-bound: PyTorch would need a dozen launches here (stacking and casting the A's, a
 product with each B, ...). A and B are read where the optimizer writes them, in fp32. Both t and y are split along the
@@ -69,7 +69,8 @@ def _sum(ptrs, real, split_stride, SPLITS: tl.constexpr):
 
 @triton.jit
 def _rows_of_b(b_ptr, n, real_n, rank, R_BLOCK: tl.constexpr):
-    """B's rows n [COLUMNS, R_BLOCK]. No kernel writes B: it may be read before the one before has ended."""
+    """B's rows n [COLUMNS, R_BLOCK], read before the kernel before has ended: no kernel of a step writes B, and between
+    an optimizer's, which does, and a step lies a prompt, whose kernels wait for one another's end."""
     r = tl.arange(0, R_BLOCK)
     return tl.load(b_ptr + n[:, None] * rank + r, real_n[:, None] & (r < rank), 0.0)
 
