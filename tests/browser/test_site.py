@@ -4,6 +4,7 @@ import contextlib
 import functools
 import http.server
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -132,7 +133,7 @@ def test_a_notebooks_page_shows_its_run(browser, address):
     with contextlib.closing(tab):
         tab.route("**/*", lambda route: route.continue_() if address in route.request.url else route.abort())
         tab.goto(f"{address}/notebooks/00_quickstart/")
-        head = tab.get_by_text("done: step").first.bounding_box()
+        head = tab.get_by_text(re.compile(r"(done|stopped): step")).first.bounding_box()
         picture = tab.locator("img[alt^='Curves of steps']").first.bounding_box()
         assert picture["width"] > 600 and picture["y"] > head["y"]
         assert tab.locator("math").count() == 0
