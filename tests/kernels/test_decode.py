@@ -144,6 +144,15 @@ class TestDraw:
             check_the_only_word()
 
     @pytest.mark.parametrize("words", [37, 5000])
+    def test_of_nan_a_word_of_the_vocabulary(self, words):
+        """The next step reads its embedding, whatever the model has become."""
+        logits = torch.full((3, words), float("nan"))
+        logits[1, : words // 2] = 0.0
+        with kernels.use("triton"):
+            token, logp = kernels.draw(logits, torch.arange(3), torch.arange(3))
+        assert token.min() >= 0 and token.max() < words and logp.isnan().all()
+
+    @pytest.mark.parametrize("words", [37, 5000])
     def test_the_same_words_as_torch(self, words):
         generator = torch.Generator().manual_seed(0)
         logits = torch.randn(20, words + 3, generator=generator)[:, :words] * 3
