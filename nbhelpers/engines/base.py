@@ -161,13 +161,14 @@ def check_length(prompts: list[list[int]], max_tokens: int, limit: int, option: 
 
 @contextlib.contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Inside the block: evaluation mode, no gradients, no autocast. Afterwards every module's mode is as it was."""
-    device = next(model.parameters()).device
+    """Inside the block: evaluation mode, no gradients, no autocast, and the model's card is the current one, on whose
+    stream an engine records its events. Afterwards everything is as it was."""
+    first = next(model.parameters())
     training = [module for module in each.modules(model) if module.training]
     if training:  # else not asked: thousands of modules, while the GPU has nothing to do
         model.eval()
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(first.device.type, enabled=False), torch.cuda.device_of(first):
             yield
     finally:
         for module in training:

@@ -185,7 +185,7 @@ class Decoder:
     def walk(self, x: Tensor, tables: tuple[Tensor, Tensor], attend: Callable[..., Tensor]) -> Tensor:
         """`hidden` of embeddings x [B, S, H], rotated by the tables (cos, sin), each [1 or B, S, R]."""
         norms = [*(layer.norm for layer in self.layers), self.norm]
-        y, step = kernels.rms_norm(x, *_of(norms[0])), x.shape[1] == 1
+        y, step, dtype = kernels.rms_norm(x, *_of(norms[0])), x.shape[1] == 1, x.dtype
         if not step and self.adapters is None:
             self.adapters = by_layer([[group.parts or () for group in layer.groups()] for layer in self.layers], x)
         adapters: Sequence[Stacked | None] = (None,) * 4
@@ -196,7 +196,7 @@ class Decoder:
                 adapters = self.adapters(i)
             qkv, out, *mlp = adapters
             # what is not read again is gone at once: in a prompt larger tensors would then find no block of memory free
-            outputs = layer.qkv(y, qkv)
+            outputs = layer.qkv(y.to(dtype), qkv)  # fp32 behind a norm in fp32, as training keeps it with autocast
             del y
             y = attend(i, layer, *self._heads(outputs), tables)
             del outputs
@@ -205,12 +205,13 @@ class Decoder:
             else:
                 (y,) = layer.out(y, out)
                 x, y = kernels.rms_norm(y, *_of(layer.mlp_norm), x)
+            y = y.to(dtype)
             if step and layer.gate_up.parts is not None and layer.down.parts is not None:
                 x, y = decode_step.decode_mlp(y, layer.gate_up.parts, layer.down.parts[0], x, _of(norms[i + 1]))
             else:
                 x = _mlp(layer, y, x, *mlp)
                 y = kernels.rms_norm(x, *_of(norms[i + 1]))
-        return y
+        return y.to(dtype)
 
     def _heads(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """q, k, v [B, heads, S, D] of the three projections, or of Phi3's one, as views."""

@@ -25,4 +25,13 @@ def by_layer(
     again. New numbers in the same matrices are seen. None where there is nothing to gain.
     """
     with device_of(like):
-        return _for(like).layer_adapters(layers, like.dtype)
+        of = _for(like).layer_adapters(layers, like.dtype)
+    if of is None:
+        return None
+    own = like[:0].clone()  # on the same device; `like` itself is not kept
+
+    def stacked(layer: int) -> Sequence[Stacked]:
+        with device_of(own):
+            return of(layer)
+
+    return stacked

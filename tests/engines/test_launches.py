@@ -1,6 +1,7 @@
 """How many launches a decoding step has beside its layers, counted on a card that is not there."""
 
 from collections import Counter
+from importlib import import_module
 
 import interpreter
 import pytest
@@ -22,7 +23,6 @@ from nbhelpers.engines.graph import GraphEngine
 from nbhelpers.engines.kv_cache import KVCache
 from nbhelpers.kernels import ahead, decode_step
 from nbhelpers.kernels.decode_step import Rows
-from nbhelpers.kernels.triton import common
 
 FREE = {"empty", "empty_strided", "promote_types"}  # besides views
 
@@ -49,7 +49,7 @@ def launches(layers, sampling, bits=16, name="qwen2"):
     runner = ModelRunner(decoder, KVCache(decoder, bits), 4)
     runner.prepare(decoder, sampling)
     runner.cache.allocate(4, 32, 10**9)
-    common.counters(decoder.device)  # made once
+    import_module("nbhelpers.kernels.triton.decode_attention").counters(decoder.device)  # made once
     with pytest.MonkeyPatch.context() as patch, no_card.played() as card, kernels.use("triton"):
         patch.setattr(ahead, "dry", lambda: True)  # what is not launched is noise
         # on a GPU one product; here a cast comes behind it

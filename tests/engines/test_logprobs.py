@@ -60,3 +60,16 @@ def test_what_is_drawn_does_not_change(settings):
 def test_what_is_plain_penalises_and_rules_out_nothing():
     assert Sampling(temperature=0.3, stop_ids=(4,)).plain and Sampling(min_tokens=4).plain
     assert not any(Sampling(**settings).plain for settings in SETTINGS)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("name", ["qwen2", "llama", "phi3"])
+def test_norms_kept_in_fp32_leave_keys_and_values_in_the_models_dtype(name, bits):
+    """As some prepare a model for training; a kernel that takes its fp32 keys for the cache's would write past it."""
+    model = make(name, dtype=torch.bfloat16)
+    sampling = Sampling(max_tokens=6, seed=1)
+    wanted = GraphEngine(model, kv_bits=bits).generate([[3, 4, 5], [6]], sampling)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("norm.weight"):
+            parameter.data = parameter.data.float()  # the same numbers
+    assert GraphEngine(model, kv_bits=bits).generate([[3, 4, 5], [6]], sampling) == wanted

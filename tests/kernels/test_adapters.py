@@ -1,5 +1,7 @@
 """LoRA matrices of a layer's groups, stacked in one launch, and products without autograd."""
 
+from contextlib import contextmanager
+
 import interpreter
 import pytest
 import torch
@@ -9,6 +11,7 @@ from matmul_cases import layer
 from nbhelpers import kernels
 from nbhelpers.engines.forward import Decoder
 from nbhelpers.engines.kv_cache import KVCache
+from nbhelpers.kernels import adapters
 from nbhelpers.kernels.adapters import by_layer
 
 
@@ -97,6 +100,23 @@ class TestStacked:
 
 def test_in_the_interpreter():
     interpreter.run(__file__, "TestStacked")
+
+
+def test_the_launch_is_on_the_card_of_the_matrices(monkeypatch):
+    """Which need not be the current one."""
+    inside = []
+
+    @contextmanager
+    def device_of(tensor):
+        inside.append(tensor.device)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(adapters, "device_of", device_of)
+    monkeypatch.setattr(kernels.reference, "layer_adapters", lambda *_: lambda layer: list(inside))
+    like = torch.zeros(2)
+    stacked = by_layer([], like)
+    assert not inside and stacked(0) == [like.device]
 
 
 def test_who_stacks_for_himself():

@@ -119,6 +119,13 @@ class TestAttention:
         check_attention(**case)
 
 
+def test_there_is_a_counter_for_each_row_and_key_head_whose_positions_are_cut():
+    pytest.importorskip("triton")
+    module = import_module("nbhelpers.kernels.triton.decode_attention")
+    cut = [rows * heads for rows in range(1, 257) for heads in range(1, 65) if module.splits_for(rows, heads) > 1]
+    assert 200 < max(cut) < len(module.counters(torch.device("cpu")))
+
+
 # (counter, word) at seed 123456789 whose hash is one of the 64 largest of 2^31: u would be rounded to 1, and E infinite
 LARGEST_HASH = [(24452608, 7), (51, 107406), (54, 87677), (396, 129736), (423, 57220)]
 
@@ -142,6 +149,15 @@ class TestDraw:
     def test_the_only_word_is_drawn_whatever_its_number(self):
         with kernels.use("triton"):
             check_the_only_word()
+
+    @pytest.mark.parametrize("words", [37, 5000])
+    def test_of_nan_a_word_of_the_vocabulary(self, words):
+        """The next step reads its embedding, whatever the model has become."""
+        logits = torch.full((3, words), float("nan"))
+        logits[1, : words // 2] = 0.0
+        with kernels.use("triton"):
+            token, logp = kernels.draw(logits, torch.arange(3), torch.arange(3))
+        assert token.min() >= 0 and token.max() < words and logp.isnan().all()
 
     @pytest.mark.parametrize("words", [37, 5000])
     def test_the_same_words_as_torch(self, words):

@@ -12,7 +12,6 @@ keeps this.
 """
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -22,8 +21,6 @@ from torch import Tensor
 from triton.backends.nvidia.compiler import CUDAOptions
 
 from nbhelpers.gpu import capability
-
-COUNTERS = 8192  # 32 kB
 
 
 def ceil_div(n: int, size: int) -> int:
@@ -65,16 +62,6 @@ def in_16_bytes(x: Tensor) -> Tensor:
     if x.stride(0) % 8 or x.stride(1) != 1 or x.data_ptr() % 16:
         return x.clone(memory_format=torch.contiguous_format)
     return x
-
-
-@cache
-def counters(device: torch.device) -> Tensor:
-    """int32 [COUNTERS], by which the programs of one launch tell one another that they have ended.
-
-    All are 0 between two launches: whoever counts makes them 0 again. They take one stream for each device, and are
-    never freed, since captured graphs keep the address. Whoever captures one has run the kernel before.
-    """
-    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 
 
 @triton.jit

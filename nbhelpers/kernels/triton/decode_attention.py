@@ -22,6 +22,8 @@ what it adds to a score needs no key, only the position's cosines and sines (ang
 u is summed from two numbers of 16 bits, as one would round a product of hundreds by whole units.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -29,12 +31,12 @@ from torch import Tensor
 
 from ..eight_bits import EightBits
 from ..reference import HeadNorms
-from .common import begin, counters, early, tensor_cores, wait
+from .common import begin, early, tensor_cores, wait
 
 TILE = 8192  # without tensor cores: query heads of a group x positions x D that a program multiplies per iteration
 BLOCK = 64  # with tensor cores: positions per iteration
 WARPS, STAGES = 2, 2
-PROGRAMS = 264  # at least this many, for a card of 40 to 140 multiprocessors
+PROGRAMS = 264  # at least this many, for a card of 40 to 140 multiprocessors: no splits of so many rows x key heads
 MOST_SPLITS = 16
 JOINED = 2048  # numbers of all splits together that a warp joins at once
 
@@ -214,6 +216,16 @@ def _join(parts_ptr, lse_ptr, out_ptr, GROUP: tl.constexpr, D: tl.constexpr, SPL
         part = tl.load(parts_ptr + at * D + i % D, real, 0.0)
         joined = tl.sum(part * weight, axis=0, keep_dims=True) / tl.sum(weight, axis=0, keep_dims=True)
         tl.store(out_ptr + i, joined.to(out_ptr.dtype.element_ty), real)
+
+
+@cache
+def counters(device: torch.device) -> Tensor:
+    """int32 [PROGRAMS], by which the splits of a row and key head tell one another that they have ended.
+
+    All are 0 between two launches: the last split makes its own 0 again. They take one stream for each device, and are
+    never freed, since captured graphs keep the address. Whoever captures one has run the kernel before.
+    """
+    return torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
 
 
 def splits_for(rows: int, kv_heads: int) -> int:

@@ -31,7 +31,7 @@ TILE = 8192  # rows x ranks x columns that a program of the thin product multipl
 SPLIT, ROWS = 256, 4  # columns per split of the thin product, and rows per program
 OUT_COLUMNS, OUT_WARPS = 32, 1  # per program of the last launch
 ROW, ROW_RANKS, ROW_WARPS = 2048, 32768, 16  # channels, and channels x ranks, of a row that one program adds and norms
-MOST_ROWS = 16  # that are added so: of more, programs that share B are quicker
+NORMED_ROWS = 16  # at most are added and normed so: of more, programs that share B are quicker
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -297,7 +297,7 @@ def decode_out(
     weight, eps = norm
     x, shape, width, rank = x.reshape(-1, x.shape[-1]), residual.shape, part.out_features, _rank(part)
     block, r_block = triton.next_power_of_2(width), triton.next_power_of_2(max(1, rank))
-    if x.shape[0] > MOST_ROWS or block > ROW or block * r_block > ROW_RANKS:
+    if x.shape[0] > NORMED_ROWS or block > ROW or block * r_block > ROW_RANKS:
         if alpha is None:
             return norm_forward(_finish(x, (part,)).view(shape), weight, eps, residual)[:2]
         s = _finish(x, (part,), residual.reshape(x.shape[0], -1).contiguous(), alpha).view(shape)

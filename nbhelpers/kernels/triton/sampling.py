@@ -50,7 +50,7 @@ def _race(logits_ptr, seeds_ptr, counters_ptr, max_ptr, sum_ptr, best_ptr, word_
     tl.store(max_ptr + out, highest)
     tl.store(sum_ptr + out, tl.sum(tl.where(z == float("-inf"), 0.0, tl.exp(z - highest)), axis=0))
     tl.store(best_ptr + out, tl.max(score, axis=0))
-    tl.store(word_ptr + out, part * BLOCK + winner)
+    tl.store(word_ptr + out, tl.minimum(part * BLOCK + winner, words - 1))  # of NaN argmax may take what is masked
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def _best(row, logits_ptr, max_ptr, sum_ptr, best_ptr, word_ptr, logits_stride, 
     sums = tl.load(sum_ptr + index, p < PARTS, 0.0)
     log_total = top + tl.log(tl.sum(tl.where(highest == float("-inf"), 0.0, sums * tl.exp(highest - top)), axis=0))
     winner = tl.argmax(tl.load(best_ptr + index, p < PARTS, float("-inf")), axis=0)
-    chosen = tl.load(word_ptr + row * PARTS + winner).to(tl.int64)
+    chosen = tl.load(word_ptr + row * PARTS + tl.minimum(winner, PARTS - 1)).to(tl.int64)  # as in _race
     z = tl.load(logits_ptr + row * logits_stride + chosen)
     if DIVIDED:
         z = tl.div_rn(z, temperature)
