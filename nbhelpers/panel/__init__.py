@@ -120,7 +120,7 @@ class Live(display.View, TrainerCallback):
         self._started = time.monotonic()
         self._tokens, self._since = state.num_input_tokens_seen, self._started
         self._draw_again = 0.0
-        self.asked, self._stop = [], False
+        self.asked, self._stop, self.why = [], False, ""
         if display.in_notebook():
             self.update()  # at once: a large model's first step takes a while
             self._stop_clock()
@@ -221,6 +221,7 @@ class Live(display.View, TrainerCallback):
                 self.buttons.close()
                 self.buttons = None
             self.ended = time.monotonic() - self._started
+            self.why = vars(state).get("stop_reason", "")
             if display.in_notebook():
                 self.update()
             else:

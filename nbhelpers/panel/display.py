@@ -54,6 +54,7 @@ class View:
         self.asked: list[tuple[int, str, str]] = []
         self.attended = True  # False where no buttons can stand beside a run, which then tells of them
         self.ended: float | None = None
+        self.why = ""  # `stop_when` ended the run, in its words
         self.first_step = 0
         self.writes = True  # answers; False where it learns from texts alone
         self.method = "GRPO"  # that learns, in TRL's words
@@ -228,7 +229,8 @@ class View:
         share = min(1.0, row["step"] / max(1, self.total_steps))
         times = "".join(f" · {name} {value}" for name, value in self._times(elapsed or row["seconds"]))
         gamed = pieces.gaming_html(row.get("gaming", []))
-        return framed(f"{note}{gamed}<b>{self._progress()}</b>{times}{bar({COLORS[0]: share})}")
+        why = self.why and f"<p>{html.escape(self.why)}</p>"
+        return framed(f"{note}{gamed}<b>{self._progress()}</b>{times}{why}{bar({COLORS[0]: share})}")
 
     def _first(self) -> str:
         """What takes so long before the first step."""

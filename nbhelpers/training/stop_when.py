@@ -124,6 +124,7 @@ class Stopper(TrainerCallback):
         self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: Any
     ) -> None:
         self.reason = None
+        vars(state).pop("stop_reason", None)
 
     def on_log(self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: Any) -> None:
         samples = list(vars(state).get("samples", ()))
@@ -132,6 +133,7 @@ class Stopper(TrainerCallback):
             self.reason = reason
             if self.ends:
                 control.should_training_stop = control.should_save = True
+                vars(state)["stop_reason"] = reason  # the panel shows it beside "stopped"
             if not self.ends and state.is_world_process_zero:
                 print(f"Step {state.global_step}: {reason} The run goes on; stop_when=StopWhen() would end it.")
             elif state.is_world_process_zero:

@@ -12,6 +12,7 @@ from transformers import TrainerControl, TrainerState
 
 from nbhelpers import panel
 from nbhelpers.rewards import Sample
+from nbhelpers.training.stop_when import Stopper, StopWhen
 
 # ---- data ----
 
@@ -99,6 +100,19 @@ def test_a_terminal_gets_a_line_for_each_step(capsys, clock, monkeypatch):
 def test_the_end_is_told_from_a_stop(capsys):
     run(panel.Live(), [logs()] * 2, total=2)
     assert capsys.readouterr().out.splitlines()[-1].startswith("done: step 2/2")
+
+
+def test_a_run_that_stop_when_ended_says_why_beside_stopped(capsys):
+    live, control = run(panel.Live(), [logs()], total=4, end=False), TrainerControl()
+    rule = Stopper(StopWhen(solved_steps=2))
+    solved = {"reward": 1.0, "right": 1.0, "frac_reward_zero_std": 0.9}
+    state = TrainerState(max_steps=4, global_step=2, log_history=[solved] * 2)
+    rule.on_log(ARGS, state, control)
+    live.on_train_end(ARGS, state, control)
+    assert control.should_training_stop and "The task is solved" in live.outputs()[0][0]["text/html"]
+    rule.on_train_begin(ARGS, state, control)
+    live.on_train_end(ARGS, state, control)
+    assert "solved" not in live.outputs()[0][0]["text/html"]
 
 
 def test_time_left_counts_this_sessions_steps(clock):
