@@ -1,18 +1,19 @@
 """The seconds of a step: what the counts of bytes, operations and launches say of a card, before anything runs.
 
     a pass through a layer        the longer of its launches, and products + attention + what goes through memory
-    a decoding step of n rows     launches + bytes of weights, keys and values + weights to unpack + products
+    a decoding step of n rows     launches + weights + keys, values and logits, where weights are read while those read
+                                  before are unpacked and multiplied: the longer of both, and some of the other
 
 Products of T tokens with a weight of P numbers are 2 T P operations forward and as many backward, where the weight is
 frozen (Kaplan et al. 2020, arXiv:2001.08361, section 2.1); attention takes 4 operations for each pair of tokens and
 each number of a head, and 2.5 times that backward (Dao 2023, arXiv:2307.08691, section 4.1). What a card reaches of
 its data sheet, and what Python and a launch take, are the constants of `Reached`, fitted to the rows of
-benchmarks/results/ that tests/memory/test_seconds.py predicts, all of them of an H200. For other cards the same
+benchmarks/results/ that tests/memory/test_seconds.py predicts, of an H200 and an H100. For other cards the same
 formulas with the numbers of their data sheets are estimates that nobody has measured.
 """
 
 import re
-from math import ceil
+from math import cbrt, ceil
 from typing import NamedTuple
 
 from nbhelpers.architecture import Architecture
@@ -59,13 +60,13 @@ class Reached(NamedTuple):
     memory: float = 0.949  # of gb_s, in training
     layer: float = 0.00315  # seconds that Python and the launches of one pass through a layer take
     piece: float = PIECE  # of them again for each further piece of the MLP
-    decoding_memory: float = 0.6  # of gb_s, in a decoding step
-    decoding_products: float = 0.362  # of tflops, likewise
-    unpacked: float = 22.6  # NF4 weights in a clock of a multiprocessor
-    fused: float = 4.48  # likewise in bitsandbytes' product for 32 rows, where Triton has no tensor cores
-    fused_rows: float = 75.9  # rows that cost it as much again
-    decoding_layer: float = 0.0000447  # seconds that the launches of a layer take in a CUDA graph
-    decoding_layer_old: float = 0.0000743  # before Ampere: products and sums by launches of their own
+    decoding_memory: float = 0.8  # of gb_s, in a decoding step
+    decoding_products: float = 0.326  # of tflops, likewise
+    unpacked: float = 11.5  # NF4 weights in a clock of a multiprocessor
+    fused: float = 4.25  # likewise in bitsandbytes' product for 32 rows, where Triton has no tensor cores
+    fused_rows: float = 76.5  # rows that cost it as much again
+    decoding_layer: float = 0.0000516  # seconds that the launches of a layer take in a CUDA graph
+    decoding_layer_old: float = 0.0000766  # before Ampere: products and sums by launches of their own
 
 
 REACHED = Reached()
@@ -157,14 +158,16 @@ def decoding_step(a: Architecture, card: Card, quantization: str, rows: int, tok
     looked_up = 0 if a.tie_word_embeddings else 2 * a.vocab_size * a.hidden_size  # only the rows' own lines are read
     keys = rows * tokens * kv_bytes_per_token(a.num_hidden_layers, a.num_key_value_heads, a.head_dim, 2, kv_bits)
     logits = 12 * rows * a.vocab_size  # fp32, written once and read twice
-    read = (a.weight_bytes(quantization) - looked_up + keys + logits) / (gb_s * REACHED.decoding_memory)
+    read = (a.weight_bytes(quantization) - looked_up) / (gb_s * REACHED.decoding_memory)
+    own = (keys + logits) / (gb_s * REACHED.decoding_memory)
     launches = a.num_hidden_layers * (REACHED.decoding_layer if card.ampere else REACHED.decoding_layer_old)
     unpacked = 0.0 if quantization == "none" else numbers / (clocks * REACHED.unpacked)
     tile = next((n for n in (8, 16, 64, 128) if rows <= n), rows)
     if rows > 16 and not card.ampere:  # a product for each layer, not one for those that read the same
         products = numbers / (clocks * REACHED.fused) * (1 + (rows - 32) / REACHED.fused_rows)
-        return 2 * launches + read + products
-    return launches + read + unpacked + 2 * tile * numbers / (tflops * REACHED.decoding_products)
+        return 2 * launches + read + products + own
+    products = unpacked + 2 * tile * numbers / (tflops * REACHED.decoding_products)
+    return launches + cbrt(read**3 + products**3) + own
 
 
 def generating(a: Architecture, card: Card, s: Setting, rows: int, fitting: int) -> float:
