@@ -35,7 +35,6 @@ from benchmarks.engines.grpo import KEPT, logged, watch, workload
 from benchmarks.harness import GB
 from nbhelpers import memory
 from nbhelpers.memory.seconds import CARDS
-from nbhelpers.memory.swapping import PCIE_GB_S
 from nbhelpers.models import swap
 from nbhelpers.models.finite import first_not_finite
 
@@ -173,10 +172,9 @@ def steps(job: Capped) -> None:
     job.row(f"{job.case.label}/step_time", "ours", statistics.median(times[1:]), "s", first_s=round(times[0], 1),
             cap=job.case.cap, planned=plan.step_seconds if job.cuda else None, **written)  # fmt: skip
     if swapped is not None:
-        seconds = plan.swap_gb / PCIE_GB_S
         job.row(f"{job.case.label}/moved", "ours", swapped.moved / job.case.steps / GB, "GB", layers=swapped.count,
                 host_gb=round(swapped.host_bytes / GB, 2), planned=round(plan.swap_gb, 1),
-                planned_s=round(seconds, 1))  # fmt: skip
+                planned_s=round(plan.swap_gb / plan.host_gb_s, 1))  # fmt: skip
     halves = {"generating": sum(plan.generation.values()), "training": sum(plan.training.values())}
     job.against("step_peak_driver", peak[0], max(halves.values()), rows=job.rows, finite=finite)
 

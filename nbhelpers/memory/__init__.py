@@ -30,7 +30,7 @@ from .report import Plan, Setting, StagePlans, changed
 from .residents import Resident, resident
 from .room import CONTEXT_GB, FRAGMENTED, Reserved, Room, kv_budget, long_text_budget, step_budget, vllm_kv_budget
 from .seconds import Card, card_of, launch_tokens, named, of_a_step
-from .swapping import PCIE_GB_S, freed_bytes, moved_bytes
+from .swapping import freed_bytes, moved_bytes
 from .this_card import backend, card_here, name_here
 
 __all__ = ["CONTEXT_GB", "FRAGMENTED", "CannotFit", "Plan", "Reserved", "Room", "Setting", "StagePlans", "can_train",
@@ -142,7 +142,8 @@ def plan(
         largest_group=affordable if affordable > 1 and room.fits(setting) else 0,
         nearest=nearest,
         swap_gb=swap_gb,
-        step_seconds=seconds + groups * swap_gb / PCIE_GB_S if fits else None,
+        host_gb_s=kind.host_gb_s,
+        step_seconds=seconds + groups * swap_gb / kind.host_gb_s if fits else None,
         speed_of=kind.name,
         instead=() if fits or nearest else that_fit(card_gb),
     )  # fmt: skip

@@ -7,7 +7,6 @@ from nbhelpers.presets import Preset
 
 from .kv import MAX_ROWS
 from .micro_batches import MicroBatch
-from .swapping import PCIE_GB_S
 
 ORDER = ("weights", "adapters", "gradients", "optimizer", "dense scratch", "KV cache", "kept for backward",
          "layer work", "logits", "CUDA context")  # fmt: skip
@@ -81,6 +80,7 @@ class Plan:
     largest_group: int  # completions of this length that the graph engine writes at the same time; 0 if it is below 2
     nearest: Setting | None  # what to change to, if this does not fit
     swap_gb: float  # what a step copies to the card for layers that wait on the host, GB; 0 without any
+    host_gb_s: float  # of which so many a second
     step_seconds: float | None  # of a step with all questions of the preset, or of `rows`; None if it does not fit
     speed_of: str  # the card whose data sheet that comes from
     instead: tuple[str, ...]  # presets that fit this card, if no setting of this one does
@@ -135,7 +135,8 @@ class Plan:
                 stages = f" Completions are written together while short, {self.at_once} at a time at the end."
             swap = [] if not self.swap_gb else [
                 f"{self.setting.swapped} layers wait on the host: {self.swap_gb:,.0f} GB go over PCIe in a step, about "
-                f"{self.swap_gb / PCIE_GB_S:,.0f} s at {PCIE_GB_S} GB/s, for completions that are all of full length."
+                f"{self.swap_gb / self.host_gb_s:,.0f} s at {self.host_gb_s:.0f} GB/s, for completions that are all of "
+                "full length."
             ]  # fmt: skip
             return [f"It fits. The batch goes through in {pieces}, {how}.{stages}", self.time(), *swap, *largest]
         if self.nearest is not None:

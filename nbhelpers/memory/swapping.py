@@ -5,7 +5,6 @@ from math import ceil
 from nbhelpers.architecture import Architecture
 
 PLACES = 2  # layers that stand on the card, as models/swap.py has them: it needs torch, and the planner none
-PCIE_GB_S = 12  # of pinned memory over PCIe 3.0 x16, a T4's; 4.0 and 5.0 are two and four times as fast
 
 
 def layer_bytes(a: Architecture, quantization: str) -> int:
