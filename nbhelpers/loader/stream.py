@@ -238,8 +238,9 @@ def _packed(
     for key in keys:
         words = ".quant_state." in key  # JSON in bytes, which is read on the host: the card would be waited for
         found[key] = read(key, where=torch.device("cpu")) if words else read(key)
-        extremes.add(found[key], key)
-    packed = found.pop(name)
+    packed = found.pop(name).view(torch.uint8).view(-1, 1)  # some store the codes as bfloat16, for FSDP
+    for key, value in found.items():
+        extremes.add(value, key)
     stats = {key.removeprefix(f"{name}."): value for key, value in found.items()}
     weight = Params4bit.from_prequantized(packed, stats, device=device)
     weight.quant_state.dtype = dtype  # the checkpoint may say bf16, which this card may not have
