@@ -22,15 +22,12 @@ def run(asm: str, inputs: list[np.ndarray], outputs: int) -> list[np.ndarray]:
 
 
 @cache
-def program(asm: str) -> list[tuple[str, list[str], str | None]]:
-    """(operation, its operands, the register that guards it or None) of each statement of `asm`, read once."""
+def program(asm: str) -> list[tuple[str, list[str]]]:
+    """(operation, its operands) of each statement of `asm`, read once."""
     read = []
     for text in statements(asm):
-        guard = None
-        if text.startswith("@"):
-            guard, text = text[1:].split(None, 1)
         name, _, rest = text.rstrip(";").partition(" ")
-        read.append((name, re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", rest), guard))
+        read.append((name, re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", rest)))
     return read
 
 
@@ -54,7 +51,7 @@ class Machine:
         self.operands, self.scopes = operands, [{}]
         self.threads = len(operands[-1])
 
-    def step(self, name: str, arguments: list[str], guard: str | None) -> None:
+    def step(self, name: str, arguments: list[str]) -> None:
         if name == "{":
             self.scopes.append({})
         elif name == "}":
@@ -65,7 +62,7 @@ class Machine:
                 for full in [f"{stem}{i}" for i in range(int(count))] if count else [stem]:
                     self.scopes[-1][full] = np.zeros(self.threads, np.uint32)
         else:
-            getattr(self, name.split(".")[0])(name, arguments, None if guard is None else self.get(guard) != 0)
+            getattr(self, name.split(".")[0])(name, arguments)
 
     def get(self, name: str) -> np.ndarray:
         if name.startswith("$"):
@@ -87,11 +84,7 @@ class Machine:
 
     # ---- instructions ----
 
-    def setp(self, name, a, _):
-        assert name == "setp.ne.b32"
-        self.set(a[0], self.get(a[1]) != self.get(a[2]))
-
-    def mov(self, name, a, _):
+    def mov(self, name, a):
         if a[0].startswith("{"):
             for i, half in enumerate(self.names(a[0])):
                 self.set(half, self.get(a[1]) >> np.uint32(16 * i) & np.uint32(0xFFFF))
@@ -101,40 +94,43 @@ class Machine:
         else:
             self.set(a[0], self.get(a[1]))
 
-    def ld(self, name, a, guard):
+    def ld(self, name, a):
         assert name == "ld.global.v4.b32"
         base, _, offset = a[1].strip("[]").replace(" ", "").partition("+")
-        values = np.stack([self.get(register) for register in self.names(a[0])], axis=1)
+        values = np.empty((self.threads, 4), np.uint32)
         for thread, address in enumerate(self.get(base).tolist()):
-            if guard is None or guard[thread]:
-                address += int(offset or 0)
-                assert address % 16 == 0, "a load of 16 bytes wants a multiple of 16"
-                values[thread] = np.frombuffer((ctypes.c_char * 16).from_address(address), np.uint32)
+            address += int(offset or 0)
+            assert address % 16 == 0, "a load of 16 bytes wants a multiple of 16"
+            values[thread] = np.frombuffer((ctypes.c_char * 16).from_address(address), np.uint32)
         for register, value in zip(self.names(a[0]), values.T, strict=True):
             self.set(register, value)
 
-    def shr(self, name, a, _):
+    def shfl(self, name, a):
+        assert name == "shfl.sync.bfly.b32" and a[3:] == ["31", "0xffffffff"]
+        self.set(a[0], self.get(a[1])[np.arange(self.threads) ^ int(a[2])])
+
+    def shr(self, name, a):
         self.set(a[0], self.get(a[1]) >> self.get(a[2]))
 
-    def lop3(self, name, a, _):
+    def lop3(self, name, a):
         assert int(a[4], 16) == 0xEA
         self.set(a[0], self.get(a[1]) & self.get(a[2]) | self.get(a[3]))
 
-    def prmt(self, name, a, _):
+    def prmt(self, name, a):
         eight = np.stack([self.get(a[1]), self.get(a[2])], axis=1).astype("<u4").view(np.uint8)
         nibbles = self.get(a[3])[:, None] >> np.arange(0, 16, 4, dtype=np.uint32) & np.uint32(15)
         assert (nibbles < 8).all(), "the fourth bit asks for the sign"
         self.set(a[0], np.take_along_axis(eight, nibbles, axis=1).view("<u4")[:, 0])
 
-    def mul(self, name, a, _):
+    def mul(self, name, a):
         assert name == "mul.rn.f32"
         self.set(a[0], (self.get(a[1]).view(np.float32) * self.get(a[2]).view(np.float32)).view(np.uint32))
 
-    def cvt(self, name, a, _):
+    def cvt(self, name, a):
         halves = [_to_16_bits(self.get(register), name) for register in a[1:]]
         self.set(a[0], halves[0] if len(halves) == 1 else halves[1] | halves[0] << np.uint32(16))
 
-    def mma(self, name, a, _):
+    def mma(self, name, a):
         wide = "m16n8k16" in name
         to, a_, b_, c_ = map(self.names, a)
         assert (len(a_), len(b_)) == ((4, 2) if wide else (2, 1))
@@ -154,7 +150,7 @@ class Machine:
 
     def __getattr__(self, name):
         if name == "and":  # a word of Python's own
-            return lambda _, a, guard: self.set(a[0], self.get(a[1]) & self.get(a[2]))
+            return lambda _, a: self.set(a[0], self.get(a[1]) & self.get(a[2]))
         raise AttributeError(f"no such instruction here: {name}")
 
 

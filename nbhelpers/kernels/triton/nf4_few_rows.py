@@ -26,7 +26,7 @@ from .common import begin, ceil_div, early, fill_none, in_16_bytes, pad_to_three
 from .lora_stack import whose
 from .nf4 import multiprocessors
 from .nf4_lookup import PTX, eight_weights
-from .nf4_mma import LOAD, product
+from .nf4_mma import LOAD, NEIGHBOUR, product
 
 MOST_ROWS = 128  # for more: dequantise once and cuBLAS
 MOST_SPLITS = 16
@@ -85,23 +85,32 @@ def _base(x_ptr, y_ptr, code_ptr, code8_ptr, w_ptr, absmax_ptr, outer_ptr, offse
 @triton.jit
 def _fetch(w_ptr, absmax_ptr, outer_ptr, row, block, half, blocks, stop, N, NESTED: tl.constexpr,
            NESTED_BLOCK: tl.constexpr):  # fmt: skip
-    """Load each thread's half block of W: its four words, and its block's scales, still quantised."""
+    """Each thread's half blocks of W's rows `row` and `row + 8`, four words each; and one of their two scales, still
+    quantised: the first row's in threads with the first halves, the other row's in the others.
+
+    Threads beyond the end read what is there: their row is not stored, or the scale is made 0.
+    """
+    w_ptr += tl.minimum(block, blocks - 1) * 8 + half * 4
+    first = (w_ptr + tl.minimum(row, N - 1) * blocks * 8).to(tl.int64)
+    other = (w_ptr + tl.minimum(row + 8, N - 1) * blocks * 8).to(tl.int64)
+    w0, w1, w2, w3 = tl.inline_asm_elementwise(LOAD, "=r,=r,=r,=r,l", [first], [tl.int32] * 4, is_pure=False, pack=1)
+    v0, v1, v2, v3 = tl.inline_asm_elementwise(LOAD, "=r,=r,=r,=r,l", [other], [tl.int32] * 4, is_pure=False, pack=1)
+    row += half * 8
     real, index = (row < N) & (block < stop), row * blocks + block
-    address = (w_ptr + index * 8 + half * 4).to(tl.int64)
-    w0, w1, w2, w3 = tl.inline_asm_elementwise(
-        LOAD, "=r,=r,=r,=r,l,r", [address, real.to(tl.int32)], dtype=[tl.int32] * 4, is_pure=False, pack=1
-    )
     scale = tl.load(absmax_ptr + index, real, 0)
-    return w0, w1, w2, w3, scale, tl.load(outer_ptr + index // NESTED_BLOCK, real, 0.0) if NESTED else scale
+    outer_scale = tl.load(outer_ptr + index // NESTED_BLOCK, real, 0.0) if NESTED else scale
+    return w0, w1, w2, w3, v0, v1, v2, v3, scale, outer_scale
 
 
 @triton.jit
-def _unnested(fetched, code8_ptr, shift, NESTED: tl.constexpr):
-    """The fp32 absmax of what `_fetch` loaded."""
-    scale = fetched[4]
+def _scales(fetched, half, real, code8_ptr, shift, NESTED: tl.constexpr):
+    """The fp32 absmax of both rows that `_fetch` loaded for each thread, 0 where they are not real."""
+    scale = fetched[8]
     if NESTED:
-        scale = tl.load(code8_ptr + scale.to(tl.int32)) * fetched[5] + shift
-    return scale
+        scale = tl.load(code8_ptr + scale.to(tl.int32)) * fetched[9] + shift
+    scale = tl.where(real, scale, 0.0)
+    neighbour = tl.inline_asm_elementwise(NEIGHBOUR, "=f,f", [scale], tl.float32, is_pure=False, pack=1)
+    return tl.where(half == 0, scale, neighbour), tl.where(half == 0, neighbour, scale)
 
 
 @triton.jit
@@ -124,32 +133,31 @@ def _in_registers(x_ptr, y_ptr, code8_ptr, w_ptr, absmax_ptr, outer_ptr, offset_
     row, half, blocks = first_row + g, t % 2, K // 64
     block = (split * iters * WARPS + warp) * 2 + t // 2
     stop = tl.minimum(blocks, (split + 1) * iters * WARPS * 2)
-    x_ptrs = x_ptr + g * x_stride + half * 32
+    x_ptr += half * 32
+    x_ptrs, other_x_ptrs = x_ptr + tl.minimum(g, rows - 1) * x_stride, x_ptr + tl.minimum(g + 8, rows - 1) * x_stride
     shift = tl.load(offset_ptr) if NESTED else 0.0
-    a = _fetch(w_ptr, absmax_ptr, outer_ptr, row, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
-    b = _fetch(w_ptr, absmax_ptr, outer_ptr, row + 8, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
+    following = _fetch(w_ptr, absmax_ptr, outer_ptr, row, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
     wait(EARLY)
     s0 = tl.zeros([WARPS * 32], tl.float32)
     s1, s2, s3, s4, s5, s6, s7 = s0, s0, s0, s0, s0, s0, s0
     for _ in range(iters):
-        c, d, this_block = a, b, block
+        w, this_block = following, block
         block += WARPS * 2
-        a = _fetch(w_ptr, absmax_ptr, outer_ptr, row, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
-        b = _fetch(w_ptr, absmax_ptr, outer_ptr, row + 8, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
-        scale_c, scale_d = _unnested(c, code8_ptr, shift, NESTED), _unnested(d, code8_ptr, shift, NESTED)
-        at, read = (x_ptrs + this_block * 64).to(tl.int64), this_block < stop
+        following = _fetch(w_ptr, absmax_ptr, outer_ptr, row, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
+        scale_w, scale_v = _scales(w, half, this_block < stop, code8_ptr, shift, NESTED)
+        at = tl.minimum(this_block, blocks - 1) * 64
         if SIXTEEN:
             s0, s1, s2, s3, s4, s5, s6, s7 = tl.inline_asm_elementwise(
                 ASM, CONSTRAINTS,
-                [c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3], scale_c, scale_d,
-                 at, (read & (g < rows)).to(tl.int32), at + x_stride * 16, (read & (g + 8 < rows)).to(tl.int32),
-                 s0, s1, s2, s3, s4, s5, s6, s7], dtype=[tl.float32] * 8, is_pure=False, pack=1,
+                [w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], scale_w, scale_v, (x_ptrs + at).to(tl.int64),
+                 (other_x_ptrs + at).to(tl.int64), s0, s1, s2, s3, s4, s5, s6, s7],
+                dtype=[tl.float32] * 8, is_pure=False, pack=1,
             )  # fmt: skip
         else:
             s0, s1, s2, s3 = tl.inline_asm_elementwise(
                 ASM, CONSTRAINTS,
-                [c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3], scale_c, scale_d,
-                 at, (read & (g < rows)).to(tl.int32), s0, s1, s2, s3], dtype=[tl.float32] * 4, is_pure=False, pack=1,
+                [w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], scale_w, scale_v, (x_ptrs + at).to(tl.int64),
+                 s0, s1, s2, s3], dtype=[tl.float32] * 4, is_pure=False, pack=1,
             )  # fmt: skip
     lane = tl.arange(0, 32)
     m, n = lane % 4 * 2, first_row + lane // 4

@@ -17,25 +17,15 @@ import triton.language as tl
 from .nf4_lookup import look_up, selectors, table
 
 
-def _load(registers: list[str], address: str, read: str) -> str:
-    """PTX that fills registers, a multiple of four, from consecutive addresses, or with zeros where `read` is 0.
-
-    It overwrites the predicate p.
-    """
-    lines = [f"setp.ne.b32 p, {read}, 0;", *(f"mov.b32 {register}, 0;" for register in registers)]
-    for i in range(0, len(registers), 4):
-        lines.append(f"@p ld.global.v4.b32 {{{', '.join(registers[i : i + 4])}}}, [{address} + {4 * i}];")
-    return " ".join(lines)
-
-
-LOAD = tl.constexpr("{.reg .pred p; " + _load(["$0", "$1", "$2", "$3"], "$4", "$5") + "}")
+LOAD = tl.constexpr("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];")
+NEIGHBOUR = tl.constexpr("shfl.sync.bfly.b32 $0, $1, 1, 31, 0xffffffff;")  # what the thread beside this one has
 
 
 def product(eights: int, kind: str, wide: bool) -> tuple[str, str]:
     """The instructions for 16 rows of W and `eights` times 8 rows of x, and the constraints of their operands for LLVM.
 
     Operands, in this order. Output: the sums, four per eight rows. Input: four words of row g and four of row g + 8,
-    their two absmax; for each eight rows the address of x and whether to read it; the sums so far.
+    their two absmax; for each eight rows the address of x; the sums so far.
 
     Args:
         eights (`int`): Rows of x divided by 8.
@@ -43,10 +33,11 @@ def product(eights: int, kind: str, wide: bool) -> tuple[str, str]:
         wide (`bool`): Sixteen positions k per instruction (Ampere and later), otherwise eight.
     """
     sums = 4 * eights
-    words, scales, rows, before = sums, sums + 8, sums + 10, sums + 10 + 2 * eights
-    lines = [".reg .pred p;", f".reg .b32 x<{16 * eights}>, g<8>, j<8>, s<2>, e<2>, a<4>, u, v, h, l;"]
-    for n in range(eights):
-        lines.append(_load([f"x{16 * n + i}" for i in range(16)], f"${rows + 2 * n}", f"${rows + 2 * n + 1}"))
+    words, scales, rows, before = sums, sums + 8, sums + 10, sums + 10 + eights
+    lines = [f".reg .b32 x<{16 * eights}>, g<8>, j<8>, s<2>, e<2>, a<4>, u, v, h, l;"]
+    for i in range(0, 16 * eights, 4):
+        four = ", ".join(f"x{j}" for j in range(i, i + 4))
+        lines.append(f"ld.global.v4.b32 {{{four}}}, [${rows + i // 16} + {4 * (i % 16)}];")
     tables = [[f"{half}{i}" for i in range(8)] for half in "gj"]  # of row g, and of row g + 8
     lines += [table(kind, names, f"${scales + i}", wide) for i, names in enumerate(tables)]
     for step in range(8):  # four of this thread's positions: half a word
@@ -59,7 +50,7 @@ def product(eights: int, kind: str, wide: bool) -> tuple[str, str]:
             lines.append(look_up(names, s, e, f"a{i}", f"a{i + 2}"))
         for n in range(eights):
             lines += _mma(4 * n, before + 4 * n if step == 0 else 4 * n, 16 * n + 2 * step, kind, wide)
-    constraints = ["=&f"] * sums + ["r"] * 8 + ["f"] * 2 + ["l", "r"] * eights + ["f"] * sums
+    constraints = ["=&f"] * sums + ["r"] * 8 + ["f"] * 2 + ["l"] * eights + ["f"] * sums
     return "{" + " ".join(lines) + "}", ",".join(constraints)
 
 
