@@ -3,7 +3,7 @@
     python -m benchmarks.engines --first      about a minute: is it right on this GPU, and one speed
     python -m benchmarks.engines              every model, graph and transformers, and the GRPO steps
     python -m benchmarks.engines --only dynamic    decoding where some layers are in 16 bits, as in dynamic 4-bit
-    python -m benchmarks.engines --only grpo --gpus 2 --steps 5    the step of one card, and of two with twice the texts
+    python -m benchmarks.engines --only grpo --gpus 2    the step of two cards, and of one with half the texts
     python -m benchmarks.engines --only eight-bits    keys and values in 8 bits: right, how far off, how fast
     python -m benchmarks.engines --vllm       vLLM as well, where it is installed
     python -m benchmarks.engines --trl        the peer's whole GRPO step as well: stock TRL with vLLM beside it
@@ -78,9 +78,10 @@ def jobs(args: argparse.Namespace) -> list[Job]:
             job = {**base, "kind": "grpo", "cap": args.cap or CAPS[model], "t4": args.t4, "context": args.context,
                    "steps": args.steps, "kv_bits": args.kv_bits}  # fmt: skip
             if args.gpus == 1:
-                wanted.append(job | ({"lengths": "equal"} if args.whole else {}))
-            for kind in args.lengths if args.gpus > 1 else ():  # one card, then several with the same texts each
-                wanted += [{**job, "gpus": n, "lengths": kind, "shared_by": args.gpus} for n in (1, args.gpus)]
+                wanted.append(job | ({"lengths": ["equal"]} if args.whole else {}))
+            else:  # several cards, and then one with the same texts, cut as theirs were: it has room for that
+                shared = {**job, "lengths": args.lengths, "shared_by": args.gpus}
+                wanted += [{**shared, "gpus": n} for n in (args.gpus, 1)]
         if args.vllm:
             wanted.append({**base, "kind": "vllm", "batches": args.batches})
     for model in (args.models or TRL) if args.trl else ():
@@ -152,9 +153,9 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--vllm", action="store_true")
     parser.add_argument("--t4", action="store_true", help="decode and GRPO steps in fp16, as a T4 would")
-    parser.add_argument("--gpus", type=int, default=1, help="GRPO by one process, then by so many, 8 texts each")
+    parser.add_argument("--gpus", type=int, default=1, help="GRPO by so many processes, then by one, 8 texts each")
     parser.add_argument("--lengths", nargs="*", choices=("equal", "ragged"), default=["equal", "ragged"],
-                        help="of the completions where --gpus are compared")  # fmt: skip
+                        help="of the completions where --gpus are compared, all in one process")  # fmt: skip
     parser.add_argument(
         "--whole", action="store_true", help="completions of a GRPO step end at their full length alone"
     )
@@ -166,7 +167,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=["ready", "decode", "transformers", "grpo"])
     parser.add_argument("--cap", type=float, help="GB of driver memory for the GRPO steps")
     parser.add_argument("--context", type=int, default=1024, help="tokens of prompt and completion in the GRPO steps")
-    parser.add_argument("--steps", type=int, default=3, help="GRPO steps, the first of which is not timed")
+    parser.add_argument("--steps", type=int, default=3, help="GRPO steps; the first is not timed, the rest "
+                        "are a multiple of --gpus")  # fmt: skip
     parser.add_argument("--seconds", type=int, default=240, help="limit of one case, twice that for one with vLLM")
     args = parser.parse_args()
     if args.child:
@@ -182,12 +184,15 @@ def main() -> None:
     rows: list[common.Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for job in jobs(args):
+            if job.get("shared_by"):
+                job["work_gb"] = grpo.work_gb(rows, job["model"])
             rows += run(job, Path(folder), args.seconds)
             if rows and not args.quick:
                 common.publish("engines", rows + grpo.efficiencies(rows), args.out)
-    rows += grpo.efficiencies(rows)
+    shares = grpo.efficiencies(rows)
+    rows += shares
     if rows:
-        print(common.table(rows))
+        print(*shares, common.table(rows), sep="\n")
 
 
 if __name__ == "__main__":

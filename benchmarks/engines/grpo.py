@@ -12,8 +12,10 @@ import torch
 
 from benchmarks import common
 from benchmarks.harness import Job, build, hold, peak_driver, wait
+from nbhelpers.architecture import GB
 from nbhelpers.engines import Completion, Sampling
 from nbhelpers.engines.base import Engine
+from nbhelpers.memory.micro_batches import MicroBatch
 
 from .cases import RowWriter
 
@@ -23,6 +25,8 @@ KEPT = {  # of the last step's log
     "sampling/importance_sampling_ratio/mean": "importance_sampling_ratio",
     "skipped_steps": "skipped_steps",
 }
+PARTS = ("generating_s", "training_s", "waiting_s", "reduce_s", "rest_s")  # of a step, see `parts`
+QUICK_WORK_GB = 6e-4  # on a CPU, over the processes: a batch has to be cut, and one process alone would cut otherwise
 
 
 def watch(owner: Any, method: str) -> list[float]:
@@ -107,8 +111,9 @@ def lengths(kind: str, turn: int, part: int, gpus: int, most: int, rows: int = 8
     return every[part * rows : (part + 1) * rows]
 
 
-def write_lengths(engine: Engine, kind: str, part: int | None, gpus: int) -> None:
-    """From now on this engine's completions are as long as `lengths` says, whatever the model would end with.
+def write_lengths(engine: Engine, kinds: list[str], steps: int, part: int | None, gpus: int) -> None:
+    """From now on this engine's completions are as long as `lengths` says, whatever the model would end with: `steps`
+    turns of each of `kinds`.
 
     `part` None: a process that works alone. All rows of a turn are written as far as its longest text goes, and then
     cut: few rows take as long as one.
@@ -117,7 +122,8 @@ def write_lengths(engine: Engine, kind: str, part: int | None, gpus: int) -> Non
 
     def cut(prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
         nonlocal turns
-        mine = lengths(kind, turns, (turns - 1) % gpus if part is None else part, gpus, sampling.max_tokens,
+        kind, turn = kinds[turns // steps], turns % steps
+        mine = lengths(kind, turn, (turn - 1) % gpus if part is None else part, gpus, sampling.max_tokens,
                        len(prompts) * sampling.num_generations)  # fmt: skip
         turns += 1
         written = generate(prompts, replace(sampling, max_tokens=max(mine), min_tokens=max(mine)))
@@ -129,8 +135,90 @@ def write_lengths(engine: Engine, kind: str, part: int | None, gpus: int) -> Non
     setattr(engine, "generate", cut)  # noqa: B010
 
 
+def watch_cuts(trainer: Any) -> list[str]:
+    """From now on each batch that is trained adds to the list returned how it was cut, in words."""
+    cuts: list[str] = []
+    compute_loss = trainer.compute_loss
+
+    def told(*args: Any, **options: Any) -> Any:
+        loss = compute_loss(*args, **options)
+        cuts.append("; ".join(map(in_words, trainer._step_of(trainer.model).micro_batches)))
+        return loss
+
+    trainer.compute_loss = told
+    return cuts
+
+
+def in_words(one: MicroBatch) -> str:
+    """What is decided about a micro-batch; counts of layers, and of the MLP's tokens at once."""
+    return (f"{len(one.rows)} rows of {one.tokens.packed} tokens, {one.saved} layers saved, {one.on_device} inputs on "
+            f"device, tiles of {one.tile}")  # fmt: skip
+
+
+def cut_alike(trainer: Any, work_gb: float | None) -> list[float]:
+    """From the first batch on batches of the same lengths are cut the same in every process of this run, and of another
+    one with this `work_gb`.
+
+    A cut follows from what the card has left (NCCL takes some of it) and from how long launches took in the rehearsal.
+    Launches take the planner's time here; `work_gb` is what a micro-batch may take, in GB. None: the least that a
+    process has left at its first batch.
+
+    Returns a list that holds the GB once the first batch is trained.
+    """
+    step, compute_loss, accelerator = trainer._step_of(trainer.model), trainer.compute_loss, trainer.accelerator
+    step.set_launches = lambda seconds: None
+    agreed: list[float] = []
+
+    def pinned(*args: Any, **options: Any) -> Any:
+        if not agreed:
+            left = torch.tensor([step.available() / GB], device=accelerator.device)
+            agreed.append(work_gb or float(accelerator.gather(left).min()))
+            step.room.share = 1.0  # of what was left: a rehearsal that ran out of memory has made it less
+            step.room.for_step = lambda coming=0: agreed[0] * GB * step.room.share
+        return compute_loss(*args, **options)
+
+    trainer.compute_loss = pinned
+    return agreed
+
+
+def work_gb(rows: list[common.Row], model: str) -> float | None:
+    """What the steps of several cards with this model were cut for, GB; None where there are none."""
+    found = [row["work_gb"] for row in rows if "alone" in row and row["what"].startswith(f"{model}/")]
+    return found[-1] if found else None
+
+
+def parts(seconds: list[dict[str, list[float]]], first: int, end: int, whole: float) -> dict[str, float]:
+    """What the steps first..end-1 took, by part; the parts add up to `whole`, their mean.
+
+    Args:
+        seconds (`list[dict[str, list[float]]]`): For each process what each step took it: "generating"; "training", the
+            gradients' sum over the processes included; "reduce", that sum alone, with the wait for it.
+        first, end (`int`): Which steps.
+        whole (`float`): Seconds of a step.
+
+    Returns generating_s and training_s, means over the processes; waiting_s, for the slowest in either; reduce_s, of
+    the process that came to it last; and rest_s: rewards, the optimizer, what processes tell each other, Python.
+    """
+    found = dict.fromkeys(PARTS[:-1], 0.0)
+    for i in range(first, end):
+        generating = [one["generating"][i] for one in seconds]
+        training = [one["training"][i] - one["reduce"][i] for one in seconds]
+        found["generating_s"] += statistics.mean(generating)
+        found["training_s"] += statistics.mean(training)
+        for each in (generating, training):
+            found["waiting_s"] += max(each) - statistics.mean(each)
+        found["reduce_s"] += min(one["reduce"][i] for one in seconds)
+    found = {name: total / (end - first) for name, total in found.items()}
+    found[PARTS[-1]] = whole - sum(found.values())
+    return {name: round(value, 4) for name, value in found.items()}
+
+
 def efficiencies(rows: list[common.Row]) -> list[common.Row]:
-    """For each step of several cards that share the texts of several steps of one: the share of its time in theirs."""
+    """For each step of several cards that share the texts of several steps of one: the share of its time in theirs.
+
+    same_cuts: whether the same batches were timed, cut alike; if not, the share says nothing. lost_s: by how much each
+    part of the step is longer than that of one card.
+    """
     known = {row["what"]: row for row in rows}
     shares = []
     for what, row in known.items():
@@ -138,8 +226,10 @@ def efficiencies(rows: list[common.Row]) -> list[common.Row]:
         if one is not None:
             setting = what.removesuffix("/step_time")
             share = round(one["mean_s"] / row["mean_s"], 4)
-            seconds = {"one_s": one["mean_s"], "several_s": row["mean_s"], "steps": row["steps"] - 1}
-            shares.append(common.row(f"{setting}/efficiency", "ours", share, "share", **seconds))
+            fields = {"one_s": one["mean_s"], "several_s": row["mean_s"], "steps": row["steps"] - 1}
+            fields["same_cuts"] = row["cuts"] == one["cuts"]
+            fields["lost_s"] = {part: round(row[part] - one[part], 4) for part in PARTS}
+            shares.append(common.row(f"{setting}/efficiency", "ours", share, "share", **fields))
     return shares
 
 
@@ -147,56 +237,62 @@ def steps(job: Job, row: RowWriter) -> None:
     """`steps` whole steps of LeanGRPOTrainer, G=8, a prompt of 256 tokens, in a process that may take `cap` GB in all;
     or as many such processes as there are `gpus`, each with a prompt of its own.
 
-    generating_s and training_s (forward and backward) are the last step's. With `lengths` completions are as long as
-    that says, and `shared_by` counts the processes that this one, or all of them together, are compared with.
+    With `lengths` there are so many steps of each kind, one kind after the other, whose completions are as long as
+    `lengths` says; the driver's peak is that of them all. `shared_by` counts the processes that this one, or all of
+    them together, are compared with: then batches are cut alike, for `work_gb` if that is given.
+
+    Each row has the parts of its timed steps, and their cuts, each once.
     """
     from accelerate import PartialState
+    from accelerate.utils import gather_object
 
     from nbhelpers.training.trainer import LeanGRPOConfig, LeanGRPOTrainer
 
-    cap, gpus, bits = job["cap"], job.get("gpus", 1), job.get("kv_bits", 16)
+    cap, gpus, bits, count = job["cap"], job.get("gpus", 1), job.get("kv_bits", 16), job["steps"]
+    kinds = job.get("lengths") or [""]
+    budget = QUICK_WORK_GB / gpus
     if torch.cuda.is_available():
         if gpus > 1:
             PartialState().wait_for_everyone()  # NCCL's memory is not torch's
         budget = hold(cap)
     model = build(job)
-    settings, parts, times = workload(job["quick"], job["context"])
+    settings, more, times = workload(job["quick"], job["context"])
     with tempfile.TemporaryDirectory() as folder, peak_driver() as peak:
-        args = LeanGRPOConfig(folder, max_steps=job["steps"], kv_bits=bits, **settings)
-        extra = {"budget_gb": budget} if torch.cuda.is_available() else {}
-        trainer = LeanGRPOTrainer(model, args=args, engine="graph", **parts, **extra)
-        if kept := job.get("lengths"):
+        args = LeanGRPOConfig(folder, max_steps=count * len(kinds), kv_bits=bits, **settings)
+        trainer = LeanGRPOTrainer(model, args=args, engine="graph", budget_gb=budget, **more)
+        if kinds[0]:
             part = trainer.accelerator.process_index if gpus > 1 else None
-            write_lengths(trainer.engine, kept, part, job.get("shared_by", 1))
-        generated, trained = watch(trainer.engine, "generate"), watch(trainer, "compute_loss")
+            write_lengths(trainer.engine, kinds, count, part, job.get("shared_by", 1))
+        seconds = {
+            "generating": watch(trainer.engine, "generate"), "training": watch(trainer, "compute_loss"),
+            "reduce": watch(trainer, "_average_gradients"),
+        }  # fmt: skip
+        cuts = watch_cuts(trainer)
+        agreed = cut_alike(trainer, job.get("work_gb")) if "shared_by" in job else []
         trainer.train()
-    kind = f"{job['context'] // 1024}K{'-t4' if job.get('t4') else ''}"
-    rest = f"{f'-kv{bits}' if bits != 16 else ''}{'-ragged' if job.get('lengths') == 'ragged' else ''}"
-    cards = f"-{gpus}-gpus" if gpus > 1 else f"-1-of-{job['shared_by']}-gpus" if "shared_by" in job else ""
-    setting = f"{kind}{cards}{rest}"
-    written: dict[str, Any] = {
-        "generating_s": round(generated[-1], 3),
-        "training_s": round(trained[-1], 3),
-        "steps": len(times),
-    }
-    written["dtype"] = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
-    written |= logged(trainer.state.log_history[-2], KEPT)  # -1: the whole run's
-    if len(times) > 1:
-        written["mean_s"] = round(statistics.mean(times[1:]), 4)
-    if gpus > 1 and "shared_by" in job:
-        written["alone"] = f"{job['model']}/{kind}-1-of-{gpus}-gpus{rest}"
+    everyones: list[dict[str, Any]] = gather_object([{**seconds, "cuts": cuts}])
+    same: dict[str, Any] = {"dtype": "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32", "steps": count}
+    if agreed:
+        same["work_gb"] = agreed[0]
     if gpus > 1:  # each learned from all of them: the adapters must be the same in the end
         sums = torch.stack([p.double().sum() for p in model.parameters() if p.requires_grad])
         ends = trainer.accelerator.gather(sums).view(gpus, -1)
-        written["same_adapter"] = bool((ends == ends[0]).all())
+        same["same_adapter"] = bool((ends == ends[0]).all())
     if torch.cuda.is_available():
-        written["allocator_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
-    row(
-        f"{setting}/step_time",
-        statistics.median(times[1:] or times),
-        "s",
-        "ours",
-        first_step_s=round(times[0], 2),
-        **written,
-    )
-    row(f"{setting}/step_peak_driver", peak[0], "GB", "ours", cap=cap)
+        same["allocator_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
+    context = f"{job['context'] // 1024}K{'-t4' if job.get('t4') else ''}"
+    cards = f"-{gpus}-gpus" if gpus > 1 else f"-1-of-{job['shared_by']}-gpus" if "shared_by" in job else ""
+    for i, kind in enumerate(kinds):
+        begin, end = i * count, (i + 1) * count
+        first = min(begin + 1, end - 1)  # that is timed
+        rest = f"{f'-kv{bits}' if bits != 16 else ''}{'-ragged' if kind == 'ragged' else ''}"
+        setting, mean = f"{context}{cards}{rest}", statistics.mean(times[first:end])
+        written = {
+            "first_step_s": round(times[begin], 2), "mean_s": round(mean, 4), **parts(everyones, first, end, mean),
+            "cuts": sorted({cut for one in everyones for cut in one["cuts"][first:end]}),
+        }  # fmt: skip
+        written |= same | logged(trainer.state.log_history[end - 1], KEPT)
+        if gpus > 1 and "shared_by" in job:
+            written["alone"] = f"{job['model']}/{context}-1-of-{gpus}-gpus{rest}"
+        row(f"{setting}/step_time", statistics.median(times[first:end]), "s", "ours", **written)
+        row(f"{setting}/step_peak_driver", peak[0], "GB", "ours", cap=cap)
