@@ -108,3 +108,10 @@ def decode_mlp(
 ) -> tuple[Tensor, Tensor]:
     """See nbhelpers.kernels.decode_step.decode_mlp."""
     return residual_norm(lora_mlp(x, gate_up, down, residual), *norm, None)
+
+
+def decode_head(x: Tensor, weight: Tensor) -> Tensor:
+    """See nbhelpers.kernels.decode_step.decode_head. A CPU's own product rounds to x's dtype first."""
+    if x.is_cuda:
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return F.linear(x, weight).float()

@@ -17,7 +17,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction, compute_cache_key
 
 from nbhelpers.kernels import ahead
-from nbhelpers.kernels.triton import common, nf4_few_rows
+from nbhelpers.kernels.triton import common, nf4_few_rows, plain_few_rows
 
 INDEX = 77  # of the card: a cache of its own
 
@@ -77,6 +77,7 @@ def played(real=False, fail=()):
             (JITFunction, "run", launch),
             (triton.compiler, "compile", compiled),
             (nf4_few_rows, "serves", serves),
+            (plain_few_rows, "tensor_cores", lambda device: True),
             (common, "supports_early_launch", lambda device: True),
             (ahead, "possible", lambda device: True),
         ):

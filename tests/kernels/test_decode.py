@@ -193,6 +193,17 @@ def projections(rank, width, outs, dtype=torch.float32, nf4=False, bias=True, de
 class TestLinear:
     __test__ = interpreter.ON
 
+    @pytest.mark.parametrize("rows", [1, 40])
+    def test_logits_are_not_rounded_to_16_bits(self, rows, dot):
+        """On tensor cores; without them by the CPU's own product, and they are."""
+        generator = torch.Generator().manual_seed(rows)
+        x, weight = (torch.randn(n, 64, generator=generator).half() for n in (rows, 150))
+        with kernels.use("triton"):
+            logits = decode_step.decode_head(x, weight)
+        exact = x.float() @ weight.float().t()
+        assert logits.dtype == torch.float32 and logits.shape == (rows, 150)
+        torch.testing.assert_close(logits, exact, atol=1e-5 if dot else 0.02, rtol=0)
+
     @pytest.mark.parametrize("rows", [1, 19])
     @pytest.mark.parametrize("rank, width, outs", [(4, 40, (50,)), (3, 300, (130, 20)), (16, 520, (200, 24, 24))])
     @pytest.mark.parametrize("kind", ["plain", "plain fused", "nf4", "nf4 fused", "mixed"])

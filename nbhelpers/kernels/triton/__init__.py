@@ -1,7 +1,7 @@
 """The Triton implementations of the functions of nbhelpers.kernels, one kernel per file."""
 
 from .decode_attention import decode_attention
-from .decode_linear import decode_linear, decode_mlp, decode_out
+from .decode_linear import decode_head, decode_linear, decode_mlp, decode_out
 from .decode_step import append, append_drawn, embed
 from .head_norm_rope import rope, rope_packed
 from .linear_logprob import linear_logprob
@@ -18,6 +18,7 @@ __all__ = [
     "append",
     "append_drawn",
     "decode_attention",
+    "decode_head",
     "decode_linear",
     "decode_mlp",
     "decode_out",

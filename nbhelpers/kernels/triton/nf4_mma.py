@@ -16,7 +16,6 @@ import triton.language as tl
 
 from .nf4_lookup import look_up, selectors, table
 
-
 LOAD = tl.constexpr("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];")
 NEIGHBOUR = tl.constexpr("shfl.sync.bfly.b32 $0, $1, 1, 31, 0xffffffff;")  # what the thread beside this one has
 
