@@ -135,5 +135,19 @@ def test_a_step_is_rotated_by_what_the_models_own_module_says(name, dtype, monke
     assert cache.angles is None
 
 
+def test_few_rows_of_long_texts_are_cut_into_more_parts():
+    """(rows, key heads, positions): those that were timed on an H100, and around where the number changes."""
+    splits = {
+        (1, 2, 20_000): 32, (2, 2, 20_000): 32, (1, 2, 131_000): 64, (1, 8, 131_000): 64, (2, 8, 20_000): 32,
+        (8, 2, 456): 16, (1, 2, 16_384): 16, (1, 2, 16_385): 32, (1, 2, 32_769): 64, (4, 8, 131_000): 16,
+        (128, 2, 20_000): 2, (128, 8, 20_000): 1,
+    }  # fmt: skip
+    x = torch.zeros(1)
+    if kernels.triton is not None:
+        with kernels.use("triton"):
+            assert {case: decode_step.attention_splits(x, *case) for case in splits} == splits
+    assert decode_step.attention_splits(x, 1, 2, 131_000) == 1
+
+
 def test_in_the_interpreter():
     interpreter.run(__file__)

@@ -31,13 +31,14 @@ from torch import Tensor
 
 from ..eight_bits import EightBits
 from ..reference import HeadNorms
-from .common import begin, early, tensor_cores, wait
+from .common import begin, ceil_div, early, power_of_2, tensor_cores, wait
 
 TILE = 8192  # without tensor cores: query heads of a group x positions x D that a program multiplies per iteration
 BLOCK = 64  # with tensor cores: positions per iteration
 WARPS, STAGES = 2, 2
 PROGRAMS = 264  # at least this many, for a card of 40 to 140 multiprocessors: no splits of so many rows x key heads
-MOST_SPLITS = 16
+SPLITS, MOST_SPLITS = 16, 64  # at most: of a short text, and of a long one that has SHARE positions for each
+SHARE = 1024
 JOINED = 2048  # numbers of all splits together that a warp joins at once
 
 
@@ -228,9 +229,10 @@ def counters(device: torch.device) -> Tensor:
     return torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
 
 
-def splits_for(rows: int, kv_heads: int) -> int:
-    """How many programs the positions of one row and key head are cut into: a power of two."""
-    return min(MOST_SPLITS, triton.next_power_of_2(triton.cdiv(PROGRAMS, rows * kv_heads)))
+def attention_splits(rows: int, kv_heads: int, longest: int) -> int:
+    """See nbhelpers.kernels.decode_step.attention_splits. A power of two."""
+    most = min(MOST_SPLITS, max(SPLITS, power_of_2(ceil_div(longest, SHARE))))
+    return min(most, power_of_2(ceil_div(PROGRAMS, rows * kv_heads)))
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, table: Tensor,
@@ -241,7 +243,8 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
     kv_heads = k.shape[1]
     group = heads // kv_heads
     q, k, v, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, cos, sin))
-    splits, dot = splits_for(rows, kv_heads), tensor_cores(q.device)
+    splits = attention_splits(rows, kv_heads, min(longest, window or longest))
+    dot = tensor_cores(q.device)
     *weights, eps = norms or (q, k, 0.0)  # not read without norms
     bias = eight.bias if eight is not None and eight.bias is not None else k  # likewise
     out = torch.empty(rows, 1, heads * dim, dtype=q.dtype, device=q.device)
