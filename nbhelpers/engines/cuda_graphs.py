@@ -2,9 +2,10 @@
 
 All that a step reads and writes is at fixed addresses: the rows' state, the buffer of the last tokens and the model's
 own tensors (the cache's address is looked up in a table). A graph is captured the first time that a batch size is
-needed, in tenths of a second; an optimizer step writes new numbers to the same addresses and costs nothing. What a
-graph depends on (tensors, adapter, filters of the sampling) is compared before each generation; if it has changed, all
-graphs are dropped.
+needed, in tenths of a second; an optimizer step writes new numbers to the same addresses and costs nothing. A graph
+keeps the number of parts that attention is cut into. Few rows of long texts take more of them: they get a graph of
+their own when they come to that length. What else a graph depends on (tensors, adapter, filters of the sampling) is
+compared before each generation; if it has changed, all graphs are dropped.
 """
 
 from dataclasses import replace
@@ -57,7 +58,7 @@ class ModelRunner:
         self.sampling, self.stops = Sampling(), torch.zeros(0, dtype=torch.int64, device=device)
         self.asynchronous = device.type == "cuda"
         self.captures = self.asynchronous and not eager
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by batch size
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # by batch size and attention's parts
         self._pool = torch.cuda.graph_pool_handle() if self.captures else None
         self._addresses = decoder.addresses()
         self.compiled = not ahead.possible(device)  # or the engine's dry pass has been
@@ -105,9 +106,11 @@ class ModelRunner:
         """
         self.tick.zero_()
         captures = self.captures and not self.decoder.eager
-        if captures and batch not in self._graphs:
+        heads = (self.decoder.heads, self.cache.heads)
+        graph = (batch, decode_step.attention_splits(self.state, batch, *heads, longest))
+        if captures and graph not in self._graphs:
             try:
-                self._graphs[batch] = self._capture(batch)
+                self._graphs[graph] = self._capture(batch, longest)
             except BaseException:  # torch.OutOfMemoryError: the caller tries again with less
                 self._drop_graphs()
                 raise
@@ -116,7 +119,7 @@ class ModelRunner:
             self.tick.zero_()  # the step before a capture needs a row of the buffers as well
         for _ in range(steps):
             if captures:
-                self._graphs[batch].replay()
+                self._graphs[graph].replay()
             else:
                 self._step(batch, longest)
         return to_host(self.tokens[:steps, :batch]), to_host(self.logprobs[:steps, :batch])
@@ -134,26 +137,26 @@ class ModelRunner:
         seen = None if self.seen is None else self.seen[:batch]
         decode_step.append(rows, *next_token(logits, state[SEED], state[WRITTEN], sampling, self.stops, seen))
 
-    def dry_step(self, batch: int) -> None:
-        """A step's launches for kernels/ahead.py, of one layer of each form. No row may have tokens to come."""
+    def dry_step(self, batch: int, longest: int) -> None:
+        """A `run`'s launches for kernels/ahead.py, of one layer of each form. No row may have tokens to come."""
         self.tick.zero_()
         whole, self.decoder = self.decoder, self.decoder.of_each_form()
         try:
-            self._step(batch, 0)
+            self._step(batch, longest)
         finally:
             self.decoder = whole
 
-    def _capture(self, batch: int) -> torch.cuda.CUDAGraph:
+    def _capture(self, batch: int, longest: int) -> torch.cuda.CUDAGraph:
         """Record a step without running it. One runs for real first, in which compilers and libraries allocate."""
         state, seen = self.state.clone(), None if self.seen is None else self.seen.clone()
         self.state[LEFT] = 0  # so that no row moves on
-        ahead.compile_for(self.state.device, lambda: self.dry_step(batch))
+        ahead.compile_for(self.state.device, lambda: self.dry_step(batch, longest))
         self.tick.zero_()
         graph, stream = torch.cuda.CUDAGraph(), _capture_stream(self.state.device)
         current = torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            self._step(batch, 0)
+            self._step(batch, longest)
             self.state.copy_(state)
             if self.seen is not None and seen is not None:
                 self.seen.copy_(seen)
@@ -162,7 +165,7 @@ class ModelRunner:
             # or more; thread_local: a data loader's thread may go on pinning memory during the capture
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                self._step(batch, 0)
+                self._step(batch, longest)
             finally:
                 graph.capture_end()
         current.wait_stream(stream)

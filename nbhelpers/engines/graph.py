@@ -38,7 +38,7 @@ from nbhelpers.memory.room import Room
 from nbhelpers.models import families
 
 from .base import Completion, Engine, Sampling, Writer, check, inference
-from .cuda_graphs import BATCHES, ModelRunner, batch_for
+from .cuda_graphs import BATCHES, CHUNK, ModelRunner, batch_for
 from .forward import Decoder
 from .kv_cache import KVCache
 from .scheduler import Request, Scheduler
@@ -160,11 +160,11 @@ class GraphEngine(Engine):
 
 def _dry_pass(runner: ModelRunner, requests: list[Request], sampling: Sampling) -> None:
     """For kernels/ahead.py: the beginnings of the first prompts, their first tokens, and a step of all rows."""
-    rows, _ = runner.cache.slots()
+    rows, length = runner.cache.slots()
     first = sorted(requests, key=lambda request: len(request.prompt), reverse=True)[:rows]
     texts = {id(request.prompt): request.prompt[:DRY_TOKENS] for request in first}
     scheduler = Scheduler(runner, [Request(text, 0, Writer(sampling)) for text in texts.values()], sampling)
     scheduler.decoder = runner.decoder.of_each_form()
     scheduler.admit()
     runner.state.zero_()
-    runner.dry_step(rows)
+    runner.dry_step(rows, min(len(first[0].prompt) + CHUNK, length))  # as the first steps are asked for

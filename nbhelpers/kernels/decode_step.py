@@ -23,8 +23,8 @@ from .reference import HeadNorms, Projection
 from .reference_step import LEFT, POSITION, SEED, TOKEN, WRITTEN, Rows, advance
 
 __all__ = [
-    "LEFT", "POSITION", "SEED", "TOKEN", "WRITTEN", "Rows", "advance", "append", "append_drawn", "decode_attention",
-    "decode_head", "decode_linear", "decode_mlp", "decode_out", "embed",
+    "LEFT", "POSITION", "SEED", "TOKEN", "WRITTEN", "Rows", "advance", "append", "append_drawn", "attention_splits",
+    "decode_attention", "decode_head", "decode_linear", "decode_mlp", "decode_out", "embed",
 ]  # fmt: skip
 
 
@@ -73,6 +73,21 @@ def append(rows: Rows, token: Tensor, logp: Tensor) -> None:
         _step(logp).append(rows, token, logp)
 
 
+def attention_splits(x: Tensor, rows: int, heads: int, kv_heads: int, longest: int) -> int:
+    """How many parts `decode_attention` cuts each row's positions into; a captured CUDA graph keeps their number.
+
+    Args:
+        x (`Tensor`): Any, on the device.
+        rows (`int`): B.
+        heads (`int`): Of q.
+        kv_heads (`int`): Of the cache.
+        longest (`int`): As for `decode_attention`; or the window, where that is shorter.
+
+    Returns 1 in torch.
+    """
+    return _step(x).attention_splits(rows, heads, kv_heads, longest)
+
+
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, table: Tensor,
                      layer: int, positions: Tensor, longest: int, scale: float, window: int | None = None,
                      norms: HeadNorms | None = None, eight: EightBits | None = None) -> Tensor:  # fmt: skip
@@ -91,7 +106,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
         layer (`int`): Index into the cache's first dimension.
         positions (`Tensor`): int64 [B], each token's position in its row.
         longest (`int`): Greater than every position. torch reads this many positions; Triton reads each row up to its
-            own position.
+            own position, in `attention_splits` parts.
         scale (`float`): Multiplies q K^T.
         window (`int`, *optional*): How many positions a token attends to, itself included.
         norms (`HeadNorms`, *optional*): RMSNorms that the heads of q and k go through before they are rotated.

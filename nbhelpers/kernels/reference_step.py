@@ -64,6 +64,11 @@ def advance(state: Tensor, new: Tensor, stops: Tensor) -> None:
     left.copy_(torch.where(stopped, 0, (left - 1).clamp_(min=0)))
 
 
+def attention_splits(rows: int, heads: int, kv_heads: int, longest: int) -> int:
+    """See nbhelpers.kernels.decode_step.attention_splits."""
+    return 1
+
+
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, table: Tensor | None,
                      layer: int, positions: Tensor, longest: int, scale: float, window: int | None = None,
                      norms: HeadNorms | None = None, eight: EightBits | None = None) -> Tensor:  # fmt: skip

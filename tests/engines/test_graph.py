@@ -163,9 +163,9 @@ def test_a_smaller_batch_is_captured_after_a_full_chunk(monkeypatch):
     cache.allocate(2, 32, 10**9)
     captured = []
 
-    def capture(self, batch):
+    def capture(self, batch, longest):
         captured.append(batch)
-        self._step(batch, 32)  # as on a GPU
+        self._step(batch, longest)  # as on a GPU
         return SimpleNamespace(replay=lambda: self._step(batch, 32))
 
     monkeypatch.setattr(ModelRunner, "_capture", capture)
@@ -183,7 +183,7 @@ def test_after_memory_ran_out_in_a_capture_the_next_one_has_a_new_pool(monkeypat
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
     runner.captures, runner._pool, captured = True, next(handles), []
 
-    def capture(batch):
+    def capture(batch, longest):
         captured.append(runner._pool)
         if len(captured) == 1:
             raise torch.OutOfMemoryError

@@ -7,9 +7,13 @@ import pytest
 import torch
 from engine_models import make, prompts
 
+from nbhelpers import kernels
 from nbhelpers.engines import Sampling
 from nbhelpers.engines import graph as graph_module
+from nbhelpers.engines.cuda_graphs import CHUNK, ModelRunner
+from nbhelpers.engines.forward import Decoder
 from nbhelpers.engines.graph import GraphEngine
+from nbhelpers.engines.kv_cache import KVCache
 from nbhelpers.memory import Room
 
 TOKEN = 2 * 2 * 2 * 16 * 4  # bytes of a token's K and V: layers, heads, D, fp32
@@ -200,3 +204,22 @@ def test_the_default_budget(monkeypatch):
     assert Room(card, 3.5).for_keys_and_values() == 1.75e9  # of 2.5
     assert Room(card, 2.0).for_keys_and_values() == 0.7e9  # of 1.0
     assert Room(card, 0.5).for_keys_and_values() == 0
+
+
+def test_long_texts_have_graphs_of_their_own_where_attention_is_cut_into_more_parts(monkeypatch):
+    """And a short stage finds its own again. Of 64 rows attention has the same parts at any length."""
+    pytest.importorskip("triton")
+    decoder, captured = Decoder(make("qwen2")), []
+    runner = ModelRunner(decoder, KVCache(decoder), 64)
+
+    def capture(batch, longest):
+        captured.append((batch, longest))
+        return SimpleNamespace(replay=lambda: None)
+
+    monkeypatch.setattr(runner, "_capture", capture)
+    runner.captures = True
+    with kernels.use("triton"):
+        for batch in (2, 64):
+            for longest in (400, 16_384, 16_385, 20_000, 131_000, 16_384, 20_000):
+                runner.run(batch, CHUNK, longest)
+    assert captured == [(2, 400), (2, 16_385), (2, 131_000), (64, 400)]

@@ -1,6 +1,7 @@
 import threading
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from types import SimpleNamespace
 
 import interpreter
@@ -44,6 +45,11 @@ def test_the_engines_dry_pass_compiles_what_the_first_tokens_launch(name, draws,
         GraphEngine(model, max_rows=4, kv_bytes=10**8, kv_bits=bits).generate(texts[:4], draws)
     assert card.launched and card.dry
     assert card.launched <= card.compiled, sorted(card.launched - card.compiled)
+
+
+def test_of_long_prompts_it_compiles_attention_in_as_many_parts_as_they_have(monkeypatch):
+    monkeypatch.setattr(import_module("nbhelpers.kernels.triton.decode_attention"), "SHARE", 1)  # 17 tokens are long
+    test_the_engines_dry_pass_compiles_what_the_first_tokens_launch("qwen2", DRAWS[0], 16, monkeypatch)
 
 
 @pytest.mark.parametrize("budget", [None, 0.0006], ids=["all saved", "some computed again"])

@@ -25,11 +25,12 @@ def attention_case(
     norms=False,
     bits=16,
     bias=False,
+    length=48,
 ):
     """The arguments, with more rows in the cache than in the batch. bits=8: in int8, with angles of a real rope;
     bias: and k has one that is far larger than what is beside it in two channels of each head."""
     generator = torch.Generator().manual_seed(0)
-    cache = torch.randn(2, 2, rows + 1, kv_heads, 48, dim, generator=generator).to(device, dtype)
+    cache = torch.randn(2, 2, rows + 1, kv_heads, length, dim, generator=generator).to(device, dtype)
     # as a projection leaves them: [B, 1, heads * D] seen as [B, heads, 1, D]
     q, k, v = (
         torch.randn(rows, 1, n * dim, generator=generator).to(device, dtype).unflatten(-1, (n, dim)).transpose(1, 2)
@@ -40,7 +41,7 @@ def attention_case(
     positions, eight, addresses = torch.tensor(positions, device=device), None, [0, 0]
     if bits == 8:
         half = (rotary or dim) // 2
-        angles = (torch.arange(48)[:, None] * 10 ** (-3 * torch.arange(half) / half)).repeat(1, 2)  # [length, R]
+        angles = (torch.arange(length)[:, None] * 10 ** (-3 * torch.arange(half) / half)).repeat(1, 2)  # [length, R]
         every = [t.to(device, dtype) for t in (angles.cos(), angles.sin())]
         cos, sin = (t[positions][:, None] for t in every)
         cache, scales = eight_bits.quantise(cache)
@@ -95,6 +96,7 @@ IN_8_BITS = [
     {"rows": 2, "heads": 4, "kv_heads": 2, "dim": 16, "positions": [9, 21], "dtype": torch.float16, "bits": 8,
      "tolerance": 2e-3},
 ]  # fmt: skip
+LONG = {"rows": 2, "heads": 6, "kv_heads": 1, "dim": 16, "positions": [590, 9], "length": 600, "tolerance": 1e-4}
 
 
 @pytest.fixture(params=[False, True], ids=["sums", "dot"])
@@ -113,17 +115,15 @@ class TestAttention:
     @pytest.mark.parametrize("case", CASES + IN_8_BITS, ids=str)
     def test_equals_torch(self, case, splits, dot, monkeypatch):
         module = import_module("nbhelpers.kernels.triton.decode_attention")
-        monkeypatch.setattr(module, "splits_for", lambda rows, kv_heads: splits)
+        monkeypatch.setattr(module, "attention_splits", lambda *_: splits)
         monkeypatch.setattr(module, "TILE", 1024)  # several blocks a split
         monkeypatch.setattr(module, "BLOCK", 16)
         check_attention(**case)
 
-
-def test_there_is_a_counter_for_each_row_and_key_head_whose_positions_are_cut():
-    pytest.importorskip("triton")
-    module = import_module("nbhelpers.kernels.triton.decode_attention")
-    cut = [rows * heads for rows in range(1, 257) for heads in range(1, 65) if module.splits_for(rows, heads) > 1]
-    assert 200 < max(cut) < len(module.counters(torch.device("cpu")))
+    @pytest.mark.parametrize("splits, bits, bias, window", [(32, 16, False, None), (64, 8, False, 400),
+                                                            (32, 8, True, None), (64, 8, True, 400)])  # fmt: skip
+    def test_a_long_text_in_many_splits_equals_torch(self, splits, bits, bias, window, dot, monkeypatch):
+        self.test_equals_torch(LONG | {"bits": bits, "bias": bias, "window": window}, splits, dot, monkeypatch)
 
 
 # (counter, word) at seed 123456789 whose hash is one of the 64 largest of 2^31: u would be rounded to 1, and E infinite

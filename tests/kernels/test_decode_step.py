@@ -1,6 +1,8 @@
 """The beginning and the end of a decoding step against plain torch, bit for bit, in Triton's interpreter; `check_begin`
 and `check_end` run the same on a GPU."""
 
+from importlib import import_module
+
 import interpreter  # first: before anything that imports triton
 import pytest
 import torch
@@ -135,5 +137,28 @@ def test_a_step_is_rotated_by_what_the_models_own_module_says(name, dtype, monke
     assert cache.angles is None
 
 
+def test_few_rows_of_long_texts_are_cut_into_more_parts():
+    """(rows, heads, key heads, positions): those that were timed on an H100, and around where the number changes."""
+    splits = {
+        (1, 12, 2, 20_000): 32, (2, 12, 2, 20_000): 32, (1, 12, 2, 131_000): 64, (1, 32, 8, 131_000): 64,
+        (2, 32, 8, 20_000): 32, (8, 12, 2, 20_000): 16, (8, 12, 2, 456): 16, (1, 12, 2, 16_384): 16,
+        (1, 12, 2, 16_385): 32, (1, 12, 2, 32_769): 64, (4, 32, 8, 131_000): 16, (128, 12, 2, 20_000): 2,
+        (128, 32, 8, 20_000): 1,
+    }  # fmt: skip
+    x = torch.zeros(1)
+    if kernels.triton is not None:
+        with kernels.use("triton"):
+            assert {case: decode_step.attention_splits(x, *case) for case in splits} == splits
+    assert decode_step.attention_splits(x, 1, 12, 2, 131_000) == 1
+
+
 def test_in_the_interpreter():
     interpreter.run(__file__)
+
+
+def test_there_is_a_counter_for_each_row_and_key_head_whose_positions_are_cut():
+    pytest.importorskip("triton")
+    module = import_module("nbhelpers.kernels.triton.decode_attention")
+    sizes, parts = [(rows, heads) for rows in range(1, 257) for heads in range(1, 65)], module.attention_splits
+    cut = [rows * heads for rows, heads in sizes if parts(rows, 4 * heads, heads, 131_000) > 1]
+    assert 200 < max(cut) < len(module.counters(torch.device("cpu")))

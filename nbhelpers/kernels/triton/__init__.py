@@ -1,6 +1,6 @@
 """The Triton implementations of the functions of nbhelpers.kernels, one kernel per file."""
 
-from .decode_attention import decode_attention
+from .decode_attention import attention_splits, decode_attention
 from .decode_linear import decode_head, decode_linear, decode_mlp, decode_out
 from .decode_step import append, append_drawn, embed
 from .head_norm_rope import rope, rope_packed
@@ -17,6 +17,7 @@ from .swiglu import swiglu, swiglu_packed
 __all__ = [
     "append",
     "append_drawn",
+    "attention_splits",
     "decode_attention",
     "decode_head",
     "decode_linear",

@@ -31,13 +31,14 @@ from torch import Tensor
 
 from ..eight_bits import EightBits
 from ..reference import HeadNorms
-from .common import begin, early, tensor_cores, wait
+from .common import begin, ceil_div, early, power_of_2, tensor_cores, wait
 
 TILE = 8192  # without tensor cores: query heads of a group x positions x D that a program multiplies per iteration
 BLOCK = 64  # with tensor cores: positions per iteration
 WARPS, STAGES = 2, 2
 PROGRAMS = 264  # at least this many, for a card of 40 to 140 multiprocessors: no splits of so many rows x key heads
-MOST_SPLITS = 16
+SPLITS, MOST_SPLITS = 16, 64  # at most: of a short text, and of a long one that has SHARE positions for each
+SHARE, LONG_WARPS = 1024, 1024  # and while all programs have no more than so many warps
 JOINED = 2048  # numbers of all splits together that a warp joins at once
 
 
@@ -228,9 +229,17 @@ def counters(device: torch.device) -> Tensor:
     return torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
 
 
-def splits_for(rows: int, kv_heads: int) -> int:
-    """How many programs the positions of one row and key head are cut into: a power of two."""
-    return min(MOST_SPLITS, triton.next_power_of_2(triton.cdiv(PROGRAMS, rows * kv_heads)))
+def attention_splits(rows: int, heads: int, kv_heads: int, longest: int) -> int:
+    """See nbhelpers.kernels.decode_step.attention_splits. A power of two."""
+    most = min(
+        MOST_SPLITS, power_of_2(ceil_div(longest, SHARE)), LONG_WARPS // (rows * kv_heads * _warps(heads, kv_heads))
+    )
+    return min(max(SPLITS, most), power_of_2(ceil_div(PROGRAMS, rows * kv_heads)))
+
+
+def _warps(heads: int, kv_heads: int) -> int:
+    """Of a program with tl.dot: joining the splits takes as many numbers as the group has heads."""
+    return 2 * WARPS if heads // kv_heads > 4 else WARPS
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, table: Tensor,
@@ -241,7 +250,8 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
     kv_heads = k.shape[1]
     group = heads // kv_heads
     q, k, v, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, cos, sin))
-    splits, dot = splits_for(rows, kv_heads), tensor_cores(q.device)
+    splits = attention_splits(rows, heads, kv_heads, min(longest, window or longest))
+    dot = tensor_cores(q.device)
     *weights, eps = norms or (q, k, 0.0)  # not read without norms
     bias = eight.bias if eight is not None and eight.bias is not None else k  # likewise
     out = torch.empty(rows, 1, heads * dim, dtype=q.dtype, device=q.device)
@@ -252,7 +262,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
         group_block, dim_block, block = max(16, group_block), max(16, dim_block), BLOCK
     else:
         block = max(8, min(64, TILE // (group_block * dim_block)))
-    warps = 2 * WARPS if dot and group > 4 else WARPS  # joining them takes as many numbers as the group has heads
+    warps = _warps(heads, kv_heads) if dot else WARPS
     block //= 1 if bias is k else 2  # as much in registers, with the angles beside the keys
     _attend[(rows * kv_heads, splits)](
         q, k, v, cos, sin, table, positions, parts, lse, out, counters(q.device), *weights, bias, layer, scale,
