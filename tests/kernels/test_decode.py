@@ -206,14 +206,15 @@ class TestLinear:
 
     @pytest.mark.parametrize("rows", [1, 19])
     @pytest.mark.parametrize("rank, width, outs", [(4, 40, (50,)), (3, 300, (130, 20)), (16, 520, (200, 24, 24))])
-    @pytest.mark.parametrize("kind", ["plain", "plain fused", "nf4", "nf4 fused", "mixed"])
+    @pytest.mark.parametrize("kind", ["plain", "plain fused", "nf4", "nf4 fused", "mixed", "two plain"])
     def test_equals_torch(self, rows, rank, width, outs, kind, dot, monkeypatch):
-        if kind in ("plain fused", "mixed") and (not dot or (rows == 1) != (len(outs) == 1)):
+        few = (rows == 1) == (len(outs) == 1) if kind != "two plain" else rows == 1 and len(outs) == 3
+        if kind in ("plain fused", "mixed", "two plain") and not (dot and few):
             pytest.skip("products by tl.dot alone, and few of them: the interpreter is slow")
         if kind != "plain":
             width, outs = 64 * (width // 64 + 1), tuple(out + out % 2 for out in outs)
         nf4, dense = (import_module(f"nbhelpers.kernels.triton.{name}_few_rows") for name in ("nf4", "plain"))
-        if kind in ("plain fused", "nf4 fused", "mixed"):  # as with 16-bit x on a card
+        if kind not in ("plain", "nf4"):  # as with 16-bit x on a card
             monkeypatch.setattr(nf4, "serves", nf4.fits)
             monkeypatch.setattr(dense, "suits", lambda x: True)
             monkeypatch.setattr(dense, "serves", dense.fits)
@@ -222,9 +223,11 @@ class TestLinear:
                 monkeypatch.setattr(module, "splits_for", lambda *_: 2)
             monkeypatch.delattr(import_module("nbhelpers.kernels.triton.decode_linear"), "project")
         parts, x = projections(rank, width, outs, nf4="nf4" in kind), torch.randn(rows, 1, width)
+        packed = projections(rank, width, outs, nf4=True)
         if kind == "mixed":  # the plain one, without a LoRA, is not the last
-            parts = (*parts[:1], *projections(rank, width, outs, nf4=True))
-            parts = (parts[1], parts[0]._replace(lora_a=None, lora_b=None), *parts[2:3])
+            parts = (packed[0], parts[0]._replace(lora_a=None, lora_b=None), *packed[1:2])
+        if kind == "two plain":
+            parts = (parts[0], packed[1], parts[2])
         with kernels.use("triton"):
             got = decode_step.decode_linear(x, parts)
         for ours, wanted in zip(got, decode_step.decode_linear(x, parts), strict=True):

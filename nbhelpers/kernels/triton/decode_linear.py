@@ -239,11 +239,12 @@ def _products(x: Tensor, parts: Sequence[Projection]) -> tuple[Sequence[Tensor],
     packed = [part for part in parts if part.quant_state is not None]
     plain = [part for part in parts if part.quant_state is None]
     if packed and plain and nf4_few_rows.serves(x, packed) and plain_few_rows.serves(x, plain):
-        # a group of which some are in 16 bits, as "dynamic" 4-bit checkpoints have them: two launches into one tensor
-        others = sum(part.out_features for part in plain)
-        product, _ = nf4_few_rows.few_rows_product(x, packed, others)
-        rest = product[:, :, -others:]
-        t = plain_few_rows.few_rows_product(x, [part.weight for part in plain], loras, rest)[1]
+        # a group of which some are in 16 bits, as "dynamic" 4-bit checkpoints have them
+        weights = [part.weight for part in plain]
+        product, t = nf4_few_rows.few_rows_product(x, packed, weights, loras)
+        if x.shape[0] > nf4_few_rows.MOST_IN_REGISTERS:  # a second launch, into the same tensor
+            rest = product[:, :, -sum(part.out_features for part in plain) :]
+            t = plain_few_rows.few_rows_product(x, weights, loras, rest)[1]
         order = [*packed, *plain]
         columns = dict(zip(map(id, order), product.split([part.out_features for part in order], dim=2), strict=True))
         return [columns[id(part)] for part in parts], t

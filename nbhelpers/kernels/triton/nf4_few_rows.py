@@ -8,8 +8,11 @@ at a time, by byte look-up (nf4_lookup.py). K is split until the programs fill t
 fp32 [splits, rows, sum of out], are summed by the kernel that reads them (decode_linear.py). The loop prefetches the
 operands of its next iteration: memory answers after a microsecond, and there are only a few iterations.
 
-Up to 16 rows of x are served by `_in_registers`, on a T4 too; more rows by `_base`, which goes through shared memory
-for tl.dot, or on a T4 by bitsandbytes' kernel.
+Up to 16 rows of x are served by nf4_mma.py, on a T4 too; more rows by `_base`, which goes through shared memory for
+tl.dot, or on a T4 by bitsandbytes' kernel.
+
+Layers in 16 bits of the same group, as dynamic 4-bit has them, are more columns of y: their programs wait for memory
+while those of NF4 layers dequantise.
 """
 
 from collections.abc import Sequence
@@ -26,13 +29,14 @@ from .common import begin, ceil_div, early, fill_none, in_16_bytes, pad_to_three
 from .lora_stack import whose
 from .nf4 import multiprocessors
 from .nf4_lookup import PTX, eight_weights
-from .nf4_mma import LOAD, NEIGHBOUR, product
+from .nf4_mma import in_registers, product
 
 MOST_ROWS = 128  # for more: dequantise once and cuBLAS
 MOST_SPLITS = 16
 MOST_IN_REGISTERS = 16
 WARPS = 4
 THIN_WIDTH = 128  # columns of K per iteration of the thin product
+PLAIN_COLUMNS, PLAIN_WIDTH = 16, 128  # of a program for a 16-bit layer, and of K per iteration
 
 
 @triton.jit
@@ -83,99 +87,9 @@ def _base(x_ptr, y_ptr, code_ptr, code8_ptr, w_ptr, absmax_ptr, outer_ptr, offse
 
 
 @triton.jit
-def _fetch(w_ptr, absmax_ptr, outer_ptr, row, block, half, blocks, stop, N, NESTED: tl.constexpr,
-           NESTED_BLOCK: tl.constexpr):  # fmt: skip
-    """Each thread's half blocks of W's rows `row` and `row + 8`, four words each; and one of their two scales, still
-    quantised: the first row's in threads with the first halves, the other row's in the others.
-
-    Threads beyond the end read what is there: their row is not stored, or the scale is made 0.
-    """
-    w_ptr += tl.minimum(block, blocks - 1) * 8 + half * 4
-    first = (w_ptr + tl.minimum(row, N - 1) * blocks * 8).to(tl.int64)
-    other = (w_ptr + tl.minimum(row + 8, N - 1) * blocks * 8).to(tl.int64)
-    w0, w1, w2, w3 = tl.inline_asm_elementwise(LOAD, "=r,=r,=r,=r,l", [first], [tl.int32] * 4, is_pure=False, pack=1)
-    v0, v1, v2, v3 = tl.inline_asm_elementwise(LOAD, "=r,=r,=r,=r,l", [other], [tl.int32] * 4, is_pure=False, pack=1)
-    row += half * 8
-    real, index = (row < N) & (block < stop), row * blocks + block
-    scale = tl.load(absmax_ptr + index, real, 0)
-    outer_scale = tl.load(outer_ptr + index // NESTED_BLOCK, real, 0.0) if NESTED else scale
-    return w0, w1, w2, w3, v0, v1, v2, v3, scale, outer_scale
-
-
-@triton.jit
-def _scales(fetched, half, real, code8_ptr, shift, NESTED: tl.constexpr):
-    """The fp32 absmax of both rows that `_fetch` loaded for each thread, 0 where they are not real."""
-    scale = fetched[8]
-    if NESTED:
-        scale = tl.load(code8_ptr + scale.to(tl.int32)) * fetched[9] + shift
-    scale = tl.where(real, scale, 0.0)
-    neighbour = tl.inline_asm_elementwise(NEIGHBOUR, "=f,f", [scale], tl.float32, is_pure=False, pack=1)
-    return tl.where(half == 0, scale, neighbour), tl.where(half == 0, neighbour, scale)
-
-
-@triton.jit
-def _put(y_ptr, sums, first_row, m, n, rows, N, first, y_stride, WARPS: tl.constexpr):
-    """Store the sum of the warps' sums [WARPS * 32] at row m and column n of y_split."""
-    total = tl.sum(tl.reshape(sums, [WARPS, 32]), axis=0)
-    tl.store(y_ptr + (first_row + m) * y_stride + first + n, total, (m < rows) & (n < N))
-
-
-@triton.jit
-def _in_registers(x_ptr, y_ptr, code8_ptr, w_ptr, absmax_ptr, outer_ptr, offset_ptr, first_row, split, rows, iters, K,
-                  N, first, y_stride, x_stride, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, SIXTEEN: tl.constexpr,
-                  WARPS: tl.constexpr, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
-    """16 columns of y_split from `first + first_row` on, for up to 8 rows of x, or 16 if SIXTEEN (nf4_mma.py).
-
-    Each warp takes a part of K. Every tensor has one element per thread, in the threads' order.
-    """
-    i = tl.arange(0, WARPS * 32)
-    warp, g, t = i // 32, i % 32 // 4, i % 4
-    row, half, blocks = first_row + g, t % 2, K // 64
-    block = (split * iters * WARPS + warp) * 2 + t // 2
-    stop = tl.minimum(blocks, (split + 1) * iters * WARPS * 2)
-    x_ptr += half * 32
-    x_ptrs, other_x_ptrs = x_ptr + tl.minimum(g, rows - 1) * x_stride, x_ptr + tl.minimum(g + 8, rows - 1) * x_stride
-    shift = tl.load(offset_ptr) if NESTED else 0.0
-    following = _fetch(w_ptr, absmax_ptr, outer_ptr, row, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
-    wait(EARLY)
-    s0 = tl.zeros([WARPS * 32], tl.float32)
-    s1, s2, s3, s4, s5, s6, s7 = s0, s0, s0, s0, s0, s0, s0
-    for _ in range(iters):
-        w, this_block = following, block
-        block += WARPS * 2
-        following = _fetch(w_ptr, absmax_ptr, outer_ptr, row, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
-        scale_w, scale_v = _scales(w, half, this_block < stop, code8_ptr, shift, NESTED)
-        at = tl.minimum(this_block, blocks - 1) * 64
-        if SIXTEEN:
-            s0, s1, s2, s3, s4, s5, s6, s7 = tl.inline_asm_elementwise(
-                ASM, CONSTRAINTS,
-                [w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], scale_w, scale_v, (x_ptrs + at).to(tl.int64),
-                 (other_x_ptrs + at).to(tl.int64), s0, s1, s2, s3, s4, s5, s6, s7],
-                dtype=[tl.float32] * 8, is_pure=False, pack=1,
-            )  # fmt: skip
-        else:
-            s0, s1, s2, s3 = tl.inline_asm_elementwise(
-                ASM, CONSTRAINTS,
-                [w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], scale_w, scale_v, (x_ptrs + at).to(tl.int64),
-                 s0, s1, s2, s3], dtype=[tl.float32] * 4, is_pure=False, pack=1,
-            )  # fmt: skip
-    lane = tl.arange(0, 32)
-    m, n = lane % 4 * 2, first_row + lane // 4
-    _put(y_ptr, s0, split * rows, m, n, rows, N, first, y_stride, WARPS)
-    _put(y_ptr, s1, split * rows, m + 1, n, rows, N, first, y_stride, WARPS)
-    _put(y_ptr, s2, split * rows, m, n + 8, rows, N, first, y_stride, WARPS)
-    _put(y_ptr, s3, split * rows, m + 1, n + 8, rows, N, first, y_stride, WARPS)
-    if SIXTEEN:
-        _put(y_ptr, s4, split * rows, m + 8, n, rows, N, first, y_stride, WARPS)
-        _put(y_ptr, s5, split * rows, m + 9, n, rows, N, first, y_stride, WARPS)
-        _put(y_ptr, s6, split * rows, m + 8, n + 8, rows, N, first, y_stride, WARPS)
-        _put(y_ptr, s7, split * rows, m + 9, n + 8, rows, N, first, y_stride, WARPS)
-
-
-@triton.jit
-def _adapter(x_ptr, t_ptr, a_ptr, split, rows, iters, K, R, first, t_stride, x_stride,
-             R_BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
-    """The columns of t_split from `first` on: x by all of A."""
+def _dense(x_ptr, t_ptr, a_ptr, split, rows, iters, K, R, first, t_stride, x_stride, R_BLOCK: tl.constexpr,
+           ROWS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    """The columns of t_split from `first` on: x by all R rows of A, or of a block of a 16-bit weight."""
     wait(EARLY)
     m, r, k = tl.arange(0, ROWS), tl.arange(0, R_BLOCK), tl.arange(0, WIDTH)
     real_m, real_r = (m < rows)[:, None], (r < R)[:, None]
@@ -193,7 +107,10 @@ def _adapter(x_ptr, t_ptr, a_ptr, split, rows, iters, K, R, first, t_stride, x_s
     tl.store(t_ptr + (split * rows + m[:, None]) * t_stride + first + r[None, :], total, real_m & (r < R)[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "iters", "thin_iters", "R0", "R1", "R2", "thin", "pieces"])
+COUNTS = ["rows", "iters", "thin_iters", "plain_iters", "M0", "M1", "R0", "R1", "R2", "thin", "pieces"]
+
+
+@triton.jit(do_not_specialize=COUNTS)
 def _few_rows(
     x_ptr, y_ptr, t_ptr, code_ptr, code8_ptr,
     w0_ptr, w1_ptr, w2_ptr,  # int32 [N K / 8]
@@ -201,12 +118,15 @@ def _few_rows(
     outer0_ptr, outer1_ptr, outer2_ptr,  # of the nested absmax, fp32 [blocks / NESTED_BLOCK]
     offset0_ptr, offset1_ptr, offset2_ptr,  # likewise, fp32 []
     a0_ptr, a1_ptr, a2_ptr,  # [R, K] in fp32 or 16 bits
-    rows, iters, thin_iters, K, N0, N1, N2, y_stride, x_stride, R0, R1, R2, thin, pieces,
-    NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, THIN: tl.constexpr, R_BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    plain0_ptr, plain1_ptr,  # 16-bit weights [M, K]
+    rows, iters, thin_iters, plain_iters, K, N0, N1, N2, M0, M1, y_stride, x_stride, R0, R1, R2, thin, pieces,
+    NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, THIN: tl.constexpr, PLAIN: tl.constexpr,
+    R_BLOCK: tl.constexpr, WIDTH: tl.constexpr, PLAIN_COLUMNS: tl.constexpr, PLAIN_WIDTH: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PTX: tl.constexpr, WARPS: tl.constexpr, REGISTERS: tl.constexpr,
     ASM: tl.constexpr, CONSTRAINTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program per block of y's columns and split, preceded by `pieces` programs per part for the thin product t.
+    """One program per block of y's columns and split, those of 16-bit weights first; between them and the others
+    `pieces` programs per part for the thin product t.
 
     One variant serves every group of layers, whatever its parts and ranks: none of them is worth compiling another.
     """
@@ -215,11 +135,20 @@ def _few_rows(
     pieces = pieces if REGISTERS else 1  # known to be: `_base` then fits 96 registers, 5 programs on a multiprocessor
     thin_programs = thin * pieces
     DOT_ROWS: tl.constexpr = max(16, ROWS)
+    if PLAIN:
+        plain_blocks, row = tl.cdiv(M0, PLAIN_COLUMNS), program * PLAIN_COLUMNS
+        plain_ptr, height, before = plain0_ptr, M0, N0 + N1 + N2
+        if program >= plain_blocks:
+            plain_ptr, height, before, row = plain1_ptr, M1, before + M0, row - plain_blocks * PLAIN_COLUMNS
+        program -= plain_blocks + tl.cdiv(M1, PLAIN_COLUMNS)  # of the others
+        if program < 0:
+            _dense(x_ptr, y_ptr, plain_ptr + row.to(tl.int64) * K, split, rows, plain_iters, K, height - row,
+                   before + row, y_stride, x_stride, PLAIN_COLUMNS, DOT_ROWS, PLAIN_WIDTH, EARLY)  # fmt: skip
     if THIN:  # otherwise tl.dot must not be compiled: this is a T4's kernel too  # noqa: SIM102
-        if program < thin_programs:
+        if (program >= 0) & (program < thin_programs):
             a_ptr, rank, column = whose(program, pieces, a0_ptr, a1_ptr, a2_ptr, R0, R1, R2)
-            _adapter(x_ptr, t_ptr, a_ptr, split * pieces + program % pieces, rows, thin_iters, K, rank, column,
-                     R0 + R1 + R2, x_stride, R_BLOCK, DOT_ROWS, WIDTH, EARLY)  # fmt: skip
+            _dense(x_ptr, t_ptr, a_ptr, split * pieces + program % pieces, rows, thin_iters, K, rank, column,
+                   R0 + R1 + R2, x_stride, R_BLOCK, DOT_ROWS, WIDTH, EARLY)  # fmt: skip
     if program >= thin_programs:
         block = program - thin_programs
         w_ptr, absmax_ptr, outer_ptr, offset_ptr = w0_ptr, absmax0_ptr, outer0_ptr, offset0_ptr
@@ -235,7 +164,7 @@ def _few_rows(
                 N, first = N2, N0 + N1
                 block -= blocks0 + blocks1
         if REGISTERS:
-            _in_registers(x_ptr, y_ptr, code8_ptr, w_ptr, absmax_ptr, outer_ptr, offset_ptr, block * COLUMNS, split,
+            in_registers(x_ptr, y_ptr, code8_ptr, w_ptr, absmax_ptr, outer_ptr, offset_ptr, block * COLUMNS, split,
                           rows, iters, K, N, first, y_stride, x_stride, NESTED, NESTED_BLOCK, ROWS == 16, WARPS,
                           ASM, CONSTRAINTS, EARLY)  # fmt: skip
         else:
@@ -265,7 +194,7 @@ def fits(x: Tensor, parts: Sequence[Projection]) -> bool:
 class Tile(NamedTuple):
     """How a number of rows of x is served, as measured on an H200."""
 
-    registers: bool  # by `_in_registers`, or by `_base`
+    registers: bool  # by `in_registers`, or by `_base`
     rows: int  # of x per program
     columns: int  # of y per program
     width: int  # columns of K per iteration of the loop
@@ -301,16 +230,23 @@ def splits_for(programs: int, iters: int, slots: int, iter_cost: int) -> int:
     return min(range(1, min(MOST_SPLITS, iters) + 1), key=cost)
 
 
-def few_rows_product(x: Tensor, parts: Sequence[Projection], others: int = 0) -> tuple[Tensor, Tensor | None]:
+def few_rows_product(
+    x: Tensor,
+    parts: Sequence[Projection],
+    plain: Sequence[Tensor] = (),
+    loras: Sequence[Tensor | None] | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """The base and LoRA-A products of up to three parts, without bias, as sums still to be taken over splits of K.
 
     Args:
         x (`Tensor`): [rows, K], 16-bit.
         parts (`tuple[Projection, ...]`): One to three for which `fits` is true, NF4 [N_i, K], each with or without a
             LoRA of rank r_i.
-        others (`int`): So many columns are left free behind those of y, for who then computes t as well.
+        plain (`Sequence[Tensor]`): Up to two weights [M_i, K] in x's dtype, their columns behind those of the parts.
+            For more than MOST_IN_REGISTERS rows they are left free, and t is not computed.
+        loras (`Sequence[Tensor | None]`, *optional*): A of each layer, if not the parts'.
 
-    Returns y, fp32 [splits, rows, sum of N + others], whose sum over the splits is [x W_1^T, x W_2^T, ..]; and t, fp32
+    Returns y, fp32 [splits, rows, sum of N and M], whose sum over the splits is [x W_1^T, x W_2^T, ..]; and t, fp32
     [splits, rows, sum of r], likewise with x A^T: without elements if there is no LoRA, None where tl.dot has no tensor
     cores.
     """
@@ -319,10 +255,15 @@ def few_rows_product(x: Tensor, parts: Sequence[Projection], others: int = 0) ->
     state, nested = states[0], states[0].state2
     rows, width = x.shape
     outs = [part.out_features for part in parts]
-    ranks = [0 if part.lora_a is None or others else part.lora_a.shape[0] for part in parts]
+    more = [len(weight) for weight in plain]
     cut, dot = tile(rows), tensor_cores(x.device)
-    thin = len(parts) if sum(ranks) and dot else 0
-    programs = thin + sum(ceil_div(out, cut.columns) for out in outs)
+    if plain and rows > MOST_IN_REGISTERS:
+        plain, loras = (), ()
+    loras = [part.lora_a for part in parts] if loras is None else loras
+    ranks = [0 if a is None else a.shape[0] for a in loras]
+    thin = len(ranks) if sum(ranks) and dot else 0
+    dense = sum(ceil_div(len(weight), PLAIN_COLUMNS) for weight in plain)
+    programs = dense + thin + sum(ceil_div(out, cut.columns) for out in outs)
     iters = ceil_div(width, cut.width)
     iters = ceil_div(iters, splits_for(programs, iters, cut.resident * multiprocessors(x.device), cut.iter_cost))
     splits = ceil_div(width, iters * cut.width)
@@ -331,20 +272,23 @@ def few_rows_product(x: Tensor, parts: Sequence[Projection], others: int = 0) ->
     if cut.registers:
         thin_width, pieces = THIN_WIDTH, max(1, min(ceil_div(width, 2 * THIN_WIDTH), MOST_SPLITS) // splits)
     thin_iters = ceil_div(width, thin_width * pieces * splits)
-    y = torch.empty(splits, rows, sum(outs) + others, dtype=torch.float32, device=x.device)
+    y = torch.empty(splits, rows, sum(outs) + sum(more), dtype=torch.float32, device=x.device)
     t = torch.empty(splits * pieces, rows, sum(ranks), dtype=torch.float32, device=x.device)
 
     words = [part.weight.detach().as_subclass(torch.Tensor).reshape(-1).view(torch.int32) for part in parts]
     absmax = [s.absmax for s in states]
     outer = [s.absmax if s.state2 is None else s.state2.absmax for s in states]
     offset = [s.offset if nested else s.absmax for s in states]
-    a = fill_none([part.lora_a for part in parts], x)
+    a = fill_none(loras, x) or [x]
+    dense_weights = [weight.detach().contiguous() for weight in plain] or [x]
     _few_rows[(programs + thin * (pieces - 1), splits)](
         x, y, t, state.code, nested.code if nested else state.code,
         *(tensor for tensors in (words, absmax, outer, offset, a) for tensor in pad_to_three(tensors, tensors[0])),
-        rows, iters, thin_iters, width, *pad_to_three(outs, 0), y.stride(1), x.stride(0), *pad_to_three(ranks, 0), thin,
-        pieces, nested is not None, nested.blocksize if nested else 1, thin > 0,
-        max(16, power_of_2(max(1, *ranks))), thin_width, cut.rows, cut.columns, PTX, WARPS, cut.registers,
+        dense_weights[0], dense_weights[-1], rows, iters, thin_iters, ceil_div(width, PLAIN_WIDTH * splits), width,
+        *pad_to_three(outs, 0), *pad_to_three(more, 0)[:2], y.stride(1), x.stride(0), *pad_to_three(ranks, 0), thin,
+        pieces, nested is not None, nested.blocksize if nested else 1, thin > 0, dense > 0,
+        max(16, power_of_2(max(1, 0, *ranks))), thin_width, PLAIN_COLUMNS, PLAIN_WIDTH, cut.rows, cut.columns, PTX,
+        WARPS, cut.registers,
         *(instructions(cut.rows, x.dtype, dot) if cut.registers else ("", "")),
         **early(x.device), num_warps=WARPS,
         num_stages=1,  # pipelined by hand: Triton would stage the absmax table in shared memory as well

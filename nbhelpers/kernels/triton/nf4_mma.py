@@ -12,8 +12,10 @@ then is the bottleneck.
 Fragments: PTX ISA 9.7.14, "Matrix Fragments for mma.m16n8k16" (and m16n8k8, which a T4 has).
 """
 
+import triton
 import triton.language as tl
 
+from .common import wait
 from .nf4_lookup import look_up, selectors, table
 
 LOAD = tl.constexpr("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];")
@@ -63,3 +65,93 @@ def _mma(sums: int, before: int, b: int, kind: str, wide: bool) -> list[str]:
         f"{name} {{{to}}}, {{a0, a1}}, {{x{b}}}, {{{first}}};",
         f"{name} {{{to}}}, {{a2, a3}}, {{x{b + 1}}}, {{{to}}};",
     ]
+
+
+@triton.jit
+def _fetch(w_ptr, absmax_ptr, outer_ptr, row, block, half, blocks, stop, N, NESTED: tl.constexpr,
+           NESTED_BLOCK: tl.constexpr):  # fmt: skip
+    """Each thread's half blocks of W's rows `row` and `row + 8`, four words each; and one of their two scales, still
+    quantised: the first row's in threads with the first halves, the other row's in the others.
+
+    Threads beyond the end read what is there: their row is not stored, or the scale is made 0.
+    """
+    w_ptr += tl.minimum(block, blocks - 1) * 8 + half * 4
+    first = (w_ptr + tl.minimum(row, N - 1) * blocks * 8).to(tl.int64)
+    other = (w_ptr + tl.minimum(row + 8, N - 1) * blocks * 8).to(tl.int64)
+    w0, w1, w2, w3 = tl.inline_asm_elementwise(LOAD, "=r,=r,=r,=r,l", [first], [tl.int32] * 4, is_pure=False, pack=1)
+    v0, v1, v2, v3 = tl.inline_asm_elementwise(LOAD, "=r,=r,=r,=r,l", [other], [tl.int32] * 4, is_pure=False, pack=1)
+    row += half * 8
+    real, index = (row < N) & (block < stop), row * blocks + block
+    scale = tl.load(absmax_ptr + index, real, 0)
+    outer_scale = tl.load(outer_ptr + index // NESTED_BLOCK, real, 0.0) if NESTED else scale
+    return w0, w1, w2, w3, v0, v1, v2, v3, scale, outer_scale
+
+
+@triton.jit
+def _scales(fetched, half, real, code8_ptr, shift, NESTED: tl.constexpr):
+    """The fp32 absmax of both rows that `_fetch` loaded for each thread, 0 where they are not real."""
+    scale = fetched[8]
+    if NESTED:
+        scale = tl.load(code8_ptr + scale.to(tl.int32)) * fetched[9] + shift
+    scale = tl.where(real, scale, 0.0)
+    neighbour = tl.inline_asm_elementwise(NEIGHBOUR, "=f,f", [scale], tl.float32, is_pure=False, pack=1)
+    return tl.where(half == 0, scale, neighbour), tl.where(half == 0, neighbour, scale)
+
+
+@triton.jit
+def _put(y_ptr, sums, first_row, m, n, rows, N, first, y_stride, WARPS: tl.constexpr):
+    """Store the sum of the warps' sums [WARPS * 32] at row m and column n of y_split."""
+    total = tl.sum(tl.reshape(sums, [WARPS, 32]), axis=0)
+    tl.store(y_ptr + (first_row + m) * y_stride + first + n, total, (m < rows) & (n < N))
+
+
+@triton.jit
+def in_registers(x_ptr, y_ptr, code8_ptr, w_ptr, absmax_ptr, outer_ptr, offset_ptr, first_row, split, rows, iters, K,
+                  N, first, y_stride, x_stride, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, SIXTEEN: tl.constexpr,
+                  WARPS: tl.constexpr, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    """16 columns of y_split from `first + first_row` on, for up to 8 rows of x, or 16 if SIXTEEN (nf4_mma.py).
+
+    Each warp takes a part of K. Every tensor has one element per thread, in the threads' order.
+    """
+    i = tl.arange(0, WARPS * 32)
+    warp, g, t = i // 32, i % 32 // 4, i % 4
+    row, half, blocks = first_row + g, t % 2, K // 64
+    block = (split * iters * WARPS + warp) * 2 + t // 2
+    stop = tl.minimum(blocks, (split + 1) * iters * WARPS * 2)
+    x_ptr += half * 32
+    x_ptrs, other_x_ptrs = x_ptr + tl.minimum(g, rows - 1) * x_stride, x_ptr + tl.minimum(g + 8, rows - 1) * x_stride
+    shift = tl.load(offset_ptr) if NESTED else 0.0
+    following = _fetch(w_ptr, absmax_ptr, outer_ptr, row, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
+    wait(EARLY)
+    s0 = tl.zeros([WARPS * 32], tl.float32)
+    s1, s2, s3, s4, s5, s6, s7 = s0, s0, s0, s0, s0, s0, s0
+    for _ in range(iters):
+        w, this_block = following, block
+        block += WARPS * 2
+        following = _fetch(w_ptr, absmax_ptr, outer_ptr, row, block, half, blocks, stop, N, NESTED, NESTED_BLOCK)
+        scale_w, scale_v = _scales(w, half, this_block < stop, code8_ptr, shift, NESTED)
+        at = tl.minimum(this_block, blocks - 1) * 64
+        if SIXTEEN:
+            s0, s1, s2, s3, s4, s5, s6, s7 = tl.inline_asm_elementwise(
+                ASM, CONSTRAINTS,
+                [w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], scale_w, scale_v, (x_ptrs + at).to(tl.int64),
+                 (other_x_ptrs + at).to(tl.int64), s0, s1, s2, s3, s4, s5, s6, s7],
+                dtype=[tl.float32] * 8, is_pure=False, pack=1,
+            )  # fmt: skip
+        else:
+            s0, s1, s2, s3 = tl.inline_asm_elementwise(
+                ASM, CONSTRAINTS,
+                [w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], scale_w, scale_v, (x_ptrs + at).to(tl.int64),
+                 s0, s1, s2, s3], dtype=[tl.float32] * 4, is_pure=False, pack=1,
+            )  # fmt: skip
+    lane = tl.arange(0, 32)
+    m, n = lane % 4 * 2, first_row + lane // 4
+    _put(y_ptr, s0, split * rows, m, n, rows, N, first, y_stride, WARPS)
+    _put(y_ptr, s1, split * rows, m + 1, n, rows, N, first, y_stride, WARPS)
+    _put(y_ptr, s2, split * rows, m, n + 8, rows, N, first, y_stride, WARPS)
+    _put(y_ptr, s3, split * rows, m + 1, n + 8, rows, N, first, y_stride, WARPS)
+    if SIXTEEN:
+        _put(y_ptr, s4, split * rows, m + 8, n, rows, N, first, y_stride, WARPS)
+        _put(y_ptr, s5, split * rows, m + 9, n, rows, N, first, y_stride, WARPS)
+        _put(y_ptr, s6, split * rows, m + 8, n + 8, rows, N, first, y_stride, WARPS)
+        _put(y_ptr, s7, split * rows, m + 9, n + 8, rows, N, first, y_stride, WARPS)
