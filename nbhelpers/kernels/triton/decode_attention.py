@@ -231,10 +231,10 @@ def counters(device: torch.device) -> Tensor:
 
 def attention_splits(rows: int, heads: int, kv_heads: int, longest: int) -> int:
     """See nbhelpers.kernels.decode_step.attention_splits. A power of two."""
-    most = min(
-        MOST_SPLITS, power_of_2(ceil_div(longest, SHARE)), LONG_WARPS // (rows * kv_heads * _warps(heads, kv_heads))
-    )
-    return min(max(SPLITS, most), power_of_2(ceil_div(PROGRAMS, rows * kv_heads)))
+    each, warps = rows * kv_heads, _warps(heads, kv_heads)
+    most = min(MOST_SPLITS, power_of_2(ceil_div(longest, SHARE)), LONG_WARPS // (each * warps))
+    most = max(SPLITS, most) if longest > SHARE else SPLITS * WARPS // warps
+    return min(most, power_of_2(ceil_div(PROGRAMS, each)))
 
 
 def _warps(heads: int, kv_heads: int) -> int:

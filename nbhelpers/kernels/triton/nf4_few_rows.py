@@ -205,7 +205,7 @@ class Tile(NamedTuple):
 def tile(rows: int) -> Tile:
     """The tile for this many rows of x."""
     if rows <= MOST_IN_REGISTERS and PTX:
-        return Tile(True, 8, 16, 128 * WARPS, 8, 1) if rows <= 8 else Tile(True, 16, 16, 128 * WARPS, 4, 2)
+        return Tile(True, 8, 16, 128 * WARPS, 8, 2) if rows <= 8 else Tile(True, 16, 16, 128 * WARPS, 4, 2)
     if rows <= 64:  # at least 64 rows: the tile height of Hopper's wgmma
         return Tile(False, 64, 64, 64, 5, 1)
     return Tile(False, 128, 128, 64, 2, 3)
