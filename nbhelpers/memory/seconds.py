@@ -22,6 +22,7 @@ from .kv import MAX_ROWS, kv_bytes_per_token
 from .micro_batches import PIECE, RECOMPUTED, MicroBatch
 from .report import Setting
 
+NARROW, NARROW_SHARE = 2048, 9 / 11  # a layer of so few channels has nine launches of a decoding step's eleven
 STEP_SECONDS = 0.12  # of rewards, the optimizer and the trainer's own work in a step, beside the two halves
 
 
@@ -64,13 +65,13 @@ class Reached(NamedTuple):
     memory: float = 0.949  # of gb_s, in training
     layer: float = 0.00315  # seconds that Python and the launches of one pass through a layer take
     piece: float = PIECE  # of them again for each further piece of the MLP
-    decoding_memory: float = 0.8  # of gb_s, in a decoding step
-    decoding_products: float = 0.326  # of tflops, likewise
-    unpacked: float = 11.5  # NF4 weights in a clock of a multiprocessor
-    fused: float = 4.25  # likewise in bitsandbytes' product for 32 rows, where Triton has no tensor cores
+    decoding_memory: float = 0.75  # of gb_s, in a decoding step
+    decoding_products: float = 0.284  # of tflops, likewise
+    unpacked: float = 12.3  # NF4 weights in a clock of a multiprocessor
+    fused: float = 4.55  # likewise in bitsandbytes' product for 32 rows, where Triton has no tensor cores
     fused_rows: float = 76.5  # rows that cost it as much again
-    decoding_layer: float = 0.0000516  # seconds that the launches of a layer take in a CUDA graph
-    decoding_layer_old: float = 0.0000766  # before Ampere: products and sums by launches of their own
+    decoding_layer: float = 0.0000522  # seconds that the launches of a layer take in a CUDA graph
+    decoding_layer_old: float = 0.0000921  # before Ampere: products and sums by launches of their own
 
 
 REACHED = Reached()
@@ -165,6 +166,8 @@ def decoding_step(a: Architecture, card: Card, quantization: str, rows: int, tok
     read = (a.weight_bytes(quantization) - looked_up) / (gb_s * REACHED.decoding_memory)
     own = (keys + logits) / (gb_s * REACHED.decoding_memory)
     launches = a.num_hidden_layers * (REACHED.decoding_layer if card.ampere else REACHED.decoding_layer_old)
+    if a.hidden_size <= NARROW:
+        launches *= NARROW_SHARE
     unpacked = 0.0 if quantization == "none" else numbers / (clocks * REACHED.unpacked)
     tile = next((n for n in (8, 16, 64, 128) if rows <= n), rows)
     if rows > 16 and not card.ampere:  # a product for each layer, not one for those that read the same

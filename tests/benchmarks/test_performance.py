@@ -26,7 +26,8 @@ def test_a_ratio_stands_beside_its_goal(tmp_path, monkeypatch):
     lines = performance.ratios().splitlines()
     assert "| `llama-3.1-8b/batch-8/decode`, tokens/s | 2000.000 | 2600.000 | 1.30 | 1.30 |" in lines
     assert "| `llama-3.1-8b/packed/seconds`, s | 6.000 | – | – | 0.20 |" in lines
-    assert not any("/step`" in line for line in lines) and "NVIDIA H100, 2026-11-26" in lines[-1]
+    assert "| `llama-3.1-8b/batch-8/step`, ms | 4.000 | 3.000 | 0.75 | – |" in lines
+    assert "NVIDIA H100, 2026-11-26" in lines[-1]
 
 
 def test_eight_bits_stand_behind_sixteen(tmp_path, monkeypatch):

@@ -20,9 +20,6 @@ CAPS = {"qwen2.5-1.5b": 4, "llama-3.1-8b": 8, "phi-4": 12}
 IRREGULAR = {
     # twice what other rows of as many tokens took (4K-t4, group-16): that step was cut otherwise than planned
     "H200 qwen2.5-1.5b/4K/train_time", "H200 qwen2.5-1.5b/1K/group-32/train_time",
-    # two rows have too few programs for the card's multiprocessors: planned 2.3 ms, measured 4.7
-    "H100 qwen2.5-1.5b/kv-8/batch-2-at-20000/step",
-    "H100 qwen2.5-1.5b/batch-8/step",  # planned 2.1 ms, measured 1.66: its layers have fewer launches now
     "H100 llama-3.1-8b/20K-9.3GB/train_time",  # planned 24.6 s, measured 19.5, with cuDNN's attention
 }  # fmt: skip
 

@@ -247,7 +247,7 @@ def _products(x: Tensor, parts: Sequence[Projection]) -> tuple[Sequence[Tensor],
             t = plain_few_rows.few_rows_product(x, weights, loras, rest)[1]
         order = [*packed, *plain]
         columns = dict(zip(map(id, order), product.split([part.out_features for part in order], dim=2), strict=True))
-        return [columns[id(part)] for part in parts], t
+        return [columns[id(part)] for part in parts], _thin_product(x, parts) if t is None else t
     y = [project(x, [part._replace(bias=None)])[0][None] for part in without_lora(parts)]
     return y, _thin_product(x, parts)
 
