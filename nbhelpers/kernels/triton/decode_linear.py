@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import reference_step
 from ..reference import Projection
 from . import nf4_few_rows, plain_few_rows
 from .common import begin, early, fill_none, pad_to_three, tensor_cores, wait
@@ -324,14 +323,6 @@ def decode_mlp(
     shrink = SHRINK_FP16 if x.dtype == torch.float16 else 1.0
     h = _gated(x.reshape(-1, x.shape[-1]), gate_up, 1.0 / shrink)
     return decode_out(h, down, residual, norm, alpha=shrink)
-
-
-def decode_head(x: Tensor, weight: Tensor) -> Tensor:
-    """See nbhelpers.kernels.decode_step.decode_head."""
-    if not plain_few_rows.serves(x, (Projection(weight),)):
-        return reference_step.decode_head(x, weight)
-    logits = torch.empty(1, len(x), len(weight), dtype=torch.float32, device=x.device)
-    return plain_few_rows.few_rows_product(x, (weight,), (None,), logits)[0][0]
 
 
 def _gated(x: Tensor, parts: Sequence[Projection], inverse: float) -> Tensor:

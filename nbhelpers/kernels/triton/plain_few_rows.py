@@ -4,7 +4,8 @@
     t_s = x[:, K_s] A[:, K_s]^T        by additional programs that run at the same time
 
 The same sums, in the same places, as those of nf4_few_rows.py. A decoding step reads every weight once, so what counts
-is that the card always has loads under way, and that a layer is few launches: cuBLAS takes one for each matrix.
+is that the card always has loads under way, and that a layer is few launches: cuBLAS takes one for each matrix. The
+head's logits are such a product too.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import reference_step
 from ..reference import Projection
 from .common import begin, ceil_div, early, fill_none, in_16_bytes, pad_to_three, power_of_2, tensor_cores, wait
 from .lora_stack import whose
@@ -151,3 +153,11 @@ def few_rows_product(
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return y, t
+
+
+def decode_head(x: Tensor, weight: Tensor) -> Tensor:
+    """See nbhelpers.kernels.decode_step.decode_head."""
+    if not serves(x, (Projection(weight),)):
+        return reference_step.decode_head(x, weight)
+    logits = torch.empty(1, len(x), len(weight), dtype=torch.float32, device=x.device)
+    return few_rows_product(x, (weight,), (None,), logits)[0][0]
