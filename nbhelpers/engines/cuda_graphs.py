@@ -3,8 +3,8 @@
 All that a step reads and writes is at fixed addresses: the rows' state, the buffer of the last tokens and the model's
 own tensors (the cache's address is looked up in a table). A graph is captured the first time that a batch size is
 needed, in tenths of a second; an optimizer step writes new numbers to the same addresses and costs nothing. A graph
-keeps the number of parts that attention is cut into. Few rows of long texts take more of them: they get a graph of
-their own when they come to that length. What else a graph depends on (tensors, adapter, filters of the sampling) is
+keeps the number of parts that attention is cut into. Long texts take more of them where rows are few: they get a graph
+of their own when they come to that length. What else a graph depends on (tensors, adapter, filters of the sampling) is
 compared before each generation; if it has changed, all graphs are dropped.
 """
 
@@ -23,7 +23,7 @@ from .sampler import next_token
 
 CHUNK = 8  # steps between two reads by the host; the next ones run while it reads
 BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # batch sizes that get a graph
-GRAPHS = 24  # kept at most; the oldest is dropped first
+GRAPHS = 32  # kept at most; the oldest is dropped first
 
 
 def batch_for(rows: int, most: int) -> int:

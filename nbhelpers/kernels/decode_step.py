@@ -85,7 +85,7 @@ def attention_splits(x: Tensor, rows: int, heads: int, kv_heads: int, longest: i
 
     Returns 1 in torch.
     """
-    return _step(x).attention_splits(rows, heads, kv_heads, longest)
+    return _step(x).attention_splits(x.device, rows, heads, kv_heads, longest)
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, table: Tensor,

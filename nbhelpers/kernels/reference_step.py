@@ -64,7 +64,7 @@ def advance(state: Tensor, new: Tensor, stops: Tensor) -> None:
     left.copy_(torch.where(stopped, 0, (left - 1).clamp_(min=0)))
 
 
-def attention_splits(rows: int, heads: int, kv_heads: int, longest: int) -> int:
+def attention_splits(device: torch.device, rows: int, heads: int, kv_heads: int, longest: int) -> int:
     """See nbhelpers.kernels.decode_step.attention_splits."""
     return 1
 

@@ -22,7 +22,7 @@ from .kv import MAX_ROWS, kv_bytes_per_token
 from .micro_batches import PIECE, RECOMPUTED, MicroBatch
 from .report import Setting
 
-NARROW, NARROW_SHARE = 2048, 9 / 11  # a layer of so few channels has nine launches of a decoding step's eleven
+NORMED_ROWS, NORMED, NORMED_RANKS = 16, 2048, 32768  # rows, channels, channels x rank: kernels/triton/decode_linear.py
 STEP_SECONDS = 0.12  # of rewards, the optimizer and the trainer's own work in a step, beside the two halves
 
 
@@ -65,13 +65,13 @@ class Reached(NamedTuple):
     memory: float = 0.949  # of gb_s, in training
     layer: float = 0.00315  # seconds that Python and the launches of one pass through a layer take
     piece: float = PIECE  # of them again for each further piece of the MLP
-    decoding_memory: float = 0.75  # of gb_s, in a decoding step
-    decoding_products: float = 0.284  # of tflops, likewise
+    decoding_memory: float = 0.72  # of gb_s, in a decoding step
+    decoding_products: float = 0.315  # of tflops, likewise
     unpacked: float = 12.3  # NF4 weights in a clock of a multiprocessor
-    fused: float = 4.55  # likewise in bitsandbytes' product for 32 rows, where Triton has no tensor cores
+    fused: float = 4.33  # likewise in bitsandbytes' product for 32 rows, where Triton has no tensor cores
     fused_rows: float = 76.5  # rows that cost it as much again
-    decoding_layer: float = 0.0000522  # seconds that the launches of a layer take in a CUDA graph
-    decoding_layer_old: float = 0.0000921  # before Ampere: products and sums by launches of their own
+    decoding_layer: float = 0.000053  # seconds that the launches of a layer take in a CUDA graph
+    decoding_layer_old: float = 0.000078  # before Ampere: products and sums by launches of their own
 
 
 REACHED = Reached()
@@ -156,8 +156,10 @@ def _through(a: Architecture) -> int:
     return 4 * (8 * a.hidden_size + 4 * a.intermediate_size + 2 * a.num_attention_heads * a.head_dim)
 
 
-def decoding_step(a: Architecture, card: Card, quantization: str, rows: int, tokens: float, kv_bits: int = 16) -> float:
-    """Seconds in which each of `rows` rows, `tokens` tokens long by now, gets its next token."""
+def decoding_step(
+    a: Architecture, card: Card, quantization: str, rows: int, tokens: float, kv_bits: int = 16, rank: int = 16
+) -> float:
+    """Seconds in which each of `rows` rows, `tokens` tokens long by now, gets its next token; rank: the LoRA's."""
     tflops, gb_s, clocks = card.tflops * 1e12, card.gb_s * 1e9, card.clocks * 1e9
     numbers = a.num_hidden_layers * sum(m.out_features * m.in_features for m in a.linears())
     looked_up = 0 if a.tie_word_embeddings else 2 * a.vocab_size * a.hidden_size  # only the rows' own lines are read
@@ -166,8 +168,8 @@ def decoding_step(a: Architecture, card: Card, quantization: str, rows: int, tok
     read = (a.weight_bytes(quantization) - looked_up) / (gb_s * REACHED.decoding_memory)
     own = (keys + logits) / (gb_s * REACHED.decoding_memory)
     launches = a.num_hidden_layers * (REACHED.decoding_layer if card.ampere else REACHED.decoding_layer_old)
-    if a.hidden_size <= NARROW:
-        launches *= NARROW_SHARE
+    if rows <= NORMED_ROWS and a.hidden_size <= NORMED and a.hidden_size * rank <= NORMED_RANKS:
+        launches *= 9 / 11  # the sum of a product's splits and the norm behind it are one launch
     unpacked = 0.0 if quantization == "none" else numbers / (clocks * REACHED.unpacked)
     tile = next((n for n in (8, 16, 64, 128) if rows <= n), rows)
     if rows > 16 and not card.ampere:  # a product for each layer, not one for those that read the same
@@ -184,6 +186,6 @@ def generating(a: Architecture, card: Card, s: Setting, rows: int, fitting: int)
     for i in range(pieces):
         tokens = s.max_prompt_length + (i + 0.5) / pieces * s.max_completion_length
         together = max(1.0, min(rows, MAX_ROWS, fitting * full / tokens))
-        step = decoding_step(a, card, s.quantization, ceil(together), tokens, s.kv_bits)
+        step = decoding_step(a, card, s.quantization, ceil(together), tokens, s.kv_bits, s.lora_rank)
         seconds += step * s.max_completion_length / pieces * rows / together
     return seconds

@@ -49,7 +49,7 @@ TABLE = {
                 hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
                 num_key_value_heads=2, head_dim=64, vocab_size=151936, tie_word_embeddings=True,
             ),
-            # planned, not measured: 64 answers of about 200 tokens a step, which should take a T4 some 8 s, so that all
+            # planned, not measured: 64 answers of up to 512 tokens a step, which should take a T4 some 9 s, so that all
             # of the notebook takes it 20 to 30 minutes; the learning rate is the 1.5B's
             questions_per_step=8, max_completion_length=512, learning_rate=5e-5, max_steps=150,
         ),

@@ -3,7 +3,6 @@
 from importlib import import_module
 
 import interpreter  # first: before anything that imports triton
-import ptx
 import pytest
 import torch
 
@@ -272,53 +271,6 @@ class TestLinear:
         with kernels.use("triton"):
             got, _ = decode_step.decode_mlp(x, gate_up, down, torch.zeros_like(x), (torch.ones(16).half(), 1e-5))
         assert got.isfinite().all() and got.abs().max() == 65504.0
-
-    @pytest.mark.parametrize("nested", [True, False])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-    def test_the_weights_of_the_fused_product_are_those_of_nf4_bit_for_bit(self, dtype, nested, monkeypatch):
-        """Unit vectors pick single weights: they are those that dequantize_nf4 gives, and the splits add up to them."""
-        module = import_module("nbhelpers.kernels.triton.nf4_few_rows")
-        monkeypatch.setattr(module, "splits_for", lambda *_: 4)
-        functional = pytest.importorskip("bitsandbytes").functional
-        parts = []
-        for out in (70, 64, 3):
-            weight = torch.randn(out, 256, generator=torch.Generator().manual_seed(out))
-            parts.append(Projection(*functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)))
-        x = torch.eye(256, dtype=dtype)[[0, 1, 63, 64, 128, 255]]
-        y, _ = module.few_rows_product(x, tuple(parts))
-        dense = torch.cat([kernels.reference.dequantize_nf4(part.weight, part.quant_state, dtype) for part in parts])
-        assert y.shape == (4, 6, 137) and torch.equal(y.sum(0), dense[:, [0, 1, 63, 64, 128, 255]].t().float())
-
-    @pytest.mark.parametrize("rows", [1, 8, 13, 16, 20])
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    @pytest.mark.parametrize("nested, width", [(True, 320), (False, 1280)], ids=["nested", "plain"])
-    def test_the_product_by_its_ptx(self, rows, dtype, nested, width, dot, monkeypatch):
-        """Emulated: unit vectors pick single weights bit for bit, dense rows and LoRA come close. 20 rows: `_base`."""
-        if rows == 20 and dtype == torch.bfloat16:
-            pytest.skip("the interpreter's tl.dot is wrong in bf16")
-        module = import_module("nbhelpers.kernels.triton.nf4_few_rows")
-        monkeypatch.setattr(module, "PTX", True)
-        monkeypatch.setattr(module, "splits_for", lambda *_: 2)
-        functional = pytest.importorskip("bitsandbytes").functional
-        generator, parts = torch.Generator().manual_seed(rows), []
-        for out in (18, 16, 3):
-            weight = torch.randn(out, width, generator=generator)
-            lora = {} if out == 16 else {"lora_a": torch.randn(5, width, generator=generator)}
-            quantised = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
-            parts.append(Projection(*quantised, **lora))
-        dense = torch.cat([kernels.reference.dequantize_nf4(p.weight, p.quant_state, dtype) for p in parts]).float()
-        positions = torch.randint(width, (rows,), generator=generator)
-        ones = torch.zeros(rows, width, dtype=dtype)
-        ones[torch.arange(rows), positions] = 1
-        x = torch.randn(rows, width + 4, generator=generator).to(dtype)[:, 4:]  # neither rows nor start at 16 bytes
-        with ptx.emulated():
-            assert torch.equal(module.few_rows_product(ones, tuple(parts))[0].sum(0), dense[:, positions].t())
-            y, t = module.few_rows_product(x, tuple(parts))
-        torch.testing.assert_close(y.sum(0), x.float() @ dense.t(), atol=1e-3, rtol=1e-4)
-        assert (t is not None) == dot
-        if dot and dtype == torch.float16:
-            a = torch.cat([part.lora_a for part in parts if part.lora_a is not None]).to(dtype).float()
-            torch.testing.assert_close(t.sum(0), x.float() @ a.t(), atol=1e-3, rtol=1e-4)
 
     def test_a_group_where_only_some_have_a_lora(self):
         parts, x = projections(4, 40, (50, 20)), torch.randn(3, 1, 40)

@@ -137,7 +137,7 @@ def test_a_step_is_rotated_by_what_the_models_own_module_says(name, dtype, monke
     assert cache.angles is None
 
 
-def test_few_rows_of_long_texts_are_cut_into_more_parts():
+def test_few_rows_of_long_texts_are_cut_into_more_parts(monkeypatch):
     """(rows, heads, key heads, positions): those that were timed on an H100, and around where the number changes."""
     splits = {
         (1, 12, 2, 20_000): 32, (2, 12, 2, 20_000): 32, (1, 12, 2, 131_000): 64, (1, 32, 8, 131_000): 64,
@@ -147,6 +147,8 @@ def test_few_rows_of_long_texts_are_cut_into_more_parts():
     }  # fmt: skip
     x = torch.zeros(1)
     if kernels.triton is not None:
+        attention = import_module("nbhelpers.kernels.triton.decode_attention")
+        monkeypatch.setattr(attention, "tensor_cores", lambda device: True)
         with kernels.use("triton"):
             assert {case: decode_step.attention_splits(x, *case) for case in splits} == splits
     assert decode_step.attention_splits(x, 1, 12, 2, 131_000) == 1
@@ -156,9 +158,17 @@ def test_in_the_interpreter():
     interpreter.run(__file__)
 
 
-def test_there_is_a_counter_for_each_row_and_key_head_whose_positions_are_cut():
+def test_the_parts_are_a_power_of_two_and_have_counters():
+    """Of any number of rows: a batch may have as many as fit. Heads of the presets, and a single key head."""
     pytest.importorskip("triton")
-    module = import_module("nbhelpers.kernels.triton.decode_attention")
-    sizes, parts = [(rows, heads) for rows in range(1, 257) for heads in range(1, 65)], module.attention_splits
-    cut = [rows * heads for rows, heads in sizes if parts(rows, 4 * heads, heads, 131_000) > 1]
-    assert 200 < max(cut) < len(module.counters(torch.device("cpu")))
+    module, device = import_module("nbhelpers.kernels.triton.decode_attention"), torch.device("cpu")
+    for cores in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "tensor_cores", lambda device, cores=cores: cores)
+            for heads, kv_heads in ((12, 2), (14, 2), (16, 2), (28, 4), (32, 8), (40, 10), (8, 1)):
+                parts = {
+                    (rows, longest): module.attention_splits(device, rows, heads, kv_heads, longest)
+                    for rows in range(1, 257) for longest in (456, 1025, 16_385, 32_769, 131_000)
+                }  # fmt: skip
+                assert all(n & (n - 1) == 0 and 1 <= n <= 64 for n in parts.values())
+                assert max(rows * kv_heads for (rows, _), n in parts.items() if n > 1) < len(module.counters(device))

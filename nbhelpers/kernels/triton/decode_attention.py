@@ -229,17 +229,18 @@ def counters(device: torch.device) -> Tensor:
     return torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
 
 
-def attention_splits(rows: int, heads: int, kv_heads: int, longest: int) -> int:
+def attention_splits(device: torch.device, rows: int, heads: int, kv_heads: int, longest: int) -> int:
     """See nbhelpers.kernels.decode_step.attention_splits. A power of two."""
-    each, warps = rows * kv_heads, _warps(heads, kv_heads)
-    most = min(MOST_SPLITS, power_of_2(ceil_div(longest, SHARE)), LONG_WARPS // (each * warps))
+    each, warps = rows * kv_heads, _warps(device, heads, kv_heads)
+    room = power_of_2(LONG_WARPS // (each * warps) + 1) // 2  # the largest power of two that has room, or 0
+    most = min(MOST_SPLITS, power_of_2(ceil_div(longest, SHARE)), room)
     most = max(SPLITS, most) if longest > SHARE else SPLITS * WARPS // warps
     return min(most, power_of_2(ceil_div(PROGRAMS, each)))
 
 
-def _warps(heads: int, kv_heads: int) -> int:
-    """Of a program with tl.dot: joining the splits takes as many numbers as the group has heads."""
-    return 2 * WARPS if heads // kv_heads > 4 else WARPS
+def _warps(device: torch.device, heads: int, kv_heads: int) -> int:
+    """Of a program: with tl.dot more for a large group, as joining its splits takes as many numbers as it has heads."""
+    return 2 * WARPS if tensor_cores(device) and heads // kv_heads > 4 else WARPS
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, table: Tensor,
@@ -250,7 +251,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
     kv_heads = k.shape[1]
     group = heads // kv_heads
     q, k, v, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, cos, sin))
-    splits = attention_splits(rows, heads, kv_heads, min(longest, window or longest))
+    splits = attention_splits(q.device, rows, heads, kv_heads, min(longest, window or longest))
     dot = tensor_cores(q.device)
     *weights, eps = norms or (q, k, 0.0)  # not read without norms
     bias = eight.bias if eight is not None and eight.bias is not None else k  # likewise
@@ -262,7 +263,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
         group_block, dim_block, block = max(16, group_block), max(16, dim_block), BLOCK
     else:
         block = max(8, min(64, TILE // (group_block * dim_block)))
-    warps = _warps(heads, kv_heads) if dot else WARPS
+    warps = _warps(q.device, heads, kv_heads)
     block //= 1 if bias is k else 2  # as much in registers, with the angles beside the keys
     _attend[(rows * kv_heads, splits)](
         q, k, v, cos, sin, table, positions, parts, lse, out, counters(q.device), *weights, bias, layer, scale,

@@ -198,7 +198,7 @@ class Tile(NamedTuple):
     rows: int  # of x per program
     columns: int  # of y per program
     width: int  # columns of K per iteration of the loop
-    resident: int  # programs that run on a multiprocessor at once
+    resident: int  # programs that run on a multiprocessor at once; for 8 rows what fits the timings, of which six do
     iter_cost: int  # time of an iteration, in units of what summing one more split costs
 
 

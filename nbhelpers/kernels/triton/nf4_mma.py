@@ -75,7 +75,7 @@ def _fetch(w_ptr, absmax_ptr, outer_ptr, row, block, half, blocks, stop, N, NEST
 
     Threads beyond the end read what is there: their row is not stored, or the scale is made 0.
     """
-    w_ptr += tl.minimum(block, blocks - 1) * 8 + half * 4
+    w_ptr += tl.minimum(block, stop - 1) * 8 + half * 4
     first = (w_ptr + tl.minimum(row, N - 1) * blocks * 8).to(tl.int64)
     other = (w_ptr + tl.minimum(row + 8, N - 1) * blocks * 8).to(tl.int64)
     w0, w1, w2, w3 = tl.inline_asm_elementwise(LOAD, "=r,=r,=r,=r,l", [first], [tl.int32] * 4, is_pure=False, pack=1)
