@@ -5,8 +5,8 @@
     python -m benchmarks.engines.tune --attention    the same for attention
 
 Weights are cold (16 copies in turn, more than the second-level cache holds), launches captured as a CUDA graph. In
-nbhelpers/kernels/triton set MOST_SPLITS of nf4_few_rows.py, OUT_COLUMNS and OUT_WARPS of decode_linear.py, and BLOCK,
-WARPS, STAGES and PROGRAMS of decode_attention.py.
+nbhelpers/kernels/triton set MOST_SPLITS and `tile` of nf4_few_rows.py, OUT_COLUMNS and OUT_WARPS of decode_linear.py,
+and BLOCK, WARPS, STAGES, PROGRAMS and what `attention_splits` goes by, of decode_attention.py.
 """
 
 import argparse

@@ -162,6 +162,10 @@ def fresh_copy(source: Path, target: Path, values: dict[str, Any]) -> None:
     nbformat.write(notebook, target)
 
 
+# whether a cell waits for the kernel, or runs
+WAITING = "() => [...document.querySelectorAll('.jp-InputPrompt')].some(it => it.textContent.includes('*'))"
+
+
 class Notebook:
     """A notebook in a tab of JupyterLab, and what a person does with it.
 
@@ -217,15 +221,19 @@ class Notebook:
 
     def wait(self, seconds: float) -> None:
         """Until the kernel has nothing to do. Raises TimeoutError."""
+        from playwright.sync_api import TimeoutError as NothingYet
+
         end = time.monotonic() + seconds
         quiet = 0
+        with contextlib.suppress(NothingYet):  # a busy page asks the kernel late: it is idle until then
+            self.page.wait_for_function(WAITING, timeout=3000)
         while quiet < 3:  # between two cells it is idle for a moment
             if time.monotonic() > end:
                 raise TimeoutError(f"the kernel still works after {seconds} s")
             self.page.wait_for_timeout(200)
             with urllib.request.urlopen(f"{self.address}/api/kernels", timeout=10) as answer:
                 states = [kernel["execution_state"] for kernel in json.load(answer)]
-            quiet = quiet + 1 if states == ["idle"] else 0
+            quiet = quiet + 1 if states == ["idle"] and not self.page.evaluate(WAITING) else 0
 
     def errors(self) -> list[str]:
         """What cells say on red: tracebacks, and what was printed as an error."""
