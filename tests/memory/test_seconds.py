@@ -1,6 +1,7 @@
 """Seconds of a step: what the planner says against what was measured, and what it says where nobody measured."""
 
 import json
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
@@ -226,3 +227,12 @@ def test_a_card_is_named_and_its_speed_and_size_are_planned(monkeypatch):
         memory.plan("qwen2.5-3b", card="Voodoo 2")
     with pytest.raises(ValueError, match=r"a laptop's has less memory .*card_gb=16"):
         memory.plan("qwen2.5-3b", card="NVIDIA GeForce RTX 4090 Laptop GPU")
+
+
+def test_the_planner_knows_which_layers_have_fewer_launches():
+    """It imports no torch, so the kernels' limits stand there again."""
+    pytest.importorskip("triton")
+    kernel = import_module("nbhelpers.kernels.triton.decode_linear")
+    assert (seconds.NORMED_ROWS, seconds.NORMED, seconds.NORMED_RANKS) == (
+        kernel.NORMED_ROWS, kernel.ROW, kernel.ROW_RANKS,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""PTX for products of NF4 weights with a few rows of x, all in registers: dequantise, multiply, accumulate.
+"""Products of NF4 weights with up to 16 rows of x by PTX, all in registers: dequantise, multiply, accumulate.
 
     y[n, row] += sum_k x[n, k] code[q[row, k]] absmax[row, k // 64]     the weights rounded to 16 bits, as in nf4.py
 
