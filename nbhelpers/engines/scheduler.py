@@ -3,6 +3,8 @@
     waiting requests -> a free row: the prompt is computed once for its group and copied to the group's rows
     rows             -> CHUNK steps at a time; the host reads the chunk before while the next one runs
     finished rows    -> leave; a waiting request takes the row, or the last rows move into the holes: a smaller batch
+    turns            -> where long texts wait for rows, some of the first leave early and go on later, so that the last
+                        ones do not write almost alone: a step of few rows takes as long as one of many
 
 A Scheduler serves one stage of a generation (graph.py says what a stage is).
 """
@@ -23,6 +25,8 @@ from .base import Sampling, Writer
 from .cuda_graphs import CHUNK, ModelRunner, batch_for, to_host
 from .sampler import next_token
 
+STEP_TOKENS = 100  # of a long text, computed in the seconds that a step takes: about as many on a T4 as on an H100
+
 
 @dataclass(eq=False)
 class Request:
@@ -32,12 +36,13 @@ class Request:
     seed: int
     writer: Writer
     text: list[int] = field(default_factory=list)  # prompt and completion as they were when the stage began
-    goal: int = 0  # tokens of the completion at which the request leaves the stage, unless it ends before
+    goal: int = 0  # tokens of the completion at which the request leaves its row, unless it ends before
+    comes_again: bool = False  # it has a goal beyond that in this stage
     asked: int = 0  # tokens of the completion that the device has been asked for so far, in all stages
 
     @property
     def left(self) -> int:
-        """Tokens that are still to come in this stage."""
+        """Tokens that are still to come before it leaves its row."""
         return 0 if self.writer.ended else self.goal - len(self.writer.completion.token_ids)
 
     def enter(self, length: int, max_tokens: int) -> None:
@@ -49,8 +54,40 @@ class Request:
         """
         written = self.writer.completion.token_ids
         self.text = self.prompt + written if written else self.prompt  # the prompt itself, for the group to share
-        self.goal = min(max_tokens, length - len(self.prompt))
+        self.goal, self.comes_again = min(max_tokens, length - len(self.prompt)), False
         self.asked = len(written)  # some that the last stage asked for were beyond its slot's end
+
+    def take_turn(self, first: int) -> "Request":
+        """Itself, with `first` tokens to write before it leaves its row; the others when its turn comes again."""
+        self.goal, self.comes_again = self.goal - self.left + first, first < self.left
+        return self
+
+
+def turns(left: Sequence[int], lengths: Sequence[int], rows: int) -> list[tuple[int, int]]:
+    """(step at which it begins, tokens that it writes before it leaves its row to one that waits) of each request.
+
+    McNaughton's rule (1959, "Scheduling with deadlines and loss functions"): the requests are laid one behind another
+    on `rows` lines of equal length. What is beyond the end of a line is written at the beginning of the next one, so
+    such a request writes that part first, and the rest when its turn comes again. Then all rows end together, in
+    sum(left) / rows steps, if every text gets as long as it may.
+
+    A text that comes again is computed again, as a prompt. Where that takes longer than what is won, nobody takes
+    turns: each begins at step 0 and writes all it has left.
+
+    Args:
+        left (`Sequence[int]`): Tokens that each request may still write, at least 1.
+        lengths (`Sequence[int]`): Of their texts, in tokens.
+        rows (`int`): That there are.
+    """
+    line = max(max(left), ceil(sum(left) / rows))
+    taken, at, again, ends = [], 0, 0, [0] * rows
+    for tokens, length in zip(left, lengths, strict=True):
+        ends[ends.index(min(ends))] += tokens  # of the rows, if each request is written at once
+        over = at + tokens - line
+        taken.append((at, tokens) if over <= 0 else (0, over))
+        again += length + over if over > 0 else 0
+        at = at + tokens if over < 0 else over
+    return taken if (max(ends) - line) * STEP_TOKENS > again else [(0, tokens) for tokens in left]
 
 
 class Chunk(NamedTuple):
@@ -85,10 +122,15 @@ class Scheduler:
     ):
         self.runner, self.decoder, self.cache = runner, runner.decoder, runner.cache
         rows, self.length = self.cache.slots()
+        self.max_tokens = sampling.max_tokens
         for request in requests:
-            request.enter(self.length, sampling.max_tokens)
+            request.enter(self.length, self.max_tokens)
         # texts of similar length are prefilled together, which needs little padding; a group stays together
         self.waiting = deque(sorted(requests, key=lambda request: len(request.text), reverse=True))
+        if all(request.writer.completion.token_ids for request in requests):  # no group has a prompt to share
+            left, lengths = [r.left for r in self.waiting], [len(r.text) for r in self.waiting]
+            taken = zip(self.waiting, turns(left, lengths, rows), strict=True)
+            self.waiting = deque(r.take_turn(first) for r, (_, first) in sorted(taken, key=lambda one: one[1][0]))
         self.rows: list[Request | None] = [None] * rows
         self.pending: deque[Chunk] = deque()
         # While members of this group wait they are the first in line, so the row that holds their text cannot have
@@ -153,10 +195,11 @@ class Scheduler:
             texts: list[list[int]] = []
             groups: list[list[int]] = []  # the rows that each text goes to
             while free and self.waiting:
-                if not texts or self.waiting[0].text is not texts[-1]:
-                    if len(texts) == most:
+                text = self.waiting[0].text
+                if not texts or text is not texts[-1]:
+                    if len(texts) == most or len(text) > len(first):  # one that comes again may be longer
                         break
-                    texts.append(self.waiting[0].text)
+                    texts.append(text)
                     groups.append([])
                 groups[-1].append(free.popleft())
                 self.rows[groups[-1][-1]] = self.waiting.popleft()
@@ -241,3 +284,7 @@ class Scheduler:
             request.writer.add(tokens[:left], logprobs[:left])  # what was drawn beyond the slot's end is discarded
             if request.left <= 0:
                 self.rows[self.rows.index(request)] = None
+                if request.comes_again and not request.writer.ended:
+                    # another object: chunks that are still on their way know the old one, which has nothing to come
+                    self.waiting.append(again := Request(request.prompt, request.seed, request.writer))
+                    again.enter(self.length, self.max_tokens)

@@ -8,7 +8,7 @@ import torch
 from engine_models import make, prompts
 
 from nbhelpers import kernels
-from nbhelpers.engines import Sampling
+from nbhelpers.engines import Sampling, scheduler
 from nbhelpers.engines import graph as graph_module
 from nbhelpers.engines.cuda_graphs import CHUNK, ModelRunner
 from nbhelpers.engines.forward import Decoder
@@ -49,6 +49,7 @@ def seen(monkeypatch):
     monkeypatch.setattr(graph_module.ModelRunner, "run", counted_run)
     monkeypatch.setattr(graph_module.Scheduler, "_prefill", counted_compute)
     monkeypatch.setattr(graph_module, "STAGE_TOKENS", 8)
+    monkeypatch.setattr(scheduler, "STEP_TOKENS", 0)  # nobody takes turns
     return seen
 
 
@@ -176,6 +177,7 @@ def test_memory_that_is_free_in_pieces_alone_makes_slots_shorter(seen, monkeypat
 def test_out_of_memory_in_the_middle_of_a_stage_loses_nothing(monkeypatch):
     model, texts, sampling = make("qwen2"), same_size(8, 10), Sampling(max_tokens=100, seed=6)
     wanted = GraphEngine(model).generate(texts, sampling)
+    monkeypatch.setattr(scheduler, "STEP_TOKENS", 0)
     run, calls = graph_module.ModelRunner.run, []
 
     def short_of_memory(self, *arguments):
@@ -223,3 +225,55 @@ def test_long_texts_have_graphs_of_their_own_where_attention_is_cut_into_more_pa
             for longest in (400, 16_384, 16_385, 20_000, 131_000, 16_384, 20_000):
                 runner.run(batch, CHUNK, longest)
     assert captured == [(2, 400), (2, 16_385), (2, 131_000), (64, 400)]
+
+
+@pytest.mark.parametrize("unlike", [0, 10])
+@pytest.mark.parametrize("requests, rows", [(8, 5), (8, 7), (8, 3), (3, 2), (100, 64), (9, 8), (8, 4), (5, 8)])
+def test_with_turns_all_rows_end_together(requests, rows, unlike):
+    """As the scheduler takes them: a row that is left goes to the first that waits, and who comes again to the end."""
+    left = [7000 - unlike * i for i in range(requests)]
+    taken = scheduler.turns(left, [1] * requests, rows)
+    waiting = [(first, n - first) for (_, first), n in sorted(zip(taken, left, strict=True), key=lambda one: one[0][0])]
+    running, step, begun = [], 0, 0
+    while waiting or running:
+        while waiting and len(running) < rows:
+            first, rest = waiting.pop(0)
+            running.append((step + first, begun, rest))
+            begun += 1
+        step, _, rest = running.pop(running.index(min(running)))
+        waiting += [(rest, 0)] if rest else []
+    least = max(max(left), -(-sum(left) // rows))
+    assert least <= step <= least * (1.07 if unlike else 1.001)
+    assert begun - requests < rows and all(0 < first <= n for (_, first), n in zip(taken, left, strict=True))
+
+
+def test_nobody_takes_turns_where_that_costs_more_than_it_wins():
+    at_once = [(0, 4000)]
+    assert scheduler.turns([4000] * 100, [4000] * 100, 64) == 100 * at_once  # 63 texts again, for 1,750 of 8,000 steps
+    assert scheduler.turns([4000] * 100, [400] * 100, 64) != 100 * at_once
+    assert scheduler.turns([4000] * 8, [9000] * 8, 4) == 8 * at_once  # two full waves
+    assert scheduler.turns([4000] * 3, [9000] * 3, 4) == 3 * at_once
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["cpu", "chunks"])
+@pytest.mark.parametrize("case", ["plain", "early", "penalty"])
+def test_with_turns_the_same_tokens_take_fewer_steps(case, asynchronous, seen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None))
+    name, how = CASES[case]
+    how = {**how, "min_tokens": 150} if "stop_ids" in how else how
+    model, texts = make(name, max_position_embeddings=512), same_size(8, 10)
+    sampling, budget = Sampling(max_tokens=180, seed=1, **how), int(5.2 * 192 * TOKEN)
+    written, steps = [], []
+    for worth in (0, 100):
+        monkeypatch.setattr(scheduler, "STEP_TOKENS", worth)
+        engine = GraphEngine(model, kv_bytes=budget)
+        engine.generate([[3]], Sampling(max_tokens=1))
+        engine._runner.asynchronous = asynchronous
+        seen.steps, seen.stages, seen.computed = 0, [], []
+        written.append([(c.token_ids, c.reason) for c in engine.generate(texts, sampling)])
+        steps.append(seen.steps)
+    assert written[0] == written[1] and seen.stages == [(8, 112), (5, 192)]
+    again = len(seen.computed) - 16
+    assert again == 4 if "stop_ids" not in how else 0 < again <= 4
+    if "stop_ids" not in how:  # 8 x 78 tokens in 5 rows are 125 steps; one after another they took 156
+        assert steps[0] - steps[1] > (10 if asynchronous else 25)
