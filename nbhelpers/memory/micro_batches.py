@@ -26,6 +26,7 @@ TILES = (8192, 4096, 2048, 1024)  # tokens of the MLP at once, where not all of 
 FIXED_TOKENS = 256  # dequantising a layer costs about as much time as this many tokens in it
 RECOMPUTED = 0.75  # share of a layer's forward that a layer computes again (the MLP's last product is not needed)
 PIECE = 0.377  # of a layer's launches once more for each further piece of the MLP (seconds.py fits it)
+PROMPT_SHARE = 0.1  # of a completion: a shorter prompt is computed again for each long one, see `StepCost.alone`
 SLACK = 1.02  # small tensors: statistics, indices, products with LoRA's A of a layer that is computed again
 
 
@@ -83,6 +84,8 @@ class StepCost:
             are made before they are added up.
         adapted (`int`): Columns of the products with LoRA's A in a layer, over all of its linear layers.
         launches (`int`): Tokens that a layer computes while Python launches one pass through it: fewer take as long.
+        alone (`int`): Longer completions, in tokens, are not packed with others, unless they share a prompt that would
+            count: attention to one sequence is quicker then. 0: all are packed.
     """
 
     architecture: Architecture
@@ -93,6 +96,7 @@ class StepCost:
     whole: bool = False
     adapted: int = 0
     launches: int = 0
+    alone: int = 0
 
     @property
     def layers(self) -> int:
@@ -237,14 +241,16 @@ class StepCost:
         Rows of a prompt stay together as far as they can. Raises CannotFit if not even one row fits.
         """
         order = sorted(range(len(rows)), key=lambda i: (rows[i][0], -rows[i][2]))
-        lengths = [rows[i][1] + rows[i][2] for i in order]
+        alone = [[i] for i in order if 0 < self.alone < rows[i][2] and rows[i][1] < PROMPT_SHARE * rows[i][2]]
+        packed = [i for i in order if [i] not in alone]
+        lengths = [rows[i][1] + rows[i][2] for i in packed]
         best: list[MicroBatch] | None = None
         least_time = float("inf")
-        for pieces in _piece_counts(len(rows)):
-            cut = []
-            for chosen in _cut(order, lengths, pieces):
+        for pieces in _piece_counts(len(packed)) or [0]:
+            cut, runs = [], alone + (_cut(packed, lengths, pieces) if pieces else [])
+            for chosen in runs:
                 tokens = count([rows[i] for i in chosen], share)
-                batch = self.micro_batch(tuple(chosen), tokens, room, fresh if pieces == 1 else 0)
+                batch = self.micro_batch(tuple(chosen), tokens, room, fresh if len(runs) == 1 else 0)
                 if batch is None:
                     break
                 cut.append(batch)
@@ -277,10 +283,10 @@ def largest(fits: Callable[[int], bool], low: int, high: int) -> int:
 
 
 def _piece_counts(rows: int) -> list[int]:
-    """1, 2, 3, ... and coarser further on, up to one row a piece."""
+    """1, 2, 3, ... and coarser further on, up to one row a piece; none for no rows."""
     counts = {*range(1, min(rows, 16) + 1), rows}
     counts |= {ceil(rows / n) for n in range(1, 9)}
-    return sorted(counts)
+    return sorted(counts - {0})
 
 
 def _cut(order: list[int], lengths: list[int], pieces: int) -> list[list[int]]:

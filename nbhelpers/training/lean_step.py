@@ -28,7 +28,7 @@ from nbhelpers.models import each, families
 from nbhelpers.models.finite import first_not_finite
 
 from .layerwise import Layers, LayerwiseDecoder
-from .packed_attention import choose, prefers_sdpa
+from .packed_attention import LONG, choose, prefers_sdpa
 from .packing import Packed, Row, Rows, pack
 
 if TYPE_CHECKING:
@@ -79,13 +79,14 @@ class LeanStep:
             dtype = torch.get_autocast_dtype(self.device.type) if on else embedding.dtype
         backend = attention or choose(self.device, dtype)
         shapes = families.architecture(model.config.to_dict())
-        if backend == "flash":  # timed now, when there is room for it
-            prefers_sdpa(self.device, dtype, shapes.num_attention_heads, shapes.num_key_value_heads, shapes.head_dim)
+        # timed now, when there is room for it
+        heads = (shapes.num_attention_heads, shapes.num_key_value_heads, shapes.head_dim)
+        alone = LONG if backend == "flash" and prefers_sdpa(self.device, dtype, *heads) else 0
         self.decoder = LayerwiseDecoder(model, backend, autocast)
         width = max(embedding.element_size(), dtype.itemsize)
         dropped, adapted = map(max, zip(*map(_of_lora, self.decoder.layers), strict=True))
         whole = self.decoder.head.weight.requires_grad
-        self.cost = StepCost(shapes, width, backend, dropped, whole=whole, adapted=adapted)
+        self.cost = StepCost(shapes, width, backend, dropped, whole=whole, adapted=adapted, alone=alone)
         if self.device.type == "cuda":
             self.set_launches(REACHED.layer)  # until a rehearsal has timed them
         self.model, self._parameters = model, each.parameters(model)

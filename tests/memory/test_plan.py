@@ -266,6 +266,22 @@ def test_a_plan_for_texts_has_no_generation_and_cuts_as_the_step_does():
         memory.plan("llama-3.1-8b", method="dpo")
 
 
+def test_long_completions_are_cut_one_by_one_where_attention_to_one_sequence_is_quicker():
+    shape = presets.get("llama-3.1-8b").architecture
+    packed = micro_batches.StepCost(shape, launches=2000)
+    alone = replace(packed, alone=8192)
+
+    def cut(cost, *rows):
+        return [batch.rows for batch in cost.split([*rows], 1e12)]
+
+    long, short, prompted = (0, 256, 20_000), (0, 256, 768), (0, 13_000, 20_000)
+    assert cut(packed, long, long, short) == [(0, 1, 2)] and cut(alone, long, long, short) == [(0,), (1,), (2,)]
+    assert cut(alone, short, long, short, long) == [(1,), (3,), (0, 2)]
+    assert cut(alone, short, short) == [(0, 1)] and cut(alone, prompted, prompted) == [(0, 1)]
+    assert cut(alone, (0, 256, 8192), (0, 256, 8192)) == [(0, 1)] and cut(alone, long) == [(0,)]
+    assert alone.split([long], 1e12, fresh=10) == packed.split([long], 1e12, fresh=10)
+
+
 def test_a_small_card_is_told_shorter_texts():
     given = {"card_gb": 8, "method": "sft", **LLAMA}
     plan = memory.plan("llama-3.1-8b", **(given | {"max_completion_length": 40_000}))
