@@ -7,13 +7,34 @@ prompt by itself, then each completion as queries whose keys are the prompt's an
 predicts nothing and is left out; its first is predicted by the prompt's last token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import wraps
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from nbhelpers.kernels.taken import Taken
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def on_one_thread(function: Callable[P, T]) -> Callable[P, T]:
+    """Torch's operations on the host take one thread in it: to wake all of many cores takes longer than to sort or
+    index a batch's tokens, and meanwhile the GPU waits."""
+
+    @wraps(function)
+    def alone(*args: P.args, **options: P.kwargs) -> T:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function(*args, **options)
+        finally:
+            torch.set_num_threads(threads)
+
+    return alone
 
 
 class Row(NamedTuple):
@@ -35,6 +56,7 @@ class Rows:
     scored: dict[int, Tensor]  # int64 [n], by Row.number: which of the completion's tokens take a loss
 
 
+@on_one_thread
 def unpad(
     prompt_ids: Tensor,
     prompt_mask: Tensor,
@@ -100,6 +122,7 @@ class Packed:
         return queries, max(end - first for _, _, first, end in self.sequences)
 
 
+@on_one_thread
 def pack(batch: Rows, rows: list[Row], device: torch.device | str, share: bool = True) -> Packed:
     """Some rows of a batch laid end to end on `device`.
 
