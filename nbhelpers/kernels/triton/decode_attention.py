@@ -321,7 +321,8 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
     else:
         block = max(8, min(64, TILE // (group_block * dim_block)))
     warps = _warps(q.device, heads, kv_heads)
-    block //= 1 if bias is k else 2  # as much in registers, with the angles beside the keys
+    if bias is not k and not (dot and q.element_size() == 2):
+        block //= 2  # as much in registers, with the angles beside the keys
     _attend[(rows * kv_heads, splits)](
         q, k, v, cos, sin, table, positions, parts, lse, out, counters(q.device), *weights, bias, layer, scale,
         window or 0, eps,
