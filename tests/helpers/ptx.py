@@ -113,8 +113,9 @@ class Machine:
         self.set(a[0], self.get(a[1]) >> self.get(a[2]))
 
     def lop3(self, name, a):
-        assert int(a[4], 16) == 0xEA
-        self.set(a[0], self.get(a[1]) & self.get(a[2]) | self.get(a[3]))
+        both, third, table = self.get(a[1]) & self.get(a[2]), self.get(a[3]), int(a[4], 16)
+        assert table in (0xEA, 0x6A)
+        self.set(a[0], both | third if table == 0xEA else both ^ third)
 
     def prmt(self, name, a):
         eight = np.stack([self.get(a[1]), self.get(a[2])], axis=1).astype("<u4").view(np.uint8)
@@ -125,6 +126,21 @@ class Machine:
     def mul(self, name, a):
         assert name == "mul.rn.f32"
         self.set(a[0], (self.get(a[1]).view(np.float32) * self.get(a[2]).view(np.float32)).view(np.uint32))
+
+    def fma(self, name, a):
+        assert name == "fma.rn.bf16x2"
+        self._by_halves(a[0], "bf16", lambda x, y, z: x * y + z, *a[1:])
+
+    def sub(self, name, a):
+        assert name == "sub.rn.f16x2"
+        self._by_halves(a[0], "f16", lambda x, y: x - y, *a[1:])
+
+    def _by_halves(self, to, kind, function, *names):
+        low, high = (
+            _to_16_bits(function(*(_to_float(self.get(n), i, kind) for n in names)).view(np.uint32), kind)
+            for i in range(2)
+        )
+        self.set(to, low | high << np.uint32(16))
 
     def cvt(self, name, a):
         halves = [_to_16_bits(self.get(register), name) for register in a[1:]]
@@ -169,11 +185,13 @@ def _to_float(register: np.ndarray, half: int, name: str) -> np.ndarray:
 
 @contextmanager
 def emulated():
-    """tl.inline_asm_elementwise works in the interpreter, for pack=1."""
+    """tl.inline_asm_elementwise works in the interpreter, for pack=1, and for pack=2 with 16 bits everywhere."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def create(self, asm, constraints, values, types, is_pure, pack):
-        assert pack == 1 and len(constraints.split(",")) == len(values) + len(types)
+        assert len(constraints.split(",")) == len(values) + len(types)
+        sizes = {v.data.itemsize for v in values} | {t.scalar.primitive_bitwidth // 8 for t in types}
+        assert pack == 1 or (pack == 2 and sizes == {2})
         shape = np.broadcast_shapes(*(value.data.shape for value in values))
         inputs = []
         for value in values:
@@ -182,7 +200,12 @@ def emulated():
         outs = []
         for out, type_ in zip(run(asm, inputs, len(types)), types, strict=True):
             bits = type_.scalar.primitive_bitwidth
-            data = out.view(np.float32) if type_.scalar.is_floating() else out.astype(f"uint{bits}").view(f"int{bits}")
+            if pack == 2:
+                data = out.view(np.float16 if type_.scalar.is_fp16() else np.uint16)
+            elif type_.scalar.is_floating():
+                data = out.view(np.float32)
+            else:
+                data = out.astype(f"uint{bits}").view(f"int{bits}")
             outs.append(TensorHandle(data.reshape(shape), type_.scalar))
 
         class Call:

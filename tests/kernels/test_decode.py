@@ -3,6 +3,8 @@
 from importlib import import_module
 
 import interpreter  # first: before anything that imports triton
+import numpy as np
+import ptx
 import pytest
 import torch
 
@@ -94,6 +96,10 @@ IN_8_BITS = [
      "window": 9, "layer": 0, "tolerance": 1e-4},
     {"rows": 2, "heads": 4, "kv_heads": 2, "dim": 16, "positions": [9, 21], "dtype": torch.float16, "bits": 8,
      "tolerance": 2e-3},
+    {"rows": 2, "heads": 24, "kv_heads": 1, "dim": 24, "positions": [0, 33], "dtype": torch.float16, "bits": 8,
+     "rotary": 16, "window": 20, "tolerance": 2e-3},
+    {"rows": 2, "heads": 6, "kv_heads": 2, "dim": 32, "positions": [5, 40], "dtype": torch.float16, "bits": 8,
+     "bias": True, "tolerance": 1e-2},
 ]  # fmt: skip
 LONG = {"rows": 2, "heads": 6, "kv_heads": 1, "dim": 16, "positions": [590, 9], "length": 600, "tolerance": 1e-4}
 
@@ -117,12 +123,26 @@ class TestAttention:
         monkeypatch.setattr(module, "attention_splits", lambda *_: splits)
         monkeypatch.setattr(module, "TILE", 1024)  # several blocks a split
         monkeypatch.setattr(module, "BLOCK", 16)
-        check_attention(**case)
+        with ptx.emulated():
+            check_attention(**case)
 
     @pytest.mark.parametrize("splits, bits, bias, window", [(32, 16, False, None), (64, 8, False, 400),
                                                             (32, 8, True, None), (64, 8, True, 400)])  # fmt: skip
     def test_a_long_text_in_many_splits_equals_torch(self, splits, bits, bias, window, dot, monkeypatch):
         self.test_equals_torch(LONG | {"bits": bits, "bias": bias, "window": window}, splits, dot, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_each_pair_of_int8_numbers_is_unpacked_exactly(kind):
+    module = pytest.importorskip("nbhelpers.kernels.triton.decode_attention")
+    words = np.random.default_rng(0).permutation(2**16).astype(np.uint32)
+    words |= words[::-1] << np.uint32(16)  # two pairs each
+    unpacked = ptx.run({"bf16": module.TO_BF16, "fp16": module.TO_FP16}[kind].value, [words], 2)
+    numbers = words.view(np.int8).reshape(-1, 2, 2)  # [word, position, channel]
+    for channel, halves in enumerate(unpacked):
+        got = halves.view(np.uint16 if kind == "bf16" else np.float16).reshape(-1, 2)
+        got = (got.astype(np.uint32) << 16).view(np.float32) if kind == "bf16" else got
+        assert np.array_equal(got, numbers[:, :, channel])
 
 
 # (counter, word) at seed 123456789 whose hash is one of the 64 largest of 2^31: u would be rounded to 1, and E infinite

@@ -20,6 +20,11 @@ what it adds to a score needs no key, only the position's cosines and sines (ang
     u = [q1 b1 + q2 b2, q2 b1 - q1 b2, q3 b3]        1 and 2: the halves that are rotated, 3: what is not
 
 u is summed from two numbers of 16 bits, as one would round a product of hundreds by whole units.
+
+On tensor cores int8 keys are multiplied as they are, by q = step (256 high + low), two int8 numbers of a 16-bit one. A
+value has to become 16 bits wide, but a product over positions wants a channel's positions side by side, which no load
+of bytes from shared memory gives. So two channels are read as one number of 16 bits, for which there is such a load,
+and unpacked behind it: the even channels of the output are one product and the odd ones another.
 """
 
 from functools import cache
@@ -35,11 +40,27 @@ from .common import begin, ceil_div, early, power_of_2, tensor_cores, wait
 
 TILE = 8192  # without tensor cores: query heads of a group x positions x D that a program multiplies per iteration
 BLOCK = 64  # with tensor cores: positions per iteration
-WARPS, STAGES = 2, 2
+WARPS, STAGES, STAGES_8_BITS = 2, 2, 3
 PROGRAMS = 264  # at least this many, for a card of 40 to 140 multiprocessors: no splits of so many rows x key heads
 SPLITS, MOST_SPLITS = 16, 64  # at most: of a short text, and of a long one that has SHARE positions for each
 SHARE, LONG_WARPS = 1024, 1024  # and while all programs have no more than so many warps
 JOINED = 2048  # numbers of all splits together that a warp joins at once
+
+# Two positions' pairs of int8 channels in a word -> the even channels in 16 bits, and the odd ones. In bf16 128 plus
+# the lower seven bits are exact, less 128 or, of a negative number, 256. In fp16 1,024 to 1,279 are exact: with its
+# sign's bit turned over a number is 128 more, from 0 to 255.
+TO_BF16 = tl.constexpr("""{
+    .reg .b32 odd, low, sign, minus; mov.b32 minus, 0xbf80bf80; shr.u32 odd, $2, 8;
+    lop3.b32 low, $2, 0x007f007f, 0x43004300, 0xEA; lop3.b32 sign, $2, 0x00800080, 0x43004300, 0xEA;
+    fma.rn.bf16x2 $0, sign, minus, low;
+    lop3.b32 low, odd, 0x007f007f, 0x43004300, 0xEA; lop3.b32 sign, odd, 0x00800080, 0x43004300, 0xEA;
+    fma.rn.bf16x2 $1, sign, minus, low;
+}""")
+TO_FP16 = tl.constexpr("""{
+    .reg .b32 odd, low, more; mov.b32 more, 0x64806480; shr.u32 odd, $2, 8;
+    lop3.b32 low, $2, 0x00ff00ff, 0x64806480, 0x6A; sub.rn.f16x2 $0, low, more;
+    lop3.b32 low, odd, 0x00ff00ff, 0x64806480, 0x6A; sub.rn.f16x2 $1, low, more;
+}""")
 
 
 @triton.jit
@@ -89,6 +110,15 @@ def _of_bias(q_ptrs, d, real, cos_ptr, sin_ptr, bias_ptr, D: tl.constexpr, HALF:
     )
 
 
+@triton.jit
+def _in_16_bits(query, scale):
+    """fp32 [G, D] -> int8 `high` and `low` [G, D] and fp32 [G, 1] with scale query = step (256 high + low)."""
+    step = tl.max(tl.abs(query), axis=1, keep_dims=True) / 32639  # 127 * 256 + 127
+    whole = tl.floor(query / tl.where(step > 0, step, 1.0) + 0.5)
+    high = tl.floor((whole + 128) * (1 / 256))
+    return high.to(tl.int8), (whole - high * 256).to(tl.int8), step * scale
+
+
 @triton.jit(do_not_specialize=["layer"])
 def _attend(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, table_ptr, positions_ptr, out_ptr, lse_ptr,
             joined_ptr, counters_ptr, q_weight_ptr, k_weight_ptr, bias_ptr, layer, scale, window, eps,
@@ -108,6 +138,8 @@ def _attend(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, table_ptr, positions_ptr, out
 
     dtype: tl.constexpr = k_ptr.dtype.element_ty
     kept: tl.constexpr = tl.int8 if EIGHT else dtype
+    BYTES: tl.constexpr = EIGHT and DOT and dtype != tl.float32  # multiplied and unpacked as the module's text says
+    UNPACK: tl.constexpr = TO_BF16 if dtype == tl.bfloat16 else TO_FP16
     address = tl.load(table_ptr).to(tl.pointer_type(kept))
     layer_stride, row_stride, head_stride = tl.load(table_ptr + 1), tl.load(table_ptr + 2), tl.load(table_ptr + 3)
     keys_ptr = tl.multiple_of(address + layer * layer_stride + row * row_stride + head * head_stride, 16)
@@ -150,6 +182,12 @@ def _attend(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, table_ptr, positions_ptr, out
     total = tl.where(own, 1.0, 0.0) + tl.zeros([GROUP_BLOCK], tl.float32)
     result = tl.where(own, new_value.to(tl.float32)[None, :] + tl.zeros_like(query), 0.0)  # [G, D]
 
+    if BYTES:
+        high, low, step = _in_16_bits(query, scale)
+        result, odd_result = tl.split(tl.reshape(result, [GROUP_BLOCK, D_BLOCK // 2, 2]))
+        pairs_ptr, pair_d = values_ptr.to(tl.pointer_type(tl.int16)), tl.arange(0, D_BLOCK // 2)[None, :]
+        position = position.to(tl.int32)  # addresses in a head are short, and half the work
+
     first = position * 0
     if WINDOW:
         first = tl.maximum(position - window + 1, 0)
@@ -158,15 +196,26 @@ def _attend(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, table_ptr, positions_ptr, out
     stop = tl.minimum(start + share, position)
     for block_start in range(start, stop, BLOCK):
         index = block_start + n
-        real = (index < stop)[:, None] & real_d[None, :]
-        key = tl.load(keys_ptr + index[:, None] * D + d[None, :], real, 0.0)
-        value = tl.load(values_ptr + index[:, None] * D + d[None, :], real, 0.0)
-        if DOT:
-            score = tl.dot(query.to(dtype), tl.trans(key.to(dtype)), input_precision="ieee") * scale
+        within = index < stop
+        if BYTES:  # the last position again instead of none: no comparison for each load
+            index = tl.minimum(index, stop - 1)
+            real = real_d[None, :]
+            key = tl.load(keys_ptr + index[:, None] * D + d[None, :], real, 0, eviction_policy="evict_first")
+            pair = tl.load(
+                pairs_ptr + index[:, None] * (D // 2) + pair_d, pair_d < D // 2, 0, eviction_policy="evict_first"
+            )
+            products = tl.dot(high, tl.trans(key), out_dtype=tl.int32) * 256
+            score = tl.dot(low, tl.trans(key), products, out_dtype=tl.int32).to(tl.float32) * step
         else:
-            score = tl.sum(query[:, None, :] * key.to(tl.float32)[None, :, :], axis=2) * scale
+            real = within[:, None] & real_d[None, :]
+            key = tl.load(keys_ptr + index[:, None] * D + d[None, :], real, 0.0)
+            value = tl.load(values_ptr + index[:, None] * D + d[None, :], real, 0.0)
+            if DOT:
+                score = tl.dot(query.to(dtype), tl.trans(key.to(dtype)), input_precision="ieee") * scale
+            else:
+                score = tl.sum(query[:, None, :] * key.to(tl.float32)[None, :, :], axis=2) * scale
         if EIGHT:
-            score *= tl.load(key_scales_ptr + index, index < stop, 0.0)[None, :]
+            score *= tl.load(key_scales_ptr + index, within, 0.0)[None, :]
         if BIAS:
             angle = tl.load(angles_ptr + index[:, None] * D + d[None, :], real, 0.0)
             if DOT:
@@ -174,19 +223,27 @@ def _attend(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, table_ptr, positions_ptr, out
                 score = tl.dot(least, tl.trans(angle), score, input_precision="ieee")
             else:
                 score += tl.sum(of_bias[:, None, :] * angle.to(tl.float32)[None, :, :], axis=2)
-        score = tl.where((index < stop)[None, :], score, float("-inf"))  # [G, BLOCK]
+        score = tl.where(within[None, :], score, float("-inf"))  # [G, BLOCK]
         new_max = tl.maximum(running_max, tl.max(score, axis=1))
         old, weight = tl.exp(running_max - new_max), tl.exp(score - new_max[:, None])
         total = total * old + tl.sum(weight, axis=1)
         if EIGHT:
-            weight *= tl.load(value_scales_ptr + index, index < stop, 0.0)[None, :]
-        if DOT:
+            weight *= tl.load(value_scales_ptr + index, within, 0.0)[None, :]
+        if BYTES:
+            even, odd = tl.inline_asm_elementwise(
+                UNPACK, "=r,=r,r", [pair], [k_ptr.dtype.element_ty] * 2, is_pure=True, pack=2
+            )
+            result = tl.dot(weight.to(dtype), even, result * old[:, None])
+            odd_result = tl.dot(weight.to(dtype), odd, odd_result * old[:, None])
+        elif DOT:
             result = tl.dot(weight.to(dtype), value.to(dtype), result * old[:, None], input_precision="ieee")
         else:
             fresh = tl.sum(weight[:, :, None] * value.to(tl.float32)[None, :, :], axis=1)
             result = result * old[:, None] + fresh
         running_max = new_max
 
+    if BYTES:
+        result = tl.reshape(tl.join(result, odd_result), [GROUP_BLOCK, D_BLOCK])
     not_empty = total > 0.0  # false where the split has no positions
     result = result / tl.where(not_empty, total, 1.0)[:, None]
     slot = (row * KV_HEADS + head) * GROUP + g
@@ -260,11 +317,12 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
     lse = torch.empty(rows, heads, splits, dtype=torch.float32, device=q.device) if splits > 1 else out
     group_block, dim_block = triton.next_power_of_2(group), triton.next_power_of_2(dim)
     if dot:
-        group_block, dim_block, block = max(16, group_block), max(16, dim_block), BLOCK
+        group_block, dim_block, block = max(16, group_block), max(16 if eight is None else 32, dim_block), BLOCK
     else:
         block = max(8, min(64, TILE // (group_block * dim_block)))
     warps = _warps(q.device, heads, kv_heads)
-    block //= 1 if bias is k else 2  # as much in registers, with the angles beside the keys
+    if bias is not k and not (dot and q.element_size() == 2):
+        block //= 2  # as much in registers, with the angles beside the keys
     _attend[(rows * kv_heads, splits)](
         q, k, v, cos, sin, table, positions, parts, lse, out, counters(q.device), *weights, bias, layer, scale,
         window or 0, eps,
@@ -273,6 +331,6 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
         kv_heads, group, dim, splits, window is not None, group_block, dim_block, block, cos.shape[-1] // 2,
         norms is not None, eight is not None, bias is not k, dot,
         min(triton.next_power_of_2(group * dim), warps * JOINED // splits),
-        num_warps=warps, num_stages=STAGES if dot else 1, **early(q.device),
+        num_warps=warps, num_stages=(STAGES if eight is None else STAGES_8_BITS) if dot else 1, **early(q.device),
     )  # fmt: skip
     return out
