@@ -1,4 +1,6 @@
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -47,6 +49,25 @@ def test_the_engines_dry_pass_compiles_what_the_first_tokens_launch(name, draws,
     assert card.launched <= card.compiled, sorted(card.launched - card.compiled)
 
 
+def test_what_takes_longest_is_compiled_first(monkeypatch):
+    """On two cores the threads end together then."""
+    model, order = make("qwen2", four_bit=True, dtype=torch.bfloat16), []
+    submit = ahead._Loading.submit
+
+    def noted(loading, compile_one):
+        return submit(loading, lambda: (order.append(found := compile_one()), found)[1])
+
+    with no_card.played(), kernels.use("triton"):
+        monkeypatch.setattr(ahead, "dry", lambda: True)
+        monkeypatch.setattr(ahead.os, "sched_getaffinity", lambda _: {0}, raising=False)  # one after the other
+        monkeypatch.setattr(ahead._Loading, "submit", noted)
+        GraphEngine(model, max_rows=4, kv_bytes=10**8).generate(prompts(3), DRAWS[0])
+    names = [kernel.source for kernel in order]
+    assert {"_attend", "_dequantize_group", "_stack_layer", "_rotate"} <= set(names)
+    last = names[names.index("_append") + 1 :]  # what prompts alone need
+    assert {"_dequantize_group", "_stack_layer", "_rotate"} <= set(last) and "_attend" not in last
+
+
 def test_of_long_prompts_it_compiles_attention_in_as_many_parts_as_they_have(monkeypatch):
     monkeypatch.setattr(import_module("nbhelpers.kernels.triton.decode_attention"), "SHARE", 1)  # 17 tokens are long
     test_the_engines_dry_pass_compiles_what_the_first_tokens_launch("qwen2", DRAWS[0], 16, monkeypatch)
@@ -88,6 +109,37 @@ def test_kernels_are_compiled_in_threads_and_found_by_the_launch():
         gated(64)
         gated(30)
     assert card.launched == card.compiled
+
+
+def test_a_dry_pass_waits_for_what_was_begun(monkeypatch):
+    pool, ended = ThreadPoolExecutor(1), []
+    futures = [pool.submit(lambda: 1 / 0), pool.submit(lambda: (time.sleep(0.2), ended.append(True)))]
+    monkeypatch.setattr(ahead, "_begun", lambda: futures)
+    with no_card.played(), kernels.use("triton"), ahead.side_by_side(CPU):
+        assert ended
+        gated(64)
+
+
+def test_it_begins_where_an_engine_is_made_and_nowhere_without_a_card(monkeypatch):
+    begun = []
+    monkeypatch.setattr(ahead, "_begun", lambda: begun.append(True))
+    GraphEngine(make("qwen2"))
+    assert not begun
+    monkeypatch.setattr(ahead, "possible", lambda device: True)
+    GraphEngine(make("qwen2"))
+    assert begun
+
+
+def test_what_is_begun_is_what_a_first_kernel_waits_for(monkeypatch):
+    from triton.runtime import cache
+
+    with no_card.played():
+        cache.triton_key.cache_clear()
+        for fn in ahead._compiled_kernels():
+            fn.hash = None
+        ahead._hash()
+        assert cache.triton_key.cache_info().currsize == 1
+        assert all(fn.hash for fn in ahead._compiled_kernels())
 
 
 def test_all_is_as_before_after_an_error():
