@@ -23,7 +23,7 @@ from nbhelpers import kernels
 from nbhelpers.engines import Sampling
 from nbhelpers.engines.graph import GraphEngine
 from nbhelpers.engines.scheduler import Scheduler
-from nbhelpers.kernels import ahead
+from nbhelpers.kernels import Projection, ahead, decode_step
 from nbhelpers.kernels.triton import sampling
 from nbhelpers.kernels.triton.swiglu import _forward
 from nbhelpers.training import rehearsal
@@ -181,6 +181,17 @@ def test_the_sampler_has_one_variant_for_every_number_of_rows():
             index = torch.zeros(rows, dtype=torch.int64)
             sampling.draw(torch.zeros(rows, 151936), index, index)
     assert len(card.launched) == 2
+
+
+def test_without_tensor_cores_the_thin_product_has_one_variant_for_every_group_of_layers():
+    x = torch.zeros(8, 1, 64)
+    lora = {"lora_a": torch.zeros(16, 64), "lora_b": torch.zeros(32, 16), "scale": 2.0}
+    part = Projection(torch.zeros(32, 64), None, **lora)
+    bare = Projection(torch.zeros(32, 64))
+    with no_card.played() as card, kernels.use("triton"):
+        for parts in ((part,), (part, part), (part, part, part), (part, bare, part)):
+            decode_step.decode_linear(x, parts)
+    assert sum(name == "_thin" for _, name, _ in card.launched) == 1
 
 
 @pytest.fixture
