@@ -41,7 +41,10 @@ def ready(job: Job, row: RowWriter) -> None:
     """From a loaded model to the first tokens of a batch of 8, with all that is made on the way: two tokens, so that a
     prompt, a captured graph and its replay are in it. A job whose `ahead` is False has no dry pass: kernels are
     compiled one by one."""
-    model, texts, side_by_side = build(job), prompts_of(job, 8), job.get("ahead", True)
+    side_by_side = job.get("ahead", True)
+    if side_by_side:
+        ahead.begin(device())  # as the loader does
+    model, texts = build(job), prompts_of(job, 8)
     with nullcontext() if side_by_side else mock.patch.object(ahead, "possible", lambda device: False):
         seconds = timed(lambda: GraphEngine(model).generate(texts, Sampling(max_tokens=2)))
     cores, metric = len(os.sched_getaffinity(0)), "ready" if job["triton_cache"] == "warm" else "ready-first-ever"

@@ -90,6 +90,7 @@ class GraphEngine(Engine):
         self.model, self.tokenizer, self.max_rows, self.kv_bits = model, tokenizer, max_rows, checked(kv_bits)
         self.kv_bytes, self.budget_gb, self.eager = kv_bytes, budget_gb, eager
         self._runner: ModelRunner | None = None
+        ahead.begin(model.device)
 
     def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
         """See `Engine.generate`. Raises MemoryError too, if not even one row fits the budget for keys and values."""
@@ -165,6 +166,6 @@ def _dry_pass(runner: ModelRunner, requests: list[Request], sampling: Sampling) 
     texts = {id(request.prompt): request.prompt[:DRY_TOKENS] for request in first}
     scheduler = Scheduler(runner, [Request(text, 0, Writer(sampling)) for text in texts.values()], sampling)
     scheduler.decoder = runner.decoder.of_each_form()
+    # the step first, as its kernels take longest; with as many positions as the first steps are asked for
+    runner.dry_step(rows, min(len(first[0].prompt) + CHUNK, length))
     scheduler.admit()
-    runner.state.zero_()
-    runner.dry_step(rows, min(len(first[0].prompt) + CHUNK, length))  # as the first steps are asked for

@@ -9,7 +9,7 @@ freed at the end of the last one. A captured CUDA graph keeps addresses, so the 
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 import torch.nn.functional as F
@@ -47,8 +47,12 @@ class KVCache:
         self.angles: Tensor | None = None  # [length, D], see eight_bits: what each position is rotated by
         self.half = 0  # frequencies in them
         self.shared_heads = capability(self.device) >= (8, 0)
-        # FlashAttention takes no mask of a long text's later pieces
-        self.lower_right = self.shared_heads and self.dtype != torch.float32 and lower_right(self.device, self.dtype)
+
+    @cached_property
+    def lower_right(self) -> bool:
+        """Whether a long text's later pieces need no mask, which FlashAttention does not take. Asked by such a text
+        alone: a first token would wait until the kernels that answer it are loaded."""
+        return self.shared_heads and self.dtype != torch.float32 and lower_right(self.device, self.dtype)
 
     @property
     def token_bytes(self) -> int:

@@ -2,7 +2,8 @@
 
 Triton compiles a kernel when it is first launched, for exactly these arguments, one after the other: two dozen for a
 first token, half a second each. So the code that is about to run runs dry first: nothing is launched, what each launch
-needs is compiled, in several threads. (LLVM and ptxas, most of the work, run without Python's lock.)
+needs is compiled, in several threads. (LLVM and ptxas, most of the work, run without Python's lock.) What takes longest
+is best launched first, so that the threads end together.
 
     ahead.compile_for(device, dry_pass)      # dry_pass(): what is about to run, on the tensors that it will run on
 
@@ -16,11 +17,14 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+
+from . import launcher
 
 THREADS = 16  # at most; a first token takes some two dozen kernels
 
@@ -42,6 +46,39 @@ def possible(device: torch.device) -> bool:
         return bool(_compiled_kernels())
     except Exception:  # whatever a Triton that cannot be imported raises
         return False
+
+
+def begin(device: torch.device) -> None:
+    """Begin what the first kernel of a process waits for, in threads. Call it before something that takes longer than
+    the second that this takes, as weights that are to be read."""
+    if possible(device):
+        _begun()
+
+
+@cache
+def _begun() -> list[Future]:
+    pool = ThreadPoolExecutor(2, "begin")
+    futures = [pool.submit(_hash), pool.submit(_build)]
+    pool.shutdown(wait=False)
+    return futures
+
+
+def _hash() -> None:
+    """What Triton finds compiled kernels by: of its own library, 400 MB, and of each kernel's source."""
+    from triton.runtime.cache import triton_key
+
+    triton_key()
+    import_module("triton.compiler.code_generator")
+    for fn in _compiled_kernels():
+        fn.cache_key  # noqa: B018
+
+
+def _build() -> None:
+    """What Triton has the C compiler build once."""
+    from triton.runtime import driver
+
+    driver.active.utils  # noqa: B018
+    launcher.built()
 
 
 def compile_for(device: torch.device, dry_pass: Callable[[], object]) -> None:
@@ -67,6 +104,8 @@ def side_by_side(device: torch.device) -> Iterator[None]:
     from triton.runtime import _async_compile
 
     global _dry
+    for begun in _begun():
+        begun.exception()  # waits; what went wrong goes wrong again where it is needed
     every = _compiled_kernels()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on Windows
     pool = ThreadPoolExecutor(min(THREADS, cores), "compile", partial(_enter, device))
@@ -80,22 +119,23 @@ def side_by_side(device: torch.device) -> Iterator[None]:
         finally:
             _async_compile.active_mode.reset(before)
 
-    try:
-        _dry = True
-        for fn in every:
-            fn.run = partial(launch, fn)  # of this one function, not of its class
-        yield
-    except BaseException:
-        pool.shutdown(cancel_futures=True)
-        raise
-    finally:
-        for fn in every:
-            vars(fn).pop("run", None)
-        _dry = False
-        pool.shutdown()
-        for future in mode.future_kernels.values():
-            future.result(ignore_errors=True)
-        _forget_unfinished(every, _async_compile.FutureKernel)
+    with launcher.shared():
+        try:
+            _dry = True
+            for fn in every:
+                fn.run = partial(launch, fn)  # of this one function, not of its class
+            yield
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        finally:
+            for fn in every:
+                vars(fn).pop("run", None)
+            _dry = False
+            pool.shutdown()
+            for future in mode.future_kernels.values():
+                future.result(ignore_errors=True)
+            _forget_unfinished(every, _async_compile.FutureKernel)
 
 
 class _Loading:
@@ -108,7 +148,7 @@ class _Loading:
         def loaded() -> Any:
             kernel = compile_one()
             with suppress(Exception):  # the launch will say it
-                kernel.run  # noqa: B018  (loads it, and in Triton 3.6 has a launcher built by the C compiler)
+                kernel.run  # noqa: B018  (loads it, and makes its launcher)
             return kernel
 
         return self.pool.submit(loaded)

@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 
 from nbhelpers import gpu, host, memory
 from nbhelpers.architecture import GB
+from nbhelpers.kernels import ahead
 from nbhelpers.models import chat, families, quantize, swap
 from nbhelpers.models.adapter import Base, keep_base, refuse_other, rows_of
 from nbhelpers.presets import Preset
@@ -34,6 +35,7 @@ def build(
     request = _accepted(request, source)
     swapped = layers_to_swap(request, source)
     check_room(source, request.quantization, request.device, request.weight_dtype, swapped)
+    ahead.begin(request.device)  # while weights are read
     source.model_config()  # names a config without sense, over which loading the tokenizer would stumble
     tokenizer = source.tokenizer()
     if request.adapter is not None and (request.adapter / TOKENIZER_CONFIG_FILE).exists():

@@ -67,3 +67,16 @@ def test_the_lower_right_corner_is_tried_before_it_is_relied_upon(monkeypatch):
         assert kv_cache.lower_right.__wrapped__(torch.device("cpu"), dtype)
     monkeypatch.setattr(kv_cache, "causal_lower_right", causal_upper_left)  # what another torch might make of it
     assert not kv_cache.lower_right.__wrapped__(torch.device("cpu"), torch.bfloat16)
+
+
+def test_the_corner_is_tried_for_a_text_in_pieces_alone(monkeypatch):
+    """A first token does not wait for it."""
+    tried = []
+    monkeypatch.setattr(kv_cache, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(kv_cache, "lower_right", lambda device, dtype: tried.append(dtype) or True)
+    engine = GraphEngine(make("llama", dtype=torch.bfloat16))
+    engine.generate(prompts(), GREEDY)
+    assert not tried
+    monkeypatch.setattr(kv, "PREFILL_BYTES", 0)  # 16 tokens at once
+    engine.generate([list(range(3, 43))], GREEDY)
+    assert tried == [torch.bfloat16]

@@ -1,4 +1,6 @@
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -21,7 +23,7 @@ from nbhelpers import kernels
 from nbhelpers.engines import Sampling
 from nbhelpers.engines.graph import GraphEngine
 from nbhelpers.engines.scheduler import Scheduler
-from nbhelpers.kernels import ahead
+from nbhelpers.kernels import Projection, ahead, decode_step
 from nbhelpers.kernels.triton import sampling
 from nbhelpers.kernels.triton.swiglu import _forward
 from nbhelpers.training import rehearsal
@@ -45,6 +47,25 @@ def test_the_engines_dry_pass_compiles_what_the_first_tokens_launch(name, draws,
         GraphEngine(model, max_rows=4, kv_bytes=10**8, kv_bits=bits).generate(texts[:4], draws)
     assert card.launched and card.dry
     assert card.launched <= card.compiled, sorted(card.launched - card.compiled)
+
+
+def test_what_takes_longest_is_compiled_first(monkeypatch):
+    """On two cores the threads end together then."""
+    model, order = make("qwen2", four_bit=True, dtype=torch.bfloat16), []
+    submit = ahead._Loading.submit
+
+    def noted(loading, compile_one):
+        return submit(loading, lambda: (order.append(found := compile_one()), found)[1])
+
+    with no_card.played(), kernels.use("triton"):
+        monkeypatch.setattr(ahead, "dry", lambda: True)
+        monkeypatch.setattr(ahead.os, "sched_getaffinity", lambda _: {0}, raising=False)  # one after the other
+        monkeypatch.setattr(ahead._Loading, "submit", noted)
+        GraphEngine(model, max_rows=4, kv_bytes=10**8).generate(prompts(3), DRAWS[0])
+    names = [kernel.source for kernel in order]
+    assert {"_attend", "_dequantize_group", "_stack_layer", "_rotate"} <= set(names)
+    last = names[names.index("_append") + 1 :]  # what prompts alone need
+    assert {"_dequantize_group", "_stack_layer", "_rotate"} <= set(last) and "_attend" not in last
 
 
 def test_of_long_prompts_it_compiles_attention_in_as_many_parts_as_they_have(monkeypatch):
@@ -90,6 +111,37 @@ def test_kernels_are_compiled_in_threads_and_found_by_the_launch():
     assert card.launched == card.compiled
 
 
+def test_a_dry_pass_waits_for_what_was_begun(monkeypatch):
+    pool, ended = ThreadPoolExecutor(1), []
+    futures = [pool.submit(lambda: 1 / 0), pool.submit(lambda: (time.sleep(0.2), ended.append(True)))]
+    monkeypatch.setattr(ahead, "_begun", lambda: futures)
+    with no_card.played(), kernels.use("triton"), ahead.side_by_side(CPU):
+        assert ended
+        gated(64)
+
+
+def test_it_begins_where_an_engine_is_made_and_nowhere_without_a_card(monkeypatch):
+    begun = []
+    monkeypatch.setattr(ahead, "_begun", lambda: begun.append(True))
+    GraphEngine(make("qwen2"))
+    assert not begun
+    monkeypatch.setattr(ahead, "possible", lambda device: True)
+    GraphEngine(make("qwen2"))
+    assert begun
+
+
+def test_what_is_begun_is_what_a_first_kernel_waits_for(monkeypatch):
+    from triton.runtime import cache
+
+    with no_card.played():
+        cache.triton_key.cache_clear()
+        for fn in ahead._compiled_kernels():
+            fn.hash = None
+        ahead._hash()
+        assert cache.triton_key.cache_info().currsize == 1
+        assert all(fn.hash for fn in ahead._compiled_kernels())
+
+
 def test_all_is_as_before_after_an_error():
     with no_card.played(), kernels.use("triton"):
         with pytest.raises(ZeroDivisionError), ahead.side_by_side(CPU):
@@ -129,6 +181,17 @@ def test_the_sampler_has_one_variant_for_every_number_of_rows():
             index = torch.zeros(rows, dtype=torch.int64)
             sampling.draw(torch.zeros(rows, 151936), index, index)
     assert len(card.launched) == 2
+
+
+def test_without_tensor_cores_the_thin_product_has_one_variant_for_every_group_of_layers():
+    x = torch.zeros(8, 1, 64)
+    lora = {"lora_a": torch.zeros(16, 64), "lora_b": torch.zeros(32, 16), "scale": 2.0}
+    part = Projection(torch.zeros(32, 64), None, **lora)
+    bare = Projection(torch.zeros(32, 64))
+    with no_card.played() as card, kernels.use("triton"):
+        for parts in ((part,), (part, part), (part, part, part), (part, bare, part)):
+            decode_step.decode_linear(x, parts)
+    assert sum(name == "_thin" for _, name, _ in card.launched) == 1
 
 
 @pytest.fixture

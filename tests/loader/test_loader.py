@@ -10,7 +10,8 @@ from loader_cases import load
 from safetensors.torch import load_file, save_file
 
 from nbhelpers import loader, presets
-from nbhelpers.loader import calibration, request
+from nbhelpers.kernels import ahead
+from nbhelpers.loader import calibration, request, stream
 from nbhelpers.models import chat, quantize, smoke
 
 ARCHITECTURES = ("qwen2.5-1.5b", "llama-3.1-8b", "mistral-7b", "phi-4")
@@ -77,6 +78,15 @@ def test_load_train_save_reload(name, quantization, tmp_path, capsys):
     onto = load(preset, quantization, calibration=model.nbhelpers_choice)
     assert torch.equal(logits(loader.load_adapter(onto, tmp_path / "adapter")), after)
     assert all(p.requires_grad for n, p in again.named_parameters() if "lora_" in n)
+
+
+def test_kernels_are_begun_before_weights_are_read(monkeypatch):
+    order = []
+    read = stream.fill
+    monkeypatch.setattr(ahead, "begin", lambda device: order.append(device.type))
+    monkeypatch.setattr(stream, "fill", lambda *args: (order.append("weights"), read(*args)))
+    loader.load(presets.get("qwen2.5-1.5b"), progress=False)
+    assert order == ["cpu", "weights"]
 
 
 def test_without_quantization_it_is_the_model_of_transformers(folder):

@@ -35,9 +35,10 @@ NORMED_ROWS = 16  # at most are added and normed so: of more, programs that shar
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _thin(x_ptr, a0_ptr, a1_ptr, a2_ptr, t_ptr, rows, x_stride, K, R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
-          SPLIT: tl.constexpr, ROWS: tl.constexpr, R_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr):  # fmt: skip
-    """t of one part and split, [ROWS, R_BLOCK] per program: x A^T over the split's columns."""
+def _thin(x_ptr, a0_ptr, a1_ptr, a2_ptr, t_ptr, rows, x_stride, K, R0, R1, R2, SPLIT: tl.constexpr, ROWS: tl.constexpr,
+          R_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr):  # fmt: skip
+    """t of one part and split, [ROWS, R_BLOCK] per program: x A^T over the split's columns. Ranks are not compiled in:
+    one variant serves every group of layers."""
     part, split = tl.program_id(1), tl.program_id(2)
     a_ptr, rank, first = a0_ptr, R0, 0
     if part == 1:
