@@ -14,6 +14,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import triton
 from triton.backends.nvidia import driver
 
 from nbhelpers.kernels import launcher
@@ -187,6 +188,7 @@ def test_a_launcher_that_cannot_be_built_is_done_without(monkeypatch):
 
     monkeypatch.setattr(driver, "make_launcher", lambda *_: "a C file", raising=False)
     monkeypatch.setattr(driver, "compile_module_from_src", fails)
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
     monkeypatch.setattr(driver, "library_dirs", list)
     launcher.built.cache_clear()
     try:
