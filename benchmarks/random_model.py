@@ -10,6 +10,7 @@ from torch import nn
 from nbhelpers.architecture import Architecture
 from nbhelpers.models import adapter, quantize, smoke, swap
 
+BLOCK = 2**20  # numbers
 Model = Any  # a transformers model, or peft's wrapper around one: what their attributes are is not written down
 
 
@@ -39,15 +40,22 @@ def make(
     four_bits = list(quantize.linears(model)) if quantise else []
     for name in four_bits:
         model.set_submodule(name, quantize.empty_linear4bit(model.get_submodule(name), dtype))
+    # drawn in one block, which is given back before the adapter is made. Torch allocates in 2 MiB: all of it, as what
+    # is left of the last would go to a tensor that stays, and keep the whole block
+    largest = max((module.weight.numel() for module in model.modules() if _packed(module, "weight")), default=0)
+    drawn = torch.empty(-(-largest // BLOCK) * BLOCK, device=device, dtype=dtype)
     waiting = {id(module) for layer in model.model.layers[:swapped] for module in layer.modules()}
     for module in list(model.modules()):
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta and not (module is model.get_output_embeddings() and config.tie_word_embeddings):
-                _fill(module, leaf, parameter, device, dtype)
+                _fill(module, leaf, parameter, device, dtype, drawn)
                 if id(module) in waiting and isinstance(module, nn.Linear) and leaf == "weight":
                     module.weight.data = module.weight.data.cpu()  # so that they are never all on the card
         for key, buffer in module.named_buffers(recurse=False):
             module._buffers[key] = buffer.to(device)
+    del drawn
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     model.tie_weights()
     if swapped:
         swap.attach(model, swapped, device)
@@ -62,10 +70,18 @@ def make(
     return model.eval()
 
 
-def _fill(module: nn.Module, leaf: str, parameter: nn.Parameter, device: torch.device, dtype: torch.dtype) -> None:
-    """Numbers for one parameter that has none yet."""
-    if isinstance(module, nn.Linear) and leaf == "weight" and quantize.is_nf4(module):
-        weight = torch.randn(module.out_features, module.in_features, device=device, dtype=dtype)
+def _packed(module: nn.Module, leaf: str) -> bool:
+    """Whether this is a weight in 4 bits."""
+    return isinstance(module, nn.Linear) and leaf == "weight" and quantize.is_nf4(module)
+
+
+def _fill(
+    module: nn.Module, leaf: str, parameter: nn.Parameter, device: torch.device, dtype: torch.dtype, drawn: torch.Tensor
+) -> None:
+    """Numbers for one parameter that has none yet; drawn: room for a weight before it is packed."""
+    if _packed(module, leaf):
+        size = (module.out_features, module.in_features)
+        weight = drawn[: size[0] * size[1]].view(size).normal_()
         quantize.fill(module, quantize.pack(weight.mul_(module.in_features**-0.5), dtype))
         return
     std = 0.02 if parameter.dim() > 1 or leaf == "bias" else 0.1

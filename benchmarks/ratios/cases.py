@@ -101,6 +101,7 @@ def decode(job: Job, row: RowWriter) -> None:
     """Tokens/s and memory by batch, launches of a step, one long prompt, and the same where some layers are in 16
     bits: prompts of 200 random tokens, 256 new ones."""
     model = build(job)
+    fresh()  # what building it took is no weight
     wait()
     weights = driver_gb()
     steps = {batch: attempt(job, generate, job, model, row, batch, "", weights) for batch in job["batches"]}

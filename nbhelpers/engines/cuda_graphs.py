@@ -13,8 +13,10 @@ from functools import cache
 
 import torch
 
+from nbhelpers import kernels
 from nbhelpers.kernels import ahead, decode_step
 from nbhelpers.kernels.decode_step import LEFT, POSITION, SEED, WRITTEN, Rows
+from nbhelpers.memory.room import BESIDE_BYTES, idle_bytes
 
 from .base import Sampling
 from .forward import Decoder
@@ -124,6 +126,14 @@ class ModelRunner:
                 self._step(batch, longest)
         return to_host(self.tokens[:steps, :batch]), to_host(self.logprobs[:steps, :batch])
 
+    def hand_back(self) -> None:
+        """Before steps are taken: what prompts took of the card and steps do not need goes back to the driver. With a
+        training step's memory, which it would have to allocate again, torch keeps it."""
+        device = self.state.device
+        if device.type == "cuda" and idle_bytes(device) <= BESIDE_BYTES:
+            kernels.free_scratch(device)
+            torch.cuda.empty_cache()
+
     def _step(self, batch: int, longest: int) -> None:
         state, decoder, sampling = self.state[:, :batch], self.decoder, self.sampling
         rows = Rows(state, self.stops, self.tick, self.tokens[:, :batch], self.logprobs[:, :batch])
@@ -161,10 +171,15 @@ class ModelRunner:
             if self.seen is not None and seen is not None:
                 self.seen.copy_(seen)
             torch.cuda.synchronize()
+            self.hand_back()  # what the step took on this stream: the graph takes as much again in its own pool
             # not torch.cuda.graph(...): that collects garbage and empties the allocator's cache, which takes a second
             # or more; thread_local: a data loader's thread may go on pinning memory during the capture
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
+                if self.decoder.logits_are_largest:
+                    # as many bytes, free at once: what layers make finds its place in them. Where that came first, the
+                    # logits needed a block beside it
+                    torch.empty(batch, self.decoder.vocabulary, dtype=torch.float32, device=state.device)
                 self._step(batch, longest)
             finally:
                 graph.capture_end()

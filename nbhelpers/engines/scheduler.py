@@ -143,12 +143,15 @@ class Scheduler:
 
     def run(self) -> None:
         """Until no request is waiting or in a row."""
-        runner = self.runner
+        runner, begun = self.runner, False
         while self.waiting or any(self.rows):
             self.admit()
             batch = self._batch()
             todo = [request.goal - request.asked for request in filter(None, self.rows)]
             if (steps := min(CHUNK if runner.asynchronous else 1, max(todo, default=0))) > 0:
+                if not begun:
+                    runner.hand_back()
+                    begun = True
                 longest = steps - 1 + max(len(r.prompt) + r.asked for r in filter(None, self.rows))
                 self._send(*runner.run(batch, steps, min(longest, self.length)), self.rows[:batch])
                 for request in filter(None, self.rows):

@@ -166,6 +166,13 @@ def dequantize_nf4(
         return _for(weight).dequantize_nf4(weight, quant_state, dtype, out, rows)
 
 
+def free_scratch(device: torch.device) -> None:
+    """Free the buffer that weights are dequantised into. It is made again when a layer needs it; graphs that were
+    captured do not."""
+    if triton is not None:
+        triton.free_scratch(device)
+
+
 def lora_linear(x: Tensor, projection: Projection) -> Tensor:
     """y = x W^T + bias + scale (x A^T) B^T (LoRA, arXiv:2106.09685; QLoRA, arXiv:2305.14314).
 

@@ -54,6 +54,13 @@ def long_text_budget(free_bytes: float) -> float:
     return max(0.0, PIECE_SHARE * (free_bytes - BESIDE_BYTES))
 
 
+def idle_bytes(device: "torch.device") -> int:
+    """Bytes that torch has reserved on a GPU and no tensor uses now."""
+    import torch
+
+    return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def vllm_kv_budget(free_bytes: float) -> int:
     """Bytes for vLLM's keys and values when `free_bytes` are free."""
     return int(VLLM_KV_SHARE * free_bytes)

@@ -92,11 +92,10 @@ class LeanStep:
         self.model, self._parameters = model, each.parameters(model)
         self.temperature, self.share_prompts = temperature, share_prompts
         self.room = Room(self.device, budget_gb, reserved)
-        if any(p.dtype == torch.uint8 and p.is_cuda for p in model.parameters()) and kernels.triton is not None:
-            from nbhelpers.kernels.triton.lora_linear import scratch
-
-            # the kernels' buffer is allocated now, so that it counts as taken when the room is measured
-            scratch((scratch_bytes(self.cost.architecture, dtype.itemsize) // dtype.itemsize, 1), dtype, self.device)
+        packed = any(p.dtype == torch.uint8 and p.is_cuda for p in model.parameters())
+        buffer = scratch_bytes(shapes, dtype.itemsize) // dtype.itemsize
+        self._dtype, self._scratch = dtype, buffer if packed and kernels.triton is not None else 0  # in numbers
+        self._left()
         self.micro_batches: list[MicroBatch] = []  # of the newest batch, to look at
         self.values: Tensor | None = None  # of the tokens of the newest `score`, fp32 [B, T]; with a value head
 
@@ -128,7 +127,16 @@ class LeanStep:
 
     def available(self) -> float:
         """Bytes that the work of a micro-batch may take, on top of what is allocated and of gradients to come."""
-        return self.room.for_step(self._coming())
+        return self._left(self._coming())
+
+    def _left(self, coming: int = 0) -> float:
+        """`room.for_step`, with the kernels' buffer for dequantised weights allocated, so that it counts as taken: a
+        generation may have freed it."""
+        if self._scratch:
+            from nbhelpers.kernels.triton.lora_linear import scratch
+
+            scratch((self._scratch, 1), self._dtype, self.device)
+        return self.room.for_step(coming)
 
     def _coming(self) -> int:
         """Bytes of gradients that are not there yet."""
@@ -161,7 +169,7 @@ class LeanStep:
     def plan(self, rows: list[Row]) -> list[MicroBatch]:
         """How these rows would be cut now. Raises CannotFit if not one of them fits."""
         coming = self._coming()
-        return self.cost.split(_lengths(rows), self.room.for_step(coming), self.share_prompts, coming)
+        return self.cost.split(_lengths(rows), self._left(coming), self.share_prompts, coming)
 
     # -------------------------------------------------------------------------------------------------- the work
 

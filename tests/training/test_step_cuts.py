@@ -7,7 +7,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from step_cases import FAMILIES, difference, make_model, rollout, through
 
-from nbhelpers import gpu
+from nbhelpers import gpu, kernels
 from nbhelpers.memory import micro_batches
 from nbhelpers.memory.seconds import card_of, launch_tokens
 from nbhelpers.models import families, patch
@@ -103,6 +103,21 @@ def test_what_cannot_fit_is_refused_with_the_numbers():
         one.device = torch.device(device)
         with pytest.raises(lean_step.CannotFit, match="completion of 200 tokens after a prompt of 100 "):
             rehearsal.rehearse(one, 4, 4, 100, 200)
+
+
+@pytest.mark.parametrize("asked", ["plan", "available"])
+def test_the_buffer_for_weights_counts_as_taken_when_the_room_is_measured(asked, monkeypatch):
+    """Also where a generation has freed it since the step was made."""
+    pytest.importorskip("triton")
+    from nbhelpers.kernels.triton.lora_linear import _scratch
+
+    one, there = lean_step.LeanStep(make_model()), []
+    monkeypatch.setattr(one, "_scratch", 48)  # numbers; 0 on a CPU
+    monkeypatch.setattr(one.room, "for_step", lambda coming: there.append(dict(_scratch)) or 1e9)
+    kernels.free_scratch(one.device)
+    one.plan(rollout()[0].rows) if asked == "plan" else one.available()
+    assert [buffers[one.device, torch.float32].numel() for buffers in there] == [48]
+    kernels.free_scratch(one.device)
 
 
 def test_a_rehearsal_leaves_no_trace():

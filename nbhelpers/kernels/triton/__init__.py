@@ -5,7 +5,7 @@ from .decode_linear import decode_linear, decode_mlp, decode_out
 from .decode_step import append, append_drawn, embed
 from .head_norm_rope import rope, rope_packed
 from .linear_logprob import linear_logprob
-from .lora_linear import lora_linear, lora_linear_group
+from .lora_linear import free_scratch, lora_linear, lora_linear_group
 from .lora_mlp import lora_mlp
 from .lora_stack import layer_adapters
 from .nf4 import dequantize_nf4
@@ -27,6 +27,7 @@ __all__ = [
     "dequantize_nf4",
     "draw",
     "embed",
+    "free_scratch",
     "layer_adapters",
     "linear_logprob",
     "lora_linear",

@@ -64,6 +64,12 @@ def scratch(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
     return buffer[:size].view(shape)
 
 
+def free_scratch(device: torch.device) -> None:
+    """See nbhelpers.kernels.free_scratch."""
+    for key in [key for key in _scratch if key[0] == device]:
+        del _scratch[key]
+
+
 def products(parts: Sequence[Projection], dtype: torch.dtype, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
     """Yield (columns of y, W [columns, in]) for each product of y = x W^T; W is valid until the next one is made.
 
