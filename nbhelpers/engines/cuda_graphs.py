@@ -176,6 +176,10 @@ class ModelRunner:
             # or more; thread_local: a data loader's thread may go on pinning memory during the capture
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
+                if self.decoder.logits_are_largest:
+                    # as many bytes, free at once: what layers make finds its place in them. Where that came first, the
+                    # logits needed a block beside it
+                    torch.empty(batch, self.decoder.vocabulary, dtype=torch.float32, device=state.device)
                 self._step(batch, longest)
             finally:
                 graph.capture_end()

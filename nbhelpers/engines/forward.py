@@ -149,6 +149,8 @@ class Decoder:
         # of one token's activations at their largest, in the MLP: gate and up, and four hidden states
         self.token_bytes: int = self.dtype.itemsize * (2 * config.intermediate_size + 4 * config.hidden_size)
         self.vocabulary: int = self.embedding.shape[0]
+        # of a step: gate's and up's product comes in up to four parts, or in more where it is wide (Phi-4's 128 rows)
+        self.logits_are_largest: bool = self.vocabulary >= 4 * 2 * config.intermediate_size
         self.swapped = swap.of(model)
         self.adapters: Callable[[int], Sequence[Stacked]] | None = None  # made for the first prompt
         # whether a step has to be launched kernel by kernel: a replayed CUDA graph calls no hook, and waits for no copy
