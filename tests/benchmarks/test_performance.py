@@ -32,12 +32,11 @@ def test_a_ratio_stands_beside_its_goal(tmp_path, monkeypatch):
 
 def test_eight_bits_stand_behind_sixteen(tmp_path, monkeypatch):
     rows = [
-        {"what": f"llama-3.1-8b/kv-{bits}/{what}", "who": "graph", "value": value, "unit": ""}
-        for bits, gap, step in ((16, 0.026, 5.65), (8, 0.033, 5.91))
-        for what, value in (("logprob_gap", gap), ("batch-2-at-20000/step", step))
+        {"what": f"llama-3.1-8b/kv-{bits}/logprob_gap", "who": "graph", "value": gap, "unit": ""}
+        for bits, gap in ((16, 0.026), (8, 0.033))
     ]
     document = {"host": {"gpu": "a card"}, "date": "day", "command": "call", "rows": rows}
     (tmp_path / "engines.json").write_text(json.dumps(document))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     made = performance.eight_bits()
-    assert "nats | – → – | 0.0260 → 0.0330 | – → – |" in made and "ms | – → – | 5.65 → 5.91 | – |" in made
+    assert "nats | – → – | 0.0260 → 0.0330 | – → – |" in made
