@@ -23,7 +23,7 @@ SHARED_MEMORY = {"sm_75": 64 * 1024, "sm_80": 99 * 1024, "sm_90": 227 * 1024}
 
 INLINED = {"_delta", "_head_rows", "_rotated", "_of_bias", "_sum", "_within_fp16", "_rotate_heads", "_load", "_store",
            "_base", "_dense", "_join", "_rows_of_b", "_load_weights", "eight_weights", "_fetch", "_scales", "_put",
-           "in_registers", "_block", "_best", "_undo", "begin", "wait", "whose"}  # fmt: skip
+           "in_registers", "_in_16_bits", "_block", "_best", "_undo", "begin", "wait", "whose"}  # fmt: skip
 
 
 @pytest.mark.parametrize("target", ahead.TARGETS)
