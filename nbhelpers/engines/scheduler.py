@@ -37,7 +37,6 @@ class Request:
     writer: Writer
     text: list[int] = field(default_factory=list)  # prompt and completion as they were when the stage began
     goal: int = 0  # tokens of the completion at which the request leaves its row, unless it ends before
-    comes_again: bool = False  # it has a goal beyond that in this stage
     asked: int = 0  # tokens of the completion that the device has been asked for so far, in all stages
 
     @property
@@ -54,13 +53,8 @@ class Request:
         """
         written = self.writer.completion.token_ids
         self.text = self.prompt + written if written else self.prompt  # the prompt itself, for the group to share
-        self.goal, self.comes_again = min(max_tokens, length - len(self.prompt)), False
+        self.goal = min(max_tokens, length - len(self.prompt))
         self.asked = len(written)  # some that the last stage asked for were beyond its slot's end
-
-    def take_turn(self, first: int) -> "Request":
-        """Itself, with `first` tokens to write before it leaves its row; the others when its turn comes again."""
-        self.goal, self.comes_again = self.goal - self.left + first, first < self.left
-        return self
 
 
 def turns(left: Sequence[int], lengths: Sequence[int], rows: int) -> list[tuple[int, int]]:
@@ -129,8 +123,11 @@ class Scheduler:
         self.waiting = deque(sorted(requests, key=lambda request: len(request.text), reverse=True))
         if all(request.writer.completion.token_ids for request in requests):  # no group has a prompt to share
             left, lengths = [r.left for r in self.waiting], [len(r.text) for r in self.waiting]
-            taken = zip(self.waiting, turns(left, lengths, rows), strict=True)
-            self.waiting = deque(r.take_turn(first) for r, (_, first) in sorted(taken, key=lambda one: one[1][0]))
+            taken = zip(turns(left, lengths, rows), self.waiting, strict=True)
+            self.waiting = deque()
+            for (_, first), request in sorted(taken, key=lambda one: one[0][0]):
+                request.goal += first - request.left
+                self.waiting.append(request)
         self.rows: list[Request | None] = [None] * rows
         self.pending: deque[Chunk] = deque()
         # While members of this group wait they are the first in line, so the row that holds their text cannot have
@@ -287,7 +284,8 @@ class Scheduler:
             request.writer.add(tokens[:left], logprobs[:left])  # what was drawn beyond the slot's end is discarded
             if request.left <= 0:
                 self.rows[self.rows.index(request)] = None
-                if request.comes_again and not request.writer.ended:
-                    # another object: chunks that are still on their way know the old one, which has nothing to come
-                    self.waiting.append(again := Request(request.prompt, request.seed, request.writer))
-                    again.enter(self.length, self.max_tokens)
+                # another object: chunks that are still on their way know the old one, which has nothing to come
+                again = Request(request.prompt, request.seed, request.writer)
+                again.enter(self.length, self.max_tokens)
+                if again.left > 0:  # it took a turn
+                    self.waiting.append(again)
