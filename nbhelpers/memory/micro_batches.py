@@ -241,13 +241,13 @@ class StepCost:
         Rows of a prompt stay together as far as they can. Raises CannotFit if not even one row fits.
         """
         order = sorted(range(len(rows)), key=lambda i: (rows[i][0], -rows[i][2]))
-        alone = [[i] for i in order if 0 < self.alone < rows[i][2] and rows[i][1] < PROMPT_SHARE * rows[i][2]]
-        packed = [i for i in order if [i] not in alone]
+        alone = [i for i in order if 0 < self.alone < rows[i][2] and rows[i][1] < PROMPT_SHARE * rows[i][2]]
+        packed = [i for i in order if i not in alone]
         lengths = [rows[i][1] + rows[i][2] for i in packed]
         best: list[MicroBatch] | None = None
         least_time = float("inf")
-        for pieces in _piece_counts(len(packed)) or [0]:
-            cut, runs = [], alone + (_cut(packed, lengths, pieces) if pieces else [])
+        for pieces in _piece_counts(len(packed)):
+            cut, runs = [], [[i] for i in alone] + _cut(packed, lengths, pieces)
             for chosen in runs:
                 tokens = count([rows[i] for i in chosen], share)
                 batch = self.micro_batch(tuple(chosen), tokens, room, fresh if len(runs) == 1 else 0)
@@ -283,18 +283,18 @@ def largest(fits: Callable[[int], bool], low: int, high: int) -> int:
 
 
 def _piece_counts(rows: int) -> list[int]:
-    """1, 2, 3, ... and coarser further on, up to one row a piece; none for no rows."""
+    """1, 2, 3, ... and coarser further on, up to one row a piece; 0 for no rows."""
     counts = {*range(1, min(rows, 16) + 1), rows}
     counts |= {ceil(rows / n) for n in range(1, 9)}
-    return sorted(counts - {0})
+    return sorted(counts)
 
 
 def _cut(order: list[int], lengths: list[int], pieces: int) -> list[list[int]]:
     """`order` in at most `pieces` runs of about the same number of tokens."""
-    target, done = sum(lengths) / pieces, 0
-    runs: list[list[int]] = [[]]
+    target, done = sum(lengths) / max(1, pieces), 0
+    runs: list[list[int]] = []
     for index, length in zip(order, lengths, strict=True):
-        if runs[-1] and done + length / 2 > target * len(runs):
+        if not runs or done + length / 2 > target * len(runs):
             runs.append([])
         runs[-1].append(index)
         done += length
