@@ -126,8 +126,11 @@ def _attend(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, table_ptr, positions_ptr, out
             cos_batch_stride, sin_batch_stride, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
             SPLITS: tl.constexpr, WINDOW: tl.constexpr, GROUP_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr,
             BLOCK: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, EIGHT: tl.constexpr, BIAS: tl.constexpr,
-            DOT: tl.constexpr, AT_ONCE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
-    """One split of the positions of a row and key head, for the query heads that share it; see the module's text."""
+            DOT: tl.constexpr, BYTES: tl.constexpr, AT_ONCE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    """One split of the positions of a row and key head, for the query heads that share it; see the module's text.
+
+    BYTES: int8 keys are multiplied and values unpacked as it says of tensor cores.
+    """
     begin(EARLY)
     wait(EARLY)
     row = (tl.program_id(0) // KV_HEADS).to(tl.int64)
@@ -138,7 +141,6 @@ def _attend(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, table_ptr, positions_ptr, out
 
     dtype: tl.constexpr = k_ptr.dtype.element_ty
     kept: tl.constexpr = tl.int8 if EIGHT else dtype
-    BYTES: tl.constexpr = EIGHT and DOT and dtype != tl.float32  # multiplied and unpacked as the module's text says
     UNPACK: tl.constexpr = TO_BF16 if dtype == tl.bfloat16 else TO_FP16
     address = tl.load(table_ptr).to(tl.pointer_type(kept))
     layer_stride, row_stride, head_stride = tl.load(table_ptr + 1), tl.load(table_ptr + 2), tl.load(table_ptr + 3)
@@ -310,6 +312,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
     q, k, v, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, cos, sin))
     splits = attention_splits(q.device, rows, heads, kv_heads, min(longest, window or longest))
     dot = tensor_cores(q.device)
+    in_bytes = eight is not None and dot and q.element_size() == 2
     *weights, eps = norms or (q, k, 0.0)  # not read without norms
     bias = eight.bias if eight is not None and eight.bias is not None else k  # likewise
     out = torch.empty(rows, 1, heads * dim, dtype=q.dtype, device=q.device)
@@ -317,11 +320,11 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
     lse = torch.empty(rows, heads, splits, dtype=torch.float32, device=q.device) if splits > 1 else out
     group_block, dim_block = triton.next_power_of_2(group), triton.next_power_of_2(dim)
     if dot:
-        group_block, dim_block, block = max(16, group_block), max(16 if eight is None else 32, dim_block), BLOCK
+        group_block, dim_block, block = max(16, group_block), max(32 if in_bytes else 16, dim_block), BLOCK
     else:
         block = max(8, min(64, TILE // (group_block * dim_block)))
     warps = _warps(q.device, heads, kv_heads)
-    if bias is not k and not (dot and q.element_size() == 2):
+    if bias is not k and not in_bytes:
         block //= 2  # as much in registers, with the angles beside the keys
     _attend[(rows * kv_heads, splits)](
         q, k, v, cos, sin, table, positions, parts, lse, out, counters(q.device), *weights, bias, layer, scale,
@@ -329,8 +332,8 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         *(t.stride(0) if t.shape[0] > 1 else 0 for t in (cos, sin)),
         kv_heads, group, dim, splits, window is not None, group_block, dim_block, block, cos.shape[-1] // 2,
-        norms is not None, eight is not None, bias is not k, dot,
+        norms is not None, eight is not None, bias is not k, dot, in_bytes,
         min(triton.next_power_of_2(group * dim), warps * JOINED // splits),
-        num_warps=warps, num_stages=(STAGES if eight is None else STAGES_8_BITS) if dot else 1, **early(q.device),
+        num_warps=warps, num_stages=(STAGES_8_BITS if in_bytes else STAGES) if dot else 1, **early(q.device),
     )  # fmt: skip
     return out
