@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import order
 import pytest
 import torch
 from engine_models import make, prompts
@@ -19,26 +20,8 @@ from nbhelpers.memory.room import BESIDE_BYTES
 GPU = torch.device("cuda", 0)
 
 
-def told(monkeypatch, *of):
-    """The names of these functions (where, name), in the order of their calls."""
-    calls = []
-
-    def notes(where, name):
-        call = getattr(where, name)
-
-        def noted(*args, **more):
-            calls.append(name)
-            return call(*args, **more)
-
-        monkeypatch.setattr(where, name, noted)
-
-    for one in of:
-        notes(*one)
-    return calls
-
-
 def test_once_in_a_stage_behind_its_first_prompts(monkeypatch):
-    calls = told(monkeypatch, (Scheduler, "_prefill"), (ModelRunner, "hand_back"), (ModelRunner, "_step"))
+    calls = order.of_calls(monkeypatch, (Scheduler, "_prefill"), (ModelRunner, "hand_back"), (ModelRunner, "_step"))
     engine, texts = GraphEngine(make("qwen2"), max_rows=2), prompts(n=4, longest=9, seed=1)
     engine.generate(texts, Sampling(max_tokens=5, seed=0))
     assert calls.count("hand_back") == 1 and calls.count("_prefill") > 1
@@ -47,7 +30,7 @@ def test_once_in_a_stage_behind_its_first_prompts(monkeypatch):
 
 def test_not_where_no_step_follows(monkeypatch):
     """A first token alone is as quick as it was: the next prompts find their memory where these left it."""
-    calls = told(monkeypatch, (Scheduler, "_prefill"), (ModelRunner, "hand_back"))
+    calls = order.of_calls(monkeypatch, (Scheduler, "_prefill"), (ModelRunner, "hand_back"))
     GraphEngine(make("qwen2")).generate(prompts(n=2, longest=9, seed=1), Sampling(max_tokens=1, seed=0))
     assert calls == ["_prefill"]
 
@@ -59,7 +42,7 @@ def test_a_training_steps_memory_is_kept(idle, wanted, monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5e9 + idle)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5e9)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    calls = told(monkeypatch, (kernels, "free_scratch"), (torch.cuda, "empty_cache"))
+    calls = order.of_calls(monkeypatch, (kernels, "free_scratch"), (torch.cuda, "empty_cache"))
     runner.hand_back()
     assert calls == []  # on a CPU nothing
     runner.state = SimpleNamespace(device=GPU)

@@ -1,5 +1,6 @@
 """What a step does beside its arithmetic, counted: before its first launch the GPU waits for it."""
 
+import order
 import torch
 from peft import LoraConfig
 from step_cases import make_model, rollout
@@ -14,20 +15,8 @@ from nbhelpers.training.packing import pack
 def test_no_module_is_looked_at_before_the_first_launch(monkeypatch):
     # 15 ms of a step of an 8B with LoRA went into torch's walks through its 2,700 modules, with names, before that
     model = make_model()
-    (rows, weights), step, seen = rollout(), lean_step.LeanStep(model), []
-
-    def noted(module, name):
-        method = getattr(module, name)
-
-        def called(*args, **more):
-            seen.append(name)
-            return method(*args, **more)
-
-        monkeypatch.setattr(module, name, called)
-
-    noted(nn.Module, "named_modules")
-    noted(each, "modules")
-    noted(step.decoder, "start")
+    (rows, weights), step = rollout(), lean_step.LeanStep(model)
+    seen = order.of_calls(monkeypatch, (nn.Module, "named_modules"), (each, "modules"), (step.decoder, "start"))
     step.retried(lambda: step.differentiate(rows, lambda logps, *_: logps.sum()))
     assert seen == ["start", "modules", "modules"]  # what is trained, and its hooks, once the GPU is at work
     seen.clear()
